@@ -1,0 +1,21 @@
+"""timm_rep: structural re-parameterization for timm. Importing it registers the models with timm."""
+from . import models
+from .layers import DiverseBranchConv2d, OrepaConv2d, OrepaPointwiseConv2d, OrepaStemConv2d
+from .surgery import expand, fuse, rep_layers, set_attach_rate
+from .verification import Report, VerificationError, verify
+
+__all__ = [
+    'DiverseBranchConv2d',
+    'OrepaConv2d',
+    'OrepaPointwiseConv2d',
+    'OrepaStemConv2d',
+    'Report',
+    'VerificationError',
+    'expand',
+    'fuse',
+    'models',
+    'rep_layers',
+    'set_attach_rate',
+    'verify',
+]
+__version__ = '0.1.0'

@@ -1,0 +1,422 @@
+"""Layers with a batch norm in every branch, which stand for a convolution together with the norm behind it."""
+from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple, Union
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.models import register_notrace_module
+from torch import Tensor
+
+from .. import kernels
+from .base import RepLayer, kaiming_uniform_
+
+__all__ = ['BranchedRepLayer', 'DiverseBranchConv2d']
+
+
+def _fold(kernel: Tensor, bias: Optional[Tensor], norm: nn.BatchNorm2d) -> Tuple[Tensor, Tensor]:
+    return kernels.fold_norm(kernel, bias, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+
+
+class NormPad2d(nn.Module):
+    """Batch norm, then pad with the norm's image of zero by the kept statistics.
+
+    So the border holds what a convolution of the zero-padded input would have put there, and a KxK convolution or an
+    average pooling behind it folds exactly.
+    """
+
+    def __init__(self, channels: int, padding: Tuple[int, int], **kwargs: Any) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels, **kwargs)
+        self.padding = padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        border = norm.bias - norm.running_mean * norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+        border = border.detach().to(x.dtype).reshape(1, -1, 1, 1)
+        pad_h, pad_w = self.padding
+        return F.pad(self.norm(x) - border, [pad_w, pad_w, pad_h, pad_h]) + border
+
+
+class BranchedRepLayer(RepLayer):
+    """A rep layer with a batch norm in every branch: it stands for a convolution and the norm behind it.
+
+    Fusing and restoring go by the kept (running) statistics. In eval mode both are exact at every attach rate. In
+    training mode batch statistics replace the kept ones, so there the fused layer is not the same function, and
+    :meth:`fuse` refuses.
+
+    Subclasses name their origin ``conv_kxk`` with ``norm_kxk``, define :meth:`_side_kernel_bias`, and list the last
+    norm of every side branch in :meth:`_side_norms`.
+    """
+
+    if TYPE_CHECKING:  # not for TorchScript, which takes class annotations for attributes
+        conv_kxk: nn.Conv2d
+        norm_kxk: nn.BatchNorm2d
+
+    def _side_kernel_bias(self) -> Tuple[Tensor, Tensor]:
+        """Kernel ``(o, i/g, kh, kw)`` and bias ``(o,)`` of the sum of the side branches, without the attach rate."""
+        raise NotImplementedError(f'{type(self).__name__} must define _side_kernel_bias')
+
+    def _side_norms(self) -> Tuple[nn.BatchNorm2d, ...]:
+        raise NotImplementedError(f'{type(self).__name__} must define _side_norms')
+
+    def compose_weight_bias(self) -> Tuple[Tensor, Tensor]:
+        """Kernel and bias by the kept statistics, at the attach rate in force, differentiably.
+
+        Returns:
+            Kernel ``(o, i/g, kh, kw)`` and bias ``(o,)``.
+        """
+        kernel, bias = _fold(self.conv_kxk.weight, None, self.norm_kxk)
+        side_kernel, side_bias = self._side_kernel_bias()
+        return kernel + self.attach_rate * side_kernel, bias + self.attach_rate * side_bias
+
+    def compose_weight(self) -> Tensor:
+        return self.compose_weight_bias()[0]
+
+    def _refuse_training(self, verb: str) -> None:
+        if self.training:
+            raise RuntimeError(
+                f'cannot {verb} {type(self).__name__} in training mode: its branches use batch statistics there, a '
+                'fused convolution cannot. Call model.eval() first'
+            )
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Conv2d:
+        """A new ``nn.Conv2d`` with bias that has the layer's outputs in eval mode.
+
+        Returns:
+            A convolution on the same device, in the same dtype.
+
+        Raises:
+            RuntimeError: In training mode.
+        """
+        self._refuse_training('fuse')
+        return self._plain_conv(*self.compose_weight_bias())
+
+    @torch.no_grad()
+    def fuse_conv_norm(self) -> Tuple[nn.Conv2d, nn.BatchNorm2d]:
+        """The stock pair: a convolution without bias and a live batch norm that have the layer's outputs in eval mode.
+
+        Any statistics would do for that. The norm gets those that the branches' norms imply for further training: the
+        sum of their means, and of their variances as if the branches were uncorrelated.
+
+        Returns:
+            Convolution and batch norm.
+
+        Raises:
+            RuntimeError: In training mode.
+        """
+        self._refuse_training('fuse')
+        kernel, bias = self.compose_weight_bias()
+        rate = self.attach_rate
+        mean = self.norm_kxk.bias - bias
+        var = self.norm_kxk.weight.square()
+        for norm in self._side_norms():
+            mean = mean + rate * norm.bias
+            var = var + (rate * norm.weight).square()
+        norm = self._new_norm(self.out_channels, self.norm_kxk)
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(var)
+        norm.num_batches_tracked.copy_(self.norm_kxk.num_batches_tracked)
+        kernel, gamma, beta = kernels.unfold_norm(kernel, bias, mean, var, norm.eps)
+        norm.weight.copy_(gamma)
+        norm.bias.copy_(beta)
+        return self._plain_conv(kernel, None), norm.train(self.training)
+
+    @torch.no_grad()
+    def restore_(self, weight: Tensor, bias: Optional[Tensor] = None) -> None:
+        """Make the layer compute exactly this kernel and bias in eval mode, whatever the side branches hold.
+
+        The origin branch takes ``K - attach_rate * (sum of the side branches)``. Its norm keeps its running statistics
+        and gets gain one; no learnt weight is divided by.
+
+        Args:
+            weight: Kernel ``(o, i/g, kh, kw)``.
+            bias: ``(o,)``, or None for zeros.
+
+        Raises:
+            ValueError: For another shape. The layer is then unchanged.
+        """
+        self._check_kernel(weight, bias)
+        norm = self.norm_kxk
+        bias = torch.zeros_like(norm.bias) if bias is None else bias.to(norm.bias)
+        side_kernel, side_bias = self._side_kernel_bias()
+        kernel, gamma, beta = kernels.unfold_norm(
+            weight.to(side_kernel) - self.attach_rate * side_kernel,
+            bias - self.attach_rate * side_bias,
+            norm.running_mean,
+            norm.running_var,
+            norm.eps,
+        )
+        self.conv_kxk.weight.copy_(kernel)
+        norm.weight.copy_(gamma)
+        norm.bias.copy_(beta)
+        kernel, composed_bias = self.compose_weight_bias()  # take up the rounding of the first pass
+        self.conv_kxk.weight.add_(weight.to(kernel) - kernel)
+        norm.bias.add_(bias - composed_bias)
+
+    @classmethod
+    @torch.no_grad()
+    def from_conv(
+            cls,
+            conv: nn.Conv2d,
+            norm: Optional[nn.BatchNorm2d] = None,
+            generator: Optional[torch.Generator] = None,
+            **kwargs: Any,
+    ) -> 'BranchedRepLayer':
+        """A rep layer with the eval-mode function of a convolution and the norm behind it.
+
+        Args:
+            conv: Convolution without bias; it stays as it is.
+            norm: Batch norm behind it; the origin branch keeps its statistics. None for a convolution alone.
+            generator: Source of the side branches' draw.
+            **kwargs: More arguments of the layer's constructor.
+
+        Returns:
+            A layer on the same device, in the same dtype and mode.
+
+        Raises:
+            ValueError: If this layer cannot stand for the pair.
+        """
+        layer = cls.for_conv(conv, norm, generator=generator, **kwargs)
+        weight, bias = conv.weight, conv.bias
+        if norm is not None:
+            layer.norm_kxk.load_state_dict(norm.state_dict())
+            weight, bias = _fold(weight, bias, norm)
+        layer.restore_(weight, bias)
+        return layer
+
+    @classmethod
+    @torch.no_grad()
+    def for_conv(
+            cls,
+            conv: nn.Conv2d,
+            norm: Optional[nn.BatchNorm2d] = None,
+            generator: Optional[torch.Generator] = None,
+            **kwargs: Any,
+    ) -> 'BranchedRepLayer':
+        """A freshly drawn rep layer with the geometry of a convolution and the norm behind it, not their function.
+
+        The last norm of every branch starts with the weight and bias of the norm that it replaces, so that the host
+        decides how a residual block starts (timm's ``zero_init_last``).
+
+        Args:
+            conv: Convolution; it stays as it is.
+            norm: Batch norm behind it, or None.
+            generator: Source of the draw.
+            **kwargs: More arguments of the layer's constructor.
+
+        Returns:
+            A layer on the same device, in the same dtype and mode.
+
+        Raises:
+            ValueError: If this layer cannot stand for the pair.
+        """
+        if norm is not None and (norm.running_mean is None or not norm.affine):
+            raise ValueError(f'{cls.__name__} needs a batch norm with weight, bias and running statistics, got {norm}')
+        if norm is not None:
+            kwargs = dict(eps=norm.eps, momentum=norm.momentum, **kwargs)
+        layer = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            padding_mode=conv.padding_mode,
+            generator=generator,
+            device=conv.weight.device,
+            dtype=conv.weight.dtype,
+            **kwargs,
+        )
+        if norm is not None:
+            for own in (layer.norm_kxk, *layer._side_norms()):
+                own.weight.copy_(norm.weight)
+                own.bias.copy_(norm.bias)
+        return layer.train(conv.training)
+
+    @staticmethod
+    def _new_norm(channels: int, like: nn.BatchNorm2d) -> nn.BatchNorm2d:
+        return nn.BatchNorm2d(
+            channels, like.eps, like.momentum, device=like.weight.device, dtype=like.weight.dtype)
+
+
+@register_notrace_module
+class DiverseBranchConv2d(BranchedRepLayer):
+    """Diverse Branch Block: the baseline of both papers, four branches on feature maps, a batch norm in each.
+
+    Origin ``conv_kxk``; a 1x1; a 1x1 then average pooling; a 1x1 (identity plus a learnt residual) then KxK. The norm
+    between two stages pads with its own image of zero, so that folding is exact at the border. A depthwise block has
+    no 1x1 branch, pools its input directly and has twice the inner channels.
+
+    `Diverse Branch Block: Building a Convolution as an Inception-like Unit` - https://arxiv.org/abs/2103.13425
+
+    Args:
+        in_channels: Input channels ``i``.
+        out_channels: Output channels ``o``.
+        kernel_size: Height and width, odd, not both one.
+        stride: Stride of the convolution.
+        padding: Zero padding in pixels.
+        dilation: Dilation of the kernel.
+        groups: Number of groups ``g``.
+        padding_mode: Only ``'zeros'``.
+        eps: Of all batch norms.
+        momentum: Of all batch norms.
+        generator: Source of the initial draw.
+
+    Raises:
+        ValueError: For an even or 1x1 kernel, padding given as a string or mode other than zeros, or channels that the
+            groups do not divide.
+    """
+
+    def __init__(
+            self,
+            in_channels: int,
+            out_channels: int,
+            kernel_size: Union[int, Tuple[int, int]],
+            stride: Union[int, Tuple[int, int]] = 1,
+            padding: Union[int, Tuple[int, int]] = 0,
+            dilation: Union[int, Tuple[int, int]] = 1,
+            groups: int = 1,
+            padding_mode: str = 'zeros',
+            eps: float = 1e-5,
+            momentum: Optional[float] = 0.1,
+            generator: Optional[torch.Generator] = None,
+            device: Any = None,
+            dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        if isinstance(padding, str):
+            raise ValueError(f'DiverseBranchConv2d takes padding in pixels, got {padding!r}')
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode, device=device)
+        if self.kernel_size == (1, 1):
+            raise ValueError('DiverseBranchConv2d needs a kernel larger than 1x1')
+        dd: Dict[str, Any] = dict(device=device, dtype=dtype)
+        nn_dd: Dict[str, Any] = dict(eps=eps, momentum=momentum, **dd)
+        depthwise = in_channels == out_channels == groups
+        inner = 2 * in_channels if depthwise else in_channels
+        self.bias = None
+
+        self.conv_kxk = nn.Conv2d(**self._conv_kwargs(), bias=False, **dd)
+        self.norm_kxk = nn.BatchNorm2d(out_channels, **nn_dd)
+
+        self.conv_1x1: Optional[nn.Conv2d] = None
+        self.norm_1x1: Optional[nn.BatchNorm2d] = None
+        self.avg_conv: Optional[nn.Conv2d] = None
+        self.avg_inner_norm: Optional[NormPad2d] = None
+        if not depthwise:
+            self.conv_1x1 = nn.Conv2d(
+                in_channels, out_channels, 1, stride=self.stride, groups=groups, bias=False, **dd)
+            self.norm_1x1 = nn.BatchNorm2d(out_channels, **nn_dd)
+            self.avg_conv = nn.Conv2d(in_channels, out_channels, 1, groups=groups, bias=False, **dd)
+            self.avg_inner_norm = NormPad2d(out_channels, self.padding, **nn_dd)
+        self.avg_norm = nn.BatchNorm2d(out_channels, **nn_dd)
+
+        self.seq_1x1 = nn.Parameter(torch.empty(inner, in_channels // groups, 1, 1, **dd))
+        self.seq_inner_norm = NormPad2d(inner, self.padding, **nn_dd)
+        self.seq_kxk = nn.Conv2d(**dict(self._conv_kwargs(), in_channels=inner, padding=0), bias=False, **dd)
+        self.seq_norm = nn.BatchNorm2d(out_channels, **nn_dd)
+        self.register_buffer('seq_identity', torch.empty(inner, in_channels // groups, 1, 1, **dd), persistent=False)
+        self.init_non_persistent_buffers()
+        self.reset_parameters(generator)
+
+    def init_non_persistent_buffers(self) -> None:
+        """Fill the identity that the inner 1x1 is added to."""
+        identity = kernels.grouped_identity(
+            self.in_channels, self.groups, device=self.seq_identity.device, dtype=self.seq_identity.dtype)
+        identity = identity.unflatten(0, (self.groups, -1))
+        ratio = self.seq_identity.shape[0] // self.in_channels
+        self.seq_identity.copy_(identity.repeat(1, ratio, 1, 1, 1).flatten(0, 1))
+
+    def _own_kwargs(self) -> Dict[str, Any]:
+        return dict(eps=self.norm_kxk.eps, momentum=self.norm_kxk.momentum)
+
+    def _side_convs(self) -> Tuple[nn.Conv2d, ...]:
+        convs = (self.conv_1x1, self.avg_conv, self.seq_kxk)
+        return tuple(conv for conv in convs if conv is not None)
+
+    def _side_norms(self) -> Tuple[nn.BatchNorm2d, ...]:
+        norms = (self.norm_1x1, self.avg_norm, self.seq_norm)
+        return tuple(norm for norm in norms if norm is not None)
+
+    def _inner_norms(self) -> Tuple[nn.BatchNorm2d, ...]:
+        norms = (self.avg_inner_norm, self.seq_inner_norm)
+        return tuple(padded.norm for padded in norms if padded is not None)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: Optional[torch.Generator] = None) -> None:
+        """Draw all branches afresh with the initial values of ``nn.Conv2d``, and reset all norms.
+
+        Args:
+            generator: Source of the draw.
+        """
+        for conv in (self.conv_kxk, *self._side_convs()):
+            kaiming_uniform_(conv.weight, conv.weight[0].numel(), 5 ** 0.5, generator)
+        self.seq_1x1.zero_()
+        for norm in (self.norm_kxk, *self._side_norms(), *self._inner_norms()):
+            norm.reset_parameters()
+
+    @torch.no_grad()
+    def redraw_side_branches_(self, generator: Optional[torch.Generator] = None) -> None:
+        """Draw the side branches afresh: kernels from U(-b, b) with ``b = 0.1 / sqrt(o)``, norms reset (RepAn).
+
+        Args:
+            generator: Source of the draw.
+        """
+        for conv in self._side_convs():
+            # kaiming_uniform_ with a = 0 draws from +-sqrt(6 / fan), so fan = 600 o gives +-0.1 / sqrt(o)
+            kaiming_uniform_(conv.weight, 600 * self.out_channels, generator=generator)
+        self.seq_1x1.zero_()
+        for norm in (*self._side_norms(), *self._inner_norms()):
+            norm.reset_parameters()
+
+    def _side_kernel_bias(self) -> Tuple[Tensor, Tensor]:
+        height, width = self.kernel_size
+        size = (height, width)
+        first, first_bias = _fold(self.seq_1x1 + self.seq_identity, None, self.seq_inner_norm.norm)
+        second, bias = _fold(self.seq_kxk.weight, None, self.seq_norm)
+        kernel = kernels.merge_sequential(first, second, self.groups)
+        bias = bias + kernels.merge_sequential_bias(first_bias, second, self.groups)
+
+        average = kernels.average_kernel(size, device=kernel.device, dtype=kernel.dtype)
+        inner_bias: Optional[Tensor] = None
+        if self.avg_conv is not None and self.avg_inner_norm is not None:
+            pointwise, inner_bias = _fold(self.avg_conv.weight, None, self.avg_inner_norm.norm)
+            average = kernels.merge_pointwise_depthwise(pointwise, average)
+        else:
+            average = average.expand(self.out_channels, -1, -1, -1)
+        average, average_bias = _fold(average, inner_bias, self.avg_norm)
+        summed, bias = [kernel, average], bias + average_bias
+
+        if self.conv_1x1 is not None and self.norm_1x1 is not None:
+            pointwise, pointwise_bias = _fold(self.conv_1x1.weight, None, self.norm_1x1)
+            summed, bias = [*summed, pointwise], bias + pointwise_bias
+        return kernels.merge_parallel(summed), bias
+
+    def _average(self, x: Tensor) -> Tensor:
+        if self.dilation == (1, 1):
+            return F.avg_pool2d(x, self.kernel_size, self.stride)
+        weight = torch.full(
+            [x.shape[1], 1, self.kernel_size[0], self.kernel_size[1]],
+            1.0 / (self.kernel_size[0] * self.kernel_size[1]), device=x.device, dtype=x.dtype)
+        return F.conv2d(x, weight, None, self.stride, 0, self.dilation, x.shape[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        pad_h, pad_w = self.padding
+        out = self.norm_kxk(self.conv_kxk(x))
+
+        mixed = F.conv2d(x, self.seq_1x1 + self.seq_identity, None, 1, 0, 1, self.groups)
+        side = self.seq_norm(self.seq_kxk(self.seq_inner_norm(mixed)))
+
+        if self.avg_conv is not None and self.avg_inner_norm is not None:
+            padded = self.avg_inner_norm(self.avg_conv(x))
+        else:
+            padded = F.pad(x, [pad_w, pad_w, pad_h, pad_h])
+        side = side + self.avg_norm(self._average(padded))
+
+        if self.conv_1x1 is not None and self.norm_1x1 is not None:
+            # Shift the grid of the 1x1 to the centre taps of the KxK: a negative pad crops.
+            off_h = pad_h - self.dilation[0] * (self.kernel_size[0] // 2)
+            off_w = pad_w - self.dilation[1] * (self.kernel_size[1] // 2)
+            side = side + self.norm_1x1(self.conv_1x1(F.pad(x, [off_w, off_w, off_h, off_h])))
+        return out + self.attach_rate.to(out.dtype) * side

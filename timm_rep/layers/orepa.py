@@ -1,0 +1,534 @@
+"""OREPA layers: linear branches, each ended by a scale over output channels, composed into one kernel at every step.
+
+`Online Convolutional Re-parameterization` - https://arxiv.org/abs/2204.00826 (CVPR 2022)
+"""
+from typing import Any, Dict, List, Optional, Tuple, Union
+
+import torch
+import torch.nn as nn
+from timm.models import register_notrace_module
+from torch import Tensor
+
+from .. import kernels
+from ..composition import (
+    compose_orepa,
+    compose_orepa_plain,
+    compose_pointwise,
+    compose_pointwise_plain,
+    spread_scale,
+)
+from .base import LinearRepLayer, kaiming_uniform_
+
+__all__ = ['OrepaConv2d', 'OrepaPointwiseConv2d', 'OrepaStemConv2d']
+
+# Initial scales of the branches (official code, blocks.py).
+KXK_SCALE = dict(origin=0.25, average=0.25, prior=0.0, conv_1x1=1.0, separable=0.5, sequential=0.5)
+POINTWISE_SCALE = dict(origin=1.0, sequential=0.5)
+# Depthwise filters of the separable branch per input channel (official code).
+SEPARABLE_EXPANSION = 8
+# Convolutions with more groups than this get twice the inner channels in the 1x1-KxK branch (official code).
+MAX_GROUPS_SINGLE_WIDTH = 4
+
+
+def _use_plain(tensor: Tensor) -> bool:
+    """Whether a compiler, an exporter, a tracer or functorch must see into the composition."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
+def _compose_kxk(
+        branches: Tensor,
+        seq_1x1: Tensor,
+        dw_conv: Tensor,
+        scale: Tensor,
+        attach_rate: Tensor,
+        row_branch: Tensor,
+        filters: Tensor,
+        groups: int,
+        channels_last: bool,
+) -> Tensor:
+    dtype = branches.dtype
+    with torch.autocast(branches.device.type, enabled=False):
+        if dtype != filters.dtype:  # half-precision parameters
+            branches, seq_1x1, dw_conv, scale = (p.to(filters.dtype) for p in (branches, seq_1x1, dw_conv, scale))
+        gains = spread_scale(scale, attach_rate.to(filters.dtype), row_branch)
+        if _use_plain(branches):
+            kernel = compose_orepa_plain(branches, gains, seq_1x1, dw_conv, filters, groups)
+        else:
+            kernel = compose_orepa(branches, gains, seq_1x1, dw_conv, filters, groups, channels_last)
+        return kernel.to(dtype)
+
+
+def _compose_1x1(
+        conv_1x1: Tensor,
+        seq_first: Tensor,
+        seq_second: Tensor,
+        scale: Tensor,
+        attach_rate: Tensor,
+        groups: int,
+) -> Tensor:
+    dtype = conv_1x1.dtype
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    with torch.autocast(conv_1x1.device.type, enabled=False):
+        if dtype != compute:  # half-precision parameters
+            conv_1x1, seq_first, seq_second, scale = (p.to(compute) for p in (conv_1x1, seq_first, seq_second, scale))
+        compose = compose_pointwise_plain if _use_plain(conv_1x1) else compose_pointwise
+        return compose(conv_1x1, seq_first, seq_second, scale, attach_rate.to(compute), groups).to(dtype)
+
+
+def _squeeze_stack(stack: List[Tensor], offset: Tensor, attach_rate: Tensor) -> Tensor:
+    dtype = offset.dtype
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    kernel = stack[0].to(compute)
+    for following in stack[1:]:
+        kernel = kernels.merge_sequential(kernel, following.to(compute))
+    return torch.addcmul(offset.to(compute), kernel, attach_rate.to(compute)).to(dtype)
+
+
+def _squeeze_stack_eager(stack: List[Tensor], offset: Tensor, attach_rate: Tensor) -> Tensor:
+    with torch.autocast(offset.device.type, enabled=False):
+        return _squeeze_stack(stack, offset, attach_rate)
+
+
+# A symbolic trace records these calls as they are.
+torch.fx.wrap('_compose_kxk')
+torch.fx.wrap('_compose_1x1')
+torch.fx.wrap('_squeeze_stack_eager')
+
+
+@register_notrace_module
+class OrepaConv2d(LinearRepLayer):
+    """OREPA block for a KxK convolution, without the norm: six linear branches composed into one kernel.
+
+    =============  ==========================================  =============  =====
+    branch         parameters                                  kernel         scale
+    =============  ==========================================  =============  =====
+    origin         ``(o, i/g, kh, kw)``                        itself         0.25
+    average        1x1 ``(o, i/g)``                            1 / (kh*kw)    0.25
+    prior          1x1 ``(o, i/g)``                            cosine of o    0
+    conv_1x1       1x1 ``(o, i/g)``                            centre tap     1
+    separable      ``(o, e*i/g)`` on depthwise ``(e*i, 1)``    their product  0.5
+    sequential     ``(o, t/g, kh, kw)`` on 1x1 ``(t, i/g)``    their product  0.5
+    =============  ==========================================  =============  =====
+
+    The parameters of one input-output pair lie together in ``branches`` (see :mod:`timm_rep.composition`);
+    :meth:`branch_views` gives them by name. Kernels start kaiming-uniform; the inner 1x1 is identity plus a learnt
+    residual that starts at zero. The block needs a batch norm behind it (OREPA Section 3.4).
+
+    Source: OREPA Section 3; initial values from the official ``blocks.py``.
+
+    Args:
+        in_channels: Input channels ``i``.
+        out_channels: Output channels ``o``.
+        kernel_size: Height and width, odd, not both one.
+        stride: Stride of the convolution.
+        padding: Zero padding in pixels, or ``'same'`` / ``'valid'``.
+        dilation: Dilation of the kernel.
+        groups: Number of groups ``g``; more than 4 double the inner channels ``t`` of the sequential branch.
+        bias: Add a learnable bias.
+        padding_mode: Only ``'zeros'``.
+        branch_1x1: Have the conv_1x1 branch; RepVGG, which has one of its own, does without.
+        negative_slope: ``a`` of the kaiming-uniform draw; 1 in OREPA-RepVGG.
+        generator: Source of the initial draw.
+
+    Raises:
+        ValueError: For an even or 1x1 kernel, a padding mode other than zeros, or channels that the groups do not
+            divide.
+    """
+
+    row_branch: Tensor
+    filters: Tensor
+
+    def __init__(
+            self,
+            in_channels: int,
+            out_channels: int,
+            kernel_size: Union[int, Tuple[int, int]],
+            stride: Union[int, Tuple[int, int]] = 1,
+            padding: Union[str, int, Tuple[int, int]] = 0,
+            dilation: Union[int, Tuple[int, int]] = 1,
+            groups: int = 1,
+            bias: bool = True,
+            padding_mode: str = 'zeros',
+            branch_1x1: bool = True,
+            negative_slope: float = 0.0,
+            generator: Optional[torch.Generator] = None,
+            device: Any = None,
+            dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode, device=device)
+        if self.kernel_size == (1, 1):
+            raise ValueError('OrepaConv2d needs a kernel larger than 1x1; use OrepaPointwiseConv2d for 1x1')
+        self.branch_names: Tuple[str, ...] = tuple(n for n in KXK_SCALE if branch_1x1 or n != 'conv_1x1')
+        self.negative_slope = negative_slope
+        in_per_group = in_channels // groups
+        taps = self.kernel_size[0] * self.kernel_size[1]
+        inner_ratio = 1 if groups <= MAX_GROUPS_SINGLE_WIDTH else 2
+        fixed = len(self.branch_names) - 3
+        self._entries: Dict[str, int] = {name: 1 for name in self.branch_names}  # columns of `branches`, in order
+        self._entries.update(origin=taps, separable=SEPARABLE_EXPANSION, sequential=inner_ratio * taps)
+
+        dd = dict(device=device, dtype=dtype)
+        self.branches = nn.Parameter(torch.empty(out_channels, in_per_group, sum(self._entries.values()), **dd))
+        self.seq_1x1 = nn.Parameter(torch.empty(inner_ratio * in_channels, in_per_group, 1, 1, **dd))
+        self.dw_conv = nn.Parameter(torch.empty(SEPARABLE_EXPANSION * in_channels, 1, *self.kernel_size, **dd))
+        self.scale = nn.Parameter(torch.empty(len(self.branch_names), out_channels, **dd))
+        self._init_bias(bias, device, dtype)
+        self.register_buffer('row_branch', torch.empty(
+            2, len(self.branch_names), self.branches.shape[2], **dd), persistent=False)
+        self.register_buffer('filters', torch.empty(out_channels, taps + fixed, taps, **dd), persistent=False)
+        self.init_non_persistent_buffers()
+        self.reset_parameters(generator)
+
+    def _own_kwargs(self) -> Dict[str, Any]:
+        return dict(
+            super()._own_kwargs(),
+            branch_1x1='conv_1x1' in self.branch_names,
+            negative_slope=self.negative_slope,
+        )
+
+    def branch_views(self) -> Dict[str, Tensor]:
+        """The parts of ``branches`` by name, as views that share its memory.
+
+        Returns:
+            ``origin (o, i/g, kh, kw)``, ``average``, ``prior`` and ``conv_1x1 (o, i/g)``,
+            ``separable (o, i/g, e)``, ``sequential (o, i/g, m, kh, kw)`` with ``t = m * i``.
+        """
+        parts = dict(zip(self.branch_names, self.branches.split(list(self._entries.values()), dim=2)))
+        views = {name: part.squeeze(2) for name, part in parts.items()}
+        views['origin'] = parts['origin'].unflatten(2, self.kernel_size)
+        views['sequential'] = parts['sequential'].unflatten(2, (-1, *self.kernel_size))
+        return views
+
+    @torch.no_grad()
+    def branch_kernels(self) -> Dict[str, Tensor]:
+        """The kernel that each branch adds to the sum, with its scale and the attach rate.
+
+        Returns:
+            A kernel ``(o, i/g, kh, kw)`` for each branch; they add up to :meth:`compose_weight`.
+        """
+        kernels_of: Dict[str, Tensor] = {}
+        gains = spread_scale(self.scale.to(self.filters.dtype), self.attach_rate.to(self.filters.dtype), self.row_branch)
+        start = 0
+        for name, entries in self._entries.items():
+            only = torch.zeros_like(gains)
+            only[:, start:start + entries] = gains[:, start:start + entries]
+            start += entries
+            parameters = (p.to(self.filters.dtype) for p in (self.branches, self.seq_1x1, self.dw_conv))
+            branches, seq_1x1, dw_conv = parameters
+            kernels_of[name] = compose_orepa_plain(branches, only, seq_1x1, dw_conv, self.filters, self.groups)
+        return kernels_of
+
+    def init_non_persistent_buffers(self) -> None:
+        """Compute the constants: which branch each entry belongs to, and the fixed filters; float32 or float64."""
+        device = self.branches.device
+        dtype = torch.float64 if self.branches.dtype == torch.float64 else torch.float32
+        if device.type == 'meta':
+            self.row_branch = torch.empty_like(self.row_branch, dtype=dtype, device=device)
+            self.filters = torch.empty_like(self.filters, dtype=dtype, device=device)
+            return
+        # On the CPU in float64, whatever default device or dtype is in force.
+        dd = dict(device=torch.device('cpu'), dtype=torch.float64)
+        height, width = self.kernel_size
+        size = (height, width)
+        taps = height * width
+        fixed_filters = dict(
+            average=kernels.average_kernel(size, **dd).expand(self.out_channels, -1, -1, -1),
+            prior=kernels.frequency_prior(self.out_channels, size, **dd),
+            conv_1x1=kernels.grouped_identity(self.out_channels, self.out_channels, size, **dd),
+        )
+        rows = [torch.eye(taps, **dd).expand(self.out_channels, taps, taps)]
+        rows += [f.reshape(-1, 1, taps) for name, f in fixed_filters.items() if name in self.branch_names]
+        lengths = torch.tensor(list(self._entries.values()), device='cpu')
+        branch_of_entry = torch.arange(len(lengths), device='cpu').repeat_interleave(lengths)
+        one_hot = torch.nn.functional.one_hot(branch_of_entry, len(lengths)).t().to(torch.float64)
+        origin = one_hot.clone()
+        origin[1:] = 0
+        self.row_branch = torch.stack([origin, one_hot - origin]).to(device=device, dtype=dtype)
+        self.filters = torch.cat(rows, dim=1).to(device=device, dtype=dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> 'OrepaConv2d':
+        # The constants keep full precision through a change of dtype, and get their values after to_empty().
+        super()._apply(fn, recurse)
+        self.init_non_persistent_buffers()
+        return self
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: Optional[torch.Generator] = None) -> None:
+        """Draw all branches afresh: kaiming-uniform kernels, the paper's scales.
+
+        Args:
+            generator: Source of the draw.
+        """
+        fan_in = self.in_channels // self.groups * self.kernel_size[0] * self.kernel_size[1]
+        kaiming_uniform_(self.branch_views()['origin'], fan_in, self.negative_slope, generator)
+        self.scale[0].fill_(KXK_SCALE['origin'])
+        self.redraw_side_branches_(generator)
+        self._reset_bias(generator)
+
+    @torch.no_grad()
+    def redraw_side_branches_(self, generator: Optional[torch.Generator] = None) -> None:
+        """Draw all branches but the origin afresh, kernels and scales.
+
+        Args:
+            generator: Source of the draw.
+        """
+        in_per_group = self.in_channels // self.groups
+        taps = self.kernel_size[0] * self.kernel_size[1]
+        views = self.branch_views()
+        fan_in = dict(
+            average=in_per_group,
+            prior=in_per_group,
+            conv_1x1=in_per_group,
+            separable=in_per_group * SEPARABLE_EXPANSION,
+            sequential=self.seq_1x1.shape[0] // self.groups * taps,
+        )
+        for row, name in enumerate(self.branch_names):
+            if name != 'origin':
+                kaiming_uniform_(views[name], fan_in[name], self.negative_slope, generator)
+                self.scale[row].fill_(KXK_SCALE[name])
+        kaiming_uniform_(self.dw_conv, taps, self.negative_slope, generator)
+        self.seq_1x1.zero_()
+
+    @torch.no_grad()
+    def clear_origin_(self) -> Tensor:
+        origin = self.branch_views()['origin']
+        origin.zero_()
+        self.scale[0].fill_(1.0)
+        return origin
+
+    def _compose(self, channels_last: bool) -> Tensor:
+        if torch.jit.is_scripting():
+            gains = spread_scale(self.scale, self.attach_rate.to(self.scale.dtype), self.row_branch)
+            return compose_orepa_plain(
+                self.branches, gains, self.seq_1x1, self.dw_conv, self.filters, self.groups)
+        return _compose_kxk(
+            self.branches,
+            self.seq_1x1,
+            self.dw_conv,
+            self.scale,
+            self.attach_rate,
+            self.row_branch,
+            self.filters,
+            self.groups,
+            channels_last,
+        )
+
+
+@register_notrace_module
+class OrepaPointwiseConv2d(LinearRepLayer):
+    """OREPA's Rep-1x1 for 1x1 convolutions, without the norm: a 1x1 beside a sequence of two 1x1.
+
+    The smaller side of the sequence is square and starts as the identity: the first factor if ``o > i``, else the
+    second. Scales start at 1 for the origin and 0.5 for the sequence; kernels are kaiming-uniform with ``a = 1``.
+
+    Source: OREPA, Rep-1x1; initial values from the official ``blocks.py``.
+
+    Args:
+        in_channels: Input channels ``i``.
+        out_channels: Output channels ``o``.
+        kernel_size: Only 1.
+        stride: Stride of the convolution.
+        padding: Zero padding in pixels, or ``'same'`` / ``'valid'``.
+        dilation: Has no effect on a 1x1; kept for the look of a convolution.
+        groups: Number of groups ``g``.
+        bias: Add a learnable bias.
+        padding_mode: Only ``'zeros'``.
+        generator: Source of the initial draw.
+
+    Raises:
+        ValueError: For another kernel size, a padding mode other than zeros, or channels that the groups do not
+            divide.
+    """
+
+    branch_names = tuple(POINTWISE_SCALE)
+
+    def __init__(
+            self,
+            in_channels: int,
+            out_channels: int,
+            kernel_size: Union[int, Tuple[int, int]] = 1,
+            stride: Union[int, Tuple[int, int]] = 1,
+            padding: Union[str, int, Tuple[int, int]] = 0,
+            dilation: Union[int, Tuple[int, int]] = 1,
+            groups: int = 1,
+            bias: bool = True,
+            padding_mode: str = 'zeros',
+            generator: Optional[torch.Generator] = None,
+            device: Any = None,
+            dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode, device=device)
+        if self.kernel_size != (1, 1):
+            raise ValueError(f'OrepaPointwiseConv2d is a 1x1 convolution, got kernel_size {self.kernel_size}')
+        in_per_group = in_channels // groups
+        inner = min(in_channels, out_channels)
+        dd = dict(device=device, dtype=dtype)
+        self.conv_1x1 = nn.Parameter(torch.empty(out_channels, in_per_group, 1, 1, **dd))
+        self.seq_first = nn.Parameter(torch.empty(inner, in_per_group, 1, 1, **dd))
+        self.seq_second = nn.Parameter(torch.empty(out_channels, inner // groups, 1, 1, **dd))
+        self.scale = nn.Parameter(torch.empty(len(self.branch_names), out_channels, **dd))
+        self._init_bias(bias, device, dtype)
+        self.reset_parameters(generator)
+
+    @torch.no_grad()
+    def branch_kernels(self) -> Dict[str, Tensor]:
+        """The kernel that each branch adds to the sum, with its scale and the attach rate.
+
+        Returns:
+            A kernel ``(o, i/g, 1, 1)`` for each branch; they add up to :meth:`compose_weight`.
+        """
+        origin = self.conv_1x1 * self.scale[0].view(-1, 1, 1, 1)
+        return dict(origin=origin, sequential=self.compose_weight() - origin)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: Optional[torch.Generator] = None) -> None:
+        """Draw all branches afresh: kaiming-uniform kernels, one identity factor, the paper's scales.
+
+        Args:
+            generator: Source of the draw.
+        """
+        kaiming_uniform_(self.conv_1x1, self.in_channels // self.groups, 1.0, generator)
+        self.scale[0].fill_(POINTWISE_SCALE['origin'])
+        self.redraw_side_branches_(generator)
+        self._reset_bias(generator)
+
+    @torch.no_grad()
+    def redraw_side_branches_(self, generator: Optional[torch.Generator] = None) -> None:
+        """Draw the sequence of two 1x1 afresh, kernels and scale.
+
+        Args:
+            generator: Source of the draw.
+        """
+        square, drawn = self.seq_second, self.seq_first
+        if self.out_channels > self.in_channels:
+            square, drawn = drawn, square
+        identity = kernels.grouped_identity(square.shape[0], self.groups, device=square.device, dtype=square.dtype)
+        square.copy_(identity)
+        kaiming_uniform_(drawn, drawn.shape[1], 1.0, generator)
+        self.scale[1].fill_(POINTWISE_SCALE['sequential'])
+
+    @torch.no_grad()
+    def clear_origin_(self) -> Tensor:
+        self.conv_1x1.zero_()
+        self.scale[0].fill_(1.0)
+        return self.conv_1x1
+
+    def _compose(self, channels_last: bool) -> Tensor:
+        if torch.jit.is_scripting():
+            return compose_pointwise_plain(
+                self.conv_1x1, self.seq_first, self.seq_second, self.scale, self.attach_rate, self.groups)
+        return _compose_1x1(
+            self.conv_1x1, self.seq_first, self.seq_second, self.scale, self.attach_rate, self.groups)
+
+
+@register_notrace_module
+class OrepaStemConv2d(LinearRepLayer):
+    """OREPA's linear deep stem: a large kernel squeezed from a stack of 3x3 OREPA blocks, ``i -> o -> ... -> o``.
+
+    The squeezed kernel is exactly the stack's: outputs agree wherever no border padding is touched (the stack would
+    pad between its layers, the squeezed kernel pads once). The official code composes by cross-correlation, without
+    the flip; :func:`timm_rep.load_official_checkpoint` accounts for it.
+
+    A stack cannot represent every kernel, so restoring an arbitrary one needs a part beside it: ``kernel_offset``, a
+    constant that is zero unless :meth:`restore_` was called. It takes the origin branch's place; the whole stack is
+    the side branch that the attach rate multiplies.
+
+    Source: OREPA, linear deep stem.
+
+    Args:
+        in_channels: Input channels ``i``.
+        out_channels: Output channels ``o``, also the stack's inner width.
+        kernel_size: Odd and square, at least 5; 7 needs a stack of three.
+        stride: Stride of the squeezed convolution.
+        padding: Zero padding in pixels, or ``'same'`` / ``'valid'``.
+        dilation: Dilation of the squeezed kernel.
+        groups: Only 1.
+        bias: Add a learnable bias.
+        padding_mode: Only ``'zeros'``.
+        generator: Source of the initial draw.
+
+    Raises:
+        ValueError: For a kernel that is not square, odd and at least 5x5, groups, or a padding mode other than zeros.
+    """
+
+    kernel_offset: Tensor
+
+    def __init__(
+            self,
+            in_channels: int,
+            out_channels: int,
+            kernel_size: Union[int, Tuple[int, int]] = 7,
+            stride: Union[int, Tuple[int, int]] = 1,
+            padding: Union[str, int, Tuple[int, int]] = 0,
+            dilation: Union[int, Tuple[int, int]] = 1,
+            groups: int = 1,
+            bias: bool = True,
+            padding_mode: str = 'zeros',
+            generator: Optional[torch.Generator] = None,
+            device: Any = None,
+            dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode, device=device)
+        height, width = self.kernel_size
+        if height != width or height < 5:
+            raise ValueError(f'OrepaStemConv2d needs a square kernel of at least 5x5, got {self.kernel_size}')
+        if groups != 1:
+            raise ValueError(f'OrepaStemConv2d supports groups=1, got {groups}')
+        dd: Dict[str, Any] = dict(device=device, dtype=dtype)
+        depth = (height - 1) // 2
+        self.stack = nn.ModuleList([
+            OrepaConv2d(in_channels if n == 0 else out_channels, out_channels, 3, bias=False, generator=generator, **dd)
+            for n in range(depth)
+        ])
+        self.register_buffer('kernel_offset', torch.zeros(self.weight_shape, **dd))
+        self._init_bias(bias, device, dtype)
+        self._reset_bias(generator)
+
+    @torch.no_grad()
+    def branch_kernels(self) -> Dict[str, Tensor]:
+        """The kernels that the offset and the stack add to the sum.
+
+        Returns:
+            Kernels ``(o, i, kh, kw)`` that add up to :meth:`compose_weight`.
+        """
+        return dict(origin=self.kernel_offset.clone(), stack=self.compose_weight() - self.kernel_offset)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: Optional[torch.Generator] = None) -> None:
+        """Draw the whole stack afresh and clear the offset.
+
+        Args:
+            generator: Source of the draw.
+        """
+        self.redraw_side_branches_(generator)
+        self.kernel_offset.zero_()
+        self._reset_bias(generator)
+
+    @torch.no_grad()
+    def redraw_side_branches_(self, generator: Optional[torch.Generator] = None) -> None:
+        """Draw the whole stack afresh.
+
+        Args:
+            generator: Source of the draw.
+        """
+        for layer in self.stack:
+            layer.reset_parameters(generator)
+
+    @torch.no_grad()
+    def clear_origin_(self) -> Tensor:
+        return self.kernel_offset.zero_()
+
+    def _compose(self, channels_last: bool) -> Tensor:
+        composed: List[Tensor] = []
+        for layer in self.stack:
+            composed.append(layer._compose(False))
+        if torch.jit.is_scripting():
+            return _squeeze_stack(composed, self.kernel_offset, self.attach_rate)
+        return _squeeze_stack_eager(composed, self.kernel_offset, self.attach_rate)

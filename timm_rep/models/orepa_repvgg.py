@@ -1,0 +1,167 @@
+"""OREPA-RepVGG: timm's RepVGG with an OREPA layer in place of the convolution of every 3x3 branch.
+
+RepVGG keeps its three branches and their norms, so the OREPA layer has no 1x1 branch of its own and starts
+kaiming-uniform with ``a = 1``. The norms start at weight one and bias zero as in the official code, where timm's RepVGG
+draws them from N(0.1, 0.1).
+
+`Online Convolutional Re-parameterization` - https://arxiv.org/abs/2204.00826 (CVPR 2022)
+`RepVGG: Making VGG-style ConvNets Great Again` - https://arxiv.org/abs/2101.03697
+"""
+from typing import Any
+
+import torch.nn as nn
+from timm.models import ByobNet, ByoModelCfg, build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.byobnet import RepVggBlock
+from timm.models.byobnet import model_cfgs as byobnet_cfgs
+
+from ..checkpoints import checkpoint_filter_fn
+from ..surgery import expand_fresh_
+from .stock import build_repvgg, imagenet_cfg, repvgg_cifar_cfg, small_image_cfg
+
+__all__ = []  # model entry points are added by register_model
+
+# Depths and width factors of the variants (RepVGG, Table 2).
+CIFAR_CFGS = dict(
+    repvgg_a0_cifar=repvgg_cifar_cfg((2, 4, 14, 1), (0.75, 0.75, 0.75, 2.5)),
+    repvgg_a1_cifar=repvgg_cifar_cfg((2, 4, 14, 1), (1.0, 1.0, 1.0, 2.5)),
+    repvgg_a2_cifar=repvgg_cifar_cfg((2, 4, 14, 1), (1.5, 1.5, 1.5, 2.75)),
+    repvgg_b0_cifar=repvgg_cifar_cfg((4, 6, 16, 1), (1.0, 1.0, 1.0, 2.5)),
+)
+
+
+def _build_orepa_repvgg(cfg: ByoModelCfg, inference_mode: bool = False, **kwargs: Any) -> ByobNet:
+    model = build_repvgg(cfg, **kwargs)
+    if inference_mode:
+        return model
+    for block in model.modules():
+        if isinstance(block, RepVggBlock):
+            for norm in block.modules():
+                if isinstance(norm, nn.BatchNorm2d):
+                    norm.reset_parameters()
+    return expand_fresh_(model, 'orepa')
+
+
+def _create_orepa_repvgg(variant: str, pretrained: bool = False, **kwargs: Any) -> ByobNet:
+    stock = variant[len('orepa_'):]
+    small_images = stock in CIFAR_CFGS
+    feature_cfg = dict(flatten_sequential=True)
+    if small_images:  # fewer reductions than timm's default of five
+        feature_cfg['out_indices'] = (0, 1, 2)
+    return build_model_with_cfg(
+        _build_orepa_repvgg,
+        variant,
+        pretrained,
+        model_cfg=CIFAR_CFGS[stock] if small_images else byobnet_cfgs[stock],
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=feature_cfg,
+        **dict(dict(small_images=small_images), **kwargs),
+    )
+
+
+default_cfgs = generate_default_cfgs({
+    'orepa_repvgg_a0': imagenet_cfg(classifier='head.fc'),
+    'orepa_repvgg_a1': imagenet_cfg(classifier='head.fc'),
+    'orepa_repvgg_a2': imagenet_cfg(classifier='head.fc'),
+    'orepa_repvgg_b0': imagenet_cfg(classifier='head.fc'),
+    'orepa_repvgg_b1': imagenet_cfg(classifier='head.fc'),
+    'orepa_repvgg_b1g4': imagenet_cfg(classifier='head.fc'),
+    'orepa_repvgg_b2': imagenet_cfg(classifier='head.fc'),
+    'orepa_repvgg_b2g4': imagenet_cfg(classifier='head.fc'),
+    'orepa_repvgg_b3': imagenet_cfg(classifier='head.fc'),
+    'orepa_repvgg_b3g4': imagenet_cfg(classifier='head.fc'),
+    'orepa_repvgg_d2se': imagenet_cfg(classifier='head.fc', input_size=(3, 320, 320), pool_size=(10, 10), crop_pct=1.0),
+    'orepa_repvgg_a0_cifar': small_image_cfg(classifier='head.fc', pool_size=(8, 8)),
+    'orepa_repvgg_a1_cifar': small_image_cfg(classifier='head.fc', pool_size=(8, 8)),
+    'orepa_repvgg_a2_cifar': small_image_cfg(classifier='head.fc', pool_size=(8, 8)),
+    'orepa_repvgg_b0_cifar': small_image_cfg(classifier='head.fc', pool_size=(8, 8)),
+})
+
+
+@register_model
+def orepa_repvgg_a0(pretrained: bool = False, **kwargs: Any) -> ByobNet:
+    """OREPA-RepVGG-A0."""
+    return _create_orepa_repvgg('orepa_repvgg_a0', pretrained, **kwargs)
+
+
+@register_model
+def orepa_repvgg_a1(pretrained: bool = False, **kwargs: Any) -> ByobNet:
+    """OREPA-RepVGG-A1."""
+    return _create_orepa_repvgg('orepa_repvgg_a1', pretrained, **kwargs)
+
+
+@register_model
+def orepa_repvgg_a2(pretrained: bool = False, **kwargs: Any) -> ByobNet:
+    """OREPA-RepVGG-A2."""
+    return _create_orepa_repvgg('orepa_repvgg_a2', pretrained, **kwargs)
+
+
+@register_model
+def orepa_repvgg_b0(pretrained: bool = False, **kwargs: Any) -> ByobNet:
+    """OREPA-RepVGG-B0."""
+    return _create_orepa_repvgg('orepa_repvgg_b0', pretrained, **kwargs)
+
+
+@register_model
+def orepa_repvgg_b1(pretrained: bool = False, **kwargs: Any) -> ByobNet:
+    """OREPA-RepVGG-B1."""
+    return _create_orepa_repvgg('orepa_repvgg_b1', pretrained, **kwargs)
+
+
+@register_model
+def orepa_repvgg_b1g4(pretrained: bool = False, **kwargs: Any) -> ByobNet:
+    """OREPA-RepVGG-B1G4."""
+    return _create_orepa_repvgg('orepa_repvgg_b1g4', pretrained, **kwargs)
+
+
+@register_model
+def orepa_repvgg_b2(pretrained: bool = False, **kwargs: Any) -> ByobNet:
+    """OREPA-RepVGG-B2."""
+    return _create_orepa_repvgg('orepa_repvgg_b2', pretrained, **kwargs)
+
+
+@register_model
+def orepa_repvgg_b2g4(pretrained: bool = False, **kwargs: Any) -> ByobNet:
+    """OREPA-RepVGG-B2G4."""
+    return _create_orepa_repvgg('orepa_repvgg_b2g4', pretrained, **kwargs)
+
+
+@register_model
+def orepa_repvgg_b3(pretrained: bool = False, **kwargs: Any) -> ByobNet:
+    """OREPA-RepVGG-B3."""
+    return _create_orepa_repvgg('orepa_repvgg_b3', pretrained, **kwargs)
+
+
+@register_model
+def orepa_repvgg_b3g4(pretrained: bool = False, **kwargs: Any) -> ByobNet:
+    """OREPA-RepVGG-B3G4."""
+    return _create_orepa_repvgg('orepa_repvgg_b3g4', pretrained, **kwargs)
+
+
+@register_model
+def orepa_repvgg_d2se(pretrained: bool = False, **kwargs: Any) -> ByobNet:
+    """OREPA-RepVGG-D2se."""
+    return _create_orepa_repvgg('orepa_repvgg_d2se', pretrained, **kwargs)
+
+
+@register_model
+def orepa_repvgg_a0_cifar(pretrained: bool = False, **kwargs: Any) -> ByobNet:
+    """OREPA-RepVGG-A0 for small images."""
+    return _create_orepa_repvgg('orepa_repvgg_a0_cifar', pretrained, **kwargs)
+
+
+@register_model
+def orepa_repvgg_a1_cifar(pretrained: bool = False, **kwargs: Any) -> ByobNet:
+    """OREPA-RepVGG-A1 for small images."""
+    return _create_orepa_repvgg('orepa_repvgg_a1_cifar', pretrained, **kwargs)
+
+
+@register_model
+def orepa_repvgg_a2_cifar(pretrained: bool = False, **kwargs: Any) -> ByobNet:
+    """OREPA-RepVGG-A2 for small images."""
+    return _create_orepa_repvgg('orepa_repvgg_a2_cifar', pretrained, **kwargs)
+
+
+@register_model
+def orepa_repvgg_b0_cifar(pretrained: bool = False, **kwargs: Any) -> ByobNet:
+    """OREPA-RepVGG-B0 for small images."""
+    return _create_orepa_repvgg('orepa_repvgg_b0_cifar', pretrained, **kwargs)

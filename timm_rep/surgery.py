@@ -1,0 +1,304 @@
+"""The one module walker: put rep layers into a model, and take them out again."""
+import copy
+import fnmatch
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Type, Union
+
+import timm
+import torch
+import torch.nn as nn
+from timm.models.byobnet import RepVggBlock
+from timm.models.resnet import BasicBlock
+
+from .layers import (
+    BranchedRepLayer,
+    DiverseBranchConv2d,
+    LinearRepLayer,
+    OrepaConv2d,
+    OrepaPointwiseConv2d,
+    OrepaStemConv2d,
+    RepLayer,
+)
+
+__all__ = ['FoldedNorm', 'LAYERS', 'Select', 'expand', 'expand_fresh_', 'fuse', 'next_sibling', 'rep_layers', 'set_attach_rate', 'stock_architecture']
+
+LAYERS = ('orepa', 'dbb')
+# Kernels of this size and larger become a stack of 3x3 blocks in ungrouped stems (official code).
+STEM_KERNEL_SIZE = 7
+# Prefixes of our architectures whose stock form is the timm architecture named behind it.
+TRAINING_PREFIXES = ('orepa_', 'dbb_')
+
+Select = Union[None, Callable[[str, nn.Conv2d], bool], Iterable[str]]
+
+
+class FoldedNorm(nn.Identity):
+    """Keeps the place of a batch norm that went into the branched layer before it."""
+
+
+def rep_layers(model: nn.Module) -> Iterator[Tuple[str, RepLayer]]:
+    """Walk over the rep layers of a model; the blocks inside a stem's stack are part of the stem.
+
+    Args:
+        model: Any module.
+
+    Yields:
+        Name and layer, in the model's order; a shared layer once.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, RepLayer):
+            parents = name.split('.')
+            inside = any(
+                isinstance(model.get_submodule('.'.join(parents[:n])), RepLayer) for n in range(len(parents)))
+            if not inside or name == '':
+                yield name, module
+
+
+def set_attach_rate(model: nn.Module, rate: float) -> None:
+    """Set the attach rate of every rep layer.
+
+    Args:
+        model: Model with rep layers.
+        rate: Factor of the side branches, in [0, 1].
+
+    Raises:
+        ValueError: For a rate outside [0, 1].
+    """
+    for _, layer in rep_layers(model):
+        layer.set_attach_rate_(rate)
+
+
+def stock_architecture(architecture: str) -> str:
+    """Name of the timm architecture that a fused model of ours is.
+
+    Args:
+        architecture: Name of a registered architecture.
+
+    Returns:
+        The name without our prefix if timm has that architecture, else the name itself.
+    """
+    for prefix in TRAINING_PREFIXES:
+        if architecture.startswith(prefix) and timm.is_model(architecture[len(prefix):]):
+            return architecture[len(prefix):]
+    return architecture
+
+
+def _parent(model: nn.Module, name: str) -> Tuple[nn.Module, str]:
+    parent, _, child = name.rpartition('.')
+    return model.get_submodule(parent), child
+
+
+def next_sibling(model: nn.Module, name: str) -> Tuple[str, Optional[nn.Module]]:
+    parent_name, _, child = name.rpartition('.')
+    siblings = list(model.get_submodule(parent_name).named_children())
+    position = [sibling for sibling, _ in siblings].index(child) + 1
+    if position >= len(siblings):
+        return '', None
+    sibling, module = siblings[position]
+    return f'{parent_name}.{sibling}' if parent_name else sibling, module
+
+
+def norm_behind(model: nn.Module, name: str, channels: int) -> Tuple[str, Optional[nn.BatchNorm2d]]:
+    norm_name, norm = next_sibling(model, name)
+    if isinstance(norm, nn.BatchNorm2d) and norm.num_features == channels:
+        return norm_name, norm
+    return '', None
+
+
+def _ancestors(model: nn.Module, name: str) -> List[nn.Module]:
+    parents = name.split('.')[:-1]
+    return [model.get_submodule('.'.join(parents[:n])) for n in range(len(parents) + 1)]
+
+
+def _orepa_layer(model: nn.Module, name: str, conv: nn.Conv2d) -> Tuple[Type[LinearRepLayer], Dict[str, Any]]:
+    if any(isinstance(module, RepVggBlock) for module in _ancestors(model, name)) and conv.kernel_size != (1, 1):
+        return OrepaConv2d, dict(branch_1x1=False, negative_slope=1.0)
+    height, width = conv.kernel_size
+    if conv.kernel_size == (1, 1):
+        return OrepaPointwiseConv2d, {}
+    if height == width and height >= STEM_KERNEL_SIZE and conv.groups == 1:
+        return OrepaStemConv2d, {}
+    return OrepaConv2d, {}
+
+
+def _select_orepa(model: nn.Module, name: str, conv: nn.Conv2d) -> bool:
+    """OREPA's policy: convolutions with a batch norm behind them; of a RepVGG block only the KxK branch; BasicBlock
+    shortcuts stay plain."""
+    if norm_behind(model, name, conv.out_channels)[1] is None:
+        return False
+    if any(isinstance(module, RepVggBlock) for module in _ancestors(model, name)):
+        return name.endswith('conv_kxk.conv')
+    if any(isinstance(module, BasicBlock) for module in _ancestors(model, name)):
+        return 'downsample' not in name.split('.')
+    return True
+
+
+def _select_dbb(model: nn.Module, name: str, conv: nn.Conv2d) -> bool:
+    """DBB's policy: 3x3 to 5x5 convolutions with a plain batch norm behind them."""
+    norm = norm_behind(model, name, conv.out_channels)[1]
+    return type(norm) is nn.BatchNorm2d and 1 < max(conv.kernel_size) < STEM_KERNEL_SIZE
+
+
+def _supported(conv: nn.Conv2d) -> bool:
+    return conv.padding_mode == 'zeros' and all(size % 2 for size in conv.kernel_size)
+
+
+def _selected(model: nn.Module, layer: str, select: Select) -> Dict[str, nn.Conv2d]:
+    convs = {name: module for name, module in model.named_modules(remove_duplicate=False) if type(module) is nn.Conv2d}
+    if select is None:
+        policy = _select_orepa if layer == 'orepa' else _select_dbb
+        return {name: conv for name, conv in convs.items() if _supported(conv) and policy(model, name, conv)}
+    if callable(select):
+        return {name: conv for name, conv in convs.items() if select(name, conv)}
+    patterns = [select] if isinstance(select, str) else list(select)
+    for pattern in patterns:
+        if not fnmatch.filter(convs, pattern):
+            raise ValueError(f'select: no nn.Conv2d of {type(model).__name__} matches {pattern!r}')
+    return {name: conv for name, conv in convs.items() if any(fnmatch.fnmatch(name, p) for p in patterns)}
+
+
+def expand(
+        model: nn.Module,
+        layer: str = 'orepa',
+        *,
+        select: Select = None,
+        generator: Optional[torch.Generator] = None,
+        inplace: bool = False,
+) -> nn.Module:
+    """Swap plain convolutions for rep layers with the same function.
+
+    The outputs stay the same: in eval mode for all layers, in training mode too for linear ones (``'orepa'``).
+
+    Args:
+        model: Any CNN.
+        layer: ``'orepa'`` (KxK, 1x1 or stem layer, as the kernel asks for) or ``'dbb'``.
+        select: Which convolutions: a function of name and convolution, or names with wildcards. By default those with
+            a batch norm right behind them: for ``'orepa'`` all sizes, but of a RepVGG block only the KxK branch and not
+            the shortcuts of a ResNet BasicBlock; for ``'dbb'`` 3x3 and 5x5.
+        generator: Source of the side branches' draw.
+        inplace: Change the model itself instead of a copy.
+
+    Returns:
+        The model with rep layers.
+
+    Raises:
+        ValueError: For an unknown layer, if nothing is selected, or if a selected convolution is not supported. The
+            model is then unchanged.
+    """
+    return _swap(model, layer, select, generator, inplace, same_function=True)
+
+
+def expand_fresh_(model: nn.Module, layer: str, generator: Optional[torch.Generator] = None) -> nn.Module:
+    """Swap the convolutions of a new model for freshly drawn rep layers, in place: the start of a training.
+
+    Args:
+        model: Newly built stock model.
+        layer: ``'orepa'`` or ``'dbb'``.
+        generator: Source of the draw.
+
+    Returns:
+        The model.
+    """
+    return _swap(model, layer, None, generator, inplace=True, same_function=False)
+
+
+def _swap(
+        model: nn.Module,
+        layer: str,
+        select: Select,
+        generator: Optional[torch.Generator],
+        inplace: bool,
+        same_function: bool,
+) -> nn.Module:
+    if layer not in LAYERS:
+        raise ValueError(f'unknown layer {layer!r}; allowed are {", ".join(map(repr, LAYERS))}')
+    selected = _selected(model, layer, select)
+    if not selected:
+        raise ValueError(f'no convolution of {type(model).__name__} to expand with {layer!r}')
+    if '' in selected:
+        raise ValueError("expand needs a model around the convolution; for one alone use the layer's from_conv()")
+
+    # Build all layers before the first is put in, so that an error leaves the model as it was.
+    built: Dict[int, RepLayer] = {}
+    folded: List[str] = []
+    for name, conv in selected.items():
+        layer_cls: Type[RepLayer]
+        if layer == 'dbb':
+            norm_name, norm = norm_behind(model, name, conv.out_channels)
+            if type(norm) is not nn.BatchNorm2d:
+                raise ValueError(f"'dbb' needs a plain BatchNorm2d right behind the convolution; {name} has none")
+            if conv.bias is not None:
+                raise ValueError(f"'dbb' needs a convolution without bias; {name} has one")
+            folded.append(norm_name)
+            layer_cls, kwargs = DiverseBranchConv2d, dict(norm=norm)
+        else:
+            layer_cls, kwargs = _orepa_layer(model, name, conv)
+        if id(conv) not in built:
+            build = layer_cls.from_conv if same_function else layer_cls.for_conv
+            try:
+                built[id(conv)] = build(conv, generator=generator, **kwargs)
+            except ValueError as e:
+                raise ValueError(f'cannot expand {name}: {e}') from None
+    replacements = {name: built[id(conv)] for name, conv in selected.items()}
+
+    if not inplace:
+        model = copy.deepcopy(model)
+    for name, new_layer in replacements.items():
+        setattr(*_parent(model, name), new_layer)
+    for name in folded:
+        setattr(*_parent(model, name), FoldedNorm())
+    return model
+
+
+def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """Turn a rep model into its stock form: plain convolutions, live norms, the module tree and keys of timm's model.
+
+    To fold the norms (and RepVGG's branches) too, call ``timm.utils.reparameterize_model`` on the result.
+
+    Args:
+        model: Model with rep layers; without any, it comes back unchanged.
+        inplace: Change the model itself instead of a copy.
+
+    Returns:
+        The fused model. If its architecture is one of ours with a stock counterpart, its ``pretrained_cfg`` names that.
+
+    Raises:
+        RuntimeError: For layers with norms in their branches (DBB) in training mode. The model is then unchanged.
+    """
+    replacements: Dict[str, nn.Module] = {}
+    for name, layer in rep_layers(model):
+        if name == '':
+            raise ValueError("fuse needs a model around the layer; for one alone use the layer's own fuse()")
+        if isinstance(layer, BranchedRepLayer):
+            norm_name, norm = next_sibling(model, name)
+            if isinstance(norm, FoldedNorm):
+                replacements[name], replacements[norm_name] = layer.fuse_conv_norm()
+                continue
+        replacements[name] = layer.fuse()
+    if not inplace:
+        model = copy.deepcopy(model)
+    # A shared layer is one module in several places.
+    places: Dict[int, List[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(id(module), []).append(name)
+    for name, new_module in replacements.items():
+        for place in places[id(model.get_submodule(name))]:
+            setattr(*_parent(model, place), new_module)
+    _name_stock_architecture(model)
+    return model
+
+
+def _name_stock_architecture(model: nn.Module) -> None:
+    """Let the model's own metadata, which exports and reloads go by, name what it is now."""
+    cfg = getattr(model, 'pretrained_cfg', None)
+    architecture = cfg.get('architecture', '') if isinstance(cfg, dict) else ''
+    if not isinstance(cfg, dict) or not architecture.startswith(TRAINING_PREFIXES):
+        return
+    args = {key: value for key, value in getattr(model, '_model_args', {}).items() if key != 'inference_mode'}
+    stock = stock_architecture(architecture)
+    if stock == architecture:  # timm has no such network: ours, in stock form
+        model._model_args = dict(args, inference_mode=True)
+        return
+    model._model_args = args
+    stock_cfg = timm.get_pretrained_cfg(stock)
+    first_conv = stock_cfg.first_conv if stock_cfg else cfg.get('first_conv')
+    model.pretrained_cfg = model.default_cfg = dict(cfg, architecture=stock, first_conv=first_conv)
+    model._traits = dict(getattr(model, '_traits', {}), first_conv=first_conv)

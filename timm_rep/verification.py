@@ -1,0 +1,161 @@
+"""Check that a fused model computes what its training form computes, layer by layer and end to end."""
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Callable, Iterator, List, Optional, Tuple
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from .layers import RepLayer
+from .surgery import FoldedNorm, next_sibling, rep_layers
+
+__all__ = ['Difference', 'Report', 'VerificationError', 'verify']
+
+# Largest difference allowed, relative to the largest output.
+DEFAULT_RTOL = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+class VerificationError(RuntimeError):
+    """A fused model is not the function of its training form."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Largest difference of two outputs.
+
+    Attributes:
+        name: Layer, or '' for the whole model.
+        absolute: Largest absolute difference.
+        largest: Largest absolute value of the training form's output.
+    """
+
+    name: str
+    absolute: float
+    largest: float
+
+    @property
+    def relative(self) -> float:
+        """The difference relative to the largest output."""
+        return self.absolute / self.largest if self.largest else self.absolute
+
+
+@dataclass(frozen=True)
+class Report:
+    """Outcome of :func:`verify`.
+
+    Attributes:
+        layers: Difference of every rep layer that the fused model has under the same name.
+        model: Difference of the models' outputs.
+        rtol: Tolerance relative to the largest output.
+        atol: Absolute tolerance.
+    """
+
+    layers: Tuple[Difference, ...]
+    model: Difference
+    rtol: float
+    atol: float
+
+    def __str__(self) -> str:
+        worst = max(self.layers, key=lambda d: d.relative, default=None)
+        text = f'outputs agree to {self.model.relative:.1e} of the largest (tolerance {self.rtol:.0e})'
+        if worst is not None:
+            text += f'; {len(self.layers)} rep layers agree to {worst.relative:.1e} (worst: {worst.name})'
+        return text
+
+
+@contextmanager
+def _eval_mode(*models: nn.Module) -> Iterator[None]:
+    training = [[(module, module.training) for module in model.modules()] for model in models]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for states in training:
+            for module, was_training in states:
+                module.training = was_training
+
+
+def _compare(name: str, expected: Tensor, actual: Tensor, rtol: float, atol: float) -> Difference:
+    label = f'layer {name}' if name else 'the model'
+    if expected.shape != actual.shape:
+        raise VerificationError(f'{label}: output shapes differ, {tuple(expected.shape)} and {tuple(actual.shape)}')
+    for form, tensor in (('training', expected), ('fused', actual)):
+        if not torch.isfinite(tensor).all():
+            raise VerificationError(f'{label}: the {form} form puts out non-finite values')
+    expected, actual = expected.double(), actual.double()
+    difference = Difference(name, (expected - actual).abs().max().item(), expected.abs().max().item())
+    allowed = atol + rtol * difference.largest
+    if difference.absolute > allowed:
+        raise VerificationError(
+            f'{label} is off: largest difference {difference.absolute:.3e}, allowed {allowed:.3e} '
+            f'(rtol {rtol:.0e} of the largest output {difference.largest:.3e}, atol {atol:.0e})'
+        )
+    return difference
+
+
+def _counterpart(model: nn.Module, fused: nn.Module, name: str) -> Optional[Callable[[Tensor], Tensor]]:
+    try:
+        plain = fused.get_submodule(name)
+    except AttributeError:  # folded further, e.g. RepVGG's deploy form
+        return None
+    norm_name, norm = next_sibling(model, name)
+    if isinstance(norm, FoldedNorm):
+        return nn.Sequential(plain, fused.get_submodule(norm_name))
+    return plain
+
+
+def _layer_input(layer: RepLayer, generator: torch.Generator) -> Tensor:
+    size = [max(16, d * (k - 1) + 1) for k, d in zip(layer.kernel_size, layer.dilation)]
+    x = torch.randn(2, layer.in_channels, *size, generator=generator)
+    reference = next(layer.parameters())
+    return x.to(device=reference.device, dtype=reference.dtype)
+
+
+@torch.no_grad()
+def verify(
+        model: nn.Module,
+        fused: nn.Module,
+        *,
+        inputs: Optional[Tensor] = None,
+        rtol: Optional[float] = None,
+        atol: float = 0.0,
+) -> Report:
+    """Compare a rep model with its fused form, in eval mode, layer by layer and end to end.
+
+    Args:
+        model: Model in training form.
+        fused: The same model in stock or deploy form.
+        inputs: Images ``(b, c, h, w)`` for the end-to-end check; two random ones of the model's input size if None.
+        rtol: Largest allowed difference relative to the largest output; by default 1e-10 in float64, 1e-5 in float32.
+        atol: Absolute part of the tolerance.
+
+    Returns:
+        The differences found, all within the tolerance.
+
+    Raises:
+        VerificationError: If a layer or the model is off, or an output is not finite. It names the first that is.
+        ValueError: If inputs are needed and the model does not say its input size.
+    """
+    reference = next(model.parameters())
+    if rtol is None:
+        rtol = DEFAULT_RTOL.get(reference.dtype, DEFAULT_RTOL[torch.float32])
+    generator = torch.Generator().manual_seed(0)
+    if inputs is None:
+        cfg = getattr(model, 'pretrained_cfg', None) or {}
+        if 'input_size' not in cfg:
+            raise ValueError('verify: the model has no pretrained_cfg with an input_size; pass inputs')
+        channels = getattr(model, 'in_chans', cfg['input_size'][0])
+        inputs = torch.randn(2, channels, *cfg['input_size'][1:], generator=generator)
+        inputs = inputs.to(device=reference.device, dtype=reference.dtype)
+
+    differences: List[Difference] = []
+    with _eval_mode(model, fused):
+        for name, layer in rep_layers(model):
+            counterpart = _counterpart(model, fused, name)
+            if counterpart is not None:
+                x = _layer_input(layer, generator)
+                differences.append(_compare(name, layer(x), counterpart(x), rtol, atol))
+        end_to_end = _compare('', model(inputs), fused(inputs), rtol, atol)
+    return Report(tuple(differences), end_to_end, rtol, atol)
