@@ -1,0 +1,115 @@
+"""A training loop of your own, made of timm's public parts: train any timm model on a folder of images.
+
+    python examples/own_loop.py DATA --model orepa_resnet18 --epochs 3 --output my_model
+
+DATA holds `train/CLASS/*` and `val/CLASS/*` (or `validation`, `test`). All that the plugin asks of a loop is
+`import timm_rep`, which registers its models, and `timm_rep.fuse` when the training is over.
+"""
+import argparse
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data import create_dataset, create_loader, resolve_data_config
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import AverageMeter, accuracy, random_seed
+from tqdm import tqdm
+
+import timm_rep
+
+EVAL_SPLITS = ('val', 'validation', 'test')
+
+
+def create_datasets(data):
+    """The training and the held-out images of an image folder, and the names of its classes."""
+    splits = [split for split in EVAL_SPLITS if (Path(data) / split).is_dir()]
+    if not splits or not (Path(data) / 'train').is_dir():
+        raise FileNotFoundError(f'{data} must hold the folders train and {" or ".join(EVAL_SPLITS)}')
+    train_set = create_dataset('', root=data, split='train', is_training=True)
+    classes = train_set.reader.class_to_idx
+    eval_set = create_dataset('', root=data, split=splits[0], class_map=classes)
+    return train_set, eval_set, sorted(classes, key=classes.get)
+
+
+def create_loaders(train_set, eval_set, data_config, batch_size, device, workers=0, **augmentation):
+    """timm's loaders, with timm's names for the augmentation (scale, ratio, hflip, color_jitter, auto_augment ...)."""
+    common = dict(data_config, num_workers=workers, persistent_workers=workers > 0, device=device, use_prefetcher=False)
+    batch_size = min(batch_size, len(train_set))
+    train_loader = create_loader(train_set, batch_size=batch_size, is_training=True, **common, **augmentation)
+    return train_loader, create_loader(eval_set, batch_size=batch_size, **common)
+
+
+@torch.no_grad()
+def evaluate(model, loader, device):
+    """Mean loss and top-1 accuracy in percent."""
+    model.eval()
+    losses, top1 = AverageMeter(), AverageMeter()
+    for images, targets in loader:
+        images, targets = images.to(device), targets.to(device)
+        output = model(images)
+        losses.update(F.cross_entropy(output, targets).item(), len(targets))
+        top1.update(accuracy(output, targets)[0].item(), len(targets))
+    return losses.avg, top1.avg
+
+
+def train(model, train_loader, eval_loader, device, *, epochs, lr=0.1, weight_decay=1e-4, warmup_epochs=0, opt='sgd'):
+    """Train with a cosine schedule; returns one dict of train_loss, eval_loss and eval_top1 per epoch."""
+    optimizer = create_optimizer_v2(model, opt=opt, lr=lr, momentum=0.9, weight_decay=weight_decay)
+    steps = len(train_loader)
+    scheduler, _ = create_scheduler_v2(
+        optimizer, num_epochs=epochs, warmup_epochs=warmup_epochs, step_on_epochs=False, updates_per_epoch=steps)
+    history = []
+    with tqdm(total=epochs * steps, unit='batch', dynamic_ncols=True) as progress:
+        for epoch in range(epochs):
+            model.train()
+            losses = AverageMeter()
+            for step, (images, targets) in enumerate(train_loader, start=1):
+                images, targets = images.to(device), targets.to(device)
+                loss = F.cross_entropy(model(images), targets)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                scheduler.step_update(epoch * steps + step)
+                losses.update(loss.item(), len(targets))
+                progress.update()
+            eval_loss, top1 = evaluate(model, eval_loader, device)
+            history.append(dict(train_loss=losses.avg, eval_loss=eval_loss, eval_top1=top1))
+            progress.set_description(f'epoch {epoch + 1}/{epochs}, loss {losses.avg:.3f}, top-1 {top1:.1f}%')
+    return history
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('data', help='image folder')
+    parser.add_argument('--model', default='orepa_resnet18', help='any timm model')
+    parser.add_argument('--img-size', type=int, help="side of the images in pixels; the model's own by default")
+    parser.add_argument('--epochs', type=int, default=3)
+    parser.add_argument('--batch-size', type=int, default=64)
+    parser.add_argument('--lr', type=float, default=0.05)
+    parser.add_argument('--workers', type=int, default=2)
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--output', help='folder to export the fused model to, in the format of the Hugging Face Hub')
+    args = parser.parse_args()
+
+    random_seed(args.seed)
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    train_set, eval_set, classes = create_datasets(args.data)
+    model = timm.create_model(args.model, num_classes=len(classes)).to(device)
+    data_config = resolve_data_config(dict(img_size=args.img_size), model=model)
+    train_loader, eval_loader = create_loaders(
+        train_set, eval_set, data_config, args.batch_size, device, workers=args.workers)
+    train(model, train_loader, eval_loader, device, epochs=args.epochs, lr=args.lr)
+
+    model.eval()
+    fused = timm_rep.fuse(model)  # a stock timm model from here on
+    for name, form in (('training form', model), ('fused', fused)):
+        print(f'{name}: top-1 {evaluate(form, eval_loader, device)[1]:.2f}%')
+    if args.output:
+        print('exported to', timm_rep.export_folder(
+            model, args.output, label_names=classes, data_config=data_config, dataset=Path(args.data).name))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,5 +1,6 @@
 """timm_rep: structural re-parameterization for timm. Importing it registers the models with timm."""
 from . import models
+from .hub import export_folder
 from .layers import DiverseBranchConv2d, OrepaConv2d, OrepaPointwiseConv2d, OrepaStemConv2d
 from .surgery import expand, fuse, rep_layers, set_attach_rate
 from .verification import Report, VerificationError, verify
@@ -12,6 +13,7 @@ __all__ = [
     'Report',
     'VerificationError',
     'expand',
+    'export_folder',
     'fuse',
     'models',
     'rep_layers',

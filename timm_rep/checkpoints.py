@@ -6,8 +6,8 @@ import torch.nn as nn
 from timm.models import adapt_input_conv
 from torch import Tensor
 
-from . import kernels
 from .layers import BranchedRepLayer, RepLayer
+from .layers.branched import fold_batch_norm
 from .surgery import FoldedNorm, next_sibling, rep_layers
 
 __all__ = ['checkpoint_filter_fn']
@@ -61,8 +61,7 @@ def _restore_from_stock(layer: RepLayer, weights: Dict[str, Tensor]) -> None:
         norm = layer.norm_kxk
         if 'norm_weight' in weights:
             norm.load_state_dict({key[5:]: value for key, value in weights.items() if key.startswith('norm_')})
-            weight, bias = kernels.fold_norm(
-                weight, bias, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+            weight, bias = fold_batch_norm(weight, bias, norm)
     in_per_group = layer.in_channels // layer.groups
     layer.restore_(_adapted(weight, in_per_group), bias)
 

@@ -20,7 +20,19 @@ from typing import Tuple
 import torch
 from torch import Tensor
 
-__all__ = ['compose_orepa', 'compose_orepa_plain', 'compose_pointwise', 'compose_pointwise_plain', 'spread_scale']
+__all__ = [
+    'compose_orepa',
+    'compose_orepa_plain',
+    'compose_pointwise',
+    'compose_pointwise_plain',
+    'spread_scale',
+    'without_autocast',
+]
+
+
+def without_autocast(tensor: Tensor) -> torch.autocast:
+    """Context in which products keep the dtype of their factors; the meta device has no autocast to switch off."""
+    return torch.autocast('cpu' if tensor.is_meta else tensor.device.type, enabled=False)
 
 
 def spread_scale(scale: Tensor, attach_rate: Tensor, row_branch: Tensor) -> Tensor:
@@ -197,13 +209,14 @@ class _ComposeOrepa(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        *inputs, filters = ctx.saved_tensors
-        with torch.autocast(grad.device.type, enabled=False):
+        branches, gains, seq_1x1, dw_conv, filters = ctx.saved_tensors
+        with without_autocast(grad):
             if torch.is_grad_enabled():  # the gradient itself will be differentiated
-                kernel = compose_orepa_plain(*inputs, filters, ctx.groups)
+                kernel = compose_orepa_plain(branches, gains, seq_1x1, dw_conv, filters, ctx.groups)
+                inputs = (branches, gains, seq_1x1, dw_conv)
                 grads = torch.autograd.grad(kernel, inputs, grad, create_graph=True)
             else:
-                grads = _compose_orepa_backward(grad, *inputs, filters, ctx.groups)
+                grads = _compose_orepa_backward(grad, branches, gains, seq_1x1, dw_conv, filters, ctx.groups)
         return (*grads, None, None, None)
 
 
@@ -220,7 +233,7 @@ def compose_orepa(
 
     Args:
         branches: ``(o, i/g, l)``, contiguous.
-        gains: ``(o, l)``.
+        gains: ``(o, l)``, the same for all entries of one branch, as :func:`spread_scale` gives them.
         seq_1x1: ``(t, i/g, 1, 1)``, contiguous.
         dw_conv: ``(i*e, 1, kh, kw)``, contiguous.
         filters: ``(o, k + b, k)``.
@@ -270,13 +283,15 @@ class _ComposePointwise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        *inputs, attach_rate = ctx.saved_tensors
-        with torch.autocast(grad.device.type, enabled=False):
+        conv_1x1, seq_first, seq_second, scale, attach_rate = ctx.saved_tensors
+        with without_autocast(grad):
             if torch.is_grad_enabled():  # the gradient itself will be differentiated
-                kernel = compose_pointwise_plain(*inputs, attach_rate, ctx.groups)
+                kernel = compose_pointwise_plain(conv_1x1, seq_first, seq_second, scale, attach_rate, ctx.groups)
+                inputs = (conv_1x1, seq_first, seq_second, scale)
                 grads = torch.autograd.grad(kernel, inputs, grad, create_graph=True)
             else:
-                grads = _compose_pointwise_backward(grad, *inputs, attach_rate, ctx.groups)
+                grads = _compose_pointwise_backward(
+                    grad, conv_1x1, seq_first, seq_second, scale, attach_rate, ctx.groups)
         return (*grads, None, None)
 
 
@@ -317,7 +332,7 @@ def compose_pointwise(
         attach_rate: Tensor,
         groups: int,
 ) -> Tensor:
-    """The function of :func:`compose_pointwise_plain` in eager mode, with an explicit backward that saves parameters."""
+    """The function of :func:`compose_pointwise_plain` in eager mode, with an explicit backward."""
     return _ComposePointwise.apply(conv_1x1, seq_first, seq_second, scale, attach_rate, groups)
 
 

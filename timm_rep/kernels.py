@@ -112,7 +112,8 @@ def merge_sequential(first: Tensor, second: Tensor, groups: int = 1) -> Tensor:
     # matrix product, since a convolution may run in TF32 by default.
     images = first.reshape(groups, inner_per_group, in_per_group, h1, w1)
     images = images.permute(0, 2, 1, 3, 4).reshape(groups * in_per_group, inner_per_group, h1, w1)
-    patches = F.unfold(images, [h2, w2], padding=[h2 - 1, w2 - 1]).reshape(groups, in_per_group, -1, (h1 + h2 - 1) * (w1 + w2 - 1))
+    patches = F.unfold(images, (h2, w2), padding=(h2 - 1, w2 - 1))
+    patches = patches.reshape(groups, in_per_group, patches.shape[1], patches.shape[2])
     flipped = second.flip([2, 3]).reshape(groups, 1, out_channels // groups, -1)
     merged = torch.matmul(flipped, patches).transpose(1, 2)
     return merged.reshape(out_channels, in_per_group, h1 + h2 - 1, w1 + w2 - 1)

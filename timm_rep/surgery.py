@@ -1,7 +1,7 @@
 """The one module walker: put rep layers into a model, and take them out again."""
 import copy
 import fnmatch
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Type, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Type, TypeVar, Union
 
 import timm
 import torch
@@ -19,7 +19,18 @@ from .layers import (
     RepLayer,
 )
 
-__all__ = ['FoldedNorm', 'LAYERS', 'Select', 'expand', 'expand_fresh_', 'fuse', 'next_sibling', 'rep_layers', 'set_attach_rate', 'stock_architecture']
+__all__ = [
+    'LAYERS',
+    'FoldedNorm',
+    'Select',
+    'expand',
+    'expand_fresh_',
+    'fuse',
+    'next_sibling',
+    'rep_layers',
+    'set_attach_rate',
+    'stock_architecture',
+]
 
 LAYERS = ('orepa', 'dbb')
 # Kernels of this size and larger become a stack of 3x3 blocks in ungrouped stems (official code).
@@ -27,6 +38,7 @@ STEM_KERNEL_SIZE = 7
 # Prefixes of our architectures whose stock form is the timm architecture named behind it.
 TRAINING_PREFIXES = ('orepa_', 'dbb_')
 
+ModelT = TypeVar('ModelT', bound=nn.Module)
 Select = Union[None, Callable[[str, nn.Conv2d], bool], Iterable[str]]
 
 
@@ -120,8 +132,7 @@ def _orepa_layer(model: nn.Module, name: str, conv: nn.Conv2d) -> Tuple[Type[Lin
 
 
 def _select_orepa(model: nn.Module, name: str, conv: nn.Conv2d) -> bool:
-    """OREPA's policy: convolutions with a batch norm behind them; of a RepVGG block only the KxK branch; BasicBlock
-    shortcuts stay plain."""
+    """OREPA's policy: convolutions before a batch norm; only the KxK of RepVGG blocks; no BasicBlock shortcuts."""
     if norm_behind(model, name, conv.out_channels)[1] is None:
         return False
     if any(isinstance(module, RepVggBlock) for module in _ancestors(model, name)):
@@ -156,13 +167,13 @@ def _selected(model: nn.Module, layer: str, select: Select) -> Dict[str, nn.Conv
 
 
 def expand(
-        model: nn.Module,
+        model: ModelT,
         layer: str = 'orepa',
         *,
         select: Select = None,
         generator: Optional[torch.Generator] = None,
         inplace: bool = False,
-) -> nn.Module:
+) -> ModelT:
     """Swap plain convolutions for rep layers with the same function.
 
     The outputs stay the same: in eval mode for all layers, in training mode too for linear ones (``'orepa'``).
@@ -186,7 +197,7 @@ def expand(
     return _swap(model, layer, select, generator, inplace, same_function=True)
 
 
-def expand_fresh_(model: nn.Module, layer: str, generator: Optional[torch.Generator] = None) -> nn.Module:
+def expand_fresh_(model: ModelT, layer: str, generator: Optional[torch.Generator] = None) -> ModelT:
     """Swap the convolutions of a new model for freshly drawn rep layers, in place: the start of a training.
 
     Args:
@@ -201,13 +212,13 @@ def expand_fresh_(model: nn.Module, layer: str, generator: Optional[torch.Genera
 
 
 def _swap(
-        model: nn.Module,
+        model: ModelT,
         layer: str,
         select: Select,
         generator: Optional[torch.Generator],
         inplace: bool,
         same_function: bool,
-) -> nn.Module:
+) -> ModelT:
     if layer not in LAYERS:
         raise ValueError(f'unknown layer {layer!r}; allowed are {", ".join(map(repr, LAYERS))}')
     selected = _selected(model, layer, select)
@@ -248,7 +259,7 @@ def _swap(
     return model
 
 
-def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+def fuse(model: ModelT, *, inplace: bool = False) -> ModelT:
     """Turn a rep model into its stock form: plain convolutions, live norms, the module tree and keys of timm's model.
 
     To fold the norms (and RepVGG's branches) too, call ``timm.utils.reparameterize_model`` on the result.
@@ -286,7 +297,7 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     return model
 
 
-def _name_stock_architecture(model: nn.Module) -> None:
+def _name_stock_architecture(model: Any) -> None:
     """Let the model's own metadata, which exports and reloads go by, name what it is now."""
     cfg = getattr(model, 'pretrained_cfg', None)
     architecture = cfg.get('architecture', '') if isinstance(cfg, dict) else ''

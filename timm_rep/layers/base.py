@@ -9,6 +9,10 @@ from torch import Tensor
 
 __all__ = ['LinearRepLayer', 'RepLayer', 'kaiming_uniform_', 'prefers_channels_last']
 
+# What a convolution is made with, besides its bias.
+GEOMETRY = (
+    'in_channels', 'out_channels', 'kernel_size', 'stride', 'padding', 'dilation', 'groups', 'padding_mode')
+
 LayerT = TypeVar('LayerT', bound='RepLayer')
 
 
@@ -78,8 +82,7 @@ class RepLayer(nn.Module):
         ValueError: For an even kernel size, another padding mode, or channels that the groups do not divide.
     """
 
-    __constants__ = [
-        'in_channels', 'out_channels', 'kernel_size', 'stride', 'padding', 'dilation', 'groups', 'padding_mode']
+    __constants__ = list(GEOMETRY)
     __jit_unused_properties__ = ['weight']
     attach_rate: Tensor
 
@@ -93,7 +96,7 @@ class RepLayer(nn.Module):
             dilation: Union[int, Tuple[int, int]] = 1,
             groups: int = 1,
             padding_mode: str = 'zeros',
-            device: Optional[torch.device] = None,
+            device: Any = None,
     ) -> None:
         super().__init__()
         name = type(self).__name__
@@ -119,6 +122,15 @@ class RepLayer(nn.Module):
         if padding == 'same' and self.stride != (1, 1):
             raise ValueError(f"padding 'same' needs stride 1, got {self.stride}")
         self.register_buffer('attach_rate', torch.ones((), device=device))
+
+    def init_non_persistent_buffers(self) -> None:
+        """Fill the constants that are not saved; timm calls it after it built a model on the meta device."""
+
+    def _apply(self: LayerT, fn: Any, recurse: bool = True) -> LayerT:
+        # The constants keep full precision through a change of dtype, and get their values after to_empty().
+        super()._apply(fn, recurse)
+        self.init_non_persistent_buffers()
+        return self
 
     def compose_weight(self) -> Tensor:
         """Compose the kernel at the attach rate in force, differentiably.
@@ -152,7 +164,7 @@ class RepLayer(nn.Module):
         self.attach_rate.fill_(rate)
 
     def reset_parameters(self, generator: Optional[torch.Generator] = None) -> None:
-        """Draw all parameters afresh, with the paper's initial values."""
+        """Draw all parameters afresh, with the paper's initial values, and set the attach rate to one."""
         raise NotImplementedError(f'{type(self).__name__} must define reset_parameters')
 
     def redraw_side_branches_(self, generator: Optional[torch.Generator] = None) -> None:
@@ -175,16 +187,8 @@ class RepLayer(nn.Module):
                 text += f', {key}={getattr(self, key)}'
         return text
 
-    def _conv_kwargs(self) -> Dict[str, Any]:
-        return dict(
-            in_channels=self.in_channels,
-            out_channels=self.out_channels,
-            kernel_size=self.kernel_size,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
-        )
+    def _geometry(self) -> Dict[str, Any]:
+        return {name: getattr(self, name) for name in GEOMETRY}
 
     def _own_kwargs(self) -> Dict[str, Any]:
         """Constructor arguments beyond a convolution's geometry."""
@@ -201,8 +205,8 @@ class RepLayer(nn.Module):
             A layer in the same dtype.
         """
         reference = next(self.parameters())
-        kwargs = dict(self._conv_kwargs(), **self._own_kwargs(), in_channels=in_channels)
-        return type(self)(**kwargs, device=device or reference.device, dtype=reference.dtype)
+        kwargs = dict(self._geometry(), **self._own_kwargs(), in_channels=in_channels, dtype=reference.dtype)
+        return type(self)(**kwargs, device=device or reference.device)
 
     @classmethod
     def for_conv(
@@ -224,27 +228,14 @@ class RepLayer(nn.Module):
         Raises:
             ValueError: If this layer cannot stand for the convolution.
         """
-        layer = cls(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            stride=conv.stride,
-            padding=conv.padding,
-            dilation=conv.dilation,
-            groups=conv.groups,
-            bias=conv.bias is not None,
-            padding_mode=conv.padding_mode,
-            generator=generator,
-            device=conv.weight.device,
-            dtype=conv.weight.dtype,
-            **kwargs,
-        )
-        return layer.train(conv.training)
+        geometry = {name: getattr(conv, name) for name in GEOMETRY}
+        kwargs.update(geometry, generator=generator, device=conv.weight.device, dtype=conv.weight.dtype)
+        return cls(**kwargs).train(conv.training)
 
     def _plain_conv(self, weight: Tensor, bias: Optional[Tensor]) -> nn.Conv2d:
         # skip_init: fusing draws nothing from the global random generator
         conv = torch.nn.utils.skip_init(
-            nn.Conv2d, **self._conv_kwargs(), bias=bias is not None, device=weight.device, dtype=weight.dtype)
+            nn.Conv2d, **self._geometry(), bias=bias is not None, device=weight.device, dtype=weight.dtype)
         with torch.no_grad():
             conv.weight.copy_(weight)
             if conv.bias is not None and bias is not None:
@@ -327,6 +318,15 @@ class LinearRepLayer(RepLayer):
             self.bias.zero_() if bias is None else self.bias.copy_(bias)
 
     @classmethod
+    def for_conv(
+            cls: Type[LayerT],
+            conv: nn.Conv2d,
+            generator: Optional[torch.Generator] = None,
+            **kwargs: Any,
+    ) -> LayerT:
+        return super().for_conv(conv, generator, bias=conv.bias is not None, **kwargs)
+
+    @classmethod
     def from_conv(
             cls: Type[LayerT],
             conv: nn.Conv2d,
@@ -346,7 +346,7 @@ class LinearRepLayer(RepLayer):
         Raises:
             ValueError: If this layer cannot stand for the convolution.
         """
-        layer = cls.for_conv(conv, generator=generator, **kwargs)
+        layer = cls.for_conv(conv, generator, **kwargs)
         layer.restore_(conv.weight, conv.bias)
         return layer
 

@@ -1,5 +1,5 @@
 """Layers with a batch norm in every branch, which stand for a convolution together with the norm behind it."""
-from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple, Union
+from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple, Type, TypeVar, Union
 
 import torch
 import torch.nn as nn
@@ -8,13 +8,35 @@ from timm.models import register_notrace_module
 from torch import Tensor
 
 from .. import kernels
+from ..composition import without_autocast
 from .base import RepLayer, kaiming_uniform_
 
-__all__ = ['BranchedRepLayer', 'DiverseBranchConv2d']
+__all__ = ['BranchedRepLayer', 'DiverseBranchConv2d', 'NormPad2d', 'fold_batch_norm', 'kept_statistics']
 
 
-def _fold(kernel: Tensor, bias: Optional[Tensor], norm: nn.BatchNorm2d) -> Tuple[Tensor, Tensor]:
-    return kernels.fold_norm(kernel, bias, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+def kept_statistics(norm: nn.BatchNorm2d) -> Tuple[Tensor, Tensor]:
+    """Running mean and variance of a batch norm.
+
+    Args:
+        norm: Batch norm.
+
+    Returns:
+        Mean and variance, both ``(o,)``.
+
+    Raises:
+        ValueError: If the norm keeps none.
+    """
+    if norm.running_mean is None or norm.running_var is None:
+        raise ValueError(f'a batch norm with running statistics is needed, got {norm}')
+    return norm.running_mean, norm.running_var
+
+
+def fold_batch_norm(kernel: Tensor, bias: Optional[Tensor], norm: nn.BatchNorm2d) -> Tuple[Tensor, Tensor]:
+    """:func:`timm_rep.kernels.fold_norm` with the values of a module."""
+    return kernels.fold_norm(kernel, bias, *kept_statistics(norm), norm.weight, norm.bias, norm.eps)
+
+
+BranchedT = TypeVar('BranchedT', bound='BranchedRepLayer')
 
 
 class NormPad2d(nn.Module):
@@ -31,8 +53,9 @@ class NormPad2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         norm = self.norm
-        border = norm.bias - norm.running_mean * norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-        border = border.detach().to(x.dtype).reshape(1, -1, 1, 1)
+        zero = torch.zeros([1, norm.num_features, 1, 1], device=x.device, dtype=x.dtype)
+        border = F.batch_norm(
+            zero, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps).detach()
         pad_h, pad_w = self.padding
         return F.pad(self.norm(x) - border, [pad_w, pad_w, pad_h, pad_h]) + border
 
@@ -65,8 +88,9 @@ class BranchedRepLayer(RepLayer):
         Returns:
             Kernel ``(o, i/g, kh, kw)`` and bias ``(o,)``.
         """
-        kernel, bias = _fold(self.conv_kxk.weight, None, self.norm_kxk)
-        side_kernel, side_bias = self._side_kernel_bias()
+        kernel, bias = fold_batch_norm(self.conv_kxk.weight, None, self.norm_kxk)
+        with without_autocast(kernel):
+            side_kernel, side_bias = self._side_kernel_bias()
         return kernel + self.attach_rate * side_kernel, bias + self.attach_rate * side_bias
 
     def compose_weight(self) -> Tensor:
@@ -113,13 +137,11 @@ class BranchedRepLayer(RepLayer):
         for norm in self._side_norms():
             mean = mean + rate * norm.bias
             var = var + (rate * norm.weight).square()
-        norm = self._new_norm(self.out_channels, self.norm_kxk)
-        norm.running_mean.copy_(mean)
-        norm.running_var.copy_(var)
-        norm.num_batches_tracked.copy_(self.norm_kxk.num_batches_tracked)
+        origin = self.norm_kxk
+        norm = nn.BatchNorm2d(self.out_channels, origin.eps, origin.momentum, device=mean.device, dtype=mean.dtype)
         kernel, gamma, beta = kernels.unfold_norm(kernel, bias, mean, var, norm.eps)
-        norm.weight.copy_(gamma)
-        norm.bias.copy_(beta)
+        norm.load_state_dict(dict(
+            origin.state_dict(), weight=gamma, bias=beta, running_mean=mean, running_var=var))
         return self._plain_conv(kernel, None), norm.train(self.training)
 
     @torch.no_grad()
@@ -139,12 +161,12 @@ class BranchedRepLayer(RepLayer):
         self._check_kernel(weight, bias)
         norm = self.norm_kxk
         bias = torch.zeros_like(norm.bias) if bias is None else bias.to(norm.bias)
-        side_kernel, side_bias = self._side_kernel_bias()
+        with without_autocast(norm.bias):
+            side_kernel, side_bias = self._side_kernel_bias()
         kernel, gamma, beta = kernels.unfold_norm(
             weight.to(side_kernel) - self.attach_rate * side_kernel,
             bias - self.attach_rate * side_bias,
-            norm.running_mean,
-            norm.running_var,
+            *kept_statistics(norm),
             norm.eps,
         )
         self.conv_kxk.weight.copy_(kernel)
@@ -157,18 +179,18 @@ class BranchedRepLayer(RepLayer):
     @classmethod
     @torch.no_grad()
     def from_conv(
-            cls,
+            cls: Type[BranchedT],
             conv: nn.Conv2d,
-            norm: Optional[nn.BatchNorm2d] = None,
             generator: Optional[torch.Generator] = None,
+            norm: Optional[nn.BatchNorm2d] = None,
             **kwargs: Any,
-    ) -> 'BranchedRepLayer':
+    ) -> BranchedT:
         """A rep layer with the eval-mode function of a convolution and the norm behind it.
 
         Args:
-            conv: Convolution without bias; it stays as it is.
-            norm: Batch norm behind it; the origin branch keeps its statistics. None for a convolution alone.
+            conv: The convolution; it stays as it is.
             generator: Source of the side branches' draw.
+            norm: Batch norm behind it; the origin branch keeps its statistics. None for a convolution alone.
             **kwargs: More arguments of the layer's constructor.
 
         Returns:
@@ -177,32 +199,32 @@ class BranchedRepLayer(RepLayer):
         Raises:
             ValueError: If this layer cannot stand for the pair.
         """
-        layer = cls.for_conv(conv, norm, generator=generator, **kwargs)
+        layer = cls.for_conv(conv, generator, norm, **kwargs)
         weight, bias = conv.weight, conv.bias
         if norm is not None:
             layer.norm_kxk.load_state_dict(norm.state_dict())
-            weight, bias = _fold(weight, bias, norm)
+            weight, bias = fold_batch_norm(weight, bias, norm)
         layer.restore_(weight, bias)
         return layer
 
     @classmethod
     @torch.no_grad()
     def for_conv(
-            cls,
+            cls: Type[BranchedT],
             conv: nn.Conv2d,
-            norm: Optional[nn.BatchNorm2d] = None,
             generator: Optional[torch.Generator] = None,
+            norm: Optional[nn.BatchNorm2d] = None,
             **kwargs: Any,
-    ) -> 'BranchedRepLayer':
+    ) -> BranchedT:
         """A freshly drawn rep layer with the geometry of a convolution and the norm behind it, not their function.
 
         The last norm of every branch starts with the weight and bias of the norm that it replaces, so that the host
         decides how a residual block starts (timm's ``zero_init_last``).
 
         Args:
-            conv: Convolution; it stays as it is.
-            norm: Batch norm behind it, or None.
+            conv: The convolution; it stays as it is.
             generator: Source of the draw.
+            norm: Batch norm behind it, or None.
             **kwargs: More arguments of the layer's constructor.
 
         Returns:
@@ -211,34 +233,16 @@ class BranchedRepLayer(RepLayer):
         Raises:
             ValueError: If this layer cannot stand for the pair.
         """
-        if norm is not None and (norm.running_mean is None or not norm.affine):
-            raise ValueError(f'{cls.__name__} needs a batch norm with weight, bias and running statistics, got {norm}')
-        if norm is not None:
-            kwargs = dict(eps=norm.eps, momentum=norm.momentum, **kwargs)
-        layer = cls(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            stride=conv.stride,
-            padding=conv.padding,
-            dilation=conv.dilation,
-            groups=conv.groups,
-            padding_mode=conv.padding_mode,
-            generator=generator,
-            device=conv.weight.device,
-            dtype=conv.weight.dtype,
-            **kwargs,
-        )
-        if norm is not None:
-            for own in (layer.norm_kxk, *layer._side_norms()):
-                own.weight.copy_(norm.weight)
-                own.bias.copy_(norm.bias)
-        return layer.train(conv.training)
-
-    @staticmethod
-    def _new_norm(channels: int, like: nn.BatchNorm2d) -> nn.BatchNorm2d:
-        return nn.BatchNorm2d(
-            channels, like.eps, like.momentum, device=like.weight.device, dtype=like.weight.dtype)
+        if norm is None:
+            return super().for_conv(conv, generator, **kwargs)
+        if not norm.affine:
+            raise ValueError(f'{cls.__name__} needs a batch norm with weight and bias, got {norm}')
+        kept_statistics(norm)
+        layer = super().for_conv(conv, generator, eps=norm.eps, momentum=norm.momentum, **kwargs)
+        for own in (layer.norm_kxk, *layer._side_norms()):
+            own.weight.copy_(norm.weight)
+            own.bias.copy_(norm.bias)
+        return layer
 
 
 @register_notrace_module
@@ -269,6 +273,10 @@ class DiverseBranchConv2d(BranchedRepLayer):
             groups do not divide.
     """
 
+    if TYPE_CHECKING:
+        padding: Tuple[int, int]
+        seq_identity: Tensor
+
     def __init__(
             self,
             in_channels: int,
@@ -297,7 +305,7 @@ class DiverseBranchConv2d(BranchedRepLayer):
         inner = 2 * in_channels if depthwise else in_channels
         self.bias = None
 
-        self.conv_kxk = nn.Conv2d(**self._conv_kwargs(), bias=False, **dd)
+        self.conv_kxk = nn.Conv2d(**self._geometry(), bias=False, **dd)
         self.norm_kxk = nn.BatchNorm2d(out_channels, **nn_dd)
 
         self.conv_1x1: Optional[nn.Conv2d] = None
@@ -314,7 +322,7 @@ class DiverseBranchConv2d(BranchedRepLayer):
 
         self.seq_1x1 = nn.Parameter(torch.empty(inner, in_channels // groups, 1, 1, **dd))
         self.seq_inner_norm = NormPad2d(inner, self.padding, **nn_dd)
-        self.seq_kxk = nn.Conv2d(**dict(self._conv_kwargs(), in_channels=inner, padding=0), bias=False, **dd)
+        self.seq_kxk = nn.Conv2d(**dict(self._geometry(), in_channels=inner, padding=0), bias=False, **dd)
         self.seq_norm = nn.BatchNorm2d(out_channels, **nn_dd)
         self.register_buffer('seq_identity', torch.empty(inner, in_channels // groups, 1, 1, **dd), persistent=False)
         self.init_non_persistent_buffers()
@@ -355,6 +363,7 @@ class DiverseBranchConv2d(BranchedRepLayer):
         self.seq_1x1.zero_()
         for norm in (self.norm_kxk, *self._side_norms(), *self._inner_norms()):
             norm.reset_parameters()
+        self.attach_rate.fill_(1.0)
 
     @torch.no_grad()
     def redraw_side_branches_(self, generator: Optional[torch.Generator] = None) -> None:
@@ -373,23 +382,23 @@ class DiverseBranchConv2d(BranchedRepLayer):
     def _side_kernel_bias(self) -> Tuple[Tensor, Tensor]:
         height, width = self.kernel_size
         size = (height, width)
-        first, first_bias = _fold(self.seq_1x1 + self.seq_identity, None, self.seq_inner_norm.norm)
-        second, bias = _fold(self.seq_kxk.weight, None, self.seq_norm)
+        first, first_bias = fold_batch_norm(self.seq_1x1 + self.seq_identity, None, self.seq_inner_norm.norm)
+        second, bias = fold_batch_norm(self.seq_kxk.weight, None, self.seq_norm)
         kernel = kernels.merge_sequential(first, second, self.groups)
         bias = bias + kernels.merge_sequential_bias(first_bias, second, self.groups)
 
         average = kernels.average_kernel(size, device=kernel.device, dtype=kernel.dtype)
         inner_bias: Optional[Tensor] = None
         if self.avg_conv is not None and self.avg_inner_norm is not None:
-            pointwise, inner_bias = _fold(self.avg_conv.weight, None, self.avg_inner_norm.norm)
+            pointwise, inner_bias = fold_batch_norm(self.avg_conv.weight, None, self.avg_inner_norm.norm)
             average = kernels.merge_pointwise_depthwise(pointwise, average)
         else:
             average = average.expand(self.out_channels, -1, -1, -1)
-        average, average_bias = _fold(average, inner_bias, self.avg_norm)
+        average, average_bias = fold_batch_norm(average, inner_bias, self.avg_norm)
         summed, bias = [kernel, average], bias + average_bias
 
         if self.conv_1x1 is not None and self.norm_1x1 is not None:
-            pointwise, pointwise_bias = _fold(self.conv_1x1.weight, None, self.norm_1x1)
+            pointwise, pointwise_bias = fold_batch_norm(self.conv_1x1.weight, None, self.norm_1x1)
             summed, bias = [*summed, pointwise], bias + pointwise_bias
         return kernels.merge_parallel(summed), bias
 

@@ -16,6 +16,7 @@ from ..composition import (
     compose_pointwise,
     compose_pointwise_plain,
     spread_scale,
+    without_autocast,
 )
 from .base import LinearRepLayer, kaiming_uniform_
 
@@ -51,7 +52,7 @@ def _compose_kxk(
         channels_last: bool,
 ) -> Tensor:
     dtype = branches.dtype
-    with torch.autocast(branches.device.type, enabled=False):
+    with without_autocast(branches):
         if dtype != filters.dtype:  # half-precision parameters
             branches, seq_1x1, dw_conv, scale = (p.to(filters.dtype) for p in (branches, seq_1x1, dw_conv, scale))
         gains = spread_scale(scale, attach_rate.to(filters.dtype), row_branch)
@@ -72,7 +73,7 @@ def _compose_1x1(
 ) -> Tensor:
     dtype = conv_1x1.dtype
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    with torch.autocast(conv_1x1.device.type, enabled=False):
+    with without_autocast(conv_1x1):
         if dtype != compute:  # half-precision parameters
             conv_1x1, seq_first, seq_second, scale = (p.to(compute) for p in (conv_1x1, seq_first, seq_second, scale))
         compose = compose_pointwise_plain if _use_plain(conv_1x1) else compose_pointwise
@@ -89,7 +90,7 @@ def _squeeze_stack(stack: List[Tensor], offset: Tensor, attach_rate: Tensor) -> 
 
 
 def _squeeze_stack_eager(stack: List[Tensor], offset: Tensor, attach_rate: Tensor) -> Tensor:
-    with torch.autocast(offset.device.type, enabled=False):
+    with without_autocast(offset):
         return _squeeze_stack(stack, offset, attach_rate)
 
 
@@ -169,10 +170,10 @@ class OrepaConv2d(LinearRepLayer):
         taps = self.kernel_size[0] * self.kernel_size[1]
         inner_ratio = 1 if groups <= MAX_GROUPS_SINGLE_WIDTH else 2
         fixed = len(self.branch_names) - 3
-        self._entries: Dict[str, int] = {name: 1 for name in self.branch_names}  # columns of `branches`, in order
+        self._entries: Dict[str, int] = dict.fromkeys(self.branch_names, 1)  # columns of `branches`, in order
         self._entries.update(origin=taps, separable=SEPARABLE_EXPANSION, sequential=inner_ratio * taps)
 
-        dd = dict(device=device, dtype=dtype)
+        dd: Dict[str, Any] = dict(device=device, dtype=dtype)
         self.branches = nn.Parameter(torch.empty(out_channels, in_per_group, sum(self._entries.values()), **dd))
         self.seq_1x1 = nn.Parameter(torch.empty(inner_ratio * in_channels, in_per_group, 1, 1, **dd))
         self.dw_conv = nn.Parameter(torch.empty(SEPARABLE_EXPANSION * in_channels, 1, *self.kernel_size, **dd))
@@ -212,14 +213,14 @@ class OrepaConv2d(LinearRepLayer):
             A kernel ``(o, i/g, kh, kw)`` for each branch; they add up to :meth:`compose_weight`.
         """
         kernels_of: Dict[str, Tensor] = {}
-        gains = spread_scale(self.scale.to(self.filters.dtype), self.attach_rate.to(self.filters.dtype), self.row_branch)
+        dtype = self.filters.dtype
+        gains = spread_scale(self.scale.to(dtype), self.attach_rate.to(dtype), self.row_branch)
+        branches, seq_1x1, dw_conv = (p.to(dtype) for p in (self.branches, self.seq_1x1, self.dw_conv))
         start = 0
         for name, entries in self._entries.items():
             only = torch.zeros_like(gains)
             only[:, start:start + entries] = gains[:, start:start + entries]
             start += entries
-            parameters = (p.to(self.filters.dtype) for p in (self.branches, self.seq_1x1, self.dw_conv))
-            branches, seq_1x1, dw_conv = parameters
             kernels_of[name] = compose_orepa_plain(branches, only, seq_1x1, dw_conv, self.filters, self.groups)
         return kernels_of
 
@@ -232,7 +233,7 @@ class OrepaConv2d(LinearRepLayer):
             self.filters = torch.empty_like(self.filters, dtype=dtype, device=device)
             return
         # On the CPU in float64, whatever default device or dtype is in force.
-        dd = dict(device=torch.device('cpu'), dtype=torch.float64)
+        dd: Dict[str, Any] = dict(device=torch.device('cpu'), dtype=torch.float64)
         height, width = self.kernel_size
         size = (height, width)
         taps = height * width
@@ -251,12 +252,6 @@ class OrepaConv2d(LinearRepLayer):
         self.row_branch = torch.stack([origin, one_hot - origin]).to(device=device, dtype=dtype)
         self.filters = torch.cat(rows, dim=1).to(device=device, dtype=dtype)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> 'OrepaConv2d':
-        # The constants keep full precision through a change of dtype, and get their values after to_empty().
-        super()._apply(fn, recurse)
-        self.init_non_persistent_buffers()
-        return self
-
     @torch.no_grad()
     def reset_parameters(self, generator: Optional[torch.Generator] = None) -> None:
         """Draw all branches afresh: kaiming-uniform kernels, the paper's scales.
@@ -267,6 +262,7 @@ class OrepaConv2d(LinearRepLayer):
         fan_in = self.in_channels // self.groups * self.kernel_size[0] * self.kernel_size[1]
         kaiming_uniform_(self.branch_views()['origin'], fan_in, self.negative_slope, generator)
         self.scale[0].fill_(KXK_SCALE['origin'])
+        self.attach_rate.fill_(1.0)
         self.redraw_side_branches_(generator)
         self._reset_bias(generator)
 
@@ -368,7 +364,7 @@ class OrepaPointwiseConv2d(LinearRepLayer):
             raise ValueError(f'OrepaPointwiseConv2d is a 1x1 convolution, got kernel_size {self.kernel_size}')
         in_per_group = in_channels // groups
         inner = min(in_channels, out_channels)
-        dd = dict(device=device, dtype=dtype)
+        dd: Dict[str, Any] = dict(device=device, dtype=dtype)
         self.conv_1x1 = nn.Parameter(torch.empty(out_channels, in_per_group, 1, 1, **dd))
         self.seq_first = nn.Parameter(torch.empty(inner, in_per_group, 1, 1, **dd))
         self.seq_second = nn.Parameter(torch.empty(out_channels, inner // groups, 1, 1, **dd))
@@ -395,6 +391,7 @@ class OrepaPointwiseConv2d(LinearRepLayer):
         """
         kaiming_uniform_(self.conv_1x1, self.in_channels // self.groups, 1.0, generator)
         self.scale[0].fill_(POINTWISE_SCALE['origin'])
+        self.attach_rate.fill_(1.0)
         self.redraw_side_branches_(generator)
         self._reset_bias(generator)
 
@@ -509,6 +506,7 @@ class OrepaStemConv2d(LinearRepLayer):
         """
         self.redraw_side_branches_(generator)
         self.kernel_offset.zero_()
+        self.attach_rate.fill_(1.0)
         self._reset_bias(generator)
 
     @torch.no_grad()
@@ -519,6 +517,7 @@ class OrepaStemConv2d(LinearRepLayer):
             generator: Source of the draw.
         """
         for layer in self.stack:
+            assert isinstance(layer, OrepaConv2d)
             layer.reset_parameters(generator)
 
     @torch.no_grad()
@@ -528,7 +527,7 @@ class OrepaStemConv2d(LinearRepLayer):
     def _compose(self, channels_last: bool) -> Tensor:
         composed: List[Tensor] = []
         for layer in self.stack:
-            composed.append(layer._compose(False))
+            composed.append(layer._compose(False))  # type: ignore[operator]
         if torch.jit.is_scripting():
             return _squeeze_stack(composed, self.kernel_offset, self.attach_rate)
         return _squeeze_stack_eager(composed, self.kernel_offset, self.attach_rate)

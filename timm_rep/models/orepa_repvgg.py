@@ -7,7 +7,7 @@ draws them from N(0.1, 0.1).
 `Online Convolutional Re-parameterization` - https://arxiv.org/abs/2204.00826 (CVPR 2022)
 `RepVGG: Making VGG-style ConvNets Great Again` - https://arxiv.org/abs/2101.03697
 """
-from typing import Any
+from typing import Any, Dict
 
 import torch.nn as nn
 from timm.models import ByobNet, ByoModelCfg, build_model_with_cfg, generate_default_cfgs, register_model
@@ -44,7 +44,7 @@ def _build_orepa_repvgg(cfg: ByoModelCfg, inference_mode: bool = False, **kwargs
 def _create_orepa_repvgg(variant: str, pretrained: bool = False, **kwargs: Any) -> ByobNet:
     stock = variant[len('orepa_'):]
     small_images = stock in CIFAR_CFGS
-    feature_cfg = dict(flatten_sequential=True)
+    feature_cfg: Dict[str, Any] = dict(flatten_sequential=True)
     if small_images:  # fewer reductions than timm's default of five
         feature_cfg['out_indices'] = (0, 1, 2)
     return build_model_with_cfg(

@@ -4,7 +4,7 @@ from typing import Any, Dict, Tuple
 
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import ByobNet, ByoBlockCfg, ByoModelCfg, ResNet
+from timm.models import ByoBlockCfg, ByobNet, ByoModelCfg, ResNet
 from timm.models.byobnet import RepVggBlock
 from timm.models.resnet import BasicBlock, Bottleneck
 
@@ -65,7 +65,7 @@ def build_resnet(width_factor: int = 1, small_images: bool = False, **kwargs: An
     dd: Dict[str, Any] = dict(device=kwargs.get('device'), dtype=kwargs.get('dtype'))
     if width_factor != 1:
         kwargs['channels'] = tuple(width_factor * c for c in RESNET_CHANNELS)
-    model = ResNet(**kwargs)
+    model: Any = ResNet(**kwargs)
     if width_factor != 1:
         # The second block of the first stage has the shape that the first needs behind a wide stem.
         first = copy.deepcopy(model.layer1[1])
@@ -114,7 +114,7 @@ def build_repvgg(cfg: ByoModelCfg, small_images: bool = False, **kwargs: Any) ->
     Returns:
         The network.
     """
-    model = ByobNet(cfg, **kwargs)
+    model: Any = ByobNet(cfg, **kwargs)
     if small_images:
         stem = RepVggBlock(
             model.in_chans,

@@ -1,0 +1,81 @@
+"""Shared by all tests: comparison with a stated tolerance, random values for everything that starts constant."""
+import torch
+import torch.nn as nn
+from timm.models import ByoBlockCfg, ByobNet, ByoModelCfg, ResNet
+from timm.models.resnet import BasicBlock, Bottleneck
+
+from timm_rep.layers import RepLayer
+
+# Relative to the largest expected value: one linear layer, a whole model, a model whose norms are folded too.
+LINEAR_RTOL = {torch.float64: 1e-12, torch.float32: 1e-6}
+MODEL_RTOL = {torch.float64: 1e-10, torch.float32: 1e-5}
+DEPLOY_RTOL = {torch.float64: 1e-9, torch.float32: 1e-4}
+
+
+def assert_near(actual, expected, rtol):
+    """The largest difference is at most ``rtol`` of the largest expected value; fails on NaN and on zeros only."""
+    assert actual.shape == expected.shape, f'shapes differ: {tuple(actual.shape)}, {tuple(expected.shape)}'
+    largest = expected.abs().max().item()
+    difference = (actual - expected).abs().max().item()
+    assert largest > 0, 'all expected values are zero'
+    assert difference <= rtol * largest, f'largest difference {difference:.3e} of {largest:.3e}, allowed {rtol:.0e}'
+
+
+@torch.no_grad()
+def randomize_(model, seed=0):
+    """Give all fields of batch norms, all scales and all that starts at zero wide random values."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.5, generator=generator)
+            module.running_var.uniform_(0.25, 4, generator=generator)
+            module.weight.uniform_(0.25, 2, generator=generator)
+            module.bias.normal_(0, 0.5, generator=generator)
+        if isinstance(module, RepLayer):
+            for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                if name == 'scale':
+                    tensor.uniform_(-1.5, 1.5, generator=generator)
+                elif name in ('seq_1x1', 'kernel_offset'):
+                    tensor.normal_(0, 0.3, generator=generator)
+    return model
+
+
+def state_of(module):
+    """A copy of the state_dict's values, to compare with later ones."""
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def assert_same_state(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(actual[name], expected[name]), name
+
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def tiny_resnet(block='basic', **kwargs):
+    """timm's ResNet with a 7x7 stem and one narrow block for each stage."""
+    block = dict(basic=BasicBlock, bottleneck=Bottleneck)[block]
+    return ResNet(block, (1, 1, 1, 1), channels=(8, 8, 12, 16), num_classes=5, **kwargs)
+
+
+def tiny_repvgg(**kwargs):
+    """timm's RepVGG with five blocks, of which some are grouped and some have an identity branch."""
+    cfg = ByoModelCfg(
+        blocks=(
+            ByoBlockCfg(type='rep', d=2, c=8, s=2, gs=0),
+            ByoBlockCfg(type='rep', d=2, c=16, s=2, gs=4),
+        ),
+        stem_type='rep',
+        stem_chs=8,
+    )
+    return ByobNet(cfg, num_classes=5, **kwargs)
+
+
+TINY_MODELS = dict(
+    basic=tiny_resnet,
+    bottleneck=lambda **kwargs: tiny_resnet('bottleneck', **kwargs),
+    repvgg=tiny_repvgg,
+)

@@ -1,0 +1,111 @@
+"""The cost benchmark: a tiny run from end to end, and its two counters against known values."""
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+SCRIPT = Path(__file__).parents[1] / 'benchmarks' / 'train_cost.py'
+# All that the benchmark uses of the authors' repository.
+PEER = """
+import torch.nn as nn
+
+def switch_conv_bn_impl(name):
+    assert name == 'OREPA'
+
+def build_model(arch):
+    assert arch == 'ResNet-18'
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 1000))
+"""
+
+
+@pytest.fixture(scope='module')
+def train_cost():
+    spec = importlib.util.spec_from_file_location('train_cost', SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    return [
+        '--batch', '2', '--size', '32', '--rounds', '2', '--warmup', '1', '--threads', '1',
+        '--out', str(tmp_path / 'results' / 'tiny'),
+    ]
+
+
+def make_step(train_cost, name):
+    target = torch.zeros(2, dtype=torch.long)
+    return train_cost.Step(timm.create_model(name), torch.randn(2, 3, 32, 32), target, 'sgd', None, False)
+
+
+def test_report(train_cost, tiny, tmp_path, capsys):
+    (tmp_path / 'convnet_utils.py').write_text(PEER)
+    train_cost.main([*tiny, '--peer', str(tmp_path)])
+    report = json.loads((tmp_path / 'results' / 'tiny.json').read_text())
+    (result,) = report['results']
+    assert list(result['forms']) == ['plain', 'branched', 'orepa', 'authors']
+    for form in result['forms'].values():
+        assert len(form['seconds']) == 2
+        assert form['to_plain']['min'] <= form['to_plain']['max']
+        assert form['peak_bytes'] > 4 * form['parameters']  # the gradients alone
+    assert result['forms']['plain']['to_plain'] == dict(of_medians=1.0, min=1.0, max=1.0)
+    assert report['versions']['torch'] == torch.__version__
+    assert str(tmp_path) not in json.dumps(report)
+    table = (tmp_path / 'results' / 'tiny.md').read_text()
+    assert table in capsys.readouterr().out
+    assert '| resnet18 | OREPA, eager |' in table
+
+    with pytest.raises(SystemExit):
+        train_cost.main(tiny)
+    assert 'tiny.json exists' in capsys.readouterr().err
+
+
+def test_peer_must_be_a_clone(train_cost, tiny, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train_cost.main([*tiny, '--peer', str(tmp_path)])
+    assert 'convnet_utils.py' in capsys.readouterr().err
+    assert not (tmp_path / 'results').exists()
+
+
+def test_operations_of_a_step(train_cost):
+    counts = {}
+    for name in ('resnet18', 'orepa_resnet18'):
+        step = make_step(train_cost, name)
+        step()
+        counts[name] = train_cost.count_operations(step)['net']
+    extra = counts['orepa_resnet18'] - counts['resnet18']
+    # 2195 and 415 net operations with the authors' code and without (torch 2.14)
+    assert extra <= 0.4 * (2195 - 415)
+
+
+def test_peak_memory(train_cost):
+    class Known(torch.nn.Module):
+        """Has two tensors of a megabyte each at once, and one more after they are gone."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1000))
+
+        def forward(self, x):
+            megabyte = 2 ** 18
+            with torch.no_grad():
+                first = torch.empty(megabyte)
+                second = torch.empty(megabyte)
+                del first, second
+                torch.empty(megabyte)
+            return self.weight.expand(len(x), -1)
+
+    step = train_cost.Step(Known(), torch.zeros(2, 3), torch.zeros(2, dtype=torch.long), 'sgd', None, False)
+    step()
+    assert 2 * train_cost.MIB <= train_cost.peak_memory(step) < 2.2 * train_cost.MIB
+
+
+def test_plain_repvgg_has_one_convolution_per_block(train_cost):
+    models = train_cost.build_models('repvgg_a0', ('plain',), None)
+    convs = [m for m in models['plain'].modules() if isinstance(m, torch.nn.Conv2d)]
+    assert len(convs) == 22
+    assert all(conv.kernel_size == (3, 3) for conv in convs)
