@@ -104,7 +104,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dic
     training_keys = {f'{name}.{key}' for name, layer in layers.items() for key in layer.state_dict()}
     stock_keys = {key for keys in stock.values() for key in keys.values()}
     common = set(own) - training_keys
-    is_stock = bool(layers) and not training_keys & set(state_dict)
+    is_stock = bool(layers) and not (training_keys - stock_keys) & set(state_dict)
     expected = common | (stock_keys if is_stock else training_keys)
 
     def is_head(key: str) -> bool:

@@ -33,7 +33,7 @@ def _user_errors() -> Iterator[None]:
     """Turn the errors that the library raises on bad input into one line and an exit code."""
     try:
         yield
-    except (ValueError, RuntimeError, OSError) as e:
+    except (ValueError, RuntimeError, OSError, ImportError) as e:
         _logger.debug('traceback of the error', exc_info=True)
         error = _Mismatch if isinstance(e, VerificationError) else _UserError
         raise error(' '.join(str(e).split())) from e
@@ -95,9 +95,8 @@ def list_command(pattern: str, as_json: bool) -> None:
     """
     models = []
     for name in fnmatch.filter(timm.list_models([f'{prefix}*' for prefix in TRAINING_PREFIXES]), f'*{pattern}*'):
-        cfg = timm.get_pretrained_cfg(name, allow_unregistered=False)
-        models.append(dict(
-            name=name, stock=stock_architecture(name), input_size=cfg.input_size, num_classes=cfg.num_classes))
+        fields = {key: timm.get_pretrained_cfg_value(name, key) for key in ('input_size', 'num_classes')}
+        models.append(dict(name=name, stock=stock_architecture(name), **fields))
     if as_json:
         click.echo(json.dumps(models, indent=2))
         return
@@ -107,7 +106,7 @@ def list_command(pattern: str, as_json: bool) -> None:
 
 
 @main.command()
-@click.option('--output', metavar='DIR', default='demo_output', show_default=True, help='New or empty folder.')
+@click.option('--output', metavar='DIR', default='demo_output', show_default=True, help='Folder to write to.')
 def demo(output: str) -> None:
     r"""Train on images that ship in a package, fuse, verify, export and reload: a few minutes on a CPU.
 
@@ -115,8 +114,9 @@ def demo(output: str) -> None:
     Example:
       timm-rep demo --output demo_output
     """
-    from .demo import run_demo  # needs the packages of the extra 'demo'
-    run_demo(output)
+    from .demo import run_demo  # of use to this command only
+    with _user_errors():
+        run_demo(output)
 
 
 @main.command()

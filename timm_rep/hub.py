@@ -77,9 +77,20 @@ def _new_folder(path: Union[str, Path]) -> Path:
     return path
 
 
-def _check_labels(label_names: Optional[Sequence[str]], num_classes: int) -> None:
-    if label_names is not None and len(label_names) != num_classes:
-        raise ValueError(f'label_names must name the {num_classes} classes of the model, got {len(label_names)} names')
+def _architecture(model: nn.Module) -> str:
+    architecture = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture')
+    if architecture is None or not timm.is_model(architecture):
+        raise ValueError(
+            f'export_folder takes a model built by timm.create_model, got a {type(model).__name__} '
+            + (f'of the unknown architecture {architecture!r}' if architecture else 'without architecture')
+        )
+    return architecture
+
+
+def _check_labels(label_names: Optional[Sequence[str]], model: Any) -> None:
+    if label_names is not None and len(label_names) != model.num_classes:
+        raise ValueError(
+            f'label_names must name the {model.num_classes} classes of the model, got {len(label_names)} names')
 
 
 def _check_metrics(metrics: Mapping[str, Optional[float]]) -> None:
@@ -94,7 +105,7 @@ def _check_finite(model: nn.Module) -> None:
             raise VerificationError(f'{name} of the fused model has non-finite values')
 
 
-def _pretrained_cfg(model: nn.Module, data_config: Mapping[str, Any]) -> Dict[str, Any]:
+def _pretrained_cfg(model: Any, data_config: Mapping[str, Any]) -> Dict[str, Any]:
     """Describe a fused model's weights as weights of their own."""
     unknown = set(data_config) - set(DATA_FIELDS)
     if unknown:
@@ -127,7 +138,7 @@ def _difference(report: Optional[Report]) -> Optional[Dict[str, Any]]:
 
 def _model_card(
         name: str,
-        model: nn.Module,
+        model: Any,
         provenance: Mapping[str, Any],
         report: Optional[Report],
 ) -> huggingface_hub.ModelCard:
@@ -211,7 +222,7 @@ transform = timm.data.create_transform(**timm.data.resolve_data_config(model=mod
 """)
 
 
-def _check_reload(folder: Path, fused: nn.Module, inputs: torch.Tensor) -> None:
+def _check_reload(folder: Path, fused: Any, inputs: torch.Tensor) -> None:
     """Check that timm rebuilds from the folder alone the network that was written there."""
     architecture = fused.pretrained_cfg['architecture']
     try:
@@ -261,19 +272,14 @@ def export_folder(
     from . import __version__  # not known yet when the package imports this module
 
     path = _new_folder(path)
-    architecture = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture')
-    if architecture is None or not timm.is_model(architecture):
-        raise ValueError(
-            f'export_folder takes a model built by timm.create_model, got a {type(model).__name__} '
-            + (f'of the unknown architecture {architecture!r}' if architecture else 'without architecture')
-        )
+    architecture = _architecture(model)
     metrics = dict(metrics or {})
     _check_metrics(metrics)
-    _check_labels(label_names, model.num_classes)
+    _check_labels(label_names, model)
 
     training_form = copy.deepcopy(model).eval().cpu()
     # safetensors takes contiguous tensors only
-    fused = fuse(training_form).to(memory_format=torch.contiguous_format)
+    fused: Any = fuse(training_form).to(memory_format=torch.contiguous_format)
     cfg = _pretrained_cfg(fused, data_config or {})
     _check_finite(fused)
     generator = torch.Generator().manual_seed(0)

@@ -101,9 +101,9 @@ def merge_sequential(first: Tensor, second: Tensor, groups: int = 1) -> Tensor:
         )
     if h1 == 1 and w1 == 1:  # one matrix product per group
         mixer = first.reshape(groups, inner_per_group, in_per_group)
-        stacked = second.reshape(groups, out_channels // groups, inner_per_group, h2 * w2)
-        merged = torch.matmul(mixer.transpose(1, 2).unsqueeze(1), stacked)
-        return merged.reshape(out_channels, in_per_group, h2, w2)
+        stacked = second.reshape(out_channels, inner_per_group, h2 * w2).transpose(1, 2)
+        merged = torch.matmul(stacked.reshape(groups, -1, inner_per_group), mixer)
+        return merged.reshape(out_channels, h2 * w2, in_per_group).transpose(1, 2).reshape(-1, in_per_group, h2, w2)
     if h2 == 1 and w2 == 1:
         mixer = second.reshape(groups, out_channels // groups, inner_per_group)
         merged = torch.matmul(mixer, first.reshape(groups, inner_per_group, in_per_group * h1 * w1))

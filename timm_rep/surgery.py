@@ -229,7 +229,8 @@ def _swap(
 
     # Build all layers before the first is put in, so that an error leaves the model as it was.
     built: Dict[int, RepLayer] = {}
-    folded: List[str] = []
+    norms: Dict[int, Tuple[nn.BatchNorm2d, FoldedNorm]] = {}
+    folded: Dict[str, FoldedNorm] = {}
     for name, conv in selected.items():
         layer_cls: Type[RepLayer]
         if layer == 'dbb':
@@ -238,7 +239,9 @@ def _swap(
                 raise ValueError(f"'dbb' needs a plain BatchNorm2d right behind the convolution; {name} has none")
             if conv.bias is not None:
                 raise ValueError(f"'dbb' needs a convolution without bias; {name} has one")
-            folded.append(norm_name)
+            first_norm, folded[norm_name] = norms.setdefault(id(conv), (norm, FoldedNorm()))
+            if norm is not first_norm:
+                raise ValueError(f"'dbb' takes the norm into the layer; {name} is shared by places with other norms")
             layer_cls, kwargs = DiverseBranchConv2d, dict(norm=norm)
         else:
             layer_cls, kwargs = _orepa_layer(model, name, conv)
@@ -254,8 +257,8 @@ def _swap(
         model = copy.deepcopy(model)
     for name, new_layer in replacements.items():
         setattr(*_parent(model, name), new_layer)
-    for name in folded:
-        setattr(*_parent(model, name), FoldedNorm())
+    for name, placeholder in folded.items():
+        setattr(*_parent(model, name), placeholder)
     return model
 
 

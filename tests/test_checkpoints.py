@@ -1,0 +1,177 @@
+"""pretrained=True with weights in training form or stock form gives what timm gives with the stock weights."""
+import pytest
+import safetensors.torch
+import timm
+import torch
+from helpers import MODEL_RTOL, assert_near, assert_same_state, randn, randomize_, state_of
+
+from timm_rep import expand, fuse, rep_layers, set_attach_rate
+from timm_rep.checkpoints import checkpoint_filter_fn
+
+MODELS = ['orepa_resnet18', 'orepa_repvgg_a0', 'dbb_resnet18']
+RTOL = MODEL_RTOL[torch.float32]
+
+models = pytest.mark.parametrize('name', MODELS)
+forms = pytest.mark.parametrize('form', ['training', 'stock'])
+
+
+def save(state_dict, path):
+    if path.suffix == '.safetensors':
+        safetensors.torch.save_file({key: value.contiguous() for key, value in state_dict.items()}, path)
+    else:
+        torch.save(state_dict, path)
+
+
+def load(name, file, **kwargs):
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(file)), **kwargs).eval()
+
+
+def stock_name(name):
+    return name.partition('_')[2]
+
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory):
+    """Files with the weights of one network in both forms, made when first asked for."""
+    folder = tmp_path_factory.mktemp('weights')
+
+    def file(name, form, suffix):
+        path = folder / f'{name}.{form}{suffix}'
+        if not path.exists():
+            model = randomize_(timm.create_model(name)).eval()
+            set_attach_rate(model, 0.3)
+            for kind, source in (('training', model), ('stock', fuse(model))):
+                for end in ('.safetensors', '.pth'):
+                    save(source.state_dict(), folder / f'{name}.{kind}{end}')
+        return path
+
+    return file
+
+
+@torch.no_grad()
+def outputs(model, in_chans=3, classifier=True):
+    x = randn(2, in_chans, 64, 64, seed=5, dtype=torch.float32)
+    result = model(x) if classifier else model.forward_features(x)
+    return result if isinstance(result, list) else [result]
+
+
+def assert_same_outputs(actual, expected):
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected):
+        assert_near(a, e, RTOL)
+
+
+@models
+@pytest.mark.parametrize(('form', 'suffix'), [('training', '.safetensors'), ('stock', '.pth')])
+def test_both_forms_load(name, form, suffix, weights):
+    file = weights(name, form, suffix)
+    model = load(name, file)
+    expected = load(stock_name(name), weights(name, 'stock', suffix))
+    assert_same_outputs(outputs(model), outputs(expected))
+    rate = 0.3 if form == 'training' else 1.0
+    assert all(layer.attach_rate.item() == pytest.approx(rate) for _, layer in rep_layers(model))
+    if form == 'training':
+        assert_same_state(state_of(model), safetensors.torch.load_file(file))
+
+
+@models
+@forms
+@pytest.mark.parametrize('kwargs', [
+    dict(num_classes=7, in_chans=5),
+    dict(in_chans=1),
+    dict(features_only=True),
+], ids=str)
+def test_changed_models_load(name, form, kwargs, weights):
+    suffix = '.pth' if form == 'training' else '.safetensors'
+    torch.manual_seed(1)
+    model = load(name, weights(name, form, suffix), **kwargs)
+    assert list(rep_layers(model))
+    expected = load(stock_name(name), weights(name, 'stock', suffix), **kwargs)
+    in_chans = kwargs.get('in_chans', 3)
+    classifier = kwargs.get('num_classes', 1000) != 7  # a new classifier is drawn afresh
+    assert_same_outputs(outputs(model, in_chans, classifier), outputs(expected, in_chans, classifier))
+    if not classifier:
+        assert outputs(model, in_chans)[0].shape == (2, 7)
+
+
+@models
+def test_stock_form_of_our_model_loads_stock_weights(name, weights):
+    file = weights(name, 'stock', '.safetensors')
+    model = load(name, file, inference_mode=True)
+    assert not list(rep_layers(model))
+    assert_same_state(state_of(model), safetensors.torch.load_file(file))
+    assert_same_outputs(outputs(model), outputs(load(stock_name(name), file)))
+
+
+def test_restored_model_trains_on(weights):
+    model = load('orepa_repvgg_a0', weights('orepa_repvgg_a0', 'stock', '.safetensors')).train()
+    model(randn(2, 3, 64, 64, dtype=torch.float32)).square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_weights_of_another_architecture_raise(tmp_path):
+    file = tmp_path / 'resnet34.safetensors'
+    save(timm.create_model('resnet34').state_dict(), file)
+    with pytest.raises(RuntimeError, match=r'neither the training form nor the stock form of orepa_resnet18; not exp'):
+        load('orepa_resnet18', file)
+
+
+@pytest.fixture(scope='module')
+def small_model():
+    return timm.create_model('orepa_repvgg_a0_cifar').eval()
+
+
+def without(state_dict, *parts):
+    return {key: value for key, value in state_dict.items() if not any(part in key for part in parts)}
+
+
+def training_form(model):
+    return state_of(model)
+
+
+def stock_form(model):
+    return state_of(fuse(model))
+
+
+@pytest.mark.parametrize('make', [training_form, stock_form])
+@pytest.mark.parametrize(('change', 'message'), [
+    (lambda s: without(s, 'stages.1.0.'), r'neither.*missing: stages\.1\.0\..* more$'),
+    (lambda s: without(s, 'stem.conv_1x1.bn.weight'), r'missing: stem\.conv_1x1\.bn\.weight$'),
+    (lambda s: {**s, 'stages.9.weight': torch.ones(1)}, r'not expected: stages\.9\.weight$'),
+    (lambda s: {key: torch.cat([value, value]) if value.ndim else value for key, value in s.items()}, 'another arch'),
+    (lambda s: {'state.' + key: value for key, value in s.items()}, 'neither'),
+    (lambda s: {}, 'neither.*missing'),
+])
+def test_weights_that_do_not_fit_raise_and_change_nothing(small_model, make, change, message):
+    model = small_model
+    before = state_of(model)
+    broken = change(without(make(model), 'num_batches_tracked'))
+    with pytest.raises(RuntimeError, match=message):
+        checkpoint_filter_fn(broken, model)
+    assert_same_state(state_of(model), before)
+
+
+@pytest.mark.parametrize('size', [(16, 3, 5, 5), (16, 4, 3, 3), (12, 3, 1, 1)], ids=str)
+def test_kernel_of_another_shape_raises_by_name(small_model, size):
+    state = stock_form(small_model)
+    state['stem.conv_kxk.conv.weight'] = torch.ones(size)
+    before = state_of(small_model)
+    with pytest.raises(RuntimeError, match=r'architecture than orepa_repvgg_a0_cifar: stem\.conv_kxk\.conv\.weight'):
+        checkpoint_filter_fn(state, small_model)
+    assert_same_state(state_of(small_model), before)
+
+
+def test_mixture_of_both_forms_raises(small_model):
+    mixed = {**training_form(small_model), **without(stock_form(small_model), 'stages')}
+    with pytest.raises(RuntimeError, match=r'not expected: stem\.conv_kxk\.conv\.weight'):
+        checkpoint_filter_fn(mixed, small_model)
+
+
+def test_weights_of_a_layer_with_bias_load():
+    """A stock model whose convolutions have a bias, expanded by hand: no pretrained_cfg to go by."""
+    stock = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).eval()
+    model = expand(stock)
+    model[0].reset_parameters()
+    model.load_state_dict(checkpoint_filter_fn(state_of(stock), model))
+    x = randn(2, 3, 9, 9, dtype=torch.float32)
+    assert_near(model(x), stock(x), 1e-6)

@@ -1,0 +1,207 @@
+import json
+import subprocess
+import sys
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+from helpers import MODEL_RTOL, assert_near, randn, randomize_
+
+import timm_rep
+from timm_rep.verification import VerificationError
+
+CLASSES = ['cat', 'dog', 'eel', 'fox', 'gnu']
+DATA_CONFIG = dict(
+    input_size=(3, 48, 48), interpolation='bilinear', mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), crop_pct=0.9,
+    crop_mode='center')
+# Metadata of timm's test_resnet, from which the models of these tests are made.
+SOURCE_FIELDS = ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'source', 'origin_url', 'paper_name', 'notes',
+                 'description', 'test_input_size', 'test_crop_pct', 'label_offset')
+
+RELOAD = """
+import json, sys
+sys.modules['timm_rep'] = None  # its import fails
+import timm, torch
+from safetensors.torch import load_file, save_file
+result = {}
+inputs = load_file(sys.argv[1])['inputs']
+for folder in sys.argv[2:]:
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    with torch.no_grad():
+        save_file(dict(outputs=model(inputs)), folder + '.outputs')
+    result[folder] = dict(
+        timm.data.resolve_data_config(model=model), num_classes=model.num_classes,
+        label_names=model.pretrained_cfg['label_names'], type=type(model).__module__)
+assert not [name for name in sys.modules if name.startswith('timm_rep.')]
+print(json.dumps(result))
+"""
+
+
+def training_form(layer='orepa', **kwargs):
+    stock = timm.create_model('test_resnet', num_classes=len(CLASSES), **kwargs)
+    return randomize_(timm_rep.expand(stock, layer), seed=1)
+
+
+def config_of(folder):
+    return json.loads((folder / 'config.json').read_text())
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_stock_timm_loads_it_in_another_process(tmp_path):
+    from safetensors.torch import load_file, save_file
+    models = dict(
+        orepa=training_form('orepa').to(memory_format=torch.channels_last),
+        dbb=training_form('dbb'),
+        stock=timm_rep.fuse(training_form('orepa')),
+    )
+    for name, model in models.items():
+        timm_rep.export_folder(
+            model.train(), tmp_path / name, label_names=CLASSES, data_config=DATA_CONFIG, tag='test')
+    inputs = randn(2, 3, 48, 48, dtype=torch.float32)
+    save_file(dict(inputs=inputs), tmp_path / 'inputs')
+    folders = [str(tmp_path / name) for name in models]
+    done = subprocess.run(
+        [sys.executable, '-I', '-c', RELOAD, str(tmp_path / 'inputs'), *folders], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    for folder, model in zip(folders, models.values()):
+        assert model.training
+        with torch.no_grad():
+            assert_near(load_file(folder + '.outputs')['outputs'], model.eval()(inputs), MODEL_RTOL[torch.float32])
+        expected = dict(DATA_CONFIG, num_classes=5, label_names=CLASSES, type='timm.models.resnet')
+        assert found[folder] == json.loads(json.dumps(expected))
+
+
+def test_config_is_our_own(tmp_path):
+    model = training_form()
+    model.pretrained_cfg.update(dict.fromkeys(SOURCE_FIELDS, 'of other weights'), tag='other')
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    cfg_before = dict(model.pretrained_cfg)
+    folder = timm_rep.export_folder(model, tmp_path / 'new' / 'model', tag='orepa_test', license='mit')
+    assert names_in(folder) == ['README.md', 'config.json', 'model.safetensors']
+    assert names_in(tmp_path / 'new') == ['model']
+
+    config = config_of(folder)
+    assert config['architecture'] == 'test_resnet'
+    cfg = config['pretrained_cfg']
+    assert not set(SOURCE_FIELDS) & set(cfg)
+    assert (cfg['tag'], cfg['license'], cfg['paper_ids']) == ('orepa_test', 'mit', ['arXiv:2204.00826'])
+    assert 'of other weights' not in json.dumps(config)
+    provenance = config['timm_rep']
+    assert provenance['version'] == timm_rep.__version__
+    assert provenance['training_architecture'] == 'test_resnet'
+    assert sum(provenance['rep_layers'].values()) == len(list(timm_rep.rep_layers(model)))
+    assert 0 <= provenance['fused_difference']['outputs_relative'] <= MODEL_RTOL[torch.float32]
+
+    assert model.pretrained_cfg == cfg_before
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_dbb_model_names_its_paper(tmp_path):
+    folder = timm_rep.export_folder(training_form('dbb'), tmp_path / 'model')
+    assert config_of(folder)['pretrained_cfg']['paper_ids'] == ['arXiv:2103.13425']
+
+
+def test_other_image_channels(tmp_path):
+    model = training_form(in_chans=1)
+    folder = timm_rep.export_folder(model, tmp_path / 'model')
+    reloaded = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    assert reloaded.conv1[0].in_channels == 1
+    assert tuple(timm.data.resolve_data_config(model=reloaded)['input_size']) == (1, 160, 160)
+
+
+def test_architecture_that_timm_lacks(tmp_path):
+    model = randomize_(timm.create_model('orepa_repvgg_a0_cifar', num_classes=3)).eval()
+    folder = timm_rep.export_folder(model, tmp_path / 'model')
+    config = config_of(folder)
+    assert config['architecture'] == 'orepa_repvgg_a0_cifar'
+    assert config['model_args']['inference_mode'] is True
+    card = (folder / 'README.md').read_text()
+    assert 'timm has no `orepa_repvgg_a0_cifar`' in card
+    assert 'import timm_rep' in card
+    reloaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    assert not list(timm_rep.rep_layers(reloaded))
+    inputs = randn(2, 3, 32, 32, dtype=torch.float32)
+    with torch.no_grad():
+        assert_near(reloaded(inputs), model(inputs), MODEL_RTOL[torch.float32])
+
+
+def test_model_card(tmp_path):
+    model = training_form()
+    metrics = dict(top1=71.25, top5=None, throughput=1234.0)
+    card = huggingface_hub.ModelCard.load(
+        timm_rep.export_folder(model, tmp_path / 'net', dataset='pets', metrics=metrics) / 'README.md')
+    assert card.data.library_name == 'timm'
+    assert card.data.eval_results[0].metric_value == 71.25
+    assert '| Top-1 accuracy (%) | 71.25 |' in card.content
+    assert '| Top-5 accuracy (%) | not measured |' in card.content
+    assert '| throughput | 1234 |' in card.content
+    assert "timm.create_model('hf-hub:ORGANISATION/net', pretrained=True)" in card.content
+    assert "timm.create_model('local-dir:net', pretrained=True)" in card.content
+    assert 'import timm_rep' not in card.content
+    assert 'Online Convolutional Re-parameterization' in card.content
+
+    # without a training form there is nothing to compare with
+    stock = timm_rep.export_folder(timm_rep.fuse(model), tmp_path / 'stock')
+    content = (stock / 'README.md').read_text()
+    assert '| Top-1 accuracy (%) | not measured |' in content
+    assert '| Largest difference of the fused outputs, relative | not measured |' in content
+    assert config_of(stock)['timm_rep']['fused_difference'] is None
+
+
+def test_existing_path_stays(tmp_path):
+    model = training_form()
+    full = tmp_path / 'full'
+    full.mkdir()
+    (full / 'mine').write_text('mine')
+    for path, kind in ((full, 'a folder that is not empty'), (full / 'mine', 'a file')):
+        with pytest.raises(FileExistsError, match=kind) as error:
+            timm_rep.export_folder(model, path)
+        assert str(path) in str(error.value)
+    assert names_in(tmp_path) == ['full']
+    assert (full / 'mine').read_text() == 'mine'
+
+    empty = tmp_path / 'empty'
+    empty.mkdir()
+    assert timm_rep.export_folder(model, empty) == empty
+    assert 'config.json' in names_in(empty)
+
+
+def test_failure_leaves_nothing(tmp_path):
+    model = training_form()
+    with torch.no_grad():
+        model.fc.weight[0, 0] = float('nan')
+    with pytest.raises(VerificationError, match=r'fc\.weight'):
+        timm_rep.export_folder(model, tmp_path / 'model')
+
+    # Norms folded too: convolutions with bias, which timm's constructor does not build.
+    deploy = timm.utils.reparameterize_model(timm_rep.fuse(timm.create_model('orepa_repvgg_a0_cifar').eval()))
+    with pytest.raises(RuntimeError, match='not what timm builds as orepa_repvgg_a0_cifar'):
+        timm_rep.export_folder(deploy, tmp_path / 'model')
+    assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize(('kwargs', 'message'), [
+    (dict(label_names=['cat']), 'the 5 classes of the model, got 1 names'),
+    (dict(metrics=dict(top1=float('nan'))), 'top1=nan'),
+    (dict(metrics=dict(top1='good')), "top1='good'"),
+    (dict(data_config=dict(size=3)), 'unknown in data_config: size; allowed are input_size'),
+    (dict(data_config=dict(input_size=(1, 32, 32))), 'takes 3 channels'),
+])
+def test_bad_arguments(tmp_path, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        timm_rep.export_folder(training_form(), tmp_path / 'model', **kwargs)
+    assert names_in(tmp_path) == []
+
+
+def test_model_without_architecture(tmp_path):
+    with pytest.raises(ValueError, match='got a Sequential without architecture'):
+        timm_rep.export_folder(torch.nn.Sequential(), tmp_path / 'model')
+    model = training_form()
+    model.pretrained_cfg['architecture'] = 'my_net'
+    with pytest.raises(ValueError, match="unknown architecture 'my_net'"):
+        timm_rep.export_folder(model, tmp_path / 'model')

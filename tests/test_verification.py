@@ -1,0 +1,101 @@
+"""verify() passes for a right fusion and names the first layer that is off."""
+import copy
+
+import pytest
+import timm
+import torch
+from helpers import TINY_MODELS, randn, randomize_
+from timm.utils import reparameterize_model
+
+from timm_rep import VerificationError, expand, fuse, rep_layers, set_attach_rate, verify
+
+
+def pair(name='basic', layer='orepa', dtype=torch.float32):
+    model = randomize_(expand(TINY_MODELS[name](), layer)).to(dtype).eval()
+    set_attach_rate(model, 0.3)
+    return model, fuse(model)
+
+
+def images(dtype=torch.float32):
+    return randn(2, 3, 64, 64, dtype=dtype)
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(('name', 'layer'), [
+    ('basic', 'orepa'), ('bottleneck', 'orepa'), ('repvgg', 'orepa'), ('basic', 'dbb')])
+def test_right_fusion_passes_and_is_reported(name, layer, dtype):
+    model, fused = pair(name, layer, dtype)
+    report = verify(model, fused, inputs=images(dtype))
+    assert [difference.name for difference in report.layers] == [name for name, _ in rep_layers(model)]
+    for difference in (*report.layers, report.model):
+        assert difference.largest > 0
+        assert difference.relative <= report.rtol
+        assert difference.relative == difference.absolute / difference.largest
+    text = str(report)
+    assert f'{len(report.layers)} rep layers' in text
+    assert 'outputs agree' in text
+
+
+def test_default_inputs_and_modes_are_kept():
+    model = timm.create_model('orepa_resnet18_cifar', num_classes=3, in_chans=1).train()
+    fused = fuse(model).eval()
+    report = verify(model, fused)
+    assert report.model.largest > 0
+    assert report.rtol == 1e-5
+    assert all(module.training for module in model.modules())
+    assert not any(module.training for module in fused.modules())
+
+
+def test_deploy_form_is_compared_end_to_end():
+    model, fused = pair('repvgg')
+    deploy = reparameterize_model(fused)
+    report = verify(model, deploy, inputs=images(), rtol=1e-4)
+    assert not report.layers
+    assert report.model.relative <= 1e-4
+
+
+@pytest.mark.parametrize(('name', 'layer', 'altered', 'first'), [
+    ('basic', 'orepa', ['layer2.0.conv1', 'layer3.0.conv2'], 'layer2.0.conv1'),
+    ('bottleneck', 'orepa', ['layer4.0.conv3', 'conv1'], 'conv1'),
+    ('basic', 'dbb', ['layer3.0.conv1'], 'layer3.0.conv1'),
+])
+@pytest.mark.parametrize('factor', [1.001, 0.0, float('nan')])
+def test_first_altered_layer_is_named(name, layer, altered, first, factor):
+    model, fused = pair(name, layer)
+    with torch.no_grad():
+        for place in altered:
+            fused.get_submodule(place).weight[0].mul_(factor)
+    message = f'layer {first}: .*non-finite' if factor != factor else f'layer {first} is off: largest difference'
+    with pytest.raises(VerificationError, match=message):
+        verify(model, fused, inputs=images())
+
+
+def test_difference_outside_the_rep_layers_is_found():
+    model, fused = pair()
+    with torch.no_grad():
+        fused.fc.weight.mul_(1.001)
+    with pytest.raises(VerificationError, match='the model is off'):
+        verify(model, fused, inputs=images())
+    assert verify(model, fused, inputs=images(), rtol=0.01).rtol == 0.01
+    assert verify(model, fused, inputs=images(), atol=1e6).atol == 1e6
+
+
+def test_non_finite_training_form_is_told_apart():
+    model, fused = pair()
+    with torch.no_grad():
+        model.layer1[0].conv1.scale[0, 0] = float('inf')
+    with pytest.raises(VerificationError, match=r'layer layer1\.0\.conv1: the training form puts out non-finite'):
+        verify(model, fused, inputs=images())
+
+
+def test_shape_mismatch_raises():
+    model, fused = pair()
+    other = copy.deepcopy(fused)
+    other.reset_classifier(7)
+    with pytest.raises(VerificationError, match=r'the model: output shapes differ, \(2, 5\) and \(2, 7\)'):
+        verify(model, other, inputs=images())
+
+
+def test_missing_input_size_raises():
+    with pytest.raises(ValueError, match='pass inputs'):
+        verify(*pair())
