@@ -207,6 +207,8 @@ def test_every_parameter_gets_a_gradient(case):
 @kinds
 @pytest.mark.parametrize('tool', ['script', 'trace', 'fx', 'export', 'deepcopy', 'pickle'])
 def test_tools_keep_the_function(case, tool):
+    if tool == 'export' and torch.__version__ < '2.7':
+        pytest.skip('the exporter of torch 2.6 loses the statistics of a norm that is read twice')
     layer = make(case, 0.3)
     x = images(layer)
     converted = dict(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from timm.optim import create_optimizer_v2
 from torchvision.transforms.functional import to_pil_image
 
 from timm_rep.timm_scripts import SCRIPTS, find_script, run_script, script_folders
@@ -102,6 +103,20 @@ def test_exit_of_a_script_passes_through(tmp_path):
         run_script(script, [str(tmp_path / 'seen.json'), '--fail'])
     assert error.value.code == 3
     assert sys.argv == own_argv
+
+
+@pytest.mark.parametrize('name', ['orepa_repvgg_a0_cifar', 'orepa_resnet18_cifar', 'dbb_resnet18_cifar'])
+def test_timm_decays_scales_and_branches_but_no_norms_and_biases(name):
+    model = timm.create_model(name)
+    optimizer = create_optimizer_v2(model, opt='sgd', lr=0.1, weight_decay=1e-4)
+    decay = {id(p): group['weight_decay'] for group in optimizer.param_groups for p in group['params']}
+    decayed = {key for key, parameter in model.named_parameters() if decay[id(parameter)] > 0}
+    norms = {
+        f'{key}.{kind}' for key, module in model.named_modules() if isinstance(module, torch.nn.BatchNorm2d)
+        for kind in ('weight', 'bias')}
+    assert decayed.isdisjoint(norms)
+    names = {key for key, _ in model.named_parameters()}
+    assert names - decayed - norms == {f'{model.pretrained_cfg["classifier"]}.bias'}
 
 
 SCRIPTS_FOLDER = os.environ.get('TIMM_SCRIPTS')

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from .layers import BranchedRepLayer, RepLayer
 from .layers.branched import fold_batch_norm
-from .surgery import FoldedNorm, next_sibling, rep_layers
+from .surgery import FoldedNorm, image_channels, next_sibling, rep_layers
 
 __all__ = ['checkpoint_filter_fn']
 
 
-def _names(keys: Iterable[str]) -> str:
+def first_names(keys: Iterable[str]) -> str:
+    """The first three of the names in order, and how many more there are, for a message."""
     ordered = sorted(keys)
     text = ', '.join(ordered[:3])
     return f'{text} and {len(ordered) - 3} more' if len(ordered) > 3 else text
@@ -96,7 +97,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dic
     classifier = cfg.get('classifier') or ()
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     source_chans = (cfg.get('input_size') or (3,))[0]
-    in_chans = getattr(model, 'in_chans', source_chans)
+    in_chans = image_channels(model)
 
     own = model.state_dict()
     layers = dict(rep_layers(model))
@@ -117,8 +118,8 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dic
     if missing or unexpected:
         raise RuntimeError(
             f'the weights are neither the training form nor the stock form of {architecture}'
-            + (f'; missing: {_names(missing)}' if missing else '')
-            + (f'; not expected: {_names(unexpected)}' if unexpected else '')
+            + (f'; missing: {first_names(missing)}' if missing else '')
+            + (f'; not expected: {first_names(unexpected)}' if unexpected else '')
         )
 
     def fits(key: str, value: Tensor, shape: torch.Size) -> bool:

@@ -16,7 +16,7 @@ from timm.data import resolve_data_config
 from timm.models import clean_state_dict
 from torch import Tensor
 
-from .checkpoints import checkpoint_filter_fn
+from .checkpoints import checkpoint_filter_fn, first_names
 from .hub import export_folder
 from .surgery import LAYERS, fuse, rep_layers
 from .verification import Report, verify
@@ -126,11 +126,6 @@ def read_checkpoint(path: PathLike, *, use_ema: bool = False) -> Checkpoint:
     return Checkpoint(path, clean_state_dict(weights), args, architecture if isinstance(architecture, str) else None)
 
 
-def _first_names(names: Any) -> str:
-    ordered = sorted(names)
-    return ', '.join(ordered[:3]) + (f' and {len(ordered) - 3} more' if len(ordered) > 3 else '')
-
-
 def _load_strictly(model: nn.Module, state_dict: Dict[str, Tensor], path: Path, form: str) -> None:
     """Load weights that must be the model's, all of them and no more."""
     own = model.state_dict()
@@ -138,8 +133,8 @@ def _load_strictly(model: nn.Module, state_dict: Dict[str, Tensor], path: Path, 
     if missing or unexpected:
         raise RuntimeError(
             f'{path} does not hold {form}'
-            + (f'; missing: {_first_names(missing)}' if missing else '')
-            + (f'; not expected: {_first_names(unexpected)}' if unexpected else '')
+            + (f'; missing: {first_names(missing)}' if missing else '')
+            + (f'; not expected: {first_names(unexpected)}' if unexpected else '')
         )
     for key, value in own.items():
         if value.shape != state_dict[key].shape:

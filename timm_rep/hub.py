@@ -15,7 +15,7 @@ import torch.nn as nn
 from timm.models import save_for_hf
 
 from .layers import DiverseBranchConv2d, LinearRepLayer
-from .surgery import fuse, rep_layers
+from .surgery import fuse, image_channels, rep_layers
 from .verification import Report, VerificationError, verify
 
 __all__ = ['export_folder']
@@ -113,7 +113,7 @@ def _pretrained_cfg(model: Any, data_config: Mapping[str, Any]) -> Dict[str, Any
     own = model.pretrained_cfg
     cfg = {key: own[key] for key in (*STRUCTURE_FIELDS, *DATA_FIELDS) if key in own}
     cfg.update(data_config)
-    in_chans = getattr(model, 'in_chans', own['input_size'][0])
+    in_chans = image_channels(model)
     if 'input_size' in data_config and cfg['input_size'][0] != in_chans:
         raise ValueError(f'data_config: the model takes {in_chans} channels, got input_size {cfg["input_size"]}')
     cfg['input_size'] = (in_chans, *cfg['input_size'][1:])
@@ -206,7 +206,7 @@ several branches for each convolution and folds them into one afterwards.
 {imports}
 
 model = timm.create_model('hf-hub:ORGANISATION/{name}', pretrained=True).eval()  # from the Hub
-model = timm.create_model('local-dir:{name}', pretrained=True).eval()  # from this folder
+model = timm.create_model('local-dir:{name}', pretrained=True).eval()  # from this folder (timm 1.0.26 or newer)
 transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
 ```
 

@@ -26,6 +26,7 @@ __all__ = [
     'expand',
     'expand_fresh_',
     'fuse',
+    'image_channels',
     'next_sibling',
     'rep_layers',
     'set_attach_rate',
@@ -76,6 +77,20 @@ def set_attach_rate(model: nn.Module, rate: float) -> None:
     """
     for _, layer in rep_layers(model):
         layer.set_attach_rate_(rate)
+
+
+def image_channels(model: nn.Module) -> int:
+    """Channels of the images that a CNN takes: the input channels of its first convolution.
+
+    Older timm does not keep them on the model.
+
+    Args:
+        model: CNN in training or stock form.
+
+    Returns:
+        Number of channels.
+    """
+    return next(m.in_channels for m in model.modules() if isinstance(m, (nn.Conv2d, RepLayer)))
 
 
 def stock_architecture(architecture: str) -> str:

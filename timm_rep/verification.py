@@ -8,7 +8,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from .layers import RepLayer
-from .surgery import FoldedNorm, next_sibling, rep_layers
+from .surgery import FoldedNorm, image_channels, next_sibling, rep_layers
 
 __all__ = ['Difference', 'Report', 'VerificationError', 'verify']
 
@@ -146,8 +146,7 @@ def verify(
         cfg = getattr(model, 'pretrained_cfg', None) or {}
         if 'input_size' not in cfg:
             raise ValueError('verify: the model has no pretrained_cfg with an input_size; pass inputs')
-        channels = getattr(model, 'in_chans', cfg['input_size'][0])
-        inputs = torch.randn(2, channels, *cfg['input_size'][1:], generator=generator)
+        inputs = torch.randn(2, image_channels(model), *cfg['input_size'][1:], generator=generator)
         inputs = inputs.to(device=reference.device, dtype=reference.dtype)
 
     differences: List[Difference] = []

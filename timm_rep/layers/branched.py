@@ -53,9 +53,10 @@ class NormPad2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         norm = self.norm
-        zero = torch.zeros([1, norm.num_features, 1, 1], device=x.device, dtype=x.dtype)
+        zero = torch.zeros_like(norm.weight).reshape(1, -1, 1, 1)
         border = F.batch_norm(
-            zero, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps).detach()
+            zero, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+        border = border.detach().type_as(x)
         pad_h, pad_w = self.padding
         return F.pad(self.norm(x) - border, [pad_w, pad_w, pad_h, pad_h]) + border
 

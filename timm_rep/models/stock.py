@@ -62,7 +62,8 @@ def build_resnet(width_factor: int = 1, small_images: bool = False, **kwargs: An
     Returns:
         The network.
     """
-    dd: Dict[str, Any] = dict(device=kwargs.get('device'), dtype=kwargs.get('dtype'))
+    in_chans = kwargs.get('in_chans', 3)
+    dd = {key: kwargs[key] for key in ('device', 'dtype') if key in kwargs}  # older timm takes neither
     if width_factor != 1:
         kwargs['channels'] = tuple(width_factor * c for c in RESNET_CHANNELS)
     model: Any = ResNet(**kwargs)
@@ -73,10 +74,10 @@ def build_resnet(width_factor: int = 1, small_images: bool = False, **kwargs: An
         model.layer1[0] = first
         model.bn1 = copy.deepcopy(first.bn1)
         width = model.bn1.num_features
-        model.conv1 = nn.Conv2d(model.in_chans, width, kernel_size=7, stride=2, padding=3, bias=False, **dd)
+        model.conv1 = nn.Conv2d(in_chans, width, kernel_size=7, stride=2, padding=3, bias=False, **dd)
         model.feature_info[0]['num_chs'] = width
     if small_images:
-        model.conv1 = nn.Conv2d(model.in_chans, model.bn1.num_features, kernel_size=3, padding=1, bias=False, **dd)
+        model.conv1 = nn.Conv2d(in_chans, model.bn1.num_features, kernel_size=3, padding=1, bias=False, **dd)
         model.maxpool = nn.Identity()
         for info in model.feature_info:
             info['reduction'] = max(info['reduction'] // 4, 1)
@@ -117,11 +118,10 @@ def build_repvgg(cfg: ByoModelCfg, small_images: bool = False, **kwargs: Any) ->
     model: Any = ByobNet(cfg, **kwargs)
     if small_images:
         stem = RepVggBlock(
-            model.in_chans,
+            kwargs.get('in_chans', 3),
             model.stem.conv_kxk.conv.out_channels,
             stride=1,
-            device=kwargs.get('device'),
-            dtype=kwargs.get('dtype'),
+            **{key: kwargs[key] for key in ('device', 'dtype') if key in kwargs},  # older timm takes neither
         )
         stem.load_state_dict(model.stem.state_dict(), strict=False)  # a new identity branch keeps its own start
         model.stem = stem
