@@ -32,7 +32,7 @@ def train_cost():
 @pytest.fixture
 def tiny(tmp_path):
     return [
-        '--batch', '2', '--size', '32', '--rounds', '2', '--warmup', '1', '--threads', '1',
+        '--forms', 'plain', 'orepa', '--batch', '2', '--size', '32', '--rounds', '2', '--warmup', '1', '--threads', '1',
         '--out', str(tmp_path / 'results' / 'tiny'),
     ]
 
@@ -47,7 +47,7 @@ def test_report(train_cost, tiny, tmp_path, capsys):
     train_cost.main([*tiny, '--peer', str(tmp_path)])
     report = json.loads((tmp_path / 'results' / 'tiny.json').read_text())
     (result,) = report['results']
-    assert list(result['forms']) == ['plain', 'branched', 'orepa', 'authors']
+    assert list(result['forms']) == ['plain', 'orepa', 'authors']
     for form in result['forms'].values():
         assert len(form['seconds']) == 2
         assert form['to_plain']['min'] <= form['to_plain']['max']

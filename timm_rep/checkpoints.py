@@ -115,6 +115,11 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dic
     state_dict = {k: own.get(k, torch.tensor(0)) for k in expected if k.endswith('num_batches_tracked')} | state_dict
     missing = {k for k in expected - set(state_dict) if not is_head(k)}
     unexpected = {k for k in set(state_dict) - expected if not is_head(k)}
+    if (missing or unexpected) and not layers and any(k.endswith('.attach_rate') for k in state_dict):
+        raise RuntimeError(
+            f'the weights are in training form, but this {architecture} is in stock form; load them without '
+            'inference_mode=True and fuse, or fuse the weights first (timm-rep fuse)'
+        )
     if missing or unexpected:
         raise RuntimeError(
             f'the weights are neither the training form nor the stock form of {architecture}'

@@ -1,7 +1,7 @@
 """The one module walker: put rep layers into a model, and take them out again."""
 import copy
 import fnmatch
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Type, TypeVar, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Set, Tuple, Type, TypeVar, Union
 
 import timm
 import torch
@@ -56,13 +56,18 @@ def rep_layers(model: nn.Module) -> Iterator[Tuple[str, RepLayer]]:
     Yields:
         Name and layer, in the model's order; a shared layer once.
     """
-    for name, module in model.named_modules():
-        if isinstance(module, RepLayer):
-            parents = name.split('.')
-            inside = any(
-                isinstance(model.get_submodule('.'.join(parents[:n])), RepLayer) for n in range(len(parents)))
-            if not inside or name == '':
-                yield name, module
+    yield from _walk(model, '', set())
+
+
+def _walk(module: nn.Module, name: str, seen: Set[int]) -> Iterator[Tuple[str, RepLayer]]:
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    if isinstance(module, RepLayer):
+        yield name, module
+        return
+    for child_name, child in module.named_children():
+        yield from _walk(child, f'{name}.{child_name}' if name else child_name, seen)
 
 
 def set_attach_rate(model: nn.Module, rate: float) -> None:
@@ -192,6 +197,9 @@ def expand(
     """Swap plain convolutions for rep layers with the same function.
 
     The outputs stay the same: in eval mode for all layers, in training mode too for linear ones (``'orepa'``).
+
+    A norm counts as right behind a convolution if it is the next child of the same module. ``'dbb'`` takes that norm
+    into the layer, so in a network that declares its modules in another order than it runs them, select by hand.
 
     Args:
         model: Any CNN.

@@ -32,8 +32,20 @@ def kept_statistics(norm: nn.BatchNorm2d) -> Tuple[Tensor, Tensor]:
 
 
 def fold_batch_norm(kernel: Tensor, bias: Optional[Tensor], norm: nn.BatchNorm2d) -> Tuple[Tensor, Tensor]:
-    """:func:`timm_rep.kernels.fold_norm` with the values of a module."""
-    return kernels.fold_norm(kernel, bias, *kept_statistics(norm), norm.weight, norm.bias, norm.eps)
+    """:func:`timm_rep.kernels.fold_norm` with the values of a module, in float32 at least.
+
+    Args:
+        kernel: ``(o, i/g, h, w)``.
+        bias: ``(o,)`` or None.
+        norm: Batch norm with running statistics.
+
+    Returns:
+        Kernel and bias; float32 for half-precision values.
+    """
+    dtype = torch.float64 if kernel.dtype == torch.float64 else torch.float32
+    mean, var, gamma, beta = (v.to(dtype) for v in (*kept_statistics(norm), norm.weight, norm.bias))
+    return kernels.fold_norm(
+        kernel.to(dtype), None if bias is None else bias.to(dtype), mean, var, gamma, beta, norm.eps)
 
 
 BranchedT = TypeVar('BranchedT', bound='BranchedRepLayer')
@@ -87,12 +99,13 @@ class BranchedRepLayer(RepLayer):
         """Kernel and bias by the kept statistics, at the attach rate in force, differentiably.
 
         Returns:
-            Kernel ``(o, i/g, kh, kw)`` and bias ``(o,)``.
+            Kernel ``(o, i/g, kh, kw)`` and bias ``(o,)``, in the parameters' dtype; composed in float32 at least.
         """
         kernel, bias = fold_batch_norm(self.conv_kxk.weight, None, self.norm_kxk)
         with without_autocast(kernel):
             side_kernel, side_bias = self._side_kernel_bias()
-        return kernel + self.attach_rate * side_kernel, bias + self.attach_rate * side_bias
+        kernel, bias = kernel + self.attach_rate * side_kernel, bias + self.attach_rate * side_bias
+        return kernel.to(self.conv_kxk.weight.dtype), bias.to(self.conv_kxk.weight.dtype)
 
     def compose_weight(self) -> Tensor:
         return self.compose_weight_bias()[0]

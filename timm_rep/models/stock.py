@@ -87,7 +87,9 @@ def build_resnet(width_factor: int = 1, small_images: bool = False, **kwargs: An
 
 
 def repvgg_cifar_cfg(depths: Tuple[int, ...], width_factors: Tuple[float, ...]) -> ByoModelCfg:
-    """Configuration of a CIFAR RepVGG: a sixteenth of the widths, strides 1, 1, 2, 2, 1 (RepAn).
+    """Configuration of a CIFAR RepVGG: widths 16, 16, 32, 64, 64 times the multipliers, strides 1, 1, 2, 2, 1 (RepAn).
+
+    timm rounds the widths of stages to multiples of 8, which makes the 12 of A0's first stage a 16.
 
     Args:
         depths: Blocks of each stage.
