@@ -15,10 +15,14 @@ The function exists three times, tested against each other: :func:`compose_orepa
 that autograd, ``torch.compile``, ``torch.export`` and TorchScript follow; ``_ComposeOrepa`` is the eager one, with an
 explicit backward; the second derivative goes through the plain formula.
 """
+import math
 from typing import Tuple
 
 import torch
 from torch import Tensor
+
+# Input channels that share one matrix product in the gradients of the separable branch.
+INPUTS_PER_PRODUCT = 4
 
 __all__ = [
     'compose_orepa',
@@ -65,20 +69,22 @@ def compose_orepa_plain(
         gains: ``(o, l)``, from :func:`spread_scale`.
         seq_1x1: Learnt residual of the inner 1x1, ``(t, i/g, 1, 1)``; the identity is added to it.
         dw_conv: ``(i*e, 1, kh, kw)``; the filters of one input channel lie together.
-        filters: Constant spatial filters of the origin's and the fixed-filter entries, ``(o, k + b, k)``.
+        filters: Constant ``(o, l, k)``, the spatial filter that each entry acts by: its own tap for the origin and for
+            the inner taps (through the identity), a fixed filter, or zero for the separable weights.
         groups: Number of groups ``g``.
 
     Returns:
         ``(o, i/g, kh, kw)``.
     """
     out_channels, in_per_group = branches.shape[0], branches.shape[1]
-    direct, taps = filters.shape[1], filters.shape[2]
+    taps = filters.shape[2]
     expansion = dw_conv.shape[0] // (groups * in_per_group)
     ratio = seq_1x1.shape[0] // (groups * in_per_group)
+    direct = branches.shape[2] - ratio * taps - expansion
     weighted = branches * gains.unsqueeze(1)
 
     # Origin, and 1x1 then a fixed filter of the output channel.
-    kernel = torch.einsum('oir,ork->oik', weighted[:, :, :direct], filters)
+    kernel = torch.einsum('oir,ork->oik', weighted[:, :, :direct], filters[:, :direct])
 
     # Depthwise then 1x1.
     separable = weighted[:, :, direct:direct + expansion].reshape(groups, -1, in_per_group, expansion)
@@ -127,31 +133,28 @@ def _compose_orepa_forward(
         groups: int,
         channels_last: bool,
 ) -> Tensor:
-    out_channels, in_per_group, _ = branches.shape
-    direct, taps = filters.shape[1:]
+    out_channels, in_per_group, entries = branches.shape
+    taps = filters.shape[2]
     height, width = dw_conv.shape[2:]
     expansion = dw_conv.shape[0] // (groups * in_per_group)
-    first_inner = direct + expansion
+    first_inner = entries - seq_1x1.shape[0] // (groups * in_per_group) * taps
+    first_separable = first_inner - expansion
 
-    kernel = torch.bmm(branches[:, :, :direct], filters * gains[:, :direct, None])
-
-    pointwise = _by_input(branches[:, :, direct:first_inner], groups)
-    separable = torch.bmm(pointwise, dw_conv.view(-1, expansion, taps))
-    gain = gains[:, direct].view(groups, -1, 1, 1)
-    kernel.view(groups, -1, in_per_group, taps).addcmul_(_by_output(separable, groups), gain)
-
+    # All products have a long dimension last: few taps there would leave most of a vector register empty.
+    kernel = torch.bmm((filters * gains.unsqueeze(2)).transpose(1, 2), branches.transpose(1, 2))
     matrix = _inner_matrix(branches, gains, first_inner, taps, groups)
-    mixer = seq_1x1.view(groups, -1, in_per_group)
-    through_identity = matrix
-    if mixer.shape[1] != in_per_group:
-        through_identity = matrix.view(*matrix.shape[:2], -1, in_per_group).sum(2)
-    sequential = torch.baddbmm(through_identity, matrix, mixer).view(out_channels, taps, in_per_group)
+    kernel.view(groups, -1, in_per_group).baddbmm_(matrix, seq_1x1.view(groups, -1, in_per_group))
 
+    pointwise = _by_input(branches[:, :, first_separable:first_inner], groups)
+    separable = _by_output(torch.bmm(pointwise, dw_conv.view(-1, expansion, taps)), groups)
+    gain = gains[:, first_separable].view(groups, -1, 1, 1)
+    by_group = kernel.view(groups, -1, taps, in_per_group).transpose(2, 3)
     if channels_last:
-        kernel = sequential.add_(kernel.transpose(1, 2))
+        by_group.addcmul_(separable, gain)
         return kernel.view(out_channels, height, width, in_per_group).permute(0, 3, 1, 2)
-    kernel.add_(sequential.transpose(1, 2))
-    return kernel.view(out_channels, in_per_group, height, width)
+    kernel = branches.new_empty(out_channels, in_per_group, height, width)
+    torch.addcmul(by_group, separable, gain, out=kernel.view(groups, -1, in_per_group, taps))
+    return kernel
 
 
 def _compose_orepa_backward(
@@ -164,39 +167,44 @@ def _compose_orepa_backward(
         groups: int,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of branches, gains, seq_1x1 and dw_conv. The order keeps the temporaries that live together small."""
-    out_channels, in_per_group, _ = branches.shape
-    direct, taps = filters.shape[1:]
+    out_channels, in_per_group, entries = branches.shape
+    taps = filters.shape[2]
     expansion = dw_conv.shape[0] // (groups * in_per_group)
-    first_inner = direct + expansion
+    first_inner = entries - seq_1x1.shape[0] // (groups * in_per_group) * taps
+    direct = first_inner - expansion
     mixer = seq_1x1.view(groups, -1, in_per_group)
-    grad_branches = torch.empty_like(branches)  # first without the gains: the gradient of the gains needs it so
+    grad_rows = grad.contiguous().view(out_channels, in_per_group, taps)
+    # First without the gains: the gradient of the gains needs it so.
+    grad_branches = torch.bmm(grad_rows, filters.transpose(1, 2))
 
     grad_matrix = grad.permute(0, 2, 3, 1).reshape(groups, -1, in_per_group)
     grad_mixer = torch.bmm(_inner_matrix(branches, gains, first_inner, taps, groups).transpose(1, 2), grad_matrix)
-    ratio = mixer.shape[1] // in_per_group
-    through_identity = grad_matrix if ratio == 1 else grad_matrix.repeat(1, 1, ratio)
-    grad_inner = torch.baddbmm(through_identity, grad_matrix, mixer.transpose(1, 2))
-    grad_inner = grad_inner.view(out_channels, taps, ratio, in_per_group).permute(0, 3, 2, 1)
-    grad_branches[:, :, first_inner:].view(out_channels, in_per_group, ratio, taps).copy_(grad_inner)
-    del through_identity, grad_matrix, grad_inner
+    grad_inner = torch.bmm(grad_matrix, mixer.transpose(1, 2)).view(out_channels, taps, -1, in_per_group)
+    grad_branches[:, :, first_inner:].view(out_channels, in_per_group, -1, taps).add_(grad_inner.permute(0, 3, 2, 1))
+    del grad_matrix, grad_inner
 
-    grad_rows = grad.reshape(out_channels, in_per_group, taps)
-    torch.bmm(grad_rows, filters.transpose(1, 2), out=grad_branches[:, :, :direct])
-
-    grad_rows = _by_input(grad_rows, groups)
-    depthwise = dw_conv.view(-1, expansion, taps)
-    grad_separable = grad_branches[:, :, direct:first_inner]
-    if groups == 1:
-        torch.bmm(grad_rows, depthwise.transpose(1, 2), out=grad_separable.transpose(0, 1))
+    # Separable branch: a few input channels at a time, so that the products are not too narrow.
+    block = math.gcd(in_per_group, INPUTS_PER_PRODUCT)
+    grad_rows = _by_input(grad_rows.view(out_channels, -1, block * taps), groups)
+    filters_of_input = dw_conv.view(-1, block, expansion, taps)
+    depthwise = torch.diag_embed(filters_of_input.permute(0, 2, 3, 1), dim1=1, dim2=3)
+    depthwise = depthwise.view(-1, block * expansion, block * taps)
+    if groups == 1:  # the transposed result is rows of outputs, which copy faster than blocks of inputs
+        grad_pointwise = grad.new_empty(out_channels, in_per_group // block, block * expansion)
+        torch.bmm(grad_rows, depthwise.transpose(1, 2), out=grad_pointwise.transpose(0, 1))
     else:
-        grad_pointwise = _by_output(torch.bmm(grad_rows, depthwise.transpose(1, 2)), groups)
-        grad_separable.unflatten(0, (groups, -1)).copy_(grad_pointwise)
+        grad_pointwise = _by_output(torch.bmm(grad_rows, depthwise.transpose(1, 2)), groups).contiguous()
+    grad_branches[:, :, direct:first_inner].copy_(grad_pointwise.view(out_channels, in_per_group, expansion))
+    del depthwise, grad_pointwise
     weighted = branches[:, :, direct:first_inner] * gains[:, direct, None, None]
-    grad_depthwise = torch.bmm(_by_input(weighted, groups).transpose(1, 2), grad_rows)
+    weighted = _by_input(weighted.view(out_channels, -1, block * expansion), groups)
+    grad_depthwise = torch.bmm(weighted.transpose(1, 2), grad_rows).view(-1, block, expansion, block, taps)
+    grad_depthwise = grad_depthwise.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(dw_conv.shape)
+    del weighted, grad_rows
 
     grad_gains = (grad_branches * branches).sum(1)
     grad_branches.mul_(gains.unsqueeze(1))
-    return grad_branches, grad_gains, grad_mixer.view(seq_1x1.shape), grad_depthwise.view(dw_conv.shape)
+    return grad_branches, grad_gains, grad_mixer.view(seq_1x1.shape), grad_depthwise
 
 
 class _ComposeOrepa(torch.autograd.Function):
@@ -236,7 +244,7 @@ def compose_orepa(
         gains: ``(o, l)``, the same for all entries of one branch, as :func:`spread_scale` gives them.
         seq_1x1: ``(t, i/g, 1, 1)``, contiguous.
         dw_conv: ``(i*e, 1, kh, kw)``, contiguous.
-        filters: ``(o, k + b, k)``.
+        filters: ``(o, l, k)``.
         groups: Number of groups ``g``.
         channels_last: Memory format of the kernel.
 

@@ -169,7 +169,6 @@ class OrepaConv2d(LinearRepLayer):
         in_per_group = in_channels // groups
         taps = self.kernel_size[0] * self.kernel_size[1]
         inner_ratio = 1 if groups <= MAX_GROUPS_SINGLE_WIDTH else 2
-        fixed = len(self.branch_names) - 3
         self._entries: Dict[str, int] = dict.fromkeys(self.branch_names, 1)  # columns of `branches`, in order
         self._entries.update(origin=taps, separable=SEPARABLE_EXPANSION, sequential=inner_ratio * taps)
 
@@ -181,7 +180,7 @@ class OrepaConv2d(LinearRepLayer):
         self._init_bias(bias, device, dtype)
         self.register_buffer('row_branch', torch.empty(
             2, len(self.branch_names), self.branches.shape[2], **dd), persistent=False)
-        self.register_buffer('filters', torch.empty(out_channels, taps + fixed, taps, **dd), persistent=False)
+        self.register_buffer('filters', torch.empty(out_channels, self.branches.shape[2], taps, **dd), persistent=False)
         self.init_non_persistent_buffers()
         self.reset_parameters(generator)
 
@@ -225,7 +224,7 @@ class OrepaConv2d(LinearRepLayer):
         return kernels_of
 
     def init_non_persistent_buffers(self) -> None:
-        """Compute the constants: which branch each entry belongs to, and the fixed filters; float32 or float64."""
+        """Compute the constants: which branch and spatial filter each entry has; float32 or float64."""
         device = self.branches.device
         dtype = torch.float64 if self.branches.dtype == torch.float64 else torch.float32
         if device.type == 'meta':
@@ -244,6 +243,8 @@ class OrepaConv2d(LinearRepLayer):
         )
         rows = [torch.eye(taps, **dd).expand(self.out_channels, taps, taps)]
         rows += [f.reshape(-1, 1, taps) for name, f in fixed_filters.items() if name in self.branch_names]
+        rows += [rows[0].new_zeros(self.out_channels, self._entries['separable'], taps)]
+        rows += [rows[0]] * (self._entries['sequential'] // taps)
         lengths = torch.tensor(list(self._entries.values()), device='cpu')
         branch_of_entry = torch.arange(len(lengths), device='cpu').repeat_interleave(lengths)
         one_hot = torch.nn.functional.one_hot(branch_of_entry, len(lengths)).t().to(torch.float64)
