@@ -81,21 +81,22 @@ def compose_orepa_plain(
     expansion = dw_conv.shape[0] // (groups * in_per_group)
     ratio = seq_1x1.shape[0] // (groups * in_per_group)
     direct = branches.shape[2] - ratio * taps - expansion
-    weighted = branches * gains.unsqueeze(1)
 
-    # Origin, and 1x1 then a fixed filter of the output channel.
-    kernel = torch.einsum('oir,ork->oik', weighted[:, :, :direct], filters[:, :direct])
+    # Origin, 1x1 then a fixed filter of the output channel, and the inner kernels seen through the identity. The long
+    # dimension of every product is last.
+    kernel = torch.einsum('olk,oil->oki', filters * gains.unsqueeze(2), branches)
+
+    # 1x1 then KxK: the inner kernels seen through the learnt residual.
+    weighted = branches * gains.unsqueeze(1)
+    inner = weighted[:, :, direct + expansion:].reshape(groups, -1, in_per_group, ratio, taps)
+    mixer = seq_1x1.reshape(groups, ratio, in_per_group, in_per_group)
+    kernel = kernel + torch.einsum('gojmk,gmji->goki', inner, mixer).reshape(kernel.shape)
 
     # Depthwise then 1x1.
     separable = weighted[:, :, direct:direct + expansion].reshape(groups, -1, in_per_group, expansion)
     depthwise = dw_conv.reshape(groups, in_per_group, expansion, taps)
+    kernel = kernel.transpose(1, 2)
     kernel = kernel + torch.einsum('goie,giek->goik', separable, depthwise).reshape(kernel.shape)
-
-    # 1x1 then KxK: the inner kernels seen through identity + residual.
-    inner = weighted[:, :, direct + expansion:].reshape(groups, -1, in_per_group, ratio, taps)
-    mixer = seq_1x1.reshape(groups, ratio, in_per_group, in_per_group)
-    sequential = inner.sum(3) + torch.einsum('gojmk,gmji->goik', inner, mixer)
-    kernel = kernel + sequential.reshape(kernel.shape)
     return kernel.reshape(out_channels, in_per_group, dw_conv.shape[2], dw_conv.shape[3])
 
 
