@@ -11,9 +11,9 @@ tap where there is a plain 1x1); ``e`` depthwise filters per input channel; ``m 
 channel of the 1x1-KxK branch. The scales of all branches act as one tensor of gains ``(o, l)``. So one product, one sum
 and one optimizer update serve all branches.
 
-The function exists three times, tested against each other: :func:`compose_orepa_plain` is the formula in operations
-that autograd, ``torch.compile``, ``torch.export`` and TorchScript follow; ``_ComposeOrepa`` is the eager one, with an
-explicit backward; the second derivative goes through the plain formula.
+The function exists twice, tested against each other: :func:`compose_orepa_plain` is the formula in operations that
+autograd, ``torch.export``, functorch and TorchScript follow; :func:`compose_orepa` has an explicit backward, in eager
+mode and under ``torch.compile``. Its second derivative goes through the plain formula.
 """
 import math
 from typing import Tuple
@@ -105,8 +105,11 @@ def _inner_matrix(branches: Tensor, gains: Tensor, first: int, taps: int, groups
     out_channels, in_per_group, entries = branches.shape
     ratio = (entries - first) // taps
     inner = branches[:, :, first:].view(out_channels, in_per_group, ratio, taps)
+    gain = gains[:, first].view(-1, 1, 1, 1)
+    if torch.compiler.is_compiling():  # writes in one pass without being told where to
+        return (inner * gain).permute(0, 3, 2, 1).reshape(groups, -1, ratio * in_per_group)
     matrix = branches.new_empty(out_channels, taps, ratio, in_per_group)
-    torch.mul(inner, gains[:, first].view(-1, 1, 1, 1), out=matrix.permute(0, 3, 2, 1))
+    torch.mul(inner, gain, out=matrix.permute(0, 3, 2, 1))
     return matrix.view(groups, -1, ratio * in_per_group)
 
 
@@ -153,6 +156,8 @@ def _compose_orepa_forward(
     if channels_last:
         by_group.addcmul_(separable, gain)
         return kernel.view(out_channels, height, width, in_per_group).permute(0, 3, 1, 2)
+    if torch.compiler.is_compiling():
+        return torch.addcmul(by_group, separable, gain).reshape(out_channels, in_per_group, height, width)
     kernel = branches.new_empty(out_channels, in_per_group, height, width)
     torch.addcmul(by_group, separable, gain, out=kernel.view(groups, -1, in_per_group, taps))
     return kernel
@@ -190,7 +195,8 @@ def _compose_orepa_backward(
     filters_of_input = dw_conv.view(-1, block, expansion, taps)
     depthwise = torch.diag_embed(filters_of_input.permute(0, 2, 3, 1), dim1=1, dim2=3)
     depthwise = depthwise.view(-1, block * expansion, block * taps)
-    if groups == 1:  # the transposed result is rows of outputs, which copy faster than blocks of inputs
+    if groups == 1 and not torch.compiler.is_compiling():
+        # the transposed result is rows of outputs, which copy faster than blocks of inputs
         grad_pointwise = grad.new_empty(out_channels, in_per_group // block, block * expansion)
         torch.bmm(grad_rows, depthwise.transpose(1, 2), out=grad_pointwise.transpose(0, 1))
     else:

@@ -31,13 +31,15 @@ SEPARABLE_EXPANSION = 8
 MAX_GROUPS_SINGLE_WIDTH = 4
 
 
+# Older torch does not tell exporting from compiling.
+_is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
+
+
 def _use_plain(tensor: Tensor) -> bool:
-    """Whether a compiler, an exporter, a tracer or functorch must see into the composition."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    )
+    """Whether an exporter, a tracer or functorch must see into the composition."""
+    if torch.compiler.is_compiling():
+        return _is_exporting()
+    return torch.jit.is_tracing() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def _compose_kxk(
