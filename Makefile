@@ -12,7 +12,7 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("make needs Python 3.10 or newer, got " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev,export]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
 install: $(VENV)/.installed
