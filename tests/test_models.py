@@ -7,6 +7,7 @@ import timm
 import torch
 import torch.nn as nn
 from helpers import MODEL_RTOL, assert_near, randn, randomize_
+from packaging.version import Version
 from timm.models import FeatureInfo
 from timm.models.byobnet import RepVggBlock
 
@@ -177,6 +178,8 @@ def test_model_forward_intermediates(name):
     torch.testing.assert_close(output, checkpointed, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(
+    Version(timm.__version__) < Version('1.0.31'), reason='older timm keeps the pooling behind a pruned stem')
 @one_of_each
 def test_prune_intermediate_layers_contract(name):
     model = timm.create_model(name).eval()

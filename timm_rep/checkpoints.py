@@ -28,7 +28,8 @@ def _adapted(weight: Tensor, in_channels: int) -> Tensor:
     """The kernel of a first convolution for another number of image channels, by timm's rule."""
     if weight.shape[1] == in_channels:
         return weight
-    return adapt_input_conv(in_channels, weight, base_chans=weight.shape[1])
+    base = weight.shape[1]
+    return adapt_input_conv(in_channels, weight, **({} if base == 3 else dict(base_chans=base)))  # older timm: 3 only
 
 
 def _stock_norm(model: nn.Module, name: str) -> Optional[str]:

@@ -123,7 +123,8 @@ def read_checkpoint(path: PathLike, *, use_ema: bool = False) -> Checkpoint:
     args = content.get('args')
     args = vars(args) if isinstance(args, argparse.Namespace) else _run_args(path)
     architecture = args.get('model') or content.get('arch')
-    return Checkpoint(path, clean_state_dict(weights), args, architecture if isinstance(architecture, str) else None)
+    weights = clean_state_dict(clean_state_dict(weights))  # older timm strips one prefix (compile, DDP) a call
+    return Checkpoint(path, weights, args, architecture if isinstance(architecture, str) else None)
 
 
 def _load_strictly(model: nn.Module, state_dict: Dict[str, Tensor], path: Path, form: str) -> None:
