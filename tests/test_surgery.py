@@ -297,7 +297,6 @@ def test_one_branched_layer_cannot_stand_for_two_norms():
     (tiny_resnet, dict(select=['layer1.*', 'fc']), "no nn.Conv2d of ResNet matches 'fc'"),
     (tiny_resnet, dict(select=lambda name, conv: False), 'no convolution of ResNet to expand'),
     (tiny_resnet, dict(layer='dbb', select='layer1.0.downsample.0'), r'cannot expand layer1\.0\.downsample\.0.*1x1'),
-    (tiny_repvgg, dict(layer='dbb'), "no convolution of ByobNet to expand with 'dbb'"),
     (lambda: timm.create_model('convnext_atto'), {}, "no convolution of ConvNeXt to expand with 'orepa'"),
     (lambda: timm.create_model('convnext_atto'), dict(select='stem.*'), r'cannot expand stem\.0: .*odd kernel size'),
     (lambda: timm.create_model('convnext_atto'), dict(layer='dbb', select='stages.0.*.conv_dw'), 'right behind'),

@@ -1,17 +1,30 @@
 """timm_rep: structural re-parameterization for timm. Importing it registers the models with timm."""
 from . import models
+from .annealing import AnnealingSchedule, attach_rate, begin_time_step
 from .hub import export_folder
-from .layers import DiverseBranchConv2d, OrepaConv2d, OrepaPointwiseConv2d, OrepaStemConv2d
+from .layers import (
+    AsymmetricConv2d,
+    DiverseBranchConv2d,
+    OrepaConv2d,
+    OrepaPointwiseConv2d,
+    OrepaStemConv2d,
+    RepConv2d,
+)
 from .surgery import expand, fuse, rep_layers, set_attach_rate
 from .verification import Report, VerificationError, verify
 
 __all__ = [
+    'AnnealingSchedule',
+    'AsymmetricConv2d',
     'DiverseBranchConv2d',
     'OrepaConv2d',
     'OrepaPointwiseConv2d',
     'OrepaStemConv2d',
+    'RepConv2d',
     'Report',
     'VerificationError',
+    'attach_rate',
+    'begin_time_step',
     'expand',
     'export_folder',
     'fuse',

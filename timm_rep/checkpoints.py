@@ -1,14 +1,14 @@
 """Weights into the training form: from a state dict in training form, or from the stock model's."""
-from typing import Dict, Iterable, Optional, Set
+from typing import Dict, Iterable, Iterator, Optional, Set, Tuple
 
 import torch
 import torch.nn as nn
 from timm.models import adapt_input_conv
 from torch import Tensor
 
-from .layers import BranchedRepLayer, RepLayer
+from .layers import BranchedRepLayer, FoldedNorm, RepLayer
 from .layers.branched import fold_batch_norm
-from .surgery import FoldedNorm, image_channels, next_sibling, rep_layers
+from .surgery import annealed_modules, image_channels, next_sibling, rep_layers
 
 __all__ = ['checkpoint_filter_fn']
 
@@ -76,6 +76,14 @@ def _readapt_training_form(layer: RepLayer, weights: Dict[str, Tensor], in_chann
     layer.restore_(_adapted(fused.weight, layer.in_channels // layer.groups), fused.bias)
 
 
+def _annealing_defaults(model: nn.Module, layers: Dict[str, RepLayer]) -> Iterator[Tuple[str, Tensor]]:
+    """What weights that know no annealing have in place of a block's buffers: all branches attached."""
+    for name, module in annealed_modules(model):
+        if name not in layers:
+            yield f'{name}.attach_rate', torch.ones_like(module.attach_rate)
+            yield f'{name}.time_step', torch.zeros_like(module.time_step)
+
+
 @torch.no_grad()
 def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dict[str, Tensor]:
     """Fit weights in training form or stock form to a model, for ``pretrained=True``.
@@ -112,8 +120,9 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dic
     def is_head(key: str) -> bool:
         return any(key.startswith(f'{head}.') for head in heads)
 
-    # Old checkpoints do not count their batches.
+    # Old checkpoints do not count their batches, and stock RepVGG blocks know no annealing.
     state_dict = {k: own.get(k, torch.tensor(0)) for k in expected if k.endswith('num_batches_tracked')} | state_dict
+    state_dict = {k: v for k, v in _annealing_defaults(model, layers) if k in expected} | state_dict
     missing = {k for k in expected - set(state_dict) if not is_head(k)}
     unexpected = {k for k in set(state_dict) - expected if not is_head(k)}
     if (missing or unexpected) and not layers and any(k.endswith('.attach_rate') for k in state_dict):

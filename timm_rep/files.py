@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .checkpoints import checkpoint_filter_fn, first_names
 from .hub import export_folder
-from .surgery import LAYERS, fuse, rep_layers
+from .surgery import LAYERS, annealed_modules, fuse
 from .verification import Report, verify
 
 __all__ = [
@@ -196,7 +196,7 @@ def load_training_form(
         raise ValueError(f'unknown model {architecture!r}; `timm-rep list` shows the models with rep layers')
     args = _model_args(checkpoint, architecture, dict(num_classes=num_classes, in_chans=in_chans))
     model = timm.create_model(architecture, **args)
-    if not any(rep_layers(model)):
+    if not any(annealed_modules(model)):
         raise ValueError(f'{architecture} has no rep layers; `timm-rep list` shows the models that have')
     _load_strictly(model, checkpoint.state_dict, checkpoint.path, f'{architecture} in training form')
     _take_input_settings(model, checkpoint)

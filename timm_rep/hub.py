@@ -15,7 +15,7 @@ import torch.nn as nn
 from timm.models import save_for_hf
 
 from .layers import DiverseBranchConv2d, LinearRepLayer
-from .surgery import fuse, image_channels, rep_layers
+from .surgery import annealed_modules, fuse, image_channels
 from .verification import Report, VerificationError, verify
 
 __all__ = ['export_folder']
@@ -56,7 +56,7 @@ CITATIONS = dict(
 
 
 def _methods(model: nn.Module) -> List[str]:
-    layers = [layer for _, layer in rep_layers(model)]
+    layers = [layer for _, layer in annealed_modules(model)]
     found = dict(
         OREPA=any(isinstance(layer, LinearRepLayer) for layer in layers),
         DBB=any(isinstance(layer, DiverseBranchConv2d) for layer in layers),
@@ -284,7 +284,7 @@ def export_folder(
     _check_finite(fused)
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(2, *cfg['input_size'], generator=generator).to(next(fused.parameters()).dtype)
-    layers = Counter(type(layer).__name__ for _, layer in rep_layers(training_form))
+    layers = Counter(type(layer).__name__ for _, layer in annealed_modules(training_form))
     checked = verify(training_form, fused, inputs=inputs)
     report = checked if layers else None
 

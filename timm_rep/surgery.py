@@ -10,19 +10,26 @@ from timm.models.byobnet import RepVggBlock
 from timm.models.resnet import BasicBlock
 
 from .layers import (
+    AnnealedModule,
+    AnnealedRepVggBlock,
+    AsymmetricConv2d,
     BranchedRepLayer,
     DiverseBranchConv2d,
+    FoldedNorm,
     LinearRepLayer,
     OrepaConv2d,
     OrepaPointwiseConv2d,
     OrepaStemConv2d,
+    RepConv2d,
     RepLayer,
 )
 
 __all__ = [
+    'BRANCHED_LAYERS',
     'LAYERS',
-    'FoldedNorm',
     'Select',
+    'anneal_repvgg_blocks_',
+    'annealed_modules',
     'expand',
     'expand_fresh_',
     'fuse',
@@ -33,18 +40,16 @@ __all__ = [
     'stock_architecture',
 ]
 
-LAYERS = ('orepa', 'dbb')
+# Kinds of layers with a norm in every branch.
+BRANCHED_LAYERS: Dict[str, Type[BranchedRepLayer]] = dict(dbb=DiverseBranchConv2d, acb=AsymmetricConv2d, rep=RepConv2d)
+LAYERS = ('orepa', *BRANCHED_LAYERS)
 # Kernels of this size and larger become a stack of 3x3 blocks in ungrouped stems (official code).
 STEM_KERNEL_SIZE = 7
 # Prefixes of our architectures whose stock form is the timm architecture named behind it.
-TRAINING_PREFIXES = ('orepa_', 'dbb_')
+TRAINING_PREFIXES = ('orepa_', 'dbb_', 'repan_')
 
 ModelT = TypeVar('ModelT', bound=nn.Module)
 Select = Union[None, Callable[[str, nn.Conv2d], bool], Iterable[str]]
-
-
-class FoldedNorm(nn.Identity):
-    """Keeps the place of a batch norm that went into the branched layer before it."""
 
 
 def rep_layers(model: nn.Module) -> Iterator[Tuple[str, RepLayer]]:
@@ -56,14 +61,30 @@ def rep_layers(model: nn.Module) -> Iterator[Tuple[str, RepLayer]]:
     Yields:
         Name and layer, in the model's order; a shared layer once.
     """
+    for name, module in annealed_modules(model):
+        if isinstance(module, RepLayer):
+            yield name, module
+        elif isinstance(module, AnnealedRepVggBlock) and isinstance(module.conv_kxk.conv, RepLayer):
+            yield f'{name}.conv_kxk.conv' if name else 'conv_kxk.conv', module.conv_kxk.conv
+
+
+def annealed_modules(model: nn.Module) -> Iterator[Tuple[str, AnnealedModule]]:
+    """Walk over all that has side branches: rep layers, and RepVGG blocks with an attach rate as a whole.
+
+    Args:
+        model: Any module.
+
+    Yields:
+        Name and module, in the model's order; a shared module once.
+    """
     yield from _walk(model, '', set())
 
 
-def _walk(module: nn.Module, name: str, seen: Set[int]) -> Iterator[Tuple[str, RepLayer]]:
+def _walk(module: nn.Module, name: str, seen: Set[int]) -> Iterator[Tuple[str, AnnealedModule]]:
     if id(module) in seen:
         return
     seen.add(id(module))
-    if isinstance(module, RepLayer):
+    if isinstance(module, AnnealedModule):
         yield name, module
         return
     for child_name, child in module.named_children():
@@ -71,7 +92,7 @@ def _walk(module: nn.Module, name: str, seen: Set[int]) -> Iterator[Tuple[str, R
 
 
 def set_attach_rate(model: nn.Module, rate: float) -> None:
-    """Set the attach rate of every rep layer.
+    """Set the attach rate of all side branches.
 
     Args:
         model: Model with rep layers.
@@ -80,8 +101,23 @@ def set_attach_rate(model: nn.Module, rate: float) -> None:
     Raises:
         ValueError: For a rate outside [0, 1].
     """
-    for _, layer in rep_layers(model):
-        layer.set_attach_rate_(rate)
+    for _, module in annealed_modules(model):
+        module.set_attach_rate_(rate)
+
+
+def anneal_repvgg_blocks_(model: ModelT) -> ModelT:
+    """Give the RepVGG blocks of a model an attach rate, in place; outputs stay the same.
+
+    Args:
+        model: Model with timm's RepVGG blocks, with or without rep layers in their KxK branches.
+
+    Returns:
+        The model.
+    """
+    blocks = [(name, module) for name, module in model.named_modules() if type(module) is RepVggBlock]
+    for name, block in blocks:
+        setattr(*_parent(model, name), AnnealedRepVggBlock(block))
+    return model
 
 
 def image_channels(model: nn.Module) -> int:
@@ -141,7 +177,7 @@ def _ancestors(model: nn.Module, name: str) -> List[nn.Module]:
 
 
 def _orepa_layer(model: nn.Module, name: str, conv: nn.Conv2d) -> Tuple[Type[LinearRepLayer], Dict[str, Any]]:
-    if any(isinstance(module, RepVggBlock) for module in _ancestors(model, name)) and conv.kernel_size != (1, 1):
+    if _in_repvgg_block(model, name) and conv.kernel_size != (1, 1):
         return OrepaConv2d, dict(branch_1x1=False, negative_slope=1.0)
     height, width = conv.kernel_size
     if conv.kernel_size == (1, 1):
@@ -155,17 +191,22 @@ def _select_orepa(model: nn.Module, name: str, conv: nn.Conv2d) -> bool:
     """OREPA's policy: convolutions before a batch norm; only the KxK of RepVGG blocks; no BasicBlock shortcuts."""
     if norm_behind(model, name, conv.out_channels)[1] is None:
         return False
-    if any(isinstance(module, RepVggBlock) for module in _ancestors(model, name)):
+    if _in_repvgg_block(model, name):
         return name.endswith('conv_kxk.conv')
     if any(isinstance(module, BasicBlock) for module in _ancestors(model, name)):
         return 'downsample' not in name.split('.')
     return True
 
 
-def _select_dbb(model: nn.Module, name: str, conv: nn.Conv2d) -> bool:
-    """DBB's policy: 3x3 to 5x5 convolutions with a plain batch norm behind them."""
-    norm = norm_behind(model, name, conv.out_channels)[1]
-    return type(norm) is nn.BatchNorm2d and 1 < max(conv.kernel_size) < STEM_KERNEL_SIZE
+def _in_repvgg_block(model: nn.Module, name: str) -> bool:
+    return any(isinstance(module, RepVggBlock) for module in _ancestors(model, name))
+
+
+def _select_branched(model: nn.Module, name: str, conv: nn.Conv2d) -> bool:
+    """Policy for layers with norms (DBB's): 3x3 to 5x5 convolutions with a batch norm behind them."""
+    if not FoldedNorm.accepts(norm_behind(model, name, conv.out_channels)[1]):
+        return False
+    return 1 < min(conv.kernel_size) and max(conv.kernel_size) < STEM_KERNEL_SIZE
 
 
 def _supported(conv: nn.Conv2d) -> bool:
@@ -175,8 +216,11 @@ def _supported(conv: nn.Conv2d) -> bool:
 def _selected(model: nn.Module, layer: str, select: Select) -> Dict[str, nn.Conv2d]:
     convs = {name: module for name, module in model.named_modules(remove_duplicate=False) if type(module) is nn.Conv2d}
     if select is None:
-        policy = _select_orepa if layer == 'orepa' else _select_dbb
-        return {name: conv for name, conv in convs.items() if _supported(conv) and policy(model, name, conv)}
+        policy = _select_orepa if layer == 'orepa' else _select_branched
+        return {
+            name: conv for name, conv in convs.items()
+            if _supported(conv) and policy(model, name, conv) and not (layer == 'rep' and _in_repvgg_block(model, name))
+        }
     if callable(select):
         return {name: conv for name, conv in convs.items() if select(name, conv)}
     patterns = [select] if isinstance(select, str) else list(select)
@@ -198,15 +242,18 @@ def expand(
 
     The outputs stay the same: in eval mode for all layers, in training mode too for linear ones (``'orepa'``).
 
-    A norm counts as right behind a convolution if it is the next child of the same module. ``'dbb'`` takes that norm
-    into the layer, so in a network that declares its modules in another order than it runs them, select by hand.
+    A norm counts as right behind a convolution if it is the next child of the same module. Layers other than
+    ``'orepa'`` take that norm in, so in a network that declares its modules in another order than it runs them, select
+    by hand.
 
     Args:
         model: Any CNN.
-        layer: ``'orepa'`` (KxK, 1x1 or stem layer, as the kernel asks for) or ``'dbb'``.
+        layer: ``'orepa'`` (KxK, 1x1 or stem layer, as the kernel asks for), ``'dbb'`` (diverse branches), ``'acb'``
+            (KxK, 1xK and Kx1) or ``'rep'`` (KxK, 1x1 and identity; of RepVGG, whose blocks are that already, it gives
+            the blocks an attach rate).
         select: Which convolutions: a function of name and convolution, or names with wildcards. By default those with
             a batch norm right behind them: for ``'orepa'`` all sizes, but of a RepVGG block only the KxK branch and not
-            the shortcuts of a ResNet BasicBlock; for ``'dbb'`` 3x3 and 5x5.
+            the shortcuts of a ResNet BasicBlock; for the others 3x3 and 5x5.
         generator: Source of the side branches' draw.
         inplace: Change the model itself instead of a copy.
 
@@ -225,7 +272,7 @@ def expand_fresh_(model: ModelT, layer: str, generator: Optional[torch.Generator
 
     Args:
         model: Newly built stock model.
-        layer: ``'orepa'`` or ``'dbb'``.
+        layer: As in :func:`expand`.
         generator: Source of the draw.
 
     Returns:
@@ -245,7 +292,8 @@ def _swap(
     if layer not in LAYERS:
         raise ValueError(f'unknown layer {layer!r}; allowed are {", ".join(map(repr, LAYERS))}')
     selected = _selected(model, layer, select)
-    if not selected:
+    whole_blocks = layer == 'rep' and select is None and any(type(m) is RepVggBlock for m in model.modules())
+    if not selected and not whole_blocks:
         raise ValueError(f'no convolution of {type(model).__name__} to expand with {layer!r}')
     if '' in selected:
         raise ValueError("expand needs a model around the convolution; for one alone use the layer's from_conv()")
@@ -256,16 +304,16 @@ def _swap(
     folded: Dict[str, FoldedNorm] = {}
     for name, conv in selected.items():
         layer_cls: Type[RepLayer]
-        if layer == 'dbb':
+        if layer in BRANCHED_LAYERS:
             norm_name, norm = norm_behind(model, name, conv.out_channels)
-            if type(norm) is not nn.BatchNorm2d:
-                raise ValueError(f"'dbb' needs a plain BatchNorm2d right behind the convolution; {name} has none")
+            if norm is None or not FoldedNorm.accepts(norm):
+                raise ValueError(f'{layer!r} needs a plain BatchNorm2d right behind the convolution; {name} has none')
             if conv.bias is not None:
-                raise ValueError(f"'dbb' needs a convolution without bias; {name} has one")
-            first_norm, folded[norm_name] = norms.setdefault(id(conv), (norm, FoldedNorm()))
+                raise ValueError(f'{layer!r} needs a convolution without bias; {name} has one')
+            first_norm, folded[norm_name] = norms.setdefault(id(conv), (norm, FoldedNorm(norm)))
             if norm is not first_norm:
-                raise ValueError(f"'dbb' takes the norm into the layer; {name} is shared by places with other norms")
-            layer_cls, kwargs = DiverseBranchConv2d, dict(norm=norm)
+                raise ValueError(f'{layer!r} takes the norm in; {name} is shared by places with other norms')
+            layer_cls, kwargs = BRANCHED_LAYERS[layer], dict(norm=norm)
         else:
             layer_cls, kwargs = _orepa_layer(model, name, conv)
         if id(conv) not in built:
@@ -282,7 +330,7 @@ def _swap(
         setattr(*_parent(model, name), new_layer)
     for name, placeholder in folded.items():
         setattr(*_parent(model, name), placeholder)
-    return model
+    return anneal_repvgg_blocks_(model) if whole_blocks else model
 
 
 def fuse(model: ModelT, *, inplace: bool = False) -> ModelT:
@@ -298,18 +346,23 @@ def fuse(model: ModelT, *, inplace: bool = False) -> ModelT:
         The fused model. If its architecture is one of ours with a stock counterpart, its ``pretrained_cfg`` names that.
 
     Raises:
-        RuntimeError: For layers with norms in their branches (DBB) in training mode. The model is then unchanged.
+        RuntimeError: For layers with norms in their branches in training mode. The model is then unchanged.
     """
     replacements: Dict[str, nn.Module] = {}
-    for name, layer in rep_layers(model):
+    for name, module in annealed_modules(model):
         if name == '':
             raise ValueError("fuse needs a model around the layer; for one alone use the layer's own fuse()")
-        if isinstance(layer, BranchedRepLayer):
-            norm_name, norm = next_sibling(model, name)
-            if isinstance(norm, FoldedNorm):
-                replacements[name], replacements[norm_name] = layer.fuse_conv_norm()
+        if isinstance(module, AnnealedRepVggBlock):
+            replacements[name] = module.stock_block()
+            continue
+        assert isinstance(module, RepLayer)
+        if isinstance(module, BranchedRepLayer):
+            norm_name, folded = next_sibling(model, name)
+            if isinstance(folded, FoldedNorm):
+                replacements[name], norm = module.fuse_conv_norm()
+                replacements[norm_name] = folded.unfolded(norm)
                 continue
-        replacements[name] = layer.fuse()
+        replacements[name] = module.fuse()
     if not inplace:
         model = copy.deepcopy(model)
     # A shared layer is one module in several places.
@@ -329,7 +382,8 @@ def _name_stock_architecture(model: Any) -> None:
     architecture = cfg.get('architecture', '') if isinstance(cfg, dict) else ''
     if not isinstance(cfg, dict) or not architecture.startswith(TRAINING_PREFIXES):
         return
-    args = {key: value for key, value in getattr(model, '_model_args', {}).items() if key != 'inference_mode'}
+    own_args = ('inference_mode', 'rep_layer')
+    args = {key: value for key, value in getattr(model, '_model_args', {}).items() if key not in own_args}
     stock = stock_architecture(architecture)
     if stock == architecture:  # timm has no such network: ours, in stock form
         model._model_args = dict(args, inference_mode=True)

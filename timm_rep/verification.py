@@ -1,14 +1,14 @@
 """Check that a fused model computes what its training form computes, layer by layer and end to end."""
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Callable, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Iterator, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from .layers import RepLayer
-from .surgery import FoldedNorm, image_channels, next_sibling, rep_layers
+from .layers import FoldedNorm
+from .surgery import annealed_modules, image_channels, next_sibling
 
 __all__ = ['Difference', 'Report', 'VerificationError', 'verify']
 
@@ -95,18 +95,23 @@ def _compare(name: str, expected: Tensor, actual: Tensor, rtol: float, atol: flo
     return difference
 
 
-def _counterpart(model: nn.Module, fused: nn.Module, name: str) -> Optional[Callable[[Tensor], Tensor]]:
+def _counterparts(
+        model: nn.Module,
+        fused: nn.Module,
+        name: str,
+) -> Optional[Tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
+    """A layer and what stands for it in the fused model, each with the norm that belongs to it."""
     try:
-        plain = fused.get_submodule(name)
+        layer, plain = model.get_submodule(name), fused.get_submodule(name)
     except AttributeError:  # folded further, e.g. RepVGG's deploy form
         return None
-    norm_name, norm = next_sibling(model, name)
-    if isinstance(norm, FoldedNorm):
-        return nn.Sequential(plain, fused.get_submodule(norm_name))
-    return plain
+    norm_name, folded = next_sibling(model, name)
+    if isinstance(folded, FoldedNorm):
+        return nn.Sequential(layer, folded), nn.Sequential(plain, fused.get_submodule(norm_name))
+    return layer, plain
 
 
-def _layer_input(layer: RepLayer, generator: torch.Generator) -> Tensor:
+def _layer_input(layer: Any, generator: torch.Generator) -> Tensor:
     size = [max(16, d * (k - 1) + 1) for k, d in zip(layer.kernel_size, layer.dilation)]
     x = torch.randn(2, layer.in_channels, *size, generator=generator)
     reference = next(layer.parameters())
@@ -151,10 +156,10 @@ def verify(
 
     differences: List[Difference] = []
     with _eval_mode(model, fused):
-        for name, layer in rep_layers(model):
-            counterpart = _counterpart(model, fused, name)
-            if counterpart is not None:
+        for name, layer in annealed_modules(model):
+            forms = _counterparts(model, fused, name)
+            if forms is not None:
                 x = _layer_input(layer, generator)
-                differences.append(_compare(name, layer(x), counterpart(x), rtol, atol))
+                differences.append(_compare(name, forms[0](x), forms[1](x), rtol, atol))
         end_to_end = _compare('', model(inputs), fused(inputs), rtol, atol)
     return Report(tuple(differences), end_to_end, rtol, atol)

@@ -1,4 +1,4 @@
-"""The contract of a rep layer: a module that looks like a convolution and computes its kernel from branches."""
+"""The contracts: modules with side branches that can be annealed, and rep layers, which look like convolutions."""
 import math
 from typing import Any, Dict, Optional, Tuple, Type, TypeVar, Union
 
@@ -7,7 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ['LinearRepLayer', 'RepLayer', 'kaiming_uniform_', 'prefers_channels_last']
+__all__ = ['AnnealedModule', 'LinearRepLayer', 'RepLayer', 'kaiming_uniform_', 'prefers_channels_last']
 
 # What a convolution is made with, besides its bias.
 GEOMETRY = (
@@ -25,7 +25,7 @@ def _pair(name: str, value: Any, least: int) -> Tuple[int, int]:
 
 def kaiming_uniform_(
         tensor: Tensor,
-        fan_in: int,
+        fan_in: float,
         negative_slope: float = 0.0,
         generator: Optional[torch.Generator] = None,
 ) -> Tensor:
@@ -56,14 +56,88 @@ def prefers_channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
-class RepLayer(nn.Module):
+class AnnealedModule(nn.Module):
+    """A module that folds into one convolution and is made of an origin branch and side branches.
+
+    Subclasses call :meth:`_init_annealing` in their constructor and define :meth:`compose_weight_bias`,
+    :meth:`restore_`, :meth:`redraw_side_branches_`, :meth:`branch_kernels` and :meth:`branch_gradients`.
+
+    Attributes:
+        attach_rate: 0-dim buffer in [0, 1] that multiplies the side branches; saved in the state_dict.
+        time_step: 0-dim buffer, how many time steps have begun before the one in force; saved in the state_dict.
+    """
+
+    attach_rate: Tensor
+    time_step: Tensor
+
+    def _init_annealing(self, device: Any = None) -> None:
+        self.register_buffer('attach_rate', torch.ones((), device=device))
+        self.register_buffer('time_step', torch.zeros((), dtype=torch.long, device=device))
+
+    def set_attach_rate_(self, rate: float) -> None:
+        """Set the factor of the side branches.
+
+        Args:
+            rate: In [0, 1].
+
+        Raises:
+            ValueError: For a rate outside [0, 1].
+        """
+        if not 0.0 <= rate <= 1.0:
+            raise ValueError(f'attach rate must lie in [0, 1], got {rate}')
+        self.attach_rate.fill_(rate)
+
+    def compose_weight_bias(self) -> Tuple[Tensor, Optional[Tensor]]:
+        """Kernel ``(o, i/g, kh, kw)`` and bias ``(o,)`` at the attach rate in force, in the parameters' dtype."""
+        raise NotImplementedError(f'{type(self).__name__} must define compose_weight_bias')
+
+    def restore_(self, weight: Tensor, bias: Optional[Tensor] = None) -> None:
+        """Make the module compute exactly this kernel, whatever its side branches hold."""
+        raise NotImplementedError(f'{type(self).__name__} must define restore_')
+
+    def redraw_side_branches_(self, generator: Optional[torch.Generator] = None) -> None:
+        """Draw the side branches afresh and leave the origin branch alone; this changes the module's function."""
+        raise NotImplementedError(f'{type(self).__name__} must define redraw_side_branches_')
+
+    def branch_kernels(self) -> Dict[str, Tensor]:
+        """The kernel ``(o, i/g, kh, kw)`` that each branch adds to the sum, by name; the first is the origin's."""
+        raise NotImplementedError(f'{type(self).__name__} must define branch_kernels')
+
+    def branch_gradients(self) -> Dict[str, Tensor]:
+        """The gradient of each branch's kernel parameter, by name; the first is the origin's. None are left out."""
+        raise NotImplementedError(f'{type(self).__name__} must define branch_gradients')
+
+    @torch.no_grad()
+    def begin_time_step_(
+            self,
+            generator: Optional[torch.Generator] = None,
+            attach_rate: float = 0.0,
+            compensate: bool = False,
+    ) -> None:
+        """Fold all branches, draw the side branches afresh, and put the folded kernel into the origin branch (RepAn).
+
+        Args:
+            generator: Source of the draw.
+            attach_rate: Rate in force afterwards.
+            compensate: Take what the fresh side branches add at that rate off the origin branch, so that outputs in
+                eval mode stay the same. Without, they stay the same at rate zero.
+        """
+        weight, bias = self.compose_weight_bias()
+        self.redraw_side_branches_(generator)
+        self.set_attach_rate_(attach_rate if compensate else 0.0)
+        self.restore_(weight, bias)
+        self.set_attach_rate_(attach_rate)
+        self.time_step.add_(1)
+
+
+class RepLayer(AnnealedModule):
     """A convolution look-alike whose kernel is composed from branches.
 
     It has a convolution's attributes (``in_channels`` to ``padding_mode``, ``bias``, and ``weight``, which composes at
     every read), but is not an ``nn.Conv2d``: nothing can write its weight by mistake.
 
-    Subclasses define :meth:`compose_weight`, :meth:`reset_parameters`, :meth:`redraw_side_branches_`,
-    :meth:`fuse` and :meth:`restore_`.
+    Subclasses define, besides what annealing asks for, :meth:`compose_weight`, :meth:`reset_parameters` and
+    :meth:`fuse`.
 
     Args:
         in_channels: Input channels ``i``.
@@ -75,16 +149,12 @@ class RepLayer(nn.Module):
         groups: Number of groups ``g``; divides both channel counts.
         padding_mode: Only ``'zeros'``.
 
-    Attributes:
-        attach_rate: 0-dim buffer in [0, 1] that multiplies the side branches; saved in the state_dict.
-
     Raises:
         ValueError: For an even kernel size, another padding mode, or channels that the groups do not divide.
     """
 
     __constants__ = list(GEOMETRY)
     __jit_unused_properties__ = ['weight']
-    attach_rate: Tensor
 
     def __init__(
             self,
@@ -121,7 +191,7 @@ class RepLayer(nn.Module):
         self.padding_mode = padding_mode
         if padding == 'same' and self.stride != (1, 1):
             raise ValueError(f"padding 'same' needs stride 1, got {self.stride}")
-        self.register_buffer('attach_rate', torch.ones((), device=device))
+        self._init_annealing(device)
 
     def init_non_persistent_buffers(self) -> None:
         """Fill the constants that are not saved; timm calls it after it built a model on the meta device."""
@@ -150,34 +220,17 @@ class RepLayer(nn.Module):
         """Shape of the kernel, without composing it."""
         return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
 
-    def set_attach_rate_(self, rate: float) -> None:
-        """Set the factor of the side branches.
-
-        Args:
-            rate: In [0, 1].
-
-        Raises:
-            ValueError: For a rate outside [0, 1].
-        """
-        if not 0.0 <= rate <= 1.0:
-            raise ValueError(f'attach rate must lie in [0, 1], got {rate}')
-        self.attach_rate.fill_(rate)
+    def _reset_annealing(self) -> None:
+        self.attach_rate.fill_(1.0)
+        self.time_step.zero_()
 
     def reset_parameters(self, generator: Optional[torch.Generator] = None) -> None:
-        """Draw all parameters afresh, with the paper's initial values, and set the attach rate to one."""
+        """Draw all parameters afresh, with the paper's initial values; attach rate one, time step zero."""
         raise NotImplementedError(f'{type(self).__name__} must define reset_parameters')
-
-    def redraw_side_branches_(self, generator: Optional[torch.Generator] = None) -> None:
-        """Draw the side branches afresh and leave the origin branch alone; this changes the layer's function."""
-        raise NotImplementedError(f'{type(self).__name__} must define redraw_side_branches_')
 
     def fuse(self) -> nn.Conv2d:
         """A new plain convolution with the layer's function; the layer itself stays as it is."""
         raise NotImplementedError(f'{type(self).__name__} must define fuse')
-
-    def restore_(self, weight: Tensor, bias: Optional[Tensor] = None) -> None:
-        """Make the layer compute exactly this kernel, whatever its side branches hold."""
-        raise NotImplementedError(f'{type(self).__name__} must define restore_')
 
     def extra_repr(self) -> str:
         text = f'{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}'
@@ -276,6 +329,24 @@ class LinearRepLayer(RepLayer):
 
     def compose_weight(self) -> Tensor:
         return self._compose(False)
+
+    def compose_weight_bias(self) -> Tuple[Tensor, Optional[Tensor]]:
+        return self.compose_weight(), self.bias
+
+    def begin_time_step_(
+            self,
+            generator: Optional[torch.Generator] = None,
+            attach_rate: float = 0.0,
+            compensate: bool = False,
+    ) -> None:
+        """Fold, redraw, restore. The function stays the same at every attach rate, in training mode too.
+
+        Args:
+            generator: Source of the draw.
+            attach_rate: Rate in force afterwards.
+            compensate: Of no effect: a linear origin branch always takes up what the fresh side branches add.
+        """
+        super().begin_time_step_(generator, attach_rate, compensate=True)
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self._compose(prefers_channels_last(x))

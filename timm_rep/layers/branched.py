@@ -1,9 +1,11 @@
 """Layers with a batch norm in every branch, which stand for a convolution together with the norm behind it."""
-from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple, Type, TypeVar, Union
+import copy
+from typing import TYPE_CHECKING, Any, Dict, Iterable, Optional, Tuple, Type, TypeVar, Union
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
 from timm.models import register_notrace_module
 from torch import Tensor
 
@@ -11,7 +13,20 @@ from .. import kernels
 from ..composition import without_autocast
 from .base import RepLayer, kaiming_uniform_
 
-__all__ = ['BranchedRepLayer', 'DiverseBranchConv2d', 'NormPad2d', 'fold_batch_norm', 'kept_statistics']
+__all__ = [
+    'AsymmetricConv2d',
+    'BranchedRepLayer',
+    'DiverseBranchConv2d',
+    'FoldedNorm',
+    'NormPad2d',
+    'RepConv2d',
+    'fold_batch_norm',
+    'kept_statistics',
+    'redraw_branch_',
+]
+
+# Redrawn kernels of side branches lie within this bound over sqrt(o) (RepAn).
+REDRAW_BOUND = 0.1
 
 
 def kept_statistics(norm: nn.BatchNorm2d) -> Tuple[Tensor, Tensor]:
@@ -48,6 +63,28 @@ def fold_batch_norm(kernel: Tensor, bias: Optional[Tensor], norm: nn.BatchNorm2d
         kernel.to(dtype), None if bias is None else bias.to(dtype), mean, var, gamma, beta, norm.eps)
 
 
+@torch.no_grad()
+def redraw_branch_(
+        weights: Iterable[Tensor],
+        norms: Iterable[nn.BatchNorm2d],
+        out_channels: int,
+        generator: Optional[torch.Generator] = None,
+) -> None:
+    """Draw kernels from U(-b, b) with ``b = 0.1 / sqrt(o)`` and reset norms: a fresh side branch (RepAn).
+
+    Args:
+        weights: Kernels, filled in place.
+        norms: Set to gain one, bias zero, mean zero and variance one.
+        out_channels: ``o``.
+        generator: Source of the draw.
+    """
+    for weight in weights:
+        # with a = 0 the bound is sqrt(6 / fan)
+        kaiming_uniform_(weight, 6 * out_channels / REDRAW_BOUND ** 2, generator=generator)
+    for norm in norms:
+        norm.reset_parameters()
+
+
 BranchedT = TypeVar('BranchedT', bound='BranchedRepLayer')
 
 
@@ -73,6 +110,51 @@ class NormPad2d(nn.Module):
         return F.pad(self.norm(x) - border, [pad_w, pad_w, pad_h, pad_h]) + border
 
 
+class FoldedNorm(nn.Module):
+    """Keeps the place, and the dropout and activation, of a batch norm that went into the layer before it.
+
+    Args:
+        norm: Plain batch norm, or timm's batch norm with activation.
+
+    Raises:
+        ValueError: For another norm.
+    """
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__()
+        if not self.accepts(norm):
+            raise ValueError(f'a plain BatchNorm2d or BatchNormAct2d can be folded, got {norm}')
+        self.drop: Optional[nn.Module] = getattr(norm, 'drop', None)
+        self.act: Optional[nn.Module] = getattr(norm, 'act', None)
+
+    @staticmethod
+    def accepts(norm: Optional[nn.Module]) -> bool:
+        """Whether a layer can take this norm in."""
+        return type(norm) in (nn.BatchNorm2d, BatchNormAct2d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.drop is not None:
+            x = self.drop(x)
+        return x if self.act is None else self.act(x)
+
+    def unfolded(self, norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
+        """A batch norm of the class that was here, with the values of another one.
+
+        Args:
+            norm: As :meth:`BranchedRepLayer.fuse_conv_norm` returns it.
+
+        Returns:
+            The norm itself, or timm's with copies of the dropout and activation.
+        """
+        if self.act is None:
+            return norm
+        norm_act: Any = BatchNormAct2d(norm.num_features, norm.eps, apply_act=False).to(norm.weight)
+        norm_act.momentum = norm.momentum
+        norm_act.load_state_dict(norm.state_dict())
+        norm_act.drop, norm_act.act = copy.deepcopy(self.drop), copy.deepcopy(self.act)
+        return norm_act.train(norm.training)
+
+
 class BranchedRepLayer(RepLayer):
     """A rep layer with a batch norm in every branch: it stands for a convolution and the norm behind it.
 
@@ -80,20 +162,121 @@ class BranchedRepLayer(RepLayer):
     training mode batch statistics replace the kept ones, so there the fused layer is not the same function, and
     :meth:`fuse` refuses.
 
-    Subclasses name their origin ``conv_kxk`` with ``norm_kxk``, define :meth:`_side_kernel_bias`, and list the last
-    norm of every side branch in :meth:`_side_norms`.
+    The origin is ``conv_kxk`` with ``norm_kxk``. Subclasses add their side branches and name them in
+    :meth:`_side_convs` and :meth:`_side_norms`, fold them in :meth:`_fold_sides`, and end their constructor with
+    :meth:`reset_parameters`.
+
+    Args:
+        in_channels: Input channels ``i``.
+        out_channels: Output channels ``o``.
+        kernel_size: Height and width, odd, not both one.
+        stride: Stride of the convolution.
+        padding: Zero padding in pixels.
+        dilation: Dilation of the kernel.
+        groups: Number of groups ``g``.
+        padding_mode: Only ``'zeros'``.
+        eps: Of all batch norms.
+        momentum: Of all batch norms.
+
+    Raises:
+        ValueError: For an even or 1x1 kernel, padding given as a string or mode other than zeros, or channels that the
+            groups do not divide.
     """
 
     if TYPE_CHECKING:  # not for TorchScript, which takes class annotations for attributes
+        padding: Tuple[int, int]
         conv_kxk: nn.Conv2d
         norm_kxk: nn.BatchNorm2d
 
-    def _side_kernel_bias(self) -> Tuple[Tensor, Tensor]:
-        """Kernel ``(o, i/g, kh, kw)`` and bias ``(o,)`` of the sum of the side branches, without the attach rate."""
-        raise NotImplementedError(f'{type(self).__name__} must define _side_kernel_bias')
+    def __init__(
+            self,
+            in_channels: int,
+            out_channels: int,
+            kernel_size: Union[int, Tuple[int, int]],
+            stride: Union[int, Tuple[int, int]] = 1,
+            padding: Union[int, Tuple[int, int]] = 0,
+            dilation: Union[int, Tuple[int, int]] = 1,
+            groups: int = 1,
+            padding_mode: str = 'zeros',
+            eps: float = 1e-5,
+            momentum: Optional[float] = 0.1,
+            device: Any = None,
+            dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        name = type(self).__name__
+        if isinstance(padding, str):
+            raise ValueError(f'{name} takes padding in pixels, got {padding!r}')
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode, device=device)
+        if self.kernel_size == (1, 1):
+            raise ValueError(f'{name} needs a kernel larger than 1x1')
+        self.bias = None
+        self.conv_kxk = nn.Conv2d(**self._geometry(), bias=False, device=device, dtype=dtype)
+        self.norm_kxk = nn.BatchNorm2d(out_channels, eps=eps, momentum=momentum, device=device, dtype=dtype)
+
+    def _own_kwargs(self) -> Dict[str, Any]:
+        return dict(eps=self.norm_kxk.eps, momentum=self.norm_kxk.momentum)
+
+    def _centre_offset(self) -> Tuple[int, int]:
+        """Padding that a 1x1 needs to see the pixels under the centre of the KxK; less than zero crops."""
+        pad, size, dilation = self.padding, self.kernel_size, self.dilation
+        return pad[0] - dilation[0] * (size[0] // 2), pad[1] - dilation[1] * (size[1] // 2)
+
+    def _side_convs(self) -> Dict[str, nn.Conv2d]:
+        """The convolutions of the side branches that end in the outputs, by branch."""
+        raise NotImplementedError(f'{type(self).__name__} must define _side_convs')
 
     def _side_norms(self) -> Tuple[nn.BatchNorm2d, ...]:
+        """The last norm of every side branch."""
         raise NotImplementedError(f'{type(self).__name__} must define _side_norms')
+
+    def _inner_norms(self) -> Tuple[nn.BatchNorm2d, ...]:
+        """Norms between two stages of a side branch."""
+        return ()
+
+    def _fold_sides(self) -> Dict[str, Tuple[Tensor, Tensor]]:
+        """Kernel and bias ``(o,)`` of every side branch by the kept statistics, without the attach rate.
+
+        A kernel may be smaller than the layer's, around the same centre.
+        """
+        raise NotImplementedError(f'{type(self).__name__} must define _fold_sides')
+
+    def _side_kernel_bias(self) -> Tuple[Tensor, Tensor]:
+        """Kernel ``(o, i/g, kh, kw)`` and bias ``(o,)`` of the sum of the side branches, without the attach rate."""
+        with without_autocast(self.conv_kxk.weight):
+            sides = list(self._fold_sides().values())
+            kernel = self._pad(kernels.merge_parallel([kernel for kernel, _ in sides]))
+            bias = sides[0][1]
+            for _, following in sides[1:]:
+                bias = bias + following
+        return kernel, bias
+
+    def _pad(self, kernel: Tensor) -> Tensor:
+        height, width = self.kernel_size
+        return kernels.pad_to_size(kernel, (height, width))
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: Optional[torch.Generator] = None) -> None:
+        """Draw all branches afresh with the initial values of ``nn.Conv2d``, and reset all norms.
+
+        Args:
+            generator: Source of the draw.
+        """
+        for conv in (self.conv_kxk, *self._side_convs().values()):
+            kaiming_uniform_(conv.weight, conv.weight[0].numel(), 5 ** 0.5, generator)
+        for norm in (self.norm_kxk, *self._side_norms(), *self._inner_norms()):
+            norm.reset_parameters()
+        self._reset_annealing()
+
+    @torch.no_grad()
+    def redraw_side_branches_(self, generator: Optional[torch.Generator] = None) -> None:
+        """Draw the side branches afresh: kernels from U(-b, b) with ``b = 0.1 / sqrt(o)``, norms reset (RepAn).
+
+        Args:
+            generator: Source of the draw.
+        """
+        weights = [conv.weight for conv in self._side_convs().values()]
+        redraw_branch_(weights, (*self._side_norms(), *self._inner_norms()), self.out_channels, generator)
 
     def compose_weight_bias(self) -> Tuple[Tensor, Tensor]:
         """Kernel and bias by the kept statistics, at the attach rate in force, differentiably.
@@ -102,10 +285,23 @@ class BranchedRepLayer(RepLayer):
             Kernel ``(o, i/g, kh, kw)`` and bias ``(o,)``, in the parameters' dtype; composed in float32 at least.
         """
         kernel, bias = fold_batch_norm(self.conv_kxk.weight, None, self.norm_kxk)
-        with without_autocast(kernel):
-            side_kernel, side_bias = self._side_kernel_bias()
+        side_kernel, side_bias = self._side_kernel_bias()
         kernel, bias = kernel + self.attach_rate * side_kernel, bias + self.attach_rate * side_bias
         return kernel.to(self.conv_kxk.weight.dtype), bias.to(self.conv_kxk.weight.dtype)
+
+    @torch.no_grad()
+    def branch_kernels(self) -> Dict[str, Tensor]:
+        """The kernel that each branch adds to the sum by the kept statistics, with the attach rate.
+
+        Returns:
+            A kernel ``(o, i/g, kh, kw)`` for each branch; they add up to :meth:`compose_weight`.
+        """
+        sides = {name: self.attach_rate * self._pad(kernel) for name, (kernel, _) in self._fold_sides().items()}
+        return dict(origin=fold_batch_norm(self.conv_kxk.weight, None, self.norm_kxk)[0], **sides)
+
+    def branch_gradients(self) -> Dict[str, Tensor]:
+        convs = dict(origin=self.conv_kxk, **self._side_convs())
+        return {name: conv.weight.grad for name, conv in convs.items() if conv.weight.grad is not None}
 
     def compose_weight(self) -> Tensor:
         return self.compose_weight_bias()[0]
@@ -175,8 +371,7 @@ class BranchedRepLayer(RepLayer):
         self._check_kernel(weight, bias)
         norm = self.norm_kxk
         bias = torch.zeros_like(norm.bias) if bias is None else bias.to(norm.bias)
-        with without_autocast(norm.bias):
-            side_kernel, side_bias = self._side_kernel_bias()
+        side_kernel, side_bias = self._side_kernel_bias()
         kernel, gamma, beta = kernels.unfold_norm(
             weight.to(side_kernel) - self.attach_rate * side_kernel,
             bias - self.attach_rate * side_bias,
@@ -288,7 +483,6 @@ class DiverseBranchConv2d(BranchedRepLayer):
     """
 
     if TYPE_CHECKING:
-        padding: Tuple[int, int]
         seq_identity: Tensor
 
     def __init__(
@@ -307,20 +501,13 @@ class DiverseBranchConv2d(BranchedRepLayer):
             device: Any = None,
             dtype: Optional[torch.dtype] = None,
     ) -> None:
-        if isinstance(padding, str):
-            raise ValueError(f'DiverseBranchConv2d takes padding in pixels, got {padding!r}')
         super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode, device=device)
-        if self.kernel_size == (1, 1):
-            raise ValueError('DiverseBranchConv2d needs a kernel larger than 1x1')
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode, eps, momentum,
+            device=device, dtype=dtype)
         dd: Dict[str, Any] = dict(device=device, dtype=dtype)
         nn_dd: Dict[str, Any] = dict(eps=eps, momentum=momentum, **dd)
         depthwise = in_channels == out_channels == groups
         inner = 2 * in_channels if depthwise else in_channels
-        self.bias = None
-
-        self.conv_kxk = nn.Conv2d(**self._geometry(), bias=False, **dd)
-        self.norm_kxk = nn.BatchNorm2d(out_channels, **nn_dd)
 
         self.conv_1x1: Optional[nn.Conv2d] = None
         self.norm_1x1: Optional[nn.BatchNorm2d] = None
@@ -350,12 +537,9 @@ class DiverseBranchConv2d(BranchedRepLayer):
         ratio = self.seq_identity.shape[0] // self.in_channels
         self.seq_identity.copy_(identity.repeat(1, ratio, 1, 1, 1).flatten(0, 1))
 
-    def _own_kwargs(self) -> Dict[str, Any]:
-        return dict(eps=self.norm_kxk.eps, momentum=self.norm_kxk.momentum)
-
-    def _side_convs(self) -> Tuple[nn.Conv2d, ...]:
-        convs = (self.conv_1x1, self.avg_conv, self.seq_kxk)
-        return tuple(conv for conv in convs if conv is not None)
+    def _side_convs(self) -> Dict[str, nn.Conv2d]:
+        convs = dict(conv_1x1=self.conv_1x1, average=self.avg_conv, sequential=self.seq_kxk)
+        return {name: conv for name, conv in convs.items() if conv is not None}
 
     def _side_norms(self) -> Tuple[nn.BatchNorm2d, ...]:
         norms = (self.norm_1x1, self.avg_norm, self.seq_norm)
@@ -372,49 +556,34 @@ class DiverseBranchConv2d(BranchedRepLayer):
         Args:
             generator: Source of the draw.
         """
-        for conv in (self.conv_kxk, *self._side_convs()):
-            kaiming_uniform_(conv.weight, conv.weight[0].numel(), 5 ** 0.5, generator)
+        super().reset_parameters(generator)
         self.seq_1x1.zero_()
-        for norm in (self.norm_kxk, *self._side_norms(), *self._inner_norms()):
-            norm.reset_parameters()
-        self.attach_rate.fill_(1.0)
 
     @torch.no_grad()
     def redraw_side_branches_(self, generator: Optional[torch.Generator] = None) -> None:
-        """Draw the side branches afresh: kernels from U(-b, b) with ``b = 0.1 / sqrt(o)``, norms reset (RepAn).
-
-        Args:
-            generator: Source of the draw.
-        """
-        for conv in self._side_convs():
-            # kaiming_uniform_ with a = 0 draws from +-sqrt(6 / fan), so fan = 600 o gives +-0.1 / sqrt(o)
-            kaiming_uniform_(conv.weight, 600 * self.out_channels, generator=generator)
+        super().redraw_side_branches_(generator)
         self.seq_1x1.zero_()
-        for norm in (*self._side_norms(), *self._inner_norms()):
-            norm.reset_parameters()
 
-    def _side_kernel_bias(self) -> Tuple[Tensor, Tensor]:
+    def _fold_sides(self) -> Dict[str, Tuple[Tensor, Tensor]]:
         height, width = self.kernel_size
-        size = (height, width)
+        sides: Dict[str, Tuple[Tensor, Tensor]] = {}
         first, first_bias = fold_batch_norm(self.seq_1x1 + self.seq_identity, None, self.seq_inner_norm.norm)
         second, bias = fold_batch_norm(self.seq_kxk.weight, None, self.seq_norm)
         kernel = kernels.merge_sequential(first, second, self.groups)
-        bias = bias + kernels.merge_sequential_bias(first_bias, second, self.groups)
+        sides['sequential'] = kernel, bias + kernels.merge_sequential_bias(first_bias, second, self.groups)
 
-        average = kernels.average_kernel(size, device=kernel.device, dtype=kernel.dtype)
+        average = kernels.average_kernel((height, width), device=kernel.device, dtype=kernel.dtype)
         inner_bias: Optional[Tensor] = None
         if self.avg_conv is not None and self.avg_inner_norm is not None:
             pointwise, inner_bias = fold_batch_norm(self.avg_conv.weight, None, self.avg_inner_norm.norm)
             average = kernels.merge_pointwise_depthwise(pointwise, average)
         else:
             average = average.expand(self.out_channels, -1, -1, -1)
-        average, average_bias = fold_batch_norm(average, inner_bias, self.avg_norm)
-        summed, bias = [kernel, average], bias + average_bias
+        sides['average'] = fold_batch_norm(average, inner_bias, self.avg_norm)
 
         if self.conv_1x1 is not None and self.norm_1x1 is not None:
-            pointwise, pointwise_bias = fold_batch_norm(self.conv_1x1.weight, None, self.norm_1x1)
-            summed, bias = [*summed, pointwise], bias + pointwise_bias
-        return kernels.merge_parallel(summed), bias
+            sides['conv_1x1'] = fold_batch_norm(self.conv_1x1.weight, None, self.norm_1x1)
+        return sides
 
     def _average(self, x: Tensor) -> Tensor:
         if self.dilation == (1, 1):
@@ -438,8 +607,165 @@ class DiverseBranchConv2d(BranchedRepLayer):
         side = side + self.avg_norm(self._average(padded))
 
         if self.conv_1x1 is not None and self.norm_1x1 is not None:
-            # Shift the grid of the 1x1 to the centre taps of the KxK: a negative pad crops.
-            off_h = pad_h - self.dilation[0] * (self.kernel_size[0] // 2)
-            off_w = pad_w - self.dilation[1] * (self.kernel_size[1] // 2)
+            off_h, off_w = self._centre_offset()
             side = side + self.norm_1x1(self.conv_1x1(F.pad(x, [off_w, off_w, off_h, off_h])))
+        return out + self.attach_rate.to(out.dtype) * side
+
+
+def _crop(x: Tensor, height: int, width: int) -> Tensor:
+    """Take so many rows and columns off each border, as a view."""
+    return x[:, :, height:x.shape[2] - height, width:x.shape[3] - width]
+
+
+@register_notrace_module
+class AsymmetricConv2d(BranchedRepLayer):
+    """Asymmetric Convolution Block: a KxK, a 1xK and a Kx1, a batch norm behind each.
+
+    `ACNet: Strengthening the Kernel Skeletons` - https://arxiv.org/abs/1908.03930
+
+    Args:
+        in_channels: Input channels ``i``.
+        out_channels: Output channels ``o``.
+        kernel_size: Height and width, odd, both larger than one.
+        stride: Stride of the convolution.
+        padding: Zero padding in pixels.
+        dilation: Dilation of the kernel.
+        groups: Number of groups ``g``.
+        padding_mode: Only ``'zeros'``.
+        eps: Of all batch norms.
+        momentum: Of all batch norms.
+        generator: Source of the initial draw.
+
+    Raises:
+        ValueError: For a kernel that is even or has a side of one, padding given as a string or mode other than zeros,
+            or channels that the groups do not divide.
+    """
+
+    def __init__(
+            self,
+            in_channels: int,
+            out_channels: int,
+            kernel_size: Union[int, Tuple[int, int]],
+            stride: Union[int, Tuple[int, int]] = 1,
+            padding: Union[int, Tuple[int, int]] = 0,
+            dilation: Union[int, Tuple[int, int]] = 1,
+            groups: int = 1,
+            padding_mode: str = 'zeros',
+            eps: float = 1e-5,
+            momentum: Optional[float] = 0.1,
+            generator: Optional[torch.Generator] = None,
+            device: Any = None,
+            dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode, eps, momentum,
+            device=device, dtype=dtype)
+        height, width = self.kernel_size
+        if height == 1 or width == 1:
+            raise ValueError(f'AsymmetricConv2d needs a kernel larger than 1 each way, got {self.kernel_size}')
+        off_h, off_w = self._centre_offset()
+        dd: Dict[str, Any] = dict(device=device, dtype=dtype)
+        row = dict(kernel_size=(1, width), padding=(max(off_h, 0), self.padding[1]))
+        column = dict(kernel_size=(height, 1), padding=(self.padding[0], max(off_w, 0)))
+        self.conv_1xk = nn.Conv2d(**dict(self._geometry(), **row), bias=False, **dd)
+        self.norm_1xk = nn.BatchNorm2d(out_channels, eps=eps, momentum=momentum, **dd)
+        self.conv_kx1 = nn.Conv2d(**dict(self._geometry(), **column), bias=False, **dd)
+        self.norm_kx1 = nn.BatchNorm2d(out_channels, eps=eps, momentum=momentum, **dd)
+        self.reset_parameters(generator)
+
+    def _side_convs(self) -> Dict[str, nn.Conv2d]:
+        return dict(conv_1xk=self.conv_1xk, conv_kx1=self.conv_kx1)
+
+    def _side_norms(self) -> Tuple[nn.BatchNorm2d, ...]:
+        return self.norm_1xk, self.norm_kx1
+
+    def _fold_sides(self) -> Dict[str, Tuple[Tensor, Tensor]]:
+        return dict(
+            conv_1xk=fold_batch_norm(self.conv_1xk.weight, None, self.norm_1xk),
+            conv_kx1=fold_batch_norm(self.conv_kx1.weight, None, self.norm_kx1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        off_h, off_w = self._centre_offset()
+        out = self.norm_kxk(self.conv_kxk(x))
+        side = self.norm_1xk(self.conv_1xk(_crop(x, max(-off_h, 0), 0)))
+        side = side + self.norm_kx1(self.conv_kx1(_crop(x, 0, max(-off_w, 0))))
+        return out + self.attach_rate.to(out.dtype) * side
+
+
+@register_notrace_module
+class RepConv2d(BranchedRepLayer):
+    """RepVGG's branches for any KxK: a KxK, a 1x1 and, where the shapes allow it, the identity, with a norm in each.
+
+    There is an identity branch if the input has the output's channels, the stride is one and the size is kept.
+
+    `RepVGG: Making VGG-style ConvNets Great Again` - https://arxiv.org/abs/2101.03697
+
+    Args:
+        in_channels: Input channels ``i``.
+        out_channels: Output channels ``o``.
+        kernel_size: Height and width, odd, not both one.
+        stride: Stride of the convolution.
+        padding: Zero padding in pixels.
+        dilation: Dilation of the kernel.
+        groups: Number of groups ``g``.
+        padding_mode: Only ``'zeros'``.
+        eps: Of all batch norms.
+        momentum: Of all batch norms.
+        generator: Source of the initial draw.
+
+    Raises:
+        ValueError: For an even or 1x1 kernel, padding given as a string or mode other than zeros, or channels that the
+            groups do not divide.
+    """
+
+    def __init__(
+            self,
+            in_channels: int,
+            out_channels: int,
+            kernel_size: Union[int, Tuple[int, int]],
+            stride: Union[int, Tuple[int, int]] = 1,
+            padding: Union[int, Tuple[int, int]] = 0,
+            dilation: Union[int, Tuple[int, int]] = 1,
+            groups: int = 1,
+            padding_mode: str = 'zeros',
+            eps: float = 1e-5,
+            momentum: Optional[float] = 0.1,
+            generator: Optional[torch.Generator] = None,
+            device: Any = None,
+            dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode, eps, momentum,
+            device=device, dtype=dtype)
+        off_h, off_w = self._centre_offset()
+        dd: Dict[str, Any] = dict(device=device, dtype=dtype)
+        pointwise = dict(kernel_size=1, padding=(max(off_h, 0), max(off_w, 0)), dilation=1)
+        self.conv_1x1 = nn.Conv2d(**dict(self._geometry(), **pointwise), bias=False, **dd)
+        self.norm_1x1 = nn.BatchNorm2d(out_channels, eps=eps, momentum=momentum, **dd)
+        self.norm_identity: Optional[nn.BatchNorm2d] = None
+        if in_channels == out_channels and self.stride == (1, 1) and (off_h, off_w) == (0, 0):
+            self.norm_identity = nn.BatchNorm2d(out_channels, eps=eps, momentum=momentum, **dd)
+        self.reset_parameters(generator)
+
+    def _side_convs(self) -> Dict[str, nn.Conv2d]:
+        return dict(conv_1x1=self.conv_1x1)
+
+    def _side_norms(self) -> Tuple[nn.BatchNorm2d, ...]:
+        return (self.norm_1x1,) if self.norm_identity is None else (self.norm_1x1, self.norm_identity)
+
+    def _fold_sides(self) -> Dict[str, Tuple[Tensor, Tensor]]:
+        sides = dict(conv_1x1=fold_batch_norm(self.conv_1x1.weight, None, self.norm_1x1))
+        if self.norm_identity is not None:
+            identity = kernels.grouped_identity(
+                self.in_channels, self.groups, device=self.conv_1x1.weight.device, dtype=self.conv_1x1.weight.dtype)
+            sides['identity'] = fold_batch_norm(identity, None, self.norm_identity)
+        return sides
+
+    def forward(self, x: Tensor) -> Tensor:
+        off_h, off_w = self._centre_offset()
+        out = self.norm_kxk(self.conv_kxk(x))
+        side = self.norm_1x1(self.conv_1x1(_crop(x, max(-off_h, 0), max(-off_w, 0))))
+        if self.norm_identity is not None:
+            side = side + self.norm_identity(x)
         return out + self.attach_rate.to(out.dtype) * side

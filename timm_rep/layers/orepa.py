@@ -2,7 +2,7 @@
 
 `Online Convolutional Re-parameterization` - https://arxiv.org/abs/2204.00826 (CVPR 2022)
 """
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -82,18 +82,18 @@ def _compose_1x1(
         return compose(conv_1x1, seq_first, seq_second, scale, attach_rate.to(compute), groups).to(dtype)
 
 
-def _squeeze_stack(stack: List[Tensor], offset: Tensor, attach_rate: Tensor) -> Tensor:
+def _squeeze_stack(stack: List[Tensor], offset: Tensor) -> Tensor:
     dtype = offset.dtype
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     kernel = stack[0].to(compute)
     for following in stack[1:]:
         kernel = kernels.merge_sequential(kernel, following.to(compute))
-    return torch.addcmul(offset.to(compute), kernel, attach_rate.to(compute)).to(dtype)
+    return (kernel + offset.to(compute)).to(dtype)
 
 
-def _squeeze_stack_eager(stack: List[Tensor], offset: Tensor, attach_rate: Tensor) -> Tensor:
+def _squeeze_stack_eager(stack: List[Tensor], offset: Tensor) -> Tensor:
     with without_autocast(offset):
-        return _squeeze_stack(stack, offset, attach_rate)
+        return _squeeze_stack(stack, offset)
 
 
 # A symbolic trace records these calls as they are.
@@ -193,6 +193,10 @@ class OrepaConv2d(LinearRepLayer):
             negative_slope=self.negative_slope,
         )
 
+    def _parts(self, tensor: Tensor) -> Dict[str, Tensor]:
+        """Views ``(o, i/g, entries)`` of a tensor with the shape of ``branches``, by the branches' names."""
+        return dict(zip(self.branch_names, tensor.split(list(self._entries.values()), dim=2)))
+
     def branch_views(self) -> Dict[str, Tensor]:
         """The parts of ``branches`` by name, as views that share its memory.
 
@@ -200,7 +204,7 @@ class OrepaConv2d(LinearRepLayer):
             ``origin (o, i/g, kh, kw)``, ``average``, ``prior`` and ``conv_1x1 (o, i/g)``,
             ``separable (o, i/g, e)``, ``sequential (o, i/g, m, kh, kw)`` with ``t = m * i``.
         """
-        parts = dict(zip(self.branch_names, self.branches.split(list(self._entries.values()), dim=2)))
+        parts = self._parts(self.branches)
         views = {name: part.squeeze(2) for name, part in parts.items()}
         views['origin'] = parts['origin'].unflatten(2, self.kernel_size)
         views['sequential'] = parts['sequential'].unflatten(2, (-1, *self.kernel_size))
@@ -224,6 +228,9 @@ class OrepaConv2d(LinearRepLayer):
             start += entries
             kernels_of[name] = compose_orepa_plain(branches, only, seq_1x1, dw_conv, self.filters, self.groups)
         return kernels_of
+
+    def branch_gradients(self) -> Dict[str, Tensor]:
+        return {} if self.branches.grad is None else self._parts(self.branches.grad)
 
     def init_non_persistent_buffers(self) -> None:
         """Compute the constants: which branch and spatial filter each entry has; float32 or float64."""
@@ -265,7 +272,7 @@ class OrepaConv2d(LinearRepLayer):
         fan_in = self.in_channels // self.groups * self.kernel_size[0] * self.kernel_size[1]
         kaiming_uniform_(self.branch_views()['origin'], fan_in, self.negative_slope, generator)
         self.scale[0].fill_(KXK_SCALE['origin'])
-        self.attach_rate.fill_(1.0)
+        self._reset_annealing()
         self.redraw_side_branches_(generator)
         self._reset_bias(generator)
 
@@ -385,6 +392,10 @@ class OrepaPointwiseConv2d(LinearRepLayer):
         origin = self.conv_1x1 * self.scale[0].view(-1, 1, 1, 1)
         return dict(origin=origin, sequential=self.compose_weight() - origin)
 
+    def branch_gradients(self) -> Dict[str, Tensor]:
+        gradients = dict(origin=self.conv_1x1.grad, sequential=self.seq_second.grad)
+        return {name: gradient for name, gradient in gradients.items() if gradient is not None}
+
     @torch.no_grad()
     def reset_parameters(self, generator: Optional[torch.Generator] = None) -> None:
         """Draw all branches afresh: kaiming-uniform kernels, one identity factor, the paper's scales.
@@ -394,7 +405,7 @@ class OrepaPointwiseConv2d(LinearRepLayer):
         """
         kaiming_uniform_(self.conv_1x1, self.in_channels // self.groups, 1.0, generator)
         self.scale[0].fill_(POINTWISE_SCALE['origin'])
-        self.attach_rate.fill_(1.0)
+        self._reset_annealing()
         self.redraw_side_branches_(generator)
         self._reset_bias(generator)
 
@@ -436,8 +447,8 @@ class OrepaStemConv2d(LinearRepLayer):
     the flip; :func:`timm_rep.load_official_checkpoint` accounts for it.
 
     A stack cannot represent every kernel, so restoring an arbitrary one needs a part beside it: ``kernel_offset``, a
-    constant that is zero unless :meth:`restore_` was called. It takes the origin branch's place; the whole stack is
-    the side branch that the attach rate multiplies.
+    constant that is zero unless :meth:`restore_` was called. Attach rate and time steps are those of the blocks of the
+    stack: each has an origin and side branches of its own, and folds into itself.
 
     Source: OREPA, linear deep stem.
 
@@ -491,14 +502,48 @@ class OrepaStemConv2d(LinearRepLayer):
         self._init_bias(bias, device, dtype)
         self._reset_bias(generator)
 
+    def _blocks(self) -> Iterator[OrepaConv2d]:
+        for block in self.stack:
+            assert isinstance(block, OrepaConv2d)
+            yield block
+
+    def set_attach_rate_(self, rate: float) -> None:
+        """Set the factor of the side branches of all blocks.
+
+        Args:
+            rate: In [0, 1].
+
+        Raises:
+            ValueError: For a rate outside [0, 1].
+        """
+        super().set_attach_rate_(rate)
+        for block in self._blocks():
+            block.set_attach_rate_(rate)
+
+    @torch.no_grad()
+    def begin_time_step_(
+            self,
+            generator: Optional[torch.Generator] = None,
+            attach_rate: float = 0.0,
+            compensate: bool = False,
+    ) -> None:
+        for block in self._blocks():
+            block.begin_time_step_(generator, attach_rate)
+        super().set_attach_rate_(attach_rate)
+        self.time_step.add_(1)
+
     @torch.no_grad()
     def branch_kernels(self) -> Dict[str, Tensor]:
-        """The kernels that the offset and the stack add to the sum.
+        """The kernels that the stack and the offset add to the sum.
 
         Returns:
             Kernels ``(o, i, kh, kw)`` that add up to :meth:`compose_weight`.
         """
-        return dict(origin=self.kernel_offset.clone(), stack=self.compose_weight() - self.kernel_offset)
+        return dict(stack=self.compose_weight() - self.kernel_offset, offset=self.kernel_offset.clone())
+
+    def branch_gradients(self) -> Dict[str, Tensor]:
+        """Of the first block of the stack, which sees the image."""
+        return next(self._blocks()).branch_gradients()
 
     @torch.no_grad()
     def reset_parameters(self, generator: Optional[torch.Generator] = None) -> None:
@@ -507,21 +552,21 @@ class OrepaStemConv2d(LinearRepLayer):
         Args:
             generator: Source of the draw.
         """
-        self.redraw_side_branches_(generator)
+        for block in self._blocks():
+            block.reset_parameters(generator)
         self.kernel_offset.zero_()
-        self.attach_rate.fill_(1.0)
+        self._reset_annealing()
         self._reset_bias(generator)
 
     @torch.no_grad()
     def redraw_side_branches_(self, generator: Optional[torch.Generator] = None) -> None:
-        """Draw the whole stack afresh.
+        """Draw the side branches of all blocks afresh.
 
         Args:
             generator: Source of the draw.
         """
-        for layer in self.stack:
-            assert isinstance(layer, OrepaConv2d)
-            layer.reset_parameters(generator)
+        for block in self._blocks():
+            block.redraw_side_branches_(generator)
 
     @torch.no_grad()
     def clear_origin_(self) -> Tensor:
@@ -532,5 +577,5 @@ class OrepaStemConv2d(LinearRepLayer):
         for layer in self.stack:
             composed.append(layer._compose(False))  # type: ignore[operator]
         if torch.jit.is_scripting():
-            return _squeeze_stack(composed, self.kernel_offset, self.attach_rate)
-        return _squeeze_stack_eager(composed, self.kernel_offset, self.attach_rate)
+            return _squeeze_stack(composed, self.kernel_offset)
+        return _squeeze_stack_eager(composed, self.kernel_offset)

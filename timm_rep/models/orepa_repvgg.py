@@ -7,54 +7,28 @@ draws them from N(0.1, 0.1).
 `Online Convolutional Re-parameterization` - https://arxiv.org/abs/2204.00826 (CVPR 2022)
 `RepVGG: Making VGG-style ConvNets Great Again` - https://arxiv.org/abs/2101.03697
 """
-from typing import Any, Dict
+from typing import Any
 
-import torch.nn as nn
 from timm.models import ByobNet, ByoModelCfg, build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.byobnet import RepVggBlock
-from timm.models.byobnet import model_cfgs as byobnet_cfgs
 
 from ..checkpoints import checkpoint_filter_fn
 from ..surgery import expand_fresh_
-from .stock import build_repvgg, imagenet_cfg, repvgg_cifar_cfg, small_image_cfg
+from .stock import build_repvgg, imagenet_cfg, repvgg_kwargs, reset_repvgg_norms_, small_image_cfg
 
 __all__ = []  # model entry points are added by register_model
 
-# Depths and width factors of the variants (RepVGG, Table 2).
-CIFAR_CFGS = dict(
-    repvgg_a0_cifar=repvgg_cifar_cfg((2, 4, 14, 1), (0.75, 0.75, 0.75, 2.5)),
-    repvgg_a1_cifar=repvgg_cifar_cfg((2, 4, 14, 1), (1.0, 1.0, 1.0, 2.5)),
-    repvgg_a2_cifar=repvgg_cifar_cfg((2, 4, 14, 1), (1.5, 1.5, 1.5, 2.75)),
-    repvgg_b0_cifar=repvgg_cifar_cfg((4, 6, 16, 1), (1.0, 1.0, 1.0, 2.5)),
-)
-
-
 def _build_orepa_repvgg(cfg: ByoModelCfg, inference_mode: bool = False, **kwargs: Any) -> ByobNet:
     model = build_repvgg(cfg, **kwargs)
-    if inference_mode:
-        return model
-    for block in model.modules():
-        if isinstance(block, RepVggBlock):
-            for norm in block.modules():
-                if isinstance(norm, nn.BatchNorm2d):
-                    norm.reset_parameters()
-    return expand_fresh_(model, 'orepa')
+    return model if inference_mode else expand_fresh_(reset_repvgg_norms_(model), 'orepa')
 
 
 def _create_orepa_repvgg(variant: str, pretrained: bool = False, **kwargs: Any) -> ByobNet:
-    stock = variant[len('orepa_'):]
-    small_images = stock in CIFAR_CFGS
-    feature_cfg: Dict[str, Any] = dict(flatten_sequential=True)
-    if small_images:  # fewer reductions than timm's default of five
-        feature_cfg['out_indices'] = (0, 1, 2)
     return build_model_with_cfg(
         _build_orepa_repvgg,
         variant,
         pretrained,
-        model_cfg=CIFAR_CFGS[stock] if small_images else byobnet_cfgs[stock],
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=feature_cfg,
-        **dict(dict(small_images=small_images), **kwargs),
+        **dict(repvgg_kwargs(variant[len('orepa_'):]), **kwargs),
     )
 
 

@@ -6,9 +6,19 @@ import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import ByoBlockCfg, ByobNet, ByoModelCfg, ResNet
 from timm.models.byobnet import RepVggBlock
+from timm.models.byobnet import model_cfgs as byobnet_cfgs
 from timm.models.resnet import BasicBlock, Bottleneck
 
-__all__ = ['RESNETS', 'build_repvgg', 'build_resnet', 'imagenet_cfg', 'repvgg_cifar_cfg', 'small_image_cfg']
+__all__ = [
+    'RESNETS',
+    'build_repvgg',
+    'build_resnet',
+    'imagenet_cfg',
+    'repvgg_cifar_cfg',
+    'repvgg_kwargs',
+    'reset_repvgg_norms_',
+    'small_image_cfg',
+]
 
 # Arguments of build_resnet by name of the stock network.
 RESNETS: Dict[str, Dict[str, Any]] = dict(
@@ -104,6 +114,49 @@ def repvgg_cifar_cfg(depths: Tuple[int, ...], width_factors: Tuple[float, ...]) 
         stem_type='rep',
         stem_chs=round(REPVGG_CIFAR_STEM * min(1.0, width_factors[0])),
     )
+
+
+# Depths and width factors of the variants (RepVGG, Table 2).
+CIFAR_CFGS = dict(
+    repvgg_a0_cifar=repvgg_cifar_cfg((2, 4, 14, 1), (0.75, 0.75, 0.75, 2.5)),
+    repvgg_a1_cifar=repvgg_cifar_cfg((2, 4, 14, 1), (1.0, 1.0, 1.0, 2.5)),
+    repvgg_a2_cifar=repvgg_cifar_cfg((2, 4, 14, 1), (1.5, 1.5, 1.5, 2.75)),
+    repvgg_b0_cifar=repvgg_cifar_cfg((4, 6, 16, 1), (1.0, 1.0, 1.0, 2.5)),
+)
+
+
+def repvgg_kwargs(stock: str) -> Dict[str, Any]:
+    """What ``build_model_with_cfg`` needs to know of a RepVGG.
+
+    Args:
+        stock: timm's name of the network, or that of a ``_cifar`` one.
+
+    Returns:
+        Its configuration, the taps of its feature maps, and whether it is for small images.
+    """
+    small_images = stock in CIFAR_CFGS
+    feature_cfg: Dict[str, Any] = dict(flatten_sequential=True)
+    if small_images:  # fewer reductions than timm's default of five
+        feature_cfg['out_indices'] = (0, 1, 2)
+    model_cfg = CIFAR_CFGS[stock] if small_images else byobnet_cfgs[stock]
+    return dict(model_cfg=model_cfg, feature_cfg=feature_cfg, small_images=small_images)
+
+
+def reset_repvgg_norms_(model: ByobNet) -> ByobNet:
+    """Start the norms of RepVGG blocks at weight one and bias zero, where timm draws them from N(0.1, 0.1).
+
+    Args:
+        model: RepVGG.
+
+    Returns:
+        The model.
+    """
+    for block in model.modules():
+        if isinstance(block, RepVggBlock):
+            for norm in block.modules():
+                if isinstance(norm, nn.BatchNorm2d):
+                    norm.reset_parameters()
+    return model
 
 
 def build_repvgg(cfg: ByoModelCfg, small_images: bool = False, **kwargs: Any) -> ByobNet:

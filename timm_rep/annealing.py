@@ -1,0 +1,219 @@
+"""Annealing through re-parameterization: attach rate, schedule of time steps, and the step from one to the next.
+
+No training loop is in here. A loop of your own needs three calls:
+
+>>> import timm, timm_rep
+>>> model = timm.create_model('repan_resnet18_cifar')
+>>> schedule = timm_rep.AnnealingSchedule(time_steps=2, epochs=3, warmup_epochs=1)
+>>> for epoch in range(schedule.total_epochs):
+...     position = schedule.position(epoch)
+...     if position.begins and position.time_step > 0:
+...         timm_rep.begin_time_step(model)  # and optimizer.state.clear()
+...     timm_rep.set_attach_rate(model, position.attach_rate)
+...     print(epoch, position.time_step, position.attach_rate)
+0 0 0.5
+1 0 1.0
+2 0 1.0
+3 1 0.5
+4 1 1.0
+5 1 1.0
+
+Source: RepAn, `Enhanced Annealing through Re-parameterization` (CVPR 2024).
+"""
+import math
+from dataclasses import dataclass
+from typing import List, Optional
+
+import torch
+import torch.nn as nn
+
+from .layers import AnnealedModule
+from .surgery import annealed_modules
+
+__all__ = ['AnnealingSchedule', 'Position', 'attach_rate', 'begin_time_step', 'time_step_of']
+
+
+def attach_rate(epoch: int, warmup_epochs: int) -> float:
+    """Attach rate of an epoch: ``min((epoch + 1) / (warmup_epochs + 1), 1)``.
+
+    RepAn, equation 5 of the supplement, which prints ``max``; its text and code need ``min``.
+
+    Args:
+        epoch: Epoch within its time step, from 0.
+        warmup_epochs: Epochs at the start of a time step in which the rate is below one, 0 for none.
+
+    Returns:
+        Rate in (0, 1].
+
+    Raises:
+        ValueError: For a negative number.
+    """
+    if epoch < 0 or warmup_epochs < 0:
+        raise ValueError(f'epochs must not be negative, got epoch={epoch}, warmup_epochs={warmup_epochs}')
+    return min((epoch + 1) / (warmup_epochs + 1), 1.0)
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where in the schedule an epoch lies.
+
+    Attributes:
+        time_step: Time step, from 0.
+        epoch: Epoch within the time step, from 0.
+        attach_rate: Rate of the side branches, in (0, 1].
+        begins: Whether a time step begins with this epoch.
+        ends: Whether a time step ends with this epoch.
+    """
+
+    time_step: int
+    epoch: int
+    attach_rate: float
+    begins: bool
+    ends: bool
+
+
+@dataclass(frozen=True)
+class AnnealingSchedule:
+    """Time steps of a training: cycles that each warm up the attach rate and descend the learning rate once.
+
+    Args:
+        time_steps: Number of time steps.
+        epochs: Epochs of a time step.
+        warmup_epochs: Epochs at the start of each time step in which the attach rate is below one.
+        epochs_mul: Each time step is so many times as long as the one before it (timm's ``lr_cycle_mul``).
+        prefix_epochs: Epochs before the first cosine descent, part of the first time step (timm's ``warmup_prefix``).
+        cooldown_epochs: Epochs after the last descent, part of the last time step (timm's ``cooldown_epochs``).
+
+    Raises:
+        ValueError: For less than one time step or epoch, a warm-up that is not shorter than a time step, or a factor
+            below one.
+    """
+
+    time_steps: int
+    epochs: int
+    warmup_epochs: int = 0
+    epochs_mul: float = 1.0
+    prefix_epochs: int = 0
+    cooldown_epochs: int = 0
+
+    def __post_init__(self) -> None:
+        if self.time_steps < 1:
+            raise ValueError(f'time_steps must be at least 1, got {self.time_steps}')
+        if self.epochs < 1:
+            raise ValueError(f'a time step needs at least 1 epoch, got {self.epochs}')
+        if not 0 <= self.warmup_epochs < self.epochs:
+            raise ValueError(
+                f'the attach rate must warm up in less than the {self.epochs} epochs of a time step (RepAn: in less '
+                f'than half of them), got {self.warmup_epochs}'
+            )
+        if self.epochs_mul < 1:
+            raise ValueError(f'time steps cannot become shorter: epochs_mul must be at least 1, got {self.epochs_mul}')
+        if min(self.prefix_epochs, self.cooldown_epochs) < 0:
+            raise ValueError(
+                f'prefix_epochs and cooldown_epochs must not be negative, got {self.prefix_epochs} and '
+                f'{self.cooldown_epochs}'
+            )
+
+    def _starts(self) -> List[int]:
+        """First epoch of every time step, and of the cooldown."""
+        lengths = [self.epochs * self.epochs_mul ** step for step in range(self.time_steps)]
+        starts = [0]
+        for step in range(1, self.time_steps):
+            # the first whole epoch of the cycle; rounded, since powers of a float are
+            starts.append(self.prefix_epochs + math.ceil(round(sum(lengths[:step]), 6)))
+        return [*starts, self.prefix_epochs + math.floor(round(sum(lengths), 6))]
+
+    @property
+    def total_epochs(self) -> int:
+        """Epochs of the whole training."""
+        return self._starts()[-1] + self.cooldown_epochs
+
+    def position(self, epoch: int) -> Position:
+        """Where an epoch lies.
+
+        Args:
+            epoch: Epoch of the whole training, from 0.
+
+        Returns:
+            Its place.
+
+        Raises:
+            ValueError: If the training has no such epoch.
+        """
+        if not 0 <= epoch < self.total_epochs:
+            raise ValueError(f'epoch must lie in 0 to {self.total_epochs - 1}, got {epoch}')
+        starts = self._starts()[:-1]
+        time_step = max(step for step, start in enumerate(starts) if start <= epoch)
+        within = epoch - starts[time_step]
+        ends = epoch + 1 in (*starts[1:], self.total_epochs)
+        return Position(time_step, within, attach_rate(within, self.warmup_epochs), within == 0, ends)
+
+
+def time_step_of(model: nn.Module) -> int:
+    """The time step that a model is in, as saved with its weights.
+
+    Args:
+        model: Model with rep layers.
+
+    Returns:
+        Number of time steps that have begun before it.
+
+    Raises:
+        ValueError: If the model has no rep layers, or they are not in the same time step.
+    """
+    steps = {int(module.time_step) for _, module in annealed_modules(model)}
+    if not steps:
+        raise ValueError(f'{type(model).__name__} has no rep layers, so no side branches to anneal')
+    if len(steps) > 1:
+        raise ValueError(f'the rep layers are in different time steps: {sorted(steps)}')
+    return steps.pop()
+
+
+def _share_from_first_rank(module: AnnealedModule) -> None:
+    """Take over the state of the first process: kept statistics may differ, and then so do folded kernels."""
+    for tensor in module.state_dict().values():
+        shared = tensor
+        if torch.distributed.get_backend() == 'nccl' and tensor.device.type == 'cpu':  # an averaged copy on the CPU
+            shared = tensor.cuda()
+        torch.distributed.broadcast(shared, src=0)
+        tensor.copy_(shared)
+
+
+@torch.no_grad()
+def begin_time_step(
+        model: nn.Module,
+        generator: Optional[torch.Generator] = None,
+        *,
+        attach_rate: float = 0.0,
+        compensate: bool = False,
+) -> None:
+    """Fold every layer's branches, draw its side branches afresh, put the folded kernel into its origin branch.
+
+    Works in place, in training and eval mode: the same parameters, the same shapes, nothing to recompile. Clear the
+    optimizer's state afterwards (``optimizer.state.clear()``). Do the same, with a generator of the same seed, on an
+    averaged copy of the model (EMA). In a distributed training call it on every process: all end up with the first
+    one's weights.
+
+    Outputs in eval mode stay the same at every attach rate for linear (OREPA) layers. For layers and blocks with norms
+    in their branches they stay the same at rate zero, and with ``compensate`` at every rate. In training mode they stay
+    the same for linear layers only: elsewhere batch statistics take the place of the kept ones.
+
+    Source: RepAn, Rep - expansion - restoration.
+
+    Args:
+        model: Model with rep layers, also in wrappers (DDP, torch.compile).
+        generator: Source of the draw, on the CPU.
+        attach_rate: Rate in force afterwards, in [0, 1].
+        compensate: Take what the fresh side branches add off the origin branches that have norms, too.
+
+    Raises:
+        ValueError: If the model has no rep layers, or for a rate outside [0, 1]. The model is then unchanged.
+    """
+    time_step_of(model)
+    if not 0.0 <= attach_rate <= 1.0:
+        raise ValueError(f'attach rate must lie in [0, 1], got {attach_rate}')
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    for _, module in annealed_modules(model):
+        module.begin_time_step_(generator, attach_rate, compensate)
+        if distributed:
+            _share_from_first_rank(module)
