@@ -22,7 +22,15 @@ from timm.models import (
 
 from ..checkpoints import checkpoint_filter_fn
 from ..surgery import anneal_repvgg_blocks_, expand_fresh_
-from .stock import RESNETS, build_repvgg, build_resnet, imagenet_cfg, repvgg_kwargs, reset_repvgg_norms_, small_image_cfg
+from .stock import (
+    RESNETS,
+    build_repvgg,
+    build_resnet,
+    imagenet_cfg,
+    repvgg_kwargs,
+    reset_repvgg_norms_,
+    small_image_cfg,
+)
 
 __all__ = []  # model entry points are added by register_model
 
