@@ -229,7 +229,8 @@ def save_weights(model: nn.Module, path: PathLike) -> None:
     # clones, since safetensors refuses tensors that share memory
     weights = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
     if path.suffix == '.safetensors':
-        safetensors.torch.save_file(weights, path, metadata=dict(format='pt'))
+        # save_file() would write a file that only its owner can read
+        path.write_bytes(safetensors.torch.save(weights, metadata=dict(format='pt')))
     else:
         torch.save(weights, path)
 

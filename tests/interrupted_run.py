@@ -1,0 +1,136 @@
+"""Run train_scripts/train.py in a process of its own that kills itself at a chosen point."""
+import importlib.util
+import io
+import multiprocessing
+import os
+import signal
+import sys
+from pathlib import Path
+
+TRAIN_SCRIPT = Path(__file__).parents[1] / 'train_scripts' / 'train.py'
+STAND_IN = Path(__file__).with_name('small_train.py')
+# Children are forked from a server process that has imported the libraries and started no threads.
+CONTEXT = multiprocessing.get_context('forkserver')
+CONTEXT.set_forkserver_preload(['torch', 'timm', 'timm_rep'])
+TIMEOUT = 120
+
+
+def load_wrapper():
+    spec = importlib.util.spec_from_file_location('annealed_train', TRAIN_SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _die_with_optimizer(optimizer):
+    print('State:', len(optimizer.state), flush=True)
+    _die()
+
+
+def _at_call(count, before=None, after=None, only=lambda *args: True):
+    """A decorator: at the so-and-so-many-th call that counts, do something before or after it."""
+    def decorate(function):
+        calls = [0]
+
+        def counted(*args, **kwargs):
+            if not only(*args):
+                return function(*args, **kwargs)
+            calls[0] += 1
+            if calls[0] == count and before is not None:
+                before(*args)
+            result = function(*args, **kwargs)
+            if calls[0] == count and after is not None:
+                after(*args)
+            return result
+        return counted
+    return decorate
+
+
+def _write_half(content, path):
+    data = io.BytesIO()
+    import torch
+    torch.save(content, data)
+    Path(path).write_bytes(data.getvalue()[:len(data.getvalue()) // 2])
+    _die()
+
+
+def _write_half_a_row(epoch, *args, **kwargs):
+    _write_half_a_row.path.open('a').write(f'{epoch},2.')
+    _die()
+
+
+def _arm(wrapper, point, count, folder, optimizer):
+    """Let the process die at a point."""
+    import timm.utils
+    import torch
+
+    import timm_rep.annealing
+    from timm_rep.layers import AnnealedModule
+
+    def patch(owner, name, **kwargs):
+        setattr(owner, name, _at_call(count, **kwargs)(getattr(owner, name)))
+
+    last = Path(folder) / 'last.pth.tar'
+    _write_half_a_row.path = Path(folder) / 'summary.csv'
+    if point == 'start':
+        patch(timm.utils, 'CheckpointSaver', before=_die)
+    elif point == 'update':
+        patch(getattr(torch.optim, optimizer), 'step', before=_die_with_optimizer)
+    elif point == 'checkpoint half written':
+        patch(torch, 'save', before=_write_half)
+    elif point == 'last unlinked':
+        patch(os, 'unlink', after=_die, only=lambda path, *args: Path(path) == last)
+    elif point == 'checkpoint linked':
+        patch(os, 'link', after=_die)
+    elif point == 'transition':
+        patch(AnnealedModule, 'begin_time_step_', after=_die)
+    elif point == 'transition of the averaged weights':
+        patch(timm_rep, 'begin_time_step', after=_die)
+    elif point == 'rate set':
+        patch(timm_rep, 'set_attach_rate', after=_die)
+    elif point == 'snapshot half written':
+        patch(wrapper, 'save_weights', before=lambda model, path: (path.write_bytes(b'half'), _die()))
+    elif point == 'snapshot not yet in place':
+        patch(os, 'replace', before=_die, only=lambda src, dst: 'time_step-' in str(dst))
+    elif point == 'validation':
+        patch(timm.utils, 'accuracy', before=_die)
+    elif point == 'summary half written':
+        patch(timm.utils, 'update_summary', before=_write_half_a_row)
+    elif point == 'last snapshot':
+        patch(wrapper.AnnealedTraining, '_save_last_snapshot', before=_die)
+    else:
+        raise ValueError(point)
+
+
+def _child(argv, cwd, point, count, folder, optimizer):
+    os.chdir(cwd)
+    log = os.open('log.txt', os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.argv = [str(TRAIN_SCRIPT), *argv]
+    import torch
+    torch.set_num_threads(1)
+    wrapper = load_wrapper()
+    if point is not None:
+        _arm(wrapper, point, count, folder, optimizer)
+    wrapper.main()
+
+
+def run(argv, cwd, point=None, count=1, folder='output/train/run', optimizer='SGD'):
+    """Run the wrapper to its end, or to the point where it dies.
+
+    Returns:
+        Exit code, and what was printed.
+    """
+    process = CONTEXT.Process(target=_child, args=([str(a) for a in argv], str(cwd), point, count, folder, optimizer))
+    process.start()
+    process.join(TIMEOUT)
+    if process.is_alive():
+        process.kill()
+        raise TimeoutError(f'the run did not end in {TIMEOUT} s')
+    log = Path(cwd) / 'log.txt'
+    return process.exitcode, log.read_text() if log.exists() else ''

@@ -1,0 +1,506 @@
+#!/usr/bin/env python3
+"""timm's own train.py, unmodified, with the time steps of RepAn around its epochs, in one run.
+
+    python train_scripts/train.py --time-steps 5 --attach-warmup-epochs 5 --model repan_repvgg_a1_cifar --epochs 30 \
+        --data-dir images
+
+`--epochs` counts the epochs of one time step. The script sets the restarts of timm's schedule and wraps timm's
+`train_one_epoch`: there the attach rate is set and, where a time step begins, every layer is folded, redrawn and
+restored (on the averaged weights too) and the optimizer's state is cleared. All of timm's arguments pass through; one
+default differs: `--lr-cycle-decay`, the factor of the peak learning rate from one time step to the next, is 1.
+
+At the end of every time step the weights are kept as `time_step-N.safetensors` (training form) and
+`time_step-N-stock.safetensors` (fused). `--resume auto` goes on from the newest whole checkpoint of the run's folder.
+"""
+import argparse
+import copy
+import csv
+import functools
+import importlib.util
+import inspect
+import logging
+import os
+import pickle
+import sys
+from pathlib import Path
+
+import timm
+import torch
+import yaml
+from timm.utils import is_primary, random_seed, unwrap_model
+
+import timm_rep
+from timm_rep.annealing import time_step_of
+from timm_rep.files import load_training_form, read_checkpoint, save_weights
+from timm_rep.surgery import annealed_modules
+from timm_rep.timm_scripts import find_script
+
+_logger = logging.getLogger('train')
+
+# Schedules of timm that start anew with --lr-cycle-limit.
+RESTARTING_SCHEDULES = ('cosine', 'tanh', 'poly')
+# What the wrapper must find in timm's script.
+SCRIPT_NAMES = ('parser', '_parse_args', 'main', 'train_one_epoch')
+EPOCH_PARAMETERS = ('epoch', 'model', 'optimizer', 'args')
+# A checkpoint can be resumed only by a run that agrees in these.
+RUN_SETTINGS = (
+    'model', 'time_steps', 'epochs', 'attach_warmup_epochs', 'lr_cycle_mul', 'warmup_prefix', 'cooldown_epochs')
+RUN_FILES = ('args.yaml', 'summary.csv', '*.pth.tar', 'time_step-*.safetensors', 'branch_gradients.csv')
+CHECKPOINT_SUFFIX = '.pth.tar'
+# The epochs' seeds must not meet those of other ranks, which timm counts up from the run's.
+EPOCH_SEED_STRIDE = 10_007
+MAX_SEED = 2 ** 32
+
+
+class UsageError(Exception):
+    """What the user asked for cannot be done; nothing has been written."""
+
+
+# Arguments
+
+
+def add_arguments(parser):
+    """Add the wrapper's own options to a parser."""
+    group = parser.add_argument_group('Time steps (RepAn)')
+    group.add_argument('--time-steps', type=int, default=1, metavar='N',
+                       help='Cycles of annealing, each of --epochs epochs (default: 1).')
+    group.add_argument('--attach-warmup-epochs', type=int, default=None, metavar='N',
+                       help='Epochs at the start of each time step in which the attach rate of the side branches is '
+                            'below one (default: a sixth of the epochs; none for a single time step).')
+    group.add_argument('--compensate', action='store_true', default=False,
+                       help='Take what fresh side branches add off the origin branches, so that the outputs of a model '
+                            'with norms in its branches stay the same in eval mode when a time step begins.')
+    group.add_argument('--log-branches', action='store_true', default=False,
+                       help='Write the gradient magnitude of every branch to branch_gradients.csv.')
+    group.add_argument('--timm-scripts', default=None, metavar='DIR',
+                       help="Folder of timm's train.py (default: $TIMM_SCRIPTS, the checkout of an editable timm, the "
+                            'user cache).')
+
+
+def _own_parser():
+    parser = argparse.ArgumentParser(
+        prog='train.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        usage="%(prog)s [options of this script] [timm's options]", add_help=False)
+    parser.add_argument('-h', '--help', action='store_true', help="Show this, then timm's options.")
+    add_arguments(parser)
+    return parser
+
+
+def load_script(path):
+    """Import timm's script, and check that it has what the wrapper needs.
+
+    Args:
+        path: timm's train.py.
+
+    Returns:
+        The module.
+
+    Raises:
+        UsageError: If names or parameters are missing.
+    """
+    spec = importlib.util.spec_from_file_location('timm_train_script', path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # for worker processes that unpickle by name
+    spec.loader.exec_module(module)
+    missing = [name for name in SCRIPT_NAMES if not hasattr(module, name)]
+    if not missing:
+        parameters = inspect.signature(module.train_one_epoch).parameters
+        missing = [f'{name} of train_one_epoch' for name in EPOCH_PARAMETERS if name not in parameters]
+    if missing:
+        raise UsageError(
+            f"{path} is not a train.py of timm's that time steps can be added to (known: 1.0.20 and later); it lacks "
+            f'{", ".join(missing)}'
+        )
+    return module
+
+
+def _schedule(args):
+    try:
+        return timm_rep.AnnealingSchedule(
+            args.time_steps,
+            args.epochs,
+            args.attach_warmup_epochs,
+            epochs_mul=getattr(args, 'lr_cycle_mul', 1.0),
+            prefix_epochs=args.warmup_epochs if getattr(args, 'warmup_prefix', False) else 0,
+            cooldown_epochs=getattr(args, 'cooldown_epochs', 0),
+        )
+    except ValueError as e:
+        raise UsageError(str(e)) from None
+
+
+def _check_restarts(args):
+    if args.time_steps == 1:
+        return
+    if args.sched not in RESTARTING_SCHEDULES:
+        raise UsageError(
+            f'--sched {args.sched} cannot restart at a time step; allowed are {", ".join(RESTARTING_SCHEDULES)}')
+    if args.lr_cycle_limit not in (1, args.time_steps):
+        raise UsageError(
+            f'--lr-cycle-limit {args.lr_cycle_limit} contradicts --time-steps {args.time_steps}, which sets it')
+    if args.warmup_epochs >= args.epochs and not getattr(args, 'warmup_prefix', False):
+        raise UsageError(
+            f'the warm-up of the learning rate (--warmup-epochs {args.warmup_epochs}) must be shorter than a time step '
+            f'of {args.epochs} epochs'
+        )
+
+
+def _check_model(args):
+    if args.time_steps == 1 and args.attach_warmup_epochs == 0:
+        return  # nothing to anneal: timm's own training of any model
+    if getattr(args, 'torchscript', False):
+        raise UsageError('--torchscript hides the rep layers; use --torchcompile')
+    model = timm.create_model(args.model, **(getattr(args, 'model_kwargs', None) or {}))
+    if not any(annealed_modules(model)):
+        raise UsageError(
+            f'{args.model} has no rep layers, so time steps would do nothing; `timm-rep list` shows the models that '
+            'have'
+        )
+
+
+def _output_folder(args):
+    """The folder that timm will write to, if it is known beforehand."""
+    return Path(args.output or './output/train') / args.experiment if args.experiment else None
+
+
+def _epoch_of(path):
+    """Epoch of a checkpoint of timm's, or None if the file is not whole."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location='cpu', weights_only=True, mmap=True)['epoch']
+    except (OSError, EOFError, KeyError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError) as e:
+        _logger.warning(f'{path} is not a whole checkpoint: {e}')
+        return None
+
+
+def newest_checkpoint(folder):
+    """The newest whole checkpoint at the end of an epoch in a run's folder.
+
+    A process that is killed while it writes leaves a checkpoint that is cut off, or none under its usual name.
+
+    Args:
+        folder: Output folder of a run.
+
+    Returns:
+        Its path, or None. Recovery checkpoints, from within an epoch, do not count.
+    """
+    candidates = [folder / f'{name}{CHECKPOINT_SUFFIX}' for name in ('last', 'tmp')]
+    candidates += folder.glob(f'checkpoint-*{CHECKPOINT_SUFFIX}')
+    epochs = {path: _epoch_of(path) for path in candidates if path.is_file()}
+    whole = [path for path, epoch in epochs.items() if epoch is not None]
+    return max(whole, key=lambda path: epochs[path], default=None)
+
+
+def _check_same_run(args, settings, where):
+    if settings and 'time_steps' not in settings:  # a run without the wrapper
+        settings = dict(settings, time_steps=1, attach_warmup_epochs=0)
+    for name in RUN_SETTINGS:
+        there, here = settings.get(name), getattr(args, name, None)
+        if name in settings and there != here:
+            option = f'--{name.replace("_", "-")}'
+            raise UsageError(
+                f'{where} is of a run with {option} {there}, this one has {option} {here}; to start a new run from its '
+                'weights take --initial-checkpoint and another --experiment'
+            )
+
+
+def _read_args_file(path):
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _check_output(args, schedule):
+    """Find the checkpoint to resume, and refuse a folder or a checkpoint of another run."""
+    folder = _output_folder(args)
+    if args.resume == 'auto':
+        if folder is None:
+            raise UsageError('--resume auto looks into the folder of the run: name it with --experiment')
+        found = newest_checkpoint(folder)
+        if found is None:
+            _check_same_run(args, _read_args_file(folder / 'args.yaml'), folder)
+        args.resume = '' if found is None else str(found)
+        _logger.info(f'--resume auto: {args.resume or "nothing to resume, starting anew"}')
+    elif folder is not None and any(any(folder.glob(pattern)) for pattern in RUN_FILES):
+        if not args.resume or Path(args.resume).resolve().parent != folder.resolve():
+            raise UsageError(
+                f'{folder} holds another run; go on with it by --resume auto, or take another --experiment. Nothing '
+                'was written'
+            )
+    if not args.resume:
+        return
+    try:
+        checkpoint = read_checkpoint(args.resume)
+    except (OSError, ValueError) as e:
+        raise UsageError(f'--resume: {e}') from None
+    _check_same_run(args, checkpoint.args, args.resume)
+    time_step = max((int(v) for k, v in checkpoint.state_dict.items() if k.endswith('.time_step')), default=0)
+    if args.start_epoch is not None and schedule.position(args.start_epoch).time_step < time_step:
+        raise UsageError(
+            f'--start-epoch {args.start_epoch} lies before time step {time_step}, in which {args.resume} is'
+        )
+
+
+def prepare(args):
+    """Check the arguments and complete them for timm, before anything is written.
+
+    Args:
+        args: timm's arguments with the wrapper's; changed in place.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        UsageError: For arguments that do not go together, a folder or checkpoint of another run, or a model without
+            rep layers.
+    """
+    if args.attach_warmup_epochs is None:
+        args.attach_warmup_epochs = args.epochs // 6 if args.time_steps > 1 else 0
+    schedule = _schedule(args)
+    _check_restarts(args)
+    _check_output(args, schedule)
+    _check_model(args)
+    if args.time_steps > 1:
+        args.lr_cycle_limit = args.time_steps
+    return schedule
+
+
+# The run
+
+
+def _base_optimizer(optimizer):
+    """The optimizer that holds the state, inside timm's Lookahead."""
+    return getattr(optimizer, '_base_optimizer', optimizer)
+
+
+class BranchLog:
+    """Gradient magnitudes of all branches, averaged over the updates of an epoch.
+
+    Args:
+        model: Model with rep layers.
+        optimizer: Its optimizer, before whose updates the gradients are read: summed over ranks, unscaled, clipped.
+    """
+
+    def __init__(self, model, optimizer):
+        self.modules = list(annealed_modules(unwrap_model(model)))
+        self.sums = {}
+        self.updates = 0
+        _base_optimizer(optimizer).register_step_pre_hook(self._read)
+
+    @torch.no_grad()
+    def _read(self, *_):
+        gradients = {
+            (depth, name, branch): gradient
+            for depth, (name, module) in enumerate(self.modules)
+            for branch, gradient in module.branch_gradients().items()
+        }
+        norms = torch._foreach_norm(list(gradients.values()))
+        for (key, gradient), norm in zip(gradients.items(), norms):
+            rms = norm / gradient.numel() ** 0.5
+            self.sums[key] = self.sums[key] + rms if key in self.sums else rms
+        self.updates += 1
+
+    def write(self, path, epoch):
+        """Add the epoch's rows to a csv file and start anew."""
+        new = not path.exists()
+        with path.open('a', newline='') as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(('epoch', 'depth', 'layer', 'branch', 'rms'))
+            for (depth, name, branch), total in self.sums.items():
+                writer.writerow((epoch, depth, name, branch, total.item() / self.updates))
+        self.clear()
+
+    def clear(self):
+        """Start anew."""
+        self.sums, self.updates = {}, 0
+
+
+def drop_rows(path, epoch):
+    """Take out of a run's csv file what an interrupted run left: rows from an epoch on, second headers, cut-off rows.
+
+    Args:
+        path: File whose first column is the epoch; it need not exist.
+        epoch: First epoch to drop.
+    """
+    if not path.is_file():
+        return
+    with path.open(newline='') as file:
+        rows = list(csv.reader(file))
+    header = rows[0] if rows else []
+    kept = [row for row in rows[1:] if len(row) == len(header) and row[0].isdigit() and int(row[0]) < epoch]
+    if len(kept) + 1 >= len(rows):
+        return
+    temporary = path.with_suffix('.tmp')
+    with temporary.open('w', newline='') as file:
+        csv.writer(file).writerows([header, *kept])
+    os.replace(temporary, path)
+
+
+def _save_snapshot(model, path):
+    """Write one file of a snapshot, whole or not at all; one that an interrupted run left is replaced."""
+    temporary = path.with_suffix('.tmp.safetensors')
+    temporary.unlink(missing_ok=True)
+    save_weights(model, temporary)
+    os.replace(temporary, path)
+
+
+def save_snapshots(folder, time_step, forms):
+    """Keep the weights at the end of a time step.
+
+    Args:
+        folder: Output folder of the run.
+        time_step: The time step that has ended.
+        forms: Models in training form by what goes behind the name: '' and '-ema'.
+    """
+    for suffix, model in forms.items():
+        model = copy.deepcopy(model).eval()
+        _save_snapshot(model, folder / f'time_step-{time_step}{suffix}.safetensors')
+        fused = timm_rep.fuse(model, inplace=True)
+        _save_snapshot(fused, folder / f'time_step-{time_step}{suffix}-stock.safetensors')
+    _logger.info(f'Snapshot of time step {time_step} in {folder}')
+
+
+class AnnealedTraining:
+    """What the wrapper does around the epochs of timm's training.
+
+    Args:
+        script: timm's script, loaded.
+    """
+
+    def __init__(self, script):
+        self.script = script
+        self.train_one_epoch = script.train_one_epoch
+        self.signature = inspect.signature(script.train_one_epoch)
+        self.args = None
+        self.schedule = None
+        self.branches = None
+        self.started = False
+        self.output_folder = None
+
+    def run(self):
+        """Run timm's main."""
+        parse_args = self.script._parse_args
+
+        @functools.wraps(parse_args)
+        def parse():
+            self.args, _ = parse_args()
+            self.schedule = prepare(self.args)
+            # timm keeps the text as args.yaml
+            return self.args, yaml.safe_dump(vars(self.args), default_flow_style=False)
+
+        self.script._parse_args = parse
+        self.script.train_one_epoch = self.annealed_epoch
+        self.script.main()
+        if self.output_folder is None:  # nothing was left to train
+            self.output_folder = _output_folder(self.args)
+        if is_primary(self.args) and self.output_folder is not None:
+            self._save_last_snapshot()
+
+    @functools.cached_property
+    def annealed_epoch(self):
+        """The epoch of timm's with time steps around it."""
+        @functools.wraps(self.train_one_epoch)
+        def epoch_of_time_step(*args, **kwargs):
+            bound = self.signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            position = self._begin_epoch(bound.arguments)
+            metrics = self.train_one_epoch(*args, **kwargs)
+            return self._end_epoch(bound.arguments['epoch'], position, metrics)
+
+        return epoch_of_time_step
+
+    def _forms(self, call):
+        """The models to anneal, by what goes behind the name of their snapshots."""
+        task = call.get('task')
+        model, averaged = call['model'], call.get('model_ema')
+        if task is not None:  # from timm 1.0.23 on
+            model = task.get_eval_model() if hasattr(task, 'get_eval_model') else model
+            averaged = task.get_eval_model(ema=True) if hasattr(task, 'has_ema') and task.has_ema() else averaged
+        forms = {'': model} if averaged is None else {'': model, '-ema': averaged}
+        return {suffix: unwrap_model(form) for suffix, form in forms.items()}
+
+    def _begin_epoch(self, call):
+        epoch, args = call['epoch'], call['args']
+        # The order of the images follows from seed and epoch, so that a resumed run goes on as if never stopped.
+        random_seed((args.seed + EPOCH_SEED_STRIDE * epoch) % MAX_SEED, getattr(args, 'rank', 0))
+        position = self.schedule.position(epoch)
+        forms = self._forms(call)
+        if call.get('output_dir') is not None:
+            self.output_folder = Path(call['output_dir'])
+            for name in ('summary.csv', 'branch_gradients.csv'):
+                drop_rows(self.output_folder / name, epoch)
+        if not any(annealed_modules(forms[''])):
+            return position
+        if not self.started:
+            self._start(call, forms, position)
+        begun = time_step_of(forms[''])
+        if begun < position.time_step and self.output_folder is not None and position.begins:
+            save_snapshots(self.output_folder, begun, forms)
+        for time_step in range(begun + 1, position.time_step + 1):
+            for form in forms.values():
+                generator = torch.Generator().manual_seed(args.seed + time_step)  # the same for all forms and ranks
+                timm_rep.begin_time_step(
+                    form, generator, attach_rate=position.attach_rate, compensate=args.compensate)
+            for holder in (call['optimizer'], _base_optimizer(call['optimizer'])):
+                holder.state.clear()
+        for form in forms.values():
+            timm_rep.set_attach_rate(form, position.attach_rate)
+        if is_primary(args):
+            drawn = ', side branches drawn afresh' if begun < position.time_step else ''
+            _logger.info(
+                f'Time step {position.time_step} of 0-{args.time_steps - 1}, epoch {position.epoch} in it{drawn}; '
+                f'attach rate {position.attach_rate:.3g}'
+            )
+        return position
+
+    def _start(self, call, forms, position):
+        self.started = True
+        if not call['args'].resume:  # weights to start from may come from a run with time steps of its own
+            for form in forms.values():
+                for _, module in annealed_modules(form):
+                    module.time_step.fill_(position.time_step)
+        if call['args'].log_branches:
+            self.branches = BranchLog(forms[''], call['optimizer'])
+
+    def _end_epoch(self, epoch, position, metrics):
+        if self.branches is not None:
+            if self.output_folder is not None:
+                self.branches.write(self.output_folder / 'branch_gradients.csv', epoch)
+            self.branches.clear()
+        # timm writes these to summary.csv, and to wandb where it logs there
+        metrics.update(time_step=position.time_step, attach_rate=position.attach_rate)
+        return metrics
+
+    def _save_last_snapshot(self):
+        """Keep the weights of the last time step, from timm's own last checkpoint, if the training is over."""
+        if self.args.time_steps == 1 and self.args.attach_warmup_epochs == 0:
+            return
+        last = newest_checkpoint(self.output_folder)
+        if last is None or _epoch_of(last) != self.schedule.total_epochs - 1:
+            return  # interrupted by hand
+        forms = {'': load_training_form(last)}
+        if getattr(self.args, 'model_ema', False):
+            forms['-ema'] = load_training_form(last, use_ema=True)
+        save_snapshots(self.output_folder, self.args.time_steps - 1, forms)
+
+
+def main():
+    own, _ = _own_parser().parse_known_args()
+    if own.help:
+        _own_parser().print_help()
+        print()
+    try:
+        script = load_script(find_script('train', own.timm_scripts))
+        if not own.help:
+            add_arguments(script.parser)
+            script.parser.set_defaults(lr_cycle_decay=1.0)
+        AnnealedTraining(script).run()
+    except (UsageError, FileNotFoundError) as e:
+        print(f'train.py: {e}', file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == '__main__':
+    main()
