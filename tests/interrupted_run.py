@@ -26,7 +26,7 @@ def _die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _die_with_optimizer(optimizer):
+def _die_with_optimizer(optimizer, *_):
     print('State:', len(optimizer.state), flush=True)
     _die()
 
