@@ -443,3 +443,45 @@ def test_timms_own_script_trains_in_time_steps_and_resumes(timm_scripts, photos,
     assert code == 0, log
     expected = read_checkpoint(folder / 'last.pth.tar').state_dict
     assert_same_state(read_checkpoint(tmp_path / 'again/output/train/run/last.pth.tar').state_dict, expected)
+
+
+# Recipes
+
+RECIPES = sorted((TRAIN_SCRIPT.parent / 'recipes').glob('*.yaml'))
+
+
+def test_the_promised_recipes_are_there():
+    names = {path.stem for path in RECIPES}
+    assert names >= {'orepa_imagenet', 'repan_imagenet', 'repan_cifar10', 'repan_cifar100', 'finetune'}
+
+
+@pytest.mark.parametrize('recipe', RECIPES, ids=lambda path: path.stem)
+def test_recipe_fits_its_model_and_schedule(recipe):
+    settings = yaml.safe_load(recipe.read_text())
+    assert any(annealed_modules(timm.create_model(settings['model'], device='meta')))
+    schedule = timm_rep.AnnealingSchedule(
+        settings.get('time_steps', 1), settings['epochs'], settings.get('attach_warmup_epochs', 0))
+    assert schedule.warmup_epochs < schedule.epochs / 2
+    assert settings['warmup_epochs'] < schedule.epochs
+
+
+@pytest.mark.parametrize('recipe', RECIPES, ids=lambda path: path.stem)
+def test_recipe_runs_on_a_few_images(timm_scripts, photos, tmp_path, recipe):
+    settings = yaml.safe_load(recipe.read_text())
+    known = load_wrapper().load_script(timm_scripts / 'train.py').parser.parse_args([])
+    own = {'time_steps', 'attach_warmup_epochs'}
+    assert set(settings) <= set(vars(known)) | own
+    steps = min(settings.get('time_steps', 1), 2)
+    argv = [
+        '--timm-scripts', timm_scripts, '--config', recipe, '--data-dir', photos, '--dataset', '', '--val-split',
+        'validation', '--epochs', 1, '--time-steps', steps, '--warmup-epochs', 0, '--attach-warmup-epochs', 0,
+        '--num-classes', 5, '--input-size', 3, 32, 32, '--batch-size', 8, '--workers', 0, '--device', 'cpu',
+        '--experiment', 'run',
+    ]
+    if recipe.stem == 'finetune':
+        stock = timm.create_model('resnet18', num_classes=7)
+        safetensors.torch.save_file(stock.state_dict(), tmp_path / 'resnet18.safetensors')
+        argv += ['--pretrained', '--pretrained-path', tmp_path / 'resnet18.safetensors']
+    code, log = run(tmp_path, argv)
+    assert code == 0, log
+    assert len(rows(tmp_path / 'output/train/run/summary.csv')) == steps
