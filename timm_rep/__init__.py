@@ -2,6 +2,7 @@
 from . import models
 from .hub import export_folder
 from .layers import DiverseBranchConv2d, OrepaConv2d, OrepaPointwiseConv2d, OrepaStemConv2d
+from .official import load_official_checkpoint
 from .surgery import expand, fuse, rep_layers, set_attach_rate
 from .verification import Report, VerificationError, verify
 
@@ -15,6 +16,7 @@ __all__ = [
     'expand',
     'export_folder',
     'fuse',
+    'load_official_checkpoint',
     'models',
     'rep_layers',
     'set_attach_rate',
