@@ -450,7 +450,8 @@ def fill_from_official_(model: Any, tensors: Weights, label: str = 'the state di
     """Fill a model from a state dict in one of the authors' layouts.
 
     Args:
-        model: ResNet or RepVGG; in stock form if the weights are folded. Half filled if an error is raised.
+        model: ResNet or RepVGG; in stock form if the weights are folded. It keeps its attach rate, and is half filled
+            if an error is raised.
         tensors: The authors' state dict.
         label: What to call it in messages.
 
@@ -477,7 +478,6 @@ def fill_from_official_(model: Any, tensors: Weights, label: str = 'the state di
     untouched = [key for key in model.state_dict() if not any(key.startswith(f'{name}.') for name in filled)]
     if untouched:
         raise source.refuse(f'it has nothing for {first_names(untouched)} of the model')
-    set_attach_rate(model, 1.0)
 
 
 def _read(source: Union[PathLike, Weights]) -> Tuple[Dict[str, Tensor], str]:
@@ -489,14 +489,20 @@ def _read(source: Union[PathLike, Weights]) -> Tuple[Dict[str, Tensor], str]:
     return clean_state_dict(clean_state_dict(dict(source))), 'the state dict'
 
 
-def load_official_checkpoint(source: Union[PathLike, Weights], architecture: str, **kwargs: Any) -> nn.Module:
+def load_official_checkpoint(
+        source: Union[PathLike, Weights],
+        architecture: str,
+        *,
+        attach_rate: float = 1.0,
+        **kwargs: Any,
+) -> nn.Module:
     """Load a checkpoint that the authors of OREPA, DBB, RepVGG or RepAn published, with the outputs of their code.
 
     What comes back depends on the file:
 
     - Training form (branches and norms): the architecture in training form, with the authors' branches. A plain
       convolution of theirs where the architecture has a rep layer (RepVGG into ``orepa_repvgg_*``) is restored into it:
-      same outputs, side branches drawn afresh. The attach rate is 1; RepAn's files do not hold theirs.
+      same outputs, side branches drawn afresh.
     - Deploy form (folded): the *stock form* of the architecture, as :func:`timm_rep.fuse` makes it, since the branches
       are gone. So are the norms' statistics: they get mean 0 and variance 1, with the same outputs in eval mode; give
       them some batches in training mode before you train on. In a RepVGG the 1x1 and identity branches add nothing.
@@ -512,6 +518,7 @@ def load_official_checkpoint(source: Union[PathLike, Weights], architecture: str
             with prefixes of ``DataParallel`` or without); or a state dict. No code in a file is ever run.
         architecture: Model of ours or of timm with the same network: ``'orepa_resnet50'``, ``'dbb_resnet18'``,
             ``'repvgg_a0'``, ``'orepa_repvgg_a0'``.
+        attach_rate: In [0, 1]; of interest for RepAn's files only, which do not hold theirs: it is 1 after the warm-up.
         **kwargs: More arguments of ``timm.create_model``.
 
     Returns:
@@ -519,7 +526,8 @@ def load_official_checkpoint(source: Union[PathLike, Weights], architecture: str
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is not safe to read, or the architecture is unknown or neither a ResNet nor a RepVGG.
+        ValueError: If the file is not safe to read, the architecture is unknown or neither a ResNet nor a RepVGG, or
+            the attach rate lies outside [0, 1].
         RuntimeError: If the weights are not those of the architecture: a tensor is missing, left over, of another shape
             or of another kind of block.
     """
@@ -534,6 +542,7 @@ def load_official_checkpoint(source: Union[PathLike, Weights], architecture: str
         model = fuse(model, inplace=True)
     if any(value.dtype == torch.float64 for value in tensors.values()):
         model = model.double()
+    set_attach_rate(model, attach_rate)
     fill_from_official_(model, tensors, label)
     return model
 
