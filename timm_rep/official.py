@@ -565,6 +565,10 @@ class ImportedCheckpoint:
     num_classes: int
     report: Optional[Report]
 
+    def __str__(self) -> str:
+        text = f'{self.architecture} in {self.form} form, {self.num_classes} classes'
+        return text if self.report is None else f'{text}; training form and stock form: {self.report}'
+
 
 def import_checkpoint(
         source: PathLike,
