@@ -26,6 +26,7 @@ import timm
 import torch
 import torch.nn as nn
 from timm.models import ByobNet, ResNet, clean_state_dict
+from timm.models.byobnet import RepVggBlock
 from torch import Tensor
 
 from . import kernels
@@ -109,7 +110,6 @@ HEAD_NAMES = ('linear', 'fc')
 CONSTANT_ATOL = {torch.float64: 1e-6, torch.float32: 1e-6}
 HALF_CONSTANT_ATOL = 1e-2
 
-Norm = nn.Module  # a batch norm, or the FoldedNorm behind a branched layer
 Weights = Mapping[str, Tensor]
 
 
@@ -325,8 +325,8 @@ def _block_kind(source: _Source, prefix: str) -> Optional[str]:
     return next((kind for kind, start in BLOCK_KINDS if source.has(f'{prefix}.{start}')), None)
 
 
-def _load_block(source: _Source, prefix: str, layer: nn.Module, norm: Norm) -> None:
-    """Fill a convolution or rep layer and the norm behind it from a block in training form."""
+def _load_block(source: _Source, prefix: str, layer: nn.Module, norm: nn.Module) -> None:
+    """Fill a convolution or rep layer, and the norm behind it if it has none of its own, from a training form block."""
     kind = _block_kind(source, prefix)
     own_kind, load = LOADERS[type(layer)]
     if kind not in (None, own_kind):
@@ -465,7 +465,7 @@ def fill_from_official_(model: Any, tensors: Weights, label: str = 'the state di
     if isinstance(model, ResNet):
         filled = _load_resnet(source, model, folded)
         head, head_name = model.fc, 'fc'
-    elif isinstance(model, ByobNet) and isinstance(model.stem, timm.models.byobnet.RepVggBlock):
+    elif isinstance(model, ByobNet) and isinstance(model.stem, RepVggBlock):
         filled = _load_repvgg(source, model, folded)
         head, head_name = model.head.fc, 'head.fc'
     else:
