@@ -10,6 +10,7 @@ from .layers import (
     OrepaStemConv2d,
     RepConv2d,
 )
+from .official import load_official_checkpoint
 from .surgery import expand, fuse, rep_layers, set_attach_rate
 from .verification import Report, VerificationError, verify
 
@@ -28,6 +29,7 @@ __all__ = [
     'expand',
     'export_folder',
     'fuse',
+    'load_official_checkpoint',
     'models',
     'rep_layers',
     'set_attach_rate',

@@ -11,6 +11,7 @@ import timm
 
 from . import __version__
 from .files import expand_checkpoint, fuse_checkpoint, verify_checkpoint
+from .official import import_checkpoint
 from .surgery import LAYERS, TRAINING_PREFIXES, stock_architecture
 from .timm_scripts import find_script, run_script
 from .verification import Report, VerificationError
@@ -183,6 +184,39 @@ def expand(source: str, out: str, **kwargs: Any) -> None:
     with _user_errors():
         report = expand_checkpoint(source, out, **kwargs)
     click.echo(f'{out}: {report}')
+
+
+@main.command('import-official')
+@click.argument('file', type=click.Path())
+@click.option('--model', 'architecture', metavar='NAME', required=True, help='Model that the checkpoint is of.')
+@click.option('--out', metavar='PATH', type=click.Path(), required=True, help='Weights file, or folder, to write.')
+@click.option('--license', metavar='NAME', default='unknown', show_default=True, help='Licence, for a Hub folder.')
+@_json_option
+def import_official(file: str, architecture: str, out: str, license: str, as_json: bool) -> None:
+    """Import a checkpoint that the authors of OREPA, DBB, RepVGG or RepAn published, with the outputs of their code.
+
+    PATH is a file that ends in .safetensors or .pth, for the weights as they are: in training form, to train on with
+    `--model orepa_resnet50 --initial-checkpoint PATH`, or in stock form if FILE is a deploy file. Without a suffix it
+    becomes a Hub folder in stock form, which timm loads alone. An existing PATH is never overwritten.
+
+    \b
+    Examples:
+      timm-rep import-official ResNet-50.pth.tar --model orepa_resnet50 --out orepa_resnet50.safetensors
+      timm-rep import-official RepVGG-A0-train.pth --model repvgg_a0 --out repvgg_a0 --license mit
+    """  # noqa: D301
+    with _user_errors():
+        imported = import_checkpoint(file, out, architecture, license=license)
+    if as_json:
+        report = imported.report
+        click.echo(json.dumps(dict(
+            output=str(imported.output),
+            architecture=imported.architecture,
+            form=imported.form,
+            num_classes=imported.num_classes,
+            fused=None if report is None else json.loads(_report_json(report)),
+        ), indent=2))
+        return
+    click.echo(f'{imported.output}: {imported}')
 
 
 @main.command(context_settings=dict(allow_interspersed_args=False))

@@ -31,7 +31,7 @@ __all__ = [
     'verify_checkpoint',
 ]
 
-WEIGHTS_KEYS = ('state_dict', 'model')
+WEIGHTS_KEYS = ('state_dict', 'model', 'model_state')  # the last is RepAn's
 EMA_KEYS = ('state_dict_ema', 'model_ema')
 WEIGHTS_SUFFIXES = ('.safetensors', '.pth')
 # Arguments of timm's train.py that go into the model, by the name that create_model knows.
