@@ -276,6 +276,6 @@ def ensemble(run_dir: str, data_dir: str, as_json: bool, **kwargs: Any) -> None:
     if as_json:
         click.echo(_ensemble_json(result))
         return
-    click.echo(f'{f"on {result.images} images":20}{"top-1 (%)":>10}{"top-5 (%)":>10}{"loss":>9}')
+    click.echo(f'{f"on {result.images} images":20}{"top-1 (%)":>10} {"top-5 (%)":>10} {"loss":>9}')
     for score in (*result.snapshots, result.outputs, result.weights):
-        click.echo(f'{score.name:20}{score.top1:10.2f}{score.top5:10.2f}{score.loss:9.4f}')
+        click.echo(f'{score.name:20}{score.top1:10.2f} {score.top5:10.2f} {score.loss:9.4f}')

@@ -160,7 +160,7 @@ def _dataset(args: Dict[str, Any], data_dir: Path, split: str, batch_size: int, 
     dataset: Any = create_dataset(
         name, root=str(data_dir), split=split, is_training=training, batch_size=batch_size, **kwargs)
     reader = getattr(dataset, 'reader', None)
-    if not name and data_dir.is_dir() and Path(reader.root) == data_dir:
+    if not name and data_dir.is_dir() and Path(getattr(reader, 'root', '')) == data_dir:
         # timm takes the whole folder where it finds no split of that name
         folders = ', '.join(sorted(path.name for path in data_dir.iterdir() if path.is_dir()))
         raise ValueError(f'no split {split!r} in {data_dir}, which holds the folders {folders}')

@@ -43,6 +43,7 @@ DIVERGING = 'RdBu_r'
 MISSING = '0.85'
 MARKED_EPOCHS = 40  # a line of more epochs has no markers
 LABELLED_STEPS = 6  # more time steps than that are only numbered
+WIDE_LOSS = 20.0  # a loss that spans more than this factor is drawn on a logarithmic axis
 MAX_RATIO = 32.0  # of the colours for gradients
 SIGNATURE = b'timm_rep'  # in the metadata of our PNG files
 
@@ -253,7 +254,7 @@ def _new_figure(width: float, height: float, title: str) -> Any:
     from matplotlib.figure import Figure  # an extra
 
     figure = Figure(figsize=(width, height), layout='constrained', dpi=120)
-    figure.get_layout_engine().set(h_pad=0.08, w_pad=0.08)  # type: ignore[union-attr,call-arg]
+    figure.get_layout_engine().set(h_pad=0.12, w_pad=0.08)  # type: ignore[union-attr,call-arg]
     figure.suptitle(title, fontsize=15, fontweight='bold')
     return figure
 
@@ -274,11 +275,13 @@ def _log_axis(axis: Any) -> None:
     decades = math.log10(high / low)
     steps = (1.0,) if decades > 3 else (1.0, 3.0) if decades > 1 else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
     axis.set_major_locator(LogLocator(subs=steps))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:.2g}' if value >= 0.01 else _scientific(value)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
     axis.set_minor_formatter(NullFormatter())
 
 
-def _scientific(value: float) -> str:
+def _short(value: float) -> str:
+    if 0.01 <= value < 10000:
+        return f'{value:g}'
     mantissa, exponent = f'{value:.1e}'.split('e')
     return f'{float(mantissa):g}e{int(exponent)}'
 
@@ -350,7 +353,7 @@ def draw_annealing(summary: List[Dict[str, float]], model: str = '') -> Any:
         best = max(measured, key=lambda row: row['eval_top1'])
         at_end = measured[-1]
         title += f': top-1 {at_end["eval_top1"]:.2f}% at the end'
-        title += ', the best' if best is at_end else f', best {best["eval_top1"]:.2f}% (epoch {best["epoch"]:.0f})'
+        title += ' (the best)' if best is at_end else f', best {best["eval_top1"]:.2f}% (epoch {best["epoch"]:.0f})'
 
     heights = [height for _, _, height in panels]
     figure = _new_figure(11, 1.3 + 1.45 * sum(heights), title)
@@ -363,8 +366,12 @@ def draw_annealing(summary: List[Dict[str, float]], model: str = '') -> Any:
         axes.set_ylabel(label)
         if len(columns) > 1:
             axes.legend(frameon=False, fontsize=11, ncols=2)
-        if columns[0] in ('lr', 'train_attach_rate'):
-            axes.set_ylim(0, 1.08 * max(row.get(columns[0], 0.0) for row in summary) or 1.0)
+        values = [row[name] for row in summary for name in columns if math.isfinite(row.get(name, math.nan))]
+        if label == 'loss' and 0 < WIDE_LOSS * min(values) < max(values):
+            axes.set_yscale('log')
+            _log_axis(axes.yaxis)
+        elif label in ('learning rate', 'attach rate'):
+            axes.set_ylim(0, 1.08 * max(values) or 1.0)
         _tidy(axes)
         if columns[0] == 'eval_top1':
             axes.plot(best['epoch'], best['eval_top1'], marker='*', markersize=14, color=VERMILLION, zorder=3)
@@ -376,6 +383,11 @@ def draw_annealing(summary: List[Dict[str, float]], model: str = '') -> Any:
 def _power_label(exponent: float) -> str:
     """``2 ** exponent`` as text, as a fraction below one."""
     return f'{2 ** exponent:g}' if exponent >= 0 else f'1/{2 ** -exponent:g}'
+
+
+def _edges(numbers: List[int]) -> List[float]:
+    """Borders of cells around whole numbers."""
+    return [*(number - 0.5 for number in numbers), numbers[-1] + 0.5]
 
 
 def _column_mean(values: Tensor, epochs: List[int], chosen: List[int]) -> Tensor:
@@ -430,10 +442,10 @@ def draw_branch_gradients(gradients: BranchGradients, steps: Optional[List[TimeS
     _epoch_axis(over_epochs, epochs)
 
     logs = ratio.log2()
-    limit = min(max(math.ceil(logs[~logs.isnan()].abs().quantile(0.98).item()), 1), int(math.log2(MAX_RATIO)))
+    limit = min(max(round(logs[~logs.isnan()].abs().quantile(0.98).item()), 1), int(math.log2(MAX_RATIO)))
     middle.set_facecolor(MISSING)
     image = middle.pcolormesh(
-        epochs, depths, logs, cmap=DIVERGING, vmin=-limit, vmax=limit, shading='nearest', rasterized=True)
+        _edges(epochs), _edges(depths), logs.numpy(), cmap=DIVERGING, vmin=-limit, vmax=limit)
     for step in steps[1:]:
         middle.axvline(step.first - 0.5, color=BLACK, linewidth=1, linestyle=':')
     bar = figure.colorbar(image, cax=colours, ticks=range(-limit, limit + 1), extend='both')
@@ -486,7 +498,7 @@ def draw_branch_similarity(similarities: List[BranchSimilarity], model: str = ''
     panels = figure.subplots(1, len(similarities), squeeze=False, width_ratios=widths)[0]
     for axes, similarity in zip(panels, similarities):
         axes.set_facecolor(MISSING)
-        image = axes.imshow(similarity.cosine, cmap=DIVERGING, vmin=-1, vmax=1)
+        image = axes.imshow(similarity.cosine.numpy(), cmap=DIVERGING, vmin=-1, vmax=1)
         for row, values in enumerate(similarity.cosine.tolist()):
             for column, value in enumerate(values):
                 axes.text(
