@@ -290,7 +290,7 @@ def _epoch_axis(axes: Any, epochs: List[int]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.set(xlabel='epoch', xlim=(epochs[0] - 0.5, epochs[-1] + 0.5))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def _draw_bands(axes: Any, steps: List[TimeStep], labels: bool) -> None:
@@ -442,7 +442,7 @@ def draw_branch_gradients(gradients: BranchGradients, steps: Optional[List[TimeS
     _epoch_axis(over_epochs, epochs)
 
     logs = ratio.log2()
-    limit = min(max(round(logs[~logs.isnan()].abs().quantile(0.98).item()), 1), int(math.log2(MAX_RATIO)))
+    limit = min(max(round(logs[~logs.isnan()].abs().quantile(0.98).item()), 2), int(math.log2(MAX_RATIO)))
     middle.set_facecolor(MISSING)
     image = middle.pcolormesh(
         _edges(epochs), _edges(depths), logs.numpy(), cmap=DIVERGING, vmin=-limit, vmax=limit)
@@ -453,7 +453,7 @@ def draw_branch_gradients(gradients: BranchGradients, steps: Optional[List[TimeS
     bar.ax.tick_params(labelsize=11)
     bar.set_label('side / origin', fontsize=12)
     middle.set(ylabel='depth (layers from the input)')
-    middle.yaxis.set_major_locator(MaxNLocator(integer=True))
+    middle.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     _tidy(middle)
     middle.grid(visible=False)
     _epoch_axis(middle, epochs)
@@ -468,7 +468,7 @@ def draw_branch_gradients(gradients: BranchGradients, steps: Optional[List[TimeS
                 label=f'{label}, {when}')
     over_depth.set(xlabel='gradient (RMS of elements)', xscale='log', ylim=middle.get_ylim())
     _log_axis(over_depth.xaxis)
-    over_depth.yaxis.set_major_locator(MaxNLocator(integer=True))
+    over_depth.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     _tidy(over_depth)
 
     note.axis('off')
