@@ -119,9 +119,9 @@ def test_command_replaces_own_figures_only(run):
     (run / 'annealing.png').write_text('mine')
     assert 'is not a figure of timm_rep' in call('plot', run, code=2)
     assert (run / 'annealing.png').read_text() == 'mine'
-    printed = ' '.join(call('plot', '--help').split())
-    assert 'Earlier figures of the same names are replaced' in printed
-    assert 'Example' in printed
+    printed = call('plot', '--help')
+    assert 'Earlier figures of the same names are replaced' in ' '.join(printed.split())
+    assert '\n  Example:\n    timm-rep plot output/train/run\n' in printed
 
 
 def test_annealing_draws_what_the_run_noted(run):

@@ -88,7 +88,19 @@ def _ensemble_json(result: EnsembleResult) -> str:
     return json.dumps(content, indent=2)
 
 
-@click.group(context_settings=dict(help_option_names=['-h', '--help'], max_content_width=120))
+class _Command(click.Command):
+    """A command whose raw docstring may hold click's mark of a paragraph that is not to be wrapped."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.help = (self.help or '').replace(r'\b', '\b')
+
+
+class _Group(_Command, click.Group):
+    command_class = _Command
+
+
+@click.group(cls=_Group, context_settings=dict(help_option_names=['-h', '--help'], max_content_width=120))
 @click.version_option(__version__, prog_name='timm-rep')
 def main() -> None:
     r"""Structural re-parameterization for timm: train with branches, fuse into stock timm models.
