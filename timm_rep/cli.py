@@ -3,13 +3,16 @@ import dataclasses
 import fnmatch
 import json
 import logging
+import sys
 from contextlib import contextmanager
-from typing import Any, Callable, Iterator, Optional, Tuple
+from typing import Any, Callable, Iterable, Iterator, Optional, Tuple
 
 import click
 import timm
 
 from . import __version__
+from .ensemble import BN_IMAGES, EnsembleResult, evaluate_snapshots
+from .figures import plot_run
 from .files import expand_checkpoint, fuse_checkpoint, verify_checkpoint
 from .official import import_checkpoint
 from .surgery import LAYERS, TRAINING_PREFIXES, stock_architecture
@@ -70,7 +73,35 @@ def _report_json(report: Report) -> str:
     return json.dumps(content, indent=2)
 
 
-@click.group(context_settings=dict(help_option_names=['-h', '--help'], max_content_width=120))
+def _progress_bar(batches: Iterable[Any], label: str) -> Iterator[Any]:
+    with click.progressbar(batches, label=label, file=sys.stderr) as bar:
+        yield from bar
+
+
+def _ensemble_json(result: EnsembleResult) -> str:
+    content = dict(
+        snapshots=[dataclasses.asdict(score) for score in result.snapshots],
+        outputs=dataclasses.asdict(result.outputs),
+        weights=dataclasses.asdict(result.weights),
+        images=result.images,
+        bn_images=result.bn_images,
+    )
+    return json.dumps(content, indent=2)
+
+
+class _Command(click.Command):
+    """A command whose raw docstring may hold click's mark of a paragraph that is not to be wrapped."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.help = (self.help or '').replace(r'\b', '\b')
+
+
+class _Group(_Command, click.Group):
+    command_class = _Command
+
+
+@click.group(cls=_Group, context_settings=dict(help_option_names=['-h', '--help'], max_content_width=120))
 @click.version_option(__version__, prog_name='timm-rep')
 def main() -> None:
     r"""Structural re-parameterization for timm: train with branches, fuse into stock timm models.
@@ -236,3 +267,61 @@ def run(timm_scripts: Optional[str], script: str, args: Tuple[str, ...]) -> None
     with _user_errors():
         path = find_script(script, timm_scripts)
     run_script(path, args)
+
+
+@main.command()
+@click.argument('run_dir', type=click.Path())
+@click.option('--out', metavar='DIR', type=click.Path(), help='Folder to write to; that of the run by default.')
+def plot(run_dir: str, out: Optional[str]) -> None:
+    r"""Draw the training run in RUN_DIR, the folder that timm's train.py writes to.
+
+    \b
+    annealing.png          accuracy, loss, learning rate and attach rate over epochs and time steps
+    branch_gradients.png   gradients of origin and side branches by depth and epoch (of runs with --log-branches)
+    branch_similarity.png  cosine similarity between the branches' kernels, newest weights
+
+    A figure without data is left out. Earlier figures of the same names are replaced; nothing else is touched.
+
+    \b
+    Example:
+      timm-rep plot output/train/run
+    """
+    with _user_errors():
+        paths = plot_run(run_dir, out)
+    for path in paths:
+        click.echo(path)
+
+
+@main.command()
+@click.argument('run_dir', type=click.Path())
+@click.option('--data-dir', metavar='DIR', type=click.Path(), required=True, help='Images, as for train.py.')
+@click.option('--val-split', metavar='NAME', help="Split to evaluate on; the run's by default.")
+@click.option('--train-split', metavar='NAME', help="Split to re-estimate batch norms on; the run's by default.")
+@click.option('--batch-size', type=int, metavar='N', help="Images a batch; the run's by default.")
+@click.option('--workers', type=int, metavar='N', help='Processes that load images; as in the run by default.')
+@click.option('--device', metavar='NAME', help='Where to compute; cuda if there is one by default.')
+@click.option(
+    '--bn-images', type=int, metavar='N', default=BN_IMAGES, show_default=True,
+    help='Training images to re-estimate batch norms on.')
+@click.option('--use-ema', is_flag=True, help='Take the snapshots of the averaged weights.')
+@click.option('--out', 'output', type=click.Path(), metavar='FILE', help="New file for the average of the weights.")
+@_json_option
+def ensemble(run_dir: str, data_dir: str, as_json: bool, **kwargs: Any) -> None:
+    r"""Evaluate the snapshots of time steps in RUN_DIR, alone and together.
+
+    Together means the average of their outputs, and the average of their weights with the batch norms re-estimated.
+    --out writes the latter as stock weights, to a new file that ends in .safetensors or .pth. All settings of the
+    images are those of the run.
+
+    \b
+    Example:
+      timm-rep ensemble output/train/run --data-dir images --out average.safetensors
+    """
+    with _user_errors():
+        result = evaluate_snapshots(run_dir, data_dir, progress=_progress_bar, **kwargs)
+    if as_json:
+        click.echo(_ensemble_json(result))
+        return
+    click.echo(f'{f"on {result.images} images":20}{"top-1 (%)":>10} {"top-5 (%)":>10} {"loss":>9}')
+    for score in (*result.snapshots, result.outputs, result.weights):
+        click.echo(f'{score.name:20}{score.top1:10.2f} {score.top5:10.2f} {score.loss:9.4f}')

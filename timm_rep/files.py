@@ -18,13 +18,14 @@ from torch import Tensor
 
 from .checkpoints import checkpoint_filter_fn, first_names
 from .hub import export_folder
-from .surgery import LAYERS, annealed_modules, fuse
+from .surgery import LAYERS, TRAINING_PREFIXES, annealed_modules, fuse
 from .verification import Report, verify
 
 __all__ = [
     'Checkpoint',
     'expand_checkpoint',
     'fuse_checkpoint',
+    'load_stock_form',
     'load_training_form',
     'read_checkpoint',
     'save_weights',
@@ -199,6 +200,35 @@ def load_training_form(
     if not any(annealed_modules(model)):
         raise ValueError(f'{architecture} has no rep layers; `timm-rep list` shows the models that have')
     _load_strictly(model, checkpoint.state_dict, checkpoint.path, f'{architecture} in training form')
+    _take_input_settings(model, checkpoint)
+    return model.eval()
+
+
+def load_stock_form(path: PathLike) -> nn.Module:
+    """Build the stock form of the model that a file of fused weights is of, with these weights.
+
+    Args:
+        path: Stock weights in the folder of their run, whose args.yaml names the model.
+
+    Returns:
+        The model, in eval mode. Its ``pretrained_cfg`` has the input settings of the run.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not safe to read, or its model is not known.
+        RuntimeError: If the weights are not those of the model in stock form.
+    """
+    checkpoint = read_checkpoint(path)
+    architecture = checkpoint.architecture
+    if architecture is None:
+        raise ValueError(f'{checkpoint.path} does not say which model it is of: no args.yaml beside it names it')
+    if not timm.is_model(architecture):
+        raise ValueError(f'unknown model {architecture!r} in the args.yaml beside {checkpoint.path}')
+    args = _model_args(checkpoint, architecture, {})
+    if architecture.startswith(TRAINING_PREFIXES):
+        args['inference_mode'] = True
+    model = timm.create_model(architecture, **args)
+    _load_strictly(model, checkpoint.state_dict, checkpoint.path, f'{architecture} in stock form')
     _take_input_settings(model, checkpoint)
     return model.eval()
 
