@@ -10,7 +10,7 @@ from torch import Tensor
 from .layers import RepLayer
 from .surgery import FoldedNorm, image_channels, next_sibling, rep_layers
 
-__all__ = ['Difference', 'Report', 'VerificationError', 'verify']
+__all__ = ['DEFAULT_RTOL', 'Difference', 'Report', 'VerificationError', 'compare_outputs', 'verify']
 
 # Largest difference allowed, relative to the largest output.
 DEFAULT_RTOL = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -77,7 +77,22 @@ def _eval_mode(*models: nn.Module) -> Iterator[None]:
                 module.training = was_training
 
 
-def _compare(name: str, expected: Tensor, actual: Tensor, rtol: float, atol: float) -> Difference:
+def compare_outputs(name: str, expected: Tensor, actual: Tensor, rtol: float, atol: float = 0.0) -> Difference:
+    """Compare two outputs, in float64.
+
+    Args:
+        name: Layer, or '' for the whole model.
+        expected: Output of the training form.
+        actual: Output of the fused form.
+        rtol: Largest allowed difference relative to the largest expected value.
+        atol: Absolute part of the tolerance.
+
+    Returns:
+        The difference, within the tolerance.
+
+    Raises:
+        VerificationError: If shapes or values differ, or one of the two is not finite.
+    """
     label = f'layer {name}' if name else 'the model'
     if expected.shape != actual.shape:
         raise VerificationError(f'{label}: output shapes differ, {tuple(expected.shape)} and {tuple(actual.shape)}')
@@ -155,6 +170,6 @@ def verify(
             counterpart = _counterpart(model, fused, name)
             if counterpart is not None:
                 x = _layer_input(layer, generator)
-                differences.append(_compare(name, layer(x), counterpart(x), rtol, atol))
-        end_to_end = _compare('', model(inputs), fused(inputs), rtol, atol)
+                differences.append(compare_outputs(name, layer(x), counterpart(x), rtol, atol))
+        end_to_end = compare_outputs('', model(inputs), fused(inputs), rtol, atol)
     return Report(tuple(differences), end_to_end, rtol, atol)

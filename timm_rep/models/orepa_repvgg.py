@@ -10,11 +10,12 @@ draws them from N(0.1, 0.1).
 from typing import Any, Dict
 
 import torch.nn as nn
-from timm.models import ByobNet, ByoModelCfg, build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import ByobNet, ByoModelCfg, generate_default_cfgs, register_model
 from timm.models.byobnet import RepVggBlock
 from timm.models.byobnet import model_cfgs as byobnet_cfgs
 
 from ..checkpoints import checkpoint_filter_fn
+from ..pretrained import build_model, with_published
 from ..surgery import expand_fresh_
 from .stock import build_repvgg, imagenet_cfg, repvgg_cifar_cfg, small_image_cfg
 
@@ -47,7 +48,7 @@ def _create_orepa_repvgg(variant: str, pretrained: bool = False, **kwargs: Any) 
     feature_cfg: Dict[str, Any] = dict(flatten_sequential=True)
     if small_images:  # fewer reductions than timm's default of five
         feature_cfg['out_indices'] = (0, 1, 2)
-    return build_model_with_cfg(
+    return build_model(
         _build_orepa_repvgg,
         variant,
         pretrained,
@@ -58,7 +59,7 @@ def _create_orepa_repvgg(variant: str, pretrained: bool = False, **kwargs: Any) 
     )
 
 
-default_cfgs = generate_default_cfgs({
+default_cfgs = generate_default_cfgs(with_published({
     'orepa_repvgg_a0': imagenet_cfg(classifier='head.fc'),
     'orepa_repvgg_a1': imagenet_cfg(classifier='head.fc'),
     'orepa_repvgg_a2': imagenet_cfg(classifier='head.fc'),
@@ -74,7 +75,7 @@ default_cfgs = generate_default_cfgs({
     'orepa_repvgg_a1_cifar': small_image_cfg(classifier='head.fc', pool_size=(8, 8)),
     'orepa_repvgg_a2_cifar': small_image_cfg(classifier='head.fc', pool_size=(8, 8)),
     'orepa_repvgg_b0_cifar': small_image_cfg(classifier='head.fc', pool_size=(8, 8)),
-})
+}))
 
 
 @register_model
