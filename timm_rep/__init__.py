@@ -2,6 +2,8 @@
 from . import models
 from .hub import export_folder
 from .layers import DiverseBranchConv2d, OrepaConv2d, OrepaPointwiseConv2d, OrepaStemConv2d
+from .publishing import Published, PublishError, publish
+from .selfcheck import check_export
 from .surgery import expand, fuse, rep_layers, set_attach_rate
 from .verification import Report, VerificationError, verify
 
@@ -10,12 +12,16 @@ __all__ = [
     'OrepaConv2d',
     'OrepaPointwiseConv2d',
     'OrepaStemConv2d',
+    'PublishError',
+    'Published',
     'Report',
     'VerificationError',
+    'check_export',
     'expand',
     'export_folder',
     'fuse',
     'models',
+    'publish',
     'rep_layers',
     'set_attach_rate',
     'verify',

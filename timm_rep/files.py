@@ -1,5 +1,6 @@
 """Checkpoint files in, files in another form out: what ``timm-rep fuse``, ``verify`` and ``expand`` do."""
 import argparse
+import logging
 import pickle
 import re
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from timm.models import clean_state_dict
 from torch import Tensor
 
 from .checkpoints import checkpoint_filter_fn, first_names
+from .exporting import export_onnx, export_program
 from .hub import export_folder
 from .runs import read_run_args
 from .surgery import LAYERS, fuse, rep_layers
@@ -32,6 +34,8 @@ __all__ = [
     'training_form',
     'verify_checkpoint',
 ]
+
+_logger = logging.getLogger(__name__)
 
 WEIGHTS_KEYS = ('state_dict', 'model')
 EMA_KEYS = ('state_dict_ema', 'model_ema')
@@ -184,6 +188,8 @@ def _take_input_settings(model: Any, checkpoint: Checkpoint) -> None:
     """Let the model's metadata say what it was trained on, where the run's arguments differ from the defaults."""
     if checkpoint.args.get('model') == model.pretrained_cfg.get('architecture'):
         config = resolve_data_config(checkpoint.args, model=model)
+        if tuple(config['input_size']) != tuple(model.pretrained_cfg['input_size']):
+            model.pretrained_cfg['pool_size'] = None
         model.pretrained_cfg.update({key: config[key] for key in DATA_CONFIG_KEYS})
 
 
@@ -285,32 +291,52 @@ def save_weights(model: nn.Module, path: PathLike) -> None:
         torch.save(weights, path)
 
 
-def fuse_checkpoint(path: PathLike, output: PathLike, architecture: Optional[str] = None, **kwargs: Any) -> Report:
+def fuse_checkpoint(
+        path: PathLike,
+        output: Optional[PathLike] = None,
+        architecture: Optional[str] = None,
+        *,
+        onnx: Optional[PathLike] = None,
+        program: Optional[PathLike] = None,
+        **kwargs: Any,
+) -> Report:
     """Fuse a trained checkpoint, check that the outputs are the same, and write the stock form.
 
     Args:
-        path: Checkpoint in training form.
+        path: Checkpoint in training form, or the output folder of a run.
         output: New ``.safetensors`` or ``.pth`` file for the weights alone; without a suffix a Hub folder, which any
             timm loads without this package.
         architecture: Name of the model, if the checkpoint does not say it.
+        onnx: New ONNX file, see :func:`timm_rep.exporting.export_onnx`.
+        program: New file for a ``torch.export`` program, see :func:`timm_rep.exporting.export_program`.
         **kwargs: More of :func:`load_training_form`.
 
     Returns:
         What the check found. Nothing is written unless it succeeds.
 
     Raises:
-        FileExistsError: If the output exists.
-        ValueError: For another suffix of the output, or as :func:`load_training_form` does.
+        FileExistsError: If an output exists.
+        ValueError: If no output is given, for another suffix of it, or as :func:`load_training_form` does.
+        ImportError: If packages of the extra ``export`` are missing.
         RuntimeError: As :func:`load_training_form` does.
         VerificationError: If the fused model is not the same function.
     """
-    output = _check_output(output, folder_allowed=True)
+    if output is None and onnx is None and program is None:
+        raise ValueError('no output is given: neither weights or a folder, nor ONNX, nor a torch.export program')
+    output = None if output is None else _check_output(output, folder_allowed=True)
+    for exported in (onnx, program):
+        if exported is not None and Path(exported).exists():
+            raise FileExistsError(f'output {exported} exists already; nothing was written')
     model = load_training_form(path, architecture, **kwargs)
     fused = fuse(model)
     report = verify(model, fused)
-    if output.suffix:
+    if onnx is not None:
+        _logger.info('%s: %s', onnx, export_onnx(fused, onnx))
+    if program is not None:
+        _logger.info('%s: %s', program, export_program(fused, program))
+    if output is not None and output.suffix:
         save_weights(fused, output)
-    else:
+    elif output is not None:
         export_folder(model, output)  # takes the training form, to note where the weights come from
     return report
 

@@ -25,7 +25,7 @@ from .surgery import fuse, image_channels, rep_layers
 from .verification import Report, VerificationError, verify
 
 __all__ = ['CARD_FILE', 'CONFIG_FILE', 'MANAGED_FILES', 'SELF_CHECK_FILE', 'WEIGHTS_FILE', 'export_folder',
-           'export_training_form']
+           'export_training_form', 'methods_of']
 
 _logger = logging.getLogger(__name__)
 
@@ -44,7 +44,15 @@ STRUCTURE_FIELDS = ('architecture', 'fixed_input_size', 'min_input_size', 'pool_
 DATA_FIELDS = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
 
 
-def _methods(model: nn.Module) -> List[str]:
+def methods_of(model: nn.Module) -> List[str]:
+    """Names of the published methods that a model's rep layers come from.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        Keys of ``model_card.METHODS``; none for a stock model.
+    """
     layers = [layer for _, layer in rep_layers(model)]
     found = dict(
         OREPA=any(isinstance(layer, LinearRepLayer) for layer in layers),
@@ -233,7 +241,7 @@ def export_folder(
     checked = verify(training_form, fused, inputs=inputs)
     report = checked if layers else None
 
-    methods = _methods(training_form)
+    methods = methods_of(training_form)
     cfg.update(tag=tag, license=license)
     if methods:
         cfg['paper_ids'] = [PAPERS[method] for method in methods]
@@ -310,7 +318,7 @@ def export_training_form(
         config = dict(_label_config(label_names), timm_rep=provenance)
         save_for_hf(training_form, str(temporary), config, safe_serialization=True)
         _write_self_check(training_form, inputs, temporary)
-        training_form_card(path.name, repo, architecture, license).save(temporary / CARD_FILE)
+        training_form_card(repo, architecture, license).save(temporary / CARD_FILE)
         _check_reload(temporary, training_form, inputs)
     return path
 

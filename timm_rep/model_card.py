@@ -118,7 +118,9 @@ def keep_own_text(card: str, text: str) -> str:
 
 
 def _figure(value: Optional[float], spec: str = '.4g') -> str:
-    return NOT_MEASURED if value is None else format(value, spec)
+    if value is None:
+        return NOT_MEASURED
+    return format(value, spec) if value else '0'
 
 
 def _slug(dataset: str) -> str:
@@ -135,7 +137,7 @@ def _eval_results(dataset: Optional[str], metrics: Mapping[str, Any]) -> Optiona
             dataset_name=dataset,
             metric_type='accuracy',
             metric_name=f'top-{k} accuracy in percent',
-            metric_value=metrics[f'top{k}'],
+            metric_value=round(metrics[f'top{k}'], 4),
             metric_args=dict(k=k),
         )
         for k in (1, 5) if metrics.get(f'top{k}') is not None
@@ -159,11 +161,11 @@ timm-rep run train --config args.yaml --data-dir IMAGES
     text += f'\n| Argument | Value |\n|---|---|\n{table}\n'
     text += f'\nStarted from: {run.started_from or "random weights"}.'
     if run.epoch is not None:
-        text += f' The weights are those after epoch {run.epoch + 1}.'
+        text += f' The weights are those after epoch {run.epoch + 1}, counted from 1.'
     return text
 
 
-def _usage(name: str, repo: str, plugin: bool, architecture: str) -> str:
+def _usage(folder: str, repo: str, plugin: bool, architecture: str) -> str:
     if plugin:
         needs = (
             f'timm has no `{architecture}`: install timm_rep and import it first, which registers the architecture.')
@@ -194,7 +196,7 @@ backbone = timm.create_model('hf-hub:{repo}', pretrained=True, features_only=Tru
 embedder = timm.create_model('hf-hub:{repo}', pretrained=True, num_classes=0).eval()
 ```
 
-From a copy of this folder: `timm.create_model('local-dir:{name}', pretrained=True)` (timm 1.0.26 or newer). To check
+From a copy of this folder: `timm.create_model('local-dir:{folder}', pretrained=True)` (timm 1.0.26 or newer). To check
 that the weights arrived as they were published: `timm-rep verify hf-hub:{repo}`, or compare with the input and the
 output in `test/rand_tensors.safetensors`.
 """
@@ -305,6 +307,7 @@ def model_card(
     """
     cfg, dataset, metrics = model.pretrained_cfg, provenance['dataset'], provenance['metrics']
     architecture = cfg['architecture']
+    folder, name = name, repo.partition('/')[2] if repo else name
     repo = repo or f'ORGANISATION/{name}'
     data = huggingface_hub.ModelCardData(
         model_name=name,
@@ -354,7 +357,7 @@ several branches for each convolution and folds them into one afterwards.
 
 ## How to use it
 
-{_usage(name, repo, needs_plugin(architecture), architecture)}
+{_usage(folder, repo, needs_plugin(architecture), architecture)}
 ## How to train it on
 
 {_continue_training(repo, cfg, provenance['training_architecture'], model.num_classes)}
@@ -377,11 +380,10 @@ several branches for each convolution and folds them into one afterwards.
 """)
 
 
-def training_form_card(name: str, repo: str, architecture: str, license: str) -> huggingface_hub.ModelCard:
+def training_form_card(repo: str, architecture: str, license: str) -> huggingface_hub.ModelCard:
     """Write the model card of weights in training form.
 
     Args:
-        name: Name of the folder.
         repo: Repository on the Hub, whose main revision has the stock form.
         architecture: One of our models.
         license: Licence of the weights.
@@ -389,6 +391,7 @@ def training_form_card(name: str, repo: str, architecture: str, license: str) ->
     Returns:
         The card.
     """
+    name = repo.partition('/')[2]
     data = huggingface_hub.ModelCardData(
         model_name=name, license=license, library_name='timm', pipeline_tag='image-classification',
         tags=['image-classification', 'timm', 'timm_rep', 'structural-re-parameterization'])
@@ -398,8 +401,8 @@ def training_form_card(name: str, repo: str, architecture: str, license: str) ->
 
 # {name}, training form
 
-The weights of `{repo}` before they were fused: `{architecture}` with all branches, to train on. What it is and what was
-measured is on the card of the main revision, which has the stock form, for all other uses.
+The weights of `{repo}` before they were fused: `{architecture}` with all branches, to train on.
+What it is and what was measured is on the card of the main revision, which has the stock form, for all other uses.
 
 ```python
 import timm

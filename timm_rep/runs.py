@@ -15,7 +15,8 @@ LOCAL_ARGS = frozenset((
     'data', 'data_dir', 'output', 'experiment', 'resume', 'initial_checkpoint', 'pretrained_path', 'class_map',
     'local_rank', 'log_wandb', 'wandb_project', 'wandb_resume_id', 'wandb_tags',
 ))
-SECRET_NAME = re.compile(r'token|secret|passw|credential|api_?key|^auth', re.IGNORECASE)
+UNSET: Tuple[Any, ...] = (None, '', False, 0, [])
+SECRET_NAME = re.compile(r'(token|secret|password|passwd|credentials?|api_?key)s?$', re.IGNORECASE)
 SECRET_VALUE = re.compile(r'\bhf_\w{8,}|://[^/\s]*@')
 # By these two the arguments inside a checkpoint and the args.yaml beside it are told to be of one run.
 IDENTITY_ARGS = ('model', 'experiment', 'dataset', 'epochs', 'batch_size', 'opt', 'sched', 'weight_decay', 'seed')
@@ -30,7 +31,7 @@ class Run:
 
     Attributes:
         args: Arguments of train.py, without those of the machine it ran on.
-        left_out: Names of the arguments that are left out.
+        left_out: Names of the arguments that are left out, of those that were given.
         started_from: What the weights started from; '' if from scratch.
         history: Figures of every epoch, from summary.csv; empty if there is none.
         epoch: Epoch of the checkpoint, counted from 0, if known.
@@ -149,7 +150,7 @@ def read_run(
     left_out = {key for key, value in args.items() if key in LOCAL_ARGS or SECRET_NAME.search(key) or _is_local(value)}
     return Run(
         {key: value for key, value in args.items() if key not in left_out},
-        tuple(sorted(left_out)),
+        tuple(sorted(key for key in left_out if args[key] not in UNSET)),
         _started_from(args),
         history,
         epoch,
