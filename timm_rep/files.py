@@ -104,7 +104,7 @@ def _read_file(path: Path, allow_pickle: bool) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location='cpu', weights_only=not allow_pickle)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as e:
-        refused = re.search(r'Unsupported global: GLOBAL (\S+)', str(e))
+        refused = re.search(r'(?i)unsupported (?:global: )?GLOBAL (\S+)', str(e))
         if refused:
             raise ValueError(
                 f'{path} holds Python objects ({refused[1]}), not only weights; it is not loaded, since that could run '

@@ -3,7 +3,7 @@ import re
 from typing import Optional
 
 import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, LocalTokenNotFoundError
 
 __all__ = ['HubError', 'reason']
 
@@ -24,19 +24,20 @@ def reason(error: BaseException, token: Optional[str] = None) -> str:
     Returns:
         One line.
     """
-    found: Optional[BaseException] = error
-    while found is not None and not isinstance(found, HfHubHTTPError):
+    found = error
+    while found.__cause__ is not None and (
+            isinstance(found, LocalEntryNotFoundError) or not isinstance(found, HfHubHTTPError)):
         found = found.__cause__
-    status = found.response.status_code if isinstance(found, HfHubHTTPError) and found.response is not None else None
-    message = ' '.join(str(found or error).split())
+    status = getattr(getattr(found, 'response', None), 'status_code', None)
+    message = ' '.join(str(found).split())
     for secret in (token, huggingface_hub.get_token()):
         if secret:
             message = message.replace(secret, '***')
     message = TOKEN.sub('***', message)
-    if status == 401 or isinstance(error, LocalTokenNotFoundError):
+    if status == 401 or isinstance(found, LocalTokenNotFoundError):
         return f'not logged in, or the token is not valid: run `hf auth login` or set HF_TOKEN ({message})'
     if status == 403:
         return f'the token may not do that ({message})'
     if status in (409, 412):
         return f'it was changed by somebody else in between, try again ({message})'
-    return f'{type(found or error).__name__}: {message}'
+    return f'{type(found).__name__}: {message}'

@@ -8,7 +8,7 @@ import safetensors
 import safetensors.torch
 import timm
 import torch
-from huggingface_hub.errors import EntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import safe_open
 
 from .hub import CONFIG_FILE, SELF_CHECK_FILE, WEIGHTS_FILE
@@ -74,7 +74,9 @@ def _fetch(repo: str, revision: Optional[str]) -> Path:
     """Fetch the files of one commit into the cache of huggingface_hub, the small ones first."""
     try:
         return _fetch_files(repo, revision)
-    except (FileNotFoundError, ValueError):
+    except LocalEntryNotFoundError as e:
+        raise HubError(f'{repo} is not in the cache, and cannot be fetched: {reason(e)}') from None
+    except (FileNotFoundError, ValueError, HubError):
         raise
     except Exception as e:  # those of the HTTP library of huggingface_hub, which is not always the same one
         raise HubError(f'{repo} cannot be fetched: {reason(e)}') from None
@@ -84,10 +86,7 @@ def _fetch_files(repo: str, revision: Optional[str]) -> Path:
     api = huggingface_hub.HfApi(library_name='timm_rep')
 
     def fetch(name: str, commit: Optional[str]) -> Path:
-        try:
-            return Path(api.hf_hub_download(repo, name, revision=commit))
-        except EntryNotFoundError:
-            raise FileNotFoundError(f'{repo} holds no {name}, which `timm-rep publish` writes') from None
+        return Path(api.hf_hub_download(repo, name, revision=commit))
 
     try:
         info = api.model_info(repo, revision=revision, files_metadata=True)
@@ -100,7 +99,9 @@ def _fetch_files(repo: str, revision: Optional[str]) -> Path:
             raise FileNotFoundError(f'{repo} holds no {name}, which `timm-rep publish` writes')
         if name in MAX_BYTES:
             _check_size(name, sizes[name], MAX_BYTES[name])
-    folder = fetch(CONFIG_FILE, info.sha).parent
+    folder = fetch(CONFIG_FILE, revision).parent  # by its name, so that it is found offline by that name
+    if folder.name != info.sha:
+        raise HubError(f'{repo} was changed in between; try again')
     allowed = 2 * _weights_bytes(_read_config(folder / CONFIG_FILE)) + WEIGHTS_ALLOWANCE
     _check_size(WEIGHTS_FILE, sizes[WEIGHTS_FILE], allowed)
     for name in FILES[1:]:
