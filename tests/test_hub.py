@@ -151,7 +151,7 @@ def test_model_card(tmp_path):
     stock = timm_rep.export_folder(timm_rep.fuse(model), tmp_path / 'stock')
     content = (stock / 'README.md').read_text()
     assert '| Top-1 accuracy (%) | not measured |' in content
-    assert '| Largest difference of the fused outputs, relative | not measured |' in content
+    assert '| whole model, random inputs | not measured |' in content
     assert config_of(stock)['timm_rep']['fused_difference'] is None
 
 

@@ -291,7 +291,7 @@ def test_model_card(server, full_run, images):
     assert results[1].metric_value == pytest.approx(top1, abs=1e-4)
     assert config['label_names'] == [f'class{label}' for label in range(CLASSES)]
     for text in (
-            'timm-rep run train --config args.yaml --data-dir IMAGES', '| `lr` | 0.1 |', '`start.pth`',
+            'timm-rep run train --config args.yaml --data-dir IMAGES --initial-checkpoint start.pth', '| `lr` | 0.1 |',
             'after epoch 2,', 'measured with the fused model on 12 images', 'OREPA composes the kernel',
             f"timm.create_model('hf-hub:{REPO}', pretrained=True, features_only=True)",
             f"hf_hub_id='{REPO}'", 'num_classes=0', f'timm-rep verify hf-hub:{REPO}', '![Loss and accuracy',

@@ -148,10 +148,11 @@ def _eval_results(dataset: Optional[str], metrics: Mapping[str, Any]) -> Optiona
 def _training(run: Optional[Run]) -> str:
     if run is None or not run.args:
         return 'Not stated: the model was exported without the arguments of its training run.'
-    text = """`args.yaml` holds all arguments of the run. The same again, with your own folder of the images:
+    start = ''.join(f' {option} {name}' for option, name in run.start_files.items())
+    text = f"""`args.yaml` holds all arguments of the run. The same again, with your own folder of the images:
 
 ```sh
-timm-rep run train --config args.yaml --data-dir IMAGES
+timm-rep run train --config args.yaml --data-dir IMAGES{start}
 ```
 """
     if run.left_out:
@@ -159,7 +160,11 @@ timm-rep run train --config args.yaml --data-dir IMAGES
     recipe = {key: run.args[key] for key in RECIPE_ARGS if run.args.get(key) not in (None, '', False)}
     table = '\n'.join(f'| `{key}` | {value} |' for key, value in recipe.items())
     text += f'\n| Argument | Value |\n|---|---|\n{table}\n'
-    text += f'\nStarted from: {run.started_from or "random weights"}.'
+    if run.start_files:
+        text += f'\nStarted from {", ".join(run.start_files.values())}, which is not part of this repository.'
+    else:
+        start = 'the pretrained weights of that name' if run.args.get('pretrained') else 'random weights'
+        text += f'\nStarted from {start}.'
     if run.epoch is not None:
         text += f' The weights are those after epoch {run.epoch + 1}, counted from 1.'
     return text

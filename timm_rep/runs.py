@@ -15,6 +15,7 @@ LOCAL_ARGS = frozenset((
     'data', 'data_dir', 'output', 'experiment', 'resume', 'initial_checkpoint', 'pretrained_path', 'class_map',
     'local_rank', 'log_wandb', 'wandb_project', 'wandb_resume_id', 'wandb_tags',
 ))
+START_ARGS = ('initial_checkpoint', 'pretrained_path', 'resume')
 UNSET: Tuple[Any, ...] = (None, '', False, 0, [])
 SECRET_NAME = re.compile(r'(token|secret|password|passwd|credentials?|api_?key)s?$', re.IGNORECASE)
 SECRET_VALUE = re.compile(r'\bhf_\w{8,}|://[^/\s]*@')
@@ -32,7 +33,7 @@ class Run:
     Attributes:
         args: Arguments of train.py, without those of the machine it ran on.
         left_out: Names of the arguments that are left out, of those that were given.
-        started_from: What the weights started from; '' if from scratch.
+        start_files: Files that the weights started from, by the option that names them, without their folders.
         history: Figures of every epoch, from summary.csv; empty if there is none.
         epoch: Epoch of the checkpoint, counted from 0, if known.
         metrics: Figures of the checkpoint's weights that the run measured on its validation split: ``top1``, ``top5``
@@ -41,7 +42,7 @@ class Run:
 
     args: Dict[str, Any]
     left_out: Tuple[str, ...]
-    started_from: str
+    start_files: Dict[str, str]
     history: Tuple[Dict[str, float], ...]
     epoch: Optional[int]
     metrics: Dict[str, float]
@@ -79,13 +80,6 @@ def _is_local(value: Any) -> bool:
         return not isinstance(value, (bool, int, float, type(None)))
     absolute = PurePosixPath(value).is_absolute() or bool(PureWindowsPath(value).drive) or value.startswith('~')
     return absolute or SECRET_VALUE.search(value) is not None
-
-
-def _started_from(args: Dict[str, Any]) -> str:
-    for key in ('resume', 'initial_checkpoint', 'pretrained_path'):
-        if args.get(key):
-            return f'`{Path(str(args[key])).name}`, a file that is not part of this repository'
-    return 'the pretrained weights of that name' if args.get('pretrained') else ''
 
 
 def _read_history(path: Path) -> Tuple[Dict[str, float], ...]:
@@ -151,7 +145,7 @@ def read_run(
     return Run(
         {key: value for key, value in args.items() if key not in left_out},
         tuple(sorted(key for key in left_out if args[key] not in UNSET)),
-        _started_from(args),
+        {f'--{key.replace("_", "-")}': Path(str(args[key])).name for key in START_ARGS if args.get(key)},
         history,
         epoch,
         _metrics(history, args, epoch, use_ema),
