@@ -300,6 +300,9 @@ def test_model_card(server, full_run, images):
     for row in ('Parameters (M)', 'GMACs of an image', 'Images per second', 'Top-1 accuracy (%) on 12 images'):
         assert re.search(rf'^\| {re.escape(row)}.*\| [\d.]+ \| [\d.]+ \|$', card, re.MULTILINE), row
     assert server.files(REPO)['training.png'].startswith(b'\x89PNG')
+    documented = (Path(__file__).parents[1] / 'MODEL_CARD.md').read_text().splitlines()
+    headings = [line for line in card.splitlines() if line.startswith('## ') or line == OWN_TEXT_BEGIN]
+    assert [line for line in documented if line in headings] == headings
 
 
 @pytest.mark.parametrize(('use_ema', 'noted_ema', 'measured'), [
