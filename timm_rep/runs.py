@@ -1,5 +1,6 @@
 """What a run of timm's train.py leaves beside its checkpoint, made fit to be shown to others."""
 import csv
+import logging
 import math
 import re
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from typing import Any, Dict, List, Optional, Tuple, Union
 import yaml
 
 __all__ = ['Run', 'draw_history', 'read_run', 'read_run_args', 'write_run']
+
+_logger = logging.getLogger(__name__)
 
 # Arguments about the machine that a run was on and about what it was called there, not about what it trained.
 LOCAL_ARGS = frozenset((
@@ -99,6 +102,8 @@ def _metrics(history: Tuple[Dict[str, float], ...], args: Dict[str, Any], epoch:
     With ``--model-ema`` train.py notes the figures of the averaged weights, else those of the trained ones.
     """
     noted_ema = bool(args.get('model_ema')) and not args.get('model_ema_force_cpu')
+    if history and noted_ema and not use_ema:
+        _logger.warning('the run noted figures of its averaged weights, not of these; use_ema (--use-ema) takes those')
     row = next((row for row in reversed(history) if row.get('epoch') == epoch), None)
     if row is None or use_ema != noted_ema:
         return {}
