@@ -90,10 +90,10 @@ def test_a_program_that_differs_is_not_kept(model, tmp_path, monkeypatch):
 def test_without_the_extra_the_error_names_it(checkpoint, tmp_path, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
-        exporting.importlib.util, 'find_spec', lambda name: None if name == 'onnxscript' else find_spec(name))
+        exporting.importlib.util, 'find_spec', lambda name: None if name == 'onnxruntime' else find_spec(name))
     out = str(tmp_path / 'm.onnx')
     result = CliRunner().invoke(main, ['fuse', str(checkpoint), '--num-classes', '3', '--onnx', out])
     assert result.exit_code == 2
     assert 'pip install "timm_rep[export]"' in result.output
-    assert 'onnxscript' in result.output
+    assert 'onnxruntime' in result.output
     assert list(tmp_path.iterdir()) == []

@@ -5,7 +5,7 @@ import uuid
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator, List, Union
+from typing import Any, Dict, Iterator, List, Union
 
 import torch
 import torch.nn as nn
@@ -16,7 +16,9 @@ from .verification import Difference, compare_outputs
 
 __all__ = ['ONNX_PACKAGES', 'export_onnx', 'export_program']
 
-ONNX_PACKAGES = ('onnx', 'onnxruntime', 'onnxscript')
+# The exporter that builds on torch.export is torch's own choice from 2.9 on; before, it fails on batch norms.
+NEW_EXPORTER = tuple(int(part) for part in torch.__version__.split('.')[:2]) >= (2, 9)
+ONNX_PACKAGES = ('onnx', 'onnxruntime', *(('onnxscript',) if NEW_EXPORTER else ()))
 # The export may fold the norms into the convolutions.
 EXPORT_RTOL = 1e-4
 # Batches of other sizes than the one that was exported show whether the batch is free.
@@ -99,6 +101,18 @@ def export_program(model: nn.Module, path: Union[str, Path]) -> Difference:
     return difference
 
 
+def _write_onnx(model: nn.Module, images: torch.Tensor, path: Path) -> None:
+    names: Dict[str, Any] = dict(input_names=['images'], output_names=['logits'])
+    if NEW_EXPORTER:
+        program = _trace(model, images)
+        torch.onnx.export(
+            program, (images,), str(path), dynamo=True, dynamic_shapes=({0: 'batch'},), external_data=False,
+            verbose=False, **names)
+    else:
+        axes = dict(images={0: 'batch'}, logits={0: 'batch'})
+        torch.onnx.export(model, (images,), str(path), dynamo=False, dynamic_axes=axes, **names)
+
+
 def export_onnx(model: nn.Module, path: Union[str, Path]) -> Difference:
     """Fuse a model and write it as ONNX, with a free batch size, input ``images`` and output ``logits``.
 
@@ -122,20 +136,9 @@ def export_onnx(model: nn.Module, path: Union[str, Path]) -> Difference:
     fused = _deploy_form(model)
     images = _images(model)
     with _appearing(path) as temporary:
-        program = _trace(fused, images[0])
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # of the exporter, about its own workings
-            torch.onnx.export(
-                program,
-                (images[0],),
-                str(temporary),
-                dynamo=True,
-                input_names=['images'],
-                output_names=['logits'],
-                dynamic_shapes=({0: 'batch'},),
-                external_data=False,
-                verbose=False,
-            )
+            _write_onnx(fused, images[0], temporary)
         onnx.checker.check_model(str(temporary))
         session = onnxruntime.InferenceSession(str(temporary), providers=['CPUExecutionProvider'])
 
