@@ -63,6 +63,7 @@ def test_both_from_the_command_line(checkpoint, tmp_path):
     result = CliRunner().invoke(main, [*args, '--onnx', outputs[0], '--torch-export', outputs[1]])
     assert result.exit_code == 0, result.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ['m.onnx', 'm.pt2']
+    assert all(f'{output} agrees to ' in result.output for output in outputs)
     result = CliRunner().invoke(main, [*args, '--onnx', outputs[0]])
     assert result.exit_code == 2
     assert 'exists already' in result.output

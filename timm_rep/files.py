@@ -1,6 +1,6 @@
 """Checkpoint files in, files in another form out: what ``timm-rep fuse``, ``verify`` and ``expand`` do."""
 import argparse
-import logging
+import dataclasses
 import pickle
 import re
 from dataclasses import dataclass
@@ -34,8 +34,6 @@ __all__ = [
     'training_form',
     'verify_checkpoint',
 ]
-
-_logger = logging.getLogger(__name__)
 
 WEIGHTS_KEYS = ('state_dict', 'model')
 EMA_KEYS = ('state_dict_ema', 'model_ema')
@@ -312,7 +310,7 @@ def fuse_checkpoint(
         **kwargs: More of :func:`load_training_form`.
 
     Returns:
-        What the check found. Nothing is written unless it succeeds.
+        What the check found, and how far the other formats are off. Nothing is written unless it succeeds.
 
     Raises:
         FileExistsError: If an output exists.
@@ -330,15 +328,15 @@ def fuse_checkpoint(
     model = load_training_form(path, architecture, **kwargs)
     fused = fuse(model)
     report = verify(model, fused)
-    if onnx is not None:
-        _logger.info('%s: %s', onnx, export_onnx(fused, onnx))
-    if program is not None:
-        _logger.info('%s: %s', program, export_program(fused, program))
+    exports = [
+        dataclasses.replace(export(fused, file), name=str(file))
+        for export, file in ((export_onnx, onnx), (export_program, program)) if file is not None
+    ]
     if output is not None and output.suffix:
         save_weights(fused, output)
     elif output is not None:
         export_folder(model, output)  # takes the training form, to note where the weights come from
-    return report
+    return dataclasses.replace(report, exports=tuple(exports))
 
 
 def verify_checkpoint(

@@ -49,18 +49,22 @@ class Report:
         model: Difference of the models' outputs.
         rtol: Tolerance relative to the largest output.
         atol: Absolute tolerance.
+        exports: Difference of other formats of the fused model, by file.
     """
 
     layers: Tuple[Difference, ...]
     model: Difference
     rtol: float
     atol: float
+    exports: Tuple[Difference, ...] = ()
 
     def __str__(self) -> str:
         worst = max(self.layers, key=lambda d: d.relative, default=None)
         text = f'outputs agree to {self.model.relative:.1e} of the largest (tolerance {self.rtol:.0e})'
         if worst is not None:
             text += f'; {len(self.layers)} rep layers agree to {worst.relative:.1e} (worst: {worst.name})'
+        for export in self.exports:
+            text += f'; {export.name} agrees to {export.relative:.1e}'
         return text
 
 
