@@ -1,6 +1,7 @@
 import argparse
 import json
 import pickle
+import re
 import sys
 
 import pytest
@@ -55,9 +56,10 @@ def stock_file(model, tmp_path):
     return path
 
 
-@pytest.mark.parametrize('command', [[], ['list'], ['demo'], ['fuse'], ['verify'], ['expand'], ['run']])
+@pytest.mark.parametrize('command', [[], ['list'], ['demo'], ['fuse'], ['verify'], ['expand'], ['publish'], ['run']])
 def test_help_has_an_example(command):
-    assert 'Example' in call(*command, '--help')
+    printed = call(*command, '--help')
+    assert re.search(r'\n  Examples?:\n    timm-rep ', printed), printed  # the lines are kept as they are
 
 
 def test_list():

@@ -82,7 +82,7 @@ def test_config_is_our_own(tmp_path):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     cfg_before = dict(model.pretrained_cfg)
     folder = timm_rep.export_folder(model, tmp_path / 'new' / 'model', tag='orepa_test', license='mit')
-    assert names_in(folder) == ['README.md', 'config.json', 'model.safetensors']
+    assert names_in(folder) == ['README.md', 'config.json', 'model.safetensors', 'test']
     assert names_in(tmp_path / 'new') == ['model']
 
     config = config_of(folder)
@@ -142,14 +142,16 @@ def test_model_card(tmp_path):
     assert '| throughput | 1234 |' in card.content
     assert "timm.create_model('hf-hub:ORGANISATION/net', pretrained=True)" in card.content
     assert "timm.create_model('local-dir:net', pretrained=True)" in card.content
-    assert 'import timm_rep' not in card.content
+    usage, training = card.content.split('## How to train it on')
+    assert 'import timm_rep' not in usage
+    assert 'import timm_rep' in training
     assert 'Online Convolutional Re-parameterization' in card.content
 
     # without a training form there is nothing to compare with
     stock = timm_rep.export_folder(timm_rep.fuse(model), tmp_path / 'stock')
     content = (stock / 'README.md').read_text()
     assert '| Top-1 accuracy (%) | not measured |' in content
-    assert '| Largest difference of the fused outputs, relative | not measured |' in content
+    assert '| whole model, random inputs | not measured |' in content
     assert config_of(stock)['timm_rep']['fused_difference'] is None
 
 

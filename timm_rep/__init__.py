@@ -11,6 +11,8 @@ from .layers import (
     RepConv2d,
 )
 from .official import load_official_checkpoint
+from .publishing import Published, PublishError, publish
+from .selfcheck import check_export
 from .surgery import expand, fuse, rep_layers, set_attach_rate
 from .verification import Report, VerificationError, verify
 
@@ -21,16 +23,20 @@ __all__ = [
     'OrepaConv2d',
     'OrepaPointwiseConv2d',
     'OrepaStemConv2d',
+    'PublishError',
+    'Published',
     'RepConv2d',
     'Report',
     'VerificationError',
     'attach_rate',
     'begin_time_step',
+    'check_export',
     'expand',
     'export_folder',
     'fuse',
     'load_official_checkpoint',
     'models',
+    'publish',
     'rep_layers',
     'set_attach_rate',
     'verify',

@@ -5,7 +5,7 @@ import json
 import logging
 import sys
 from contextlib import contextmanager
-from typing import Any, Callable, Iterable, Iterator, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Tuple
 
 import click
 import timm
@@ -14,7 +14,11 @@ from . import __version__
 from .ensemble import BN_IMAGES, EnsembleResult, evaluate_snapshots
 from .figures import plot_run
 from .files import expand_checkpoint, fuse_checkpoint, verify_checkpoint
+from .hub_errors import HubError
 from .official import import_checkpoint
+from .publishing import Published
+from .publishing import publish as publish_model
+from .selfcheck import HUB_PREFIX, check_export, is_export
 from .surgery import LAYERS, TRAINING_PREFIXES, stock_architecture
 from .timm_scripts import find_script, run_script
 from .verification import Report, VerificationError
@@ -32,15 +36,23 @@ class _UserError(click.ClickException):
     exit_code = 2
 
 
+class _HubFailure(click.ClickException):
+    exit_code = 3
+
+
 @contextmanager
-def _user_errors() -> Iterator[None]:
-    """Turn the errors that the library raises on bad input into one line and an exit code."""
+def _user_errors(as_json: bool = False) -> Iterator[None]:
+    """Turn the errors that the library raises on bad input into one line, in JSON too, and an exit code."""
     try:
         yield
     except (ValueError, RuntimeError, OSError, ImportError) as e:
         _logger.debug('traceback of the error', exc_info=True)
-        error = _Mismatch if isinstance(e, VerificationError) else _UserError
-        raise error(' '.join(str(e).split())) from e
+        message = ' '.join(str(e).split())
+        if as_json:
+            click.echo(json.dumps(dict(ok=False, error=message)))
+        kinds = {VerificationError: _Mismatch, HubError: _HubFailure}
+        error = next((failure for kind, failure in kinds.items() if isinstance(e, kind)), _UserError)
+        raise error(message) from e
 
 
 def _json_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -55,22 +67,26 @@ def _size_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def _checkpoint_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """What it takes to load a checkpoint in training form."""
+    help_text = 'Load Python objects in the checkpoint too; they can run any code.'
+    command = click.option('--allow-pickle', is_flag=True, help=help_text)(command)
     command = click.option('--use-ema', is_flag=True, help='Take the averaged weights.')(_size_options(command))
     return click.option('--model', 'architecture', metavar='NAME', help='Model, if the run does not say.')(command)
 
 
-def _report_json(report: Report) -> str:
-    def difference(found: Any) -> dict:
+def _report_content(report: Report) -> Dict[str, Any]:
+    def difference(found: Any) -> Dict[str, Any]:
         return dict(dataclasses.asdict(found), relative=found.relative)
 
-    content = dict(
-        ok=True,
+    return dict(
         model=difference(report.model),
         layers=[difference(layer) for layer in report.layers],
         rtol=report.rtol,
         atol=report.atol,
     )
-    return json.dumps(content, indent=2)
+
+
+def _report_json(report: Report) -> str:
+    return json.dumps(dict(_report_content(report), ok=True), indent=2)
 
 
 def _progress_bar(batches: Iterable[Any], label: str) -> Iterator[Any]:
@@ -104,12 +120,16 @@ class _Group(_Command, click.Group):
 @click.group(cls=_Group, context_settings=dict(help_option_names=['-h', '--help'], max_content_width=120))
 @click.version_option(__version__, prog_name='timm-rep')
 def main() -> None:
-    r"""Structural re-parameterization for timm: train with branches, fuse into stock timm models.
+    """Structural re-parameterization for timm: train with branches, fuse into stock timm models.
 
     \b
     Example:
       timm-rep run train --model orepa_resnet18 --data-dir images
       timm-rep fuse output/train/run/model_best.pth.tar resnet18.safetensors
+      timm-rep publish output/train/run --repo me/resnet18.orepa_images --dry-run
+
+    Exit codes: 0 all well; 1 two forms of a model do not compute the same; 2 wrong input; 3 the Hub could not be
+    reached, or refused.
     """
 
 
@@ -117,7 +137,7 @@ def main() -> None:
 @click.argument('pattern', metavar='[FILTER]', default='')
 @_json_option
 def list_command(pattern: str, as_json: bool) -> None:
-    r"""List the models with rep layers, and what they fuse into.
+    """List the models with rep layers, and what they fuse into.
 
     FILTER is a part of the name; * and ? are wildcards.
 
@@ -140,7 +160,7 @@ def list_command(pattern: str, as_json: bool) -> None:
 @main.command()
 @click.option('--output', metavar='DIR', default='demo_output', show_default=True, help='Folder to write to.')
 def demo(output: str) -> None:
-    r"""Train on images that ship in a package, fuse, verify, export and reload: a few minutes on a CPU.
+    """Train on images that ship in a package, fuse, verify, export and reload: a few minutes on a CPU.
 
     \b
     Example:
@@ -153,46 +173,128 @@ def demo(output: str) -> None:
 
 @main.command()
 @click.argument('checkpoint', type=click.Path())
-@click.argument('out', type=click.Path())
+@click.argument('out', type=click.Path(), required=False)
+@click.option('--onnx', metavar='FILE', type=click.Path(), help='Write ONNX, checked with onnxruntime.')
+@click.option('--torch-export', 'program', metavar='FILE', type=click.Path(), help='Write a torch.export program.')
 @_checkpoint_options
-def fuse(checkpoint: str, out: str, **kwargs: Any) -> None:
-    r"""Fuse a trained CHECKPOINT into the stock timm model, check that its outputs are the same, and write it to OUT.
+def fuse(checkpoint: str, out: Optional[str], **kwargs: Any) -> None:
+    """Fuse a trained CHECKPOINT into the stock timm model, check that its outputs are the same, and write it.
 
     OUT is a file that ends in .safetensors or .pth, for the weights alone; without a suffix it becomes a Hub folder.
-    CHECKPOINT comes from timm's train.py, which notes the model in it or in args.yaml beside it.
+    CHECKPOINT comes from timm's train.py, which notes the model in it or in args.yaml beside it; the output folder of
+    a run stands for its best checkpoint.
+
+    ONNX files and torch.export programs are always of the fused model, take batches of any size, and are compared with
+    PyTorch before they are kept. For Core ML, TensorRT, OpenVINO and the like, give the Hub folder to timmx
+    (https://pypi.org/project/timmx).
 
     \b
-    Example:
+    Examples:
       timm-rep fuse output/train/run/model_best.pth.tar resnet18.safetensors
+      timm-rep fuse output/train/run resnet18_folder --onnx resnet18.onnx
     """
     with _user_errors():
         report = fuse_checkpoint(checkpoint, out, **kwargs)
-    click.echo(f'{out}: {report}')
+    written = ', '.join(str(path) for path in (out, kwargs['onnx'], kwargs['program']) if path)
+    click.echo(f'{written}: {report}')
 
 
 @main.command()
-@click.argument('checkpoint', type=click.Path())
+@click.argument('checkpoint', metavar='CHECKPOINT_OR_EXPORT', type=click.Path())
 @click.argument('fused', type=click.Path(), required=False)
 @_checkpoint_options
 @_json_option
 def verify(checkpoint: str, fused: Optional[str], as_json: bool, **kwargs: Any) -> None:
-    r"""Check that a trained CHECKPOINT and its FUSED form compute the same; exit code 1 if not.
+    """Check that a trained CHECKPOINT and its FUSED form compute the same; exit code 1 if not.
 
     FUSED is a file of weights or a Hub folder, as `timm-rep fuse` writes them. Without it, CHECKPOINT is fused in
     memory.
 
+    Of an EXPORT, which is a Hub folder or hf-hub:ORG/NAME, the self-check is replayed: timm rebuilds the model, and its
+    output for the input in test/rand_tensors.safetensors must be the one that is there too.
+
     \b
-    Example:
+    Examples:
       timm-rep verify output/train/run/model_best.pth.tar resnet18.safetensors
+      timm-rep verify hf-hub:me/resnet18.orepa_images
     """
-    with _user_errors():
-        try:
+    with _user_errors(as_json):
+        if fused is None and is_export(checkpoint):
+            report = check_export(checkpoint)
+        elif checkpoint.startswith(HUB_PREFIX):
+            raise ValueError(f'{checkpoint} is compared with what is published with it, not with {fused}')
+        else:
             report = verify_checkpoint(checkpoint, fused, **kwargs)
-        except VerificationError as e:
-            if as_json:
-                click.echo(json.dumps(dict(ok=False, error=str(e))))
-            raise
     click.echo(_report_json(report) if as_json else str(report))
+
+
+def _published_json(published: Published) -> str:
+    content = dict(
+        ok=True,
+        folder=str(published.folder),
+        files=published.files,
+        training_folder=published.training_folder and str(published.training_folder),
+        repo=published.repo,
+        revision=published.revision,
+        commit=published.commit,
+        pull_request=published.pull_request,
+        verification=_report_content(published.report),
+        images=published.images and dataclasses.asdict(published.images),
+        registry_entry=published.entry,
+    )
+    return json.dumps(content, indent=2)
+
+
+@main.command()
+@click.argument('source', metavar='CHECKPOINT_OR_RUN_DIR', type=click.Path())
+@click.option('--repo', metavar='ORG/NAME', required=True, help='Repository on the Hub; made if it is not there.')
+@click.option('--data', metavar='DIR', type=click.Path(), help='Real images to compare both forms on.')
+@click.option('--max-images', metavar='N', type=click.IntRange(min=1), help='Take only so many of them.')
+@click.option('--dataset', metavar='NAME', help='Data set, if the run does not say.')
+@click.option('--tag', metavar='TAG', help='Recipe and data set in timm\'s sense; by default method and data set.')
+@click.option('--license', metavar='ID', default='apache-2.0', show_default=True, help='Licence of the weights.')
+@click.option('--out', metavar='DIR', type=click.Path(), help='Folder to write; by default NAME, NAME-2 ... here.')
+@click.option('--dry-run', is_flag=True, help='Write the folder, send nothing.')
+@click.option('--private', is_flag=True, help='Make a new repository private.')
+@click.option('--revision', metavar='BRANCH', help='Branch to publish on instead of the main one.')
+@click.option('--create-pr', is_flag=True, help='Open a pull request.')
+@click.option('--git-tag', metavar='TAG', help='Tag the commit on the Hub, e.g. v1.')
+@click.option('--include-training-form', is_flag=True, help='Put the training form on the revision "train".')
+@click.option('--replace-card', is_flag=True, help='Replace a model card of other making.')
+@click.option('--device', default='cpu', show_default=True, help='Where images are run and speed is measured.')
+@_checkpoint_options
+@_json_option
+def publish(source: str, repo: str, as_json: bool, dry_run: bool, **kwargs: Any) -> None:
+    """Publish a trained model on the Hugging Face Hub, in stock form: anyone loads it with timm alone.
+
+    CHECKPOINT_OR_RUN_DIR is the output folder of timm's train.py, or a checkpoint in it. It is fused, verified layer
+    by layer and end to end, measured, written to a folder, and sent in one commit. Nothing is sent that does not
+    verify, and the folder stays. Log in with `hf auth login`, or set HF_TOKEN.
+
+    \b
+    Examples:
+      timm-rep publish output/train/run --repo me/resnet50.orepa_in1k --data imagenet --dataset ImageNet-1k --dry-run
+      timm-rep publish output/train/run --repo me/resnet50.orepa_in1k --data imagenet --dataset ImageNet-1k
+      timm-rep publish last.pth.tar --repo me/resnet18.orepa_pets --model orepa_resnet18 --num-classes 37 --private
+    """
+    with _user_errors(as_json):
+        published = publish_model(source, repo, dry_run=dry_run, progress=not as_json, **kwargs)
+    if as_json:
+        click.echo(_published_json(published))
+        return
+    click.echo(f'{published.folder}: {published.report}')
+    for name, size in published.files.items():
+        click.echo(f'  {size:>12,}  {name}')
+    target = f'{published.repo}@{published.revision}'
+    if dry_run:
+        click.echo(f'Dry run, nothing was sent: these {len(published.files)} files would go to {target} in one commit.')
+        if published.training_folder is not None:
+            click.echo(f'The training form in {published.training_folder} would go to {published.repo}@train.')
+    else:
+        click.echo(f'Published: {published.pull_request or published.commit}')
+        click.echo(f"Load it with timm.create_model('{HUB_PREFIX}{published.repo}', pretrained=True)")
+    click.echo('To let pretrained=True find the weights, add to timm_rep/pretrained.json:')
+    click.echo(json.dumps(published.entry, indent=2))
 
 
 @main.command()
@@ -202,7 +304,7 @@ def verify(checkpoint: str, fused: Optional[str], as_json: bool, **kwargs: Any) 
 @click.option('--model', 'architecture', metavar='NAME', help='Stock model that the checkpoint is of.')
 @_size_options
 def expand(source: str, out: str, **kwargs: Any) -> None:
-    r"""Put stock weights into the training form of the model with rep layers, with the same outputs.
+    """Put stock weights into the training form of the model with rep layers, with the same outputs.
 
     MODEL_OR_CHECKPOINT is a timm model, whose pretrained weights timm downloads, or a file of weights. OUT ends in
     .safetensors or .pth; train from it with `--model orepa_resnet50 --initial-checkpoint OUT`.
@@ -234,7 +336,7 @@ def import_official(file: str, architecture: str, out: str, license: str, as_jso
     Examples:
       timm-rep import-official ResNet-50.pth.tar --model orepa_resnet50 --out orepa_resnet50.safetensors
       timm-rep import-official RepVGG-A0-train.pth --model repvgg_a0 --out repvgg_a0 --license mit
-    """  # noqa: D301
+    """
     with _user_errors():
         imported = import_checkpoint(file, out, architecture, license=license)
     if as_json:
@@ -255,7 +357,7 @@ def import_official(file: str, architecture: str, out: str, license: str, as_jso
 @click.argument('script', metavar='SCRIPT')
 @click.argument('args', metavar='[ARGS...]', nargs=-1, type=click.UNPROCESSED)
 def run(timm_scripts: Optional[str], script: str, args: Tuple[str, ...]) -> None:
-    r"""Run one of timm's scripts with our models registered: train, validate, benchmark, inference or onnx_export.
+    """Run one of timm's scripts with our models registered: train, validate, benchmark, inference or onnx_export.
 
     All arguments after SCRIPT are the script's own, also --help. The scripts are not in timm's package: they are taken
     from --timm-scripts, else $TIMM_SCRIPTS, else the timm checkout that is installed, else the user's cache.

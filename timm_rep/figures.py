@@ -2,21 +2,21 @@
 
 Everything is read from the folder that timm's train.py writes to. Needs matplotlib, of the extra ``demo``.
 """
-import csv
 import importlib.util
 import logging
 import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from .files import _run_args, load_training_form
+from .files import load_training_form
+from .runs import complete_rows, read_run_args, read_summary, to_number
 from .surgery import annealed_modules
 
 __all__ = [
@@ -29,7 +29,6 @@ __all__ = [
     'draw_branch_similarity',
     'plot_run',
     'read_branch_gradients',
-    'read_summary',
     'time_steps',
 ]
 
@@ -102,60 +101,10 @@ class BranchSimilarity:
     cosine: Tensor
 
 
-def _complete_rows(path: Path) -> Iterator[Dict[str, str]]:
-    """Rows of a csv file that a run appends to: a resume repeats the header, a kill leaves a line cut off."""
-    if not path.is_file():
-        raise FileNotFoundError(f'no {path.name} in {path.parent}')
-    lines = path.read_text(errors='replace').splitlines(keepends=True)
-    if lines and not lines[-1].endswith('\n'):
-        del lines[-1]
-    header: List[str] = []
-    for cells in csv.reader(lines):
-        if cells[:1] == ['epoch']:
-            header = cells
-        elif len(cells) == len(header) and cells[0].isdigit():
-            yield dict(zip(header, cells))
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
-
-
-def read_summary(path: PathLike) -> List[Dict[str, float]]:
-    """Read the figures that timm's train.py notes in ``summary.csv``.
-
-    A resume from an earlier checkpoint repeats epochs; what was noted of them, and of the epochs after them, before
-    that is dropped, as are lines that are cut off.
-
-    Args:
-        path: The file.
-
-    Returns:
-        One dict for each epoch, ascending: ``epoch``, and whatever else the run noted; NaN for what is no number.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it holds no complete epoch.
-    """
-    path = Path(path)
-    rows: List[Dict[str, float]] = []
-    for cells in _complete_rows(path):
-        row = {name: _number(text) for name, text in cells.items()}
-        while rows and rows[-1]['epoch'] >= row['epoch']:
-            rows.pop()
-        rows.append(row)
-    if not rows:
-        raise ValueError(f'{path} holds no complete epoch')
-    return rows
-
-
 def read_branch_gradients(path: PathLike) -> BranchGradients:
     """Read the gradient magnitudes that ``--log-branches`` writes to ``branch_gradients.csv``.
 
-    Repeated epochs and cut-off lines are dropped as in :func:`read_summary`.
+    Repeated epochs and cut-off lines are dropped as in :func:`timm_rep.runs.read_summary`.
 
     Args:
         path: The file, with the columns ``epoch``, ``depth``, ``layer``, ``branch`` and ``rms``.
@@ -171,14 +120,14 @@ def read_branch_gradients(path: PathLike) -> BranchGradients:
     wanted = {'epoch', 'depth', 'layer', 'branch', 'rms'}
     found: Dict[int, Dict[Tuple[int, str], float]] = {}  # by epoch, then depth and branch
     names: Dict[int, str] = {}
-    for cells in _complete_rows(path):
+    for cells in complete_rows(path):
         if not wanted <= cells.keys() or not cells['depth'].isdigit():
             raise ValueError(f'{path} must have the columns {", ".join(sorted(wanted))}, got {", ".join(cells)}')
         epoch, depth = int(cells['epoch']), int(cells['depth'])
         for undone in [later for later in found if later > epoch]:
             del found[undone]
         names[depth] = cells['layer']
-        found.setdefault(epoch, {})[depth, cells['branch']] = _number(cells['rms'])
+        found.setdefault(epoch, {})[depth, cells['branch']] = to_number(cells['rms'])
     if not found:
         raise ValueError(f'{path} holds no complete epoch')
 
@@ -201,7 +150,7 @@ def time_steps(summary: List[Dict[str, float]]) -> List[TimeStep]:
     """The time steps of a run.
 
     Args:
-        summary: As :func:`read_summary` gives it.
+        summary: As :func:`timm_rep.runs.read_summary` gives it.
 
     Returns:
         The time steps; empty for a run without.
@@ -318,7 +267,7 @@ def draw_annealing(summary: List[Dict[str, float]], model: str = '') -> Any:
     """Draw accuracy, loss, learning rate and attach rate over the epochs, the time steps as bands.
 
     Args:
-        summary: As :func:`read_summary` gives it. Only what it has is drawn.
+        summary: As :func:`timm_rep.runs.read_summary` gives it. Only what it has is drawn.
         model: Name for the title.
 
     Returns:
@@ -602,7 +551,7 @@ def plot_run(run_dir: PathLike, output: Optional[PathLike] = None) -> List[Path]
         raise FileExistsError(f'output {output} is a file, not a folder')
     for name in FIGURES:
         _check_replaceable(output / name)
-    model = str(_run_args(run_dir / 'args.yaml').get('model') or '')
+    model = str(read_run_args(run_dir / 'args.yaml').get('model') or '')
 
     figures, reasons = {}, []
     for name, draw in FIGURES.items():

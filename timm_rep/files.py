@@ -1,5 +1,6 @@
 """Checkpoint files in, files in another form out: what ``timm-rep fuse``, ``verify`` and ``expand`` do."""
 import argparse
+import dataclasses
 import pickle
 import re
 from dataclasses import dataclass
@@ -11,30 +12,35 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn as nn
-import yaml
 from timm.data import resolve_data_config
 from timm.models import clean_state_dict
 from torch import Tensor
 
 from .checkpoints import checkpoint_filter_fn, first_names
+from .exporting import export_onnx, export_program
 from .hub import export_folder
+from .runs import read_run_args
 from .surgery import LAYERS, TRAINING_PREFIXES, annealed_modules, fuse
 from .verification import Report, verify
 
 __all__ = [
     'Checkpoint',
     'expand_checkpoint',
+    'find_checkpoint',
     'fuse_checkpoint',
     'load_stock_form',
     'load_training_form',
     'read_checkpoint',
     'save_weights',
+    'training_form',
     'verify_checkpoint',
 ]
 
 WEIGHTS_KEYS = ('state_dict', 'model', 'model_state')  # the last is RepAn's
 EMA_KEYS = ('state_dict_ema', 'model_ema')
 WEIGHTS_SUFFIXES = ('.safetensors', '.pth')
+# What train.py leaves in its output folder: which checkpoint speaks for the run, best first.
+RUN_CHECKPOINTS = ('model_best.pth.tar', 'last.pth.tar')
 # Arguments of timm's train.py that go into the model, by the name that create_model knows.
 MODEL_ARGS = dict(num_classes='num_classes', in_chans='in_chans', gp='global_pool', bn_eps='bn_eps')
 # What a model must be fed with, as train.py's arguments decide.
@@ -52,17 +58,41 @@ class Checkpoint:
         state_dict: The weights.
         args: Arguments of the training run, from the checkpoint or args.yaml beside it; empty if there are none.
         architecture: Name of the model, if the file or its run says it.
+        epoch: Epoch after which it was written, counted from 0, if the file says it.
     """
 
     path: Path
     state_dict: Dict[str, Tensor]
     args: Dict[str, Any]
     architecture: Optional[str]
+    epoch: Optional[int] = None
 
 
-def _read_file(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f'no checkpoint file at {path}')
+def find_checkpoint(path: PathLike) -> Path:
+    """The checkpoint that a path stands for.
+
+    Args:
+        path: A checkpoint file, or the output folder of a run of timm's train.py.
+
+    Returns:
+        The file itself; of a folder ``model_best.pth.tar``, else ``last.pth.tar``.
+
+    Raises:
+        FileNotFoundError: If there is no such file, or the folder holds neither.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        if not path.is_file():
+            raise FileNotFoundError(f'no checkpoint file at {path}')
+        return path
+    for name in RUN_CHECKPOINTS:
+        if (path / name).is_file():
+            return path / name
+    wanted = ' nor '.join(RUN_CHECKPOINTS)
+    raise FileNotFoundError(f'{path} is not the output folder of a run: it holds neither {wanted}')
+
+
+def _read_file(path: Path, allow_pickle: bool) -> Any:
     if path.suffix == '.safetensors':
         try:
             return safetensors.torch.load_file(path)
@@ -71,35 +101,24 @@ def _read_file(path: Path) -> Any:
     try:
         # train.py puts its arguments into the checkpoint
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location='cpu', weights_only=True)
+            return torch.load(path, map_location='cpu', weights_only=not allow_pickle)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as e:
-        refused = re.search(r'Unsupported global: GLOBAL (\S+)', str(e))
+        refused = re.search(r'(?i)unsupported (?:global: )?GLOBAL (\S+)', str(e))
         if refused:
             raise ValueError(
                 f'{path} holds Python objects ({refused[1]}), not only weights; it is not loaded, since that could run '
-                'code'
+                'code (allow_pickle=True or --allow-pickle loads it all the same: only if you trust whoever made it)'
             ) from e
         raise ValueError(f'{path} is not a PyTorch checkpoint') from e
 
 
-def _run_args(path: Path) -> Dict[str, Any]:
-    """Arguments of the run that wrote a checkpoint, from the file that train.py puts beside it."""
-    args_path = path.parent / 'args.yaml'
-    if not args_path.is_file():
-        return {}
-    try:
-        args = yaml.safe_load(args_path.read_text())
-    except yaml.YAMLError as e:
-        raise ValueError(f'{args_path} is not a YAML file: {e}') from e
-    return args if isinstance(args, dict) else {}
-
-
-def read_checkpoint(path: PathLike, *, use_ema: bool = False) -> Checkpoint:
-    """Read a checkpoint of timm's train.py, or a file of weights alone. No code in the file is ever run.
+def read_checkpoint(path: PathLike, *, use_ema: bool = False, allow_pickle: bool = False) -> Checkpoint:
+    """Read a checkpoint of timm's train.py, or a file of weights alone. No code in the file is run unless allowed.
 
     Args:
-        path: ``.safetensors``, or any file of ``torch.save``.
+        path: ``.safetensors``, any file of ``torch.save``, or the output folder of a run.
         use_ema: Take the averaged weights.
+        allow_pickle: Load Python objects too, which can run any code: only for files whose maker you trust.
 
     Returns:
         The checkpoint, with weights on the CPU.
@@ -109,8 +128,8 @@ def read_checkpoint(path: PathLike, *, use_ema: bool = False) -> Checkpoint:
         ValueError: If the file is no checkpoint, holds other Python objects than weights and arguments, or has no EMA
             weights to take.
     """
-    path = Path(path)
-    content = _read_file(path)
+    path = find_checkpoint(path)
+    content = _read_file(path, allow_pickle)
     if not isinstance(content, dict):
         raise ValueError(f'{path} holds a {type(content).__name__}, not weights')
     wanted = EMA_KEYS if use_ema else WEIGHTS_KEYS
@@ -122,10 +141,17 @@ def read_checkpoint(path: PathLike, *, use_ema: bool = False) -> Checkpoint:
     if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
         raise ValueError(f'{path} holds no weights; its keys are {", ".join(map(str, list(content)[:5]))}')
     args = content.get('args')
-    args = vars(args) if isinstance(args, argparse.Namespace) else _run_args(path)
+    args = vars(args) if isinstance(args, argparse.Namespace) else read_run_args(path)
     architecture = args.get('model') or content.get('arch')
     weights = clean_state_dict(clean_state_dict(weights))  # older timm strips one prefix (compile, DDP) a call
-    return Checkpoint(path, weights, args, architecture if isinstance(architecture, str) else None)
+    epoch = content.get('epoch')
+    return Checkpoint(
+        path,
+        weights,
+        args,
+        architecture if isinstance(architecture, str) else None,
+        epoch if isinstance(epoch, int) else None,
+    )
 
 
 def _load_strictly(model: nn.Module, state_dict: Dict[str, Tensor], path: Path, form: str) -> None:
@@ -161,6 +187,8 @@ def _take_input_settings(model: Any, checkpoint: Checkpoint) -> None:
     """Let the model's metadata say what it was trained on, where the run's arguments differ from the defaults."""
     if checkpoint.args.get('model') == model.pretrained_cfg.get('architecture'):
         config = resolve_data_config(checkpoint.args, model=model)
+        if tuple(config['input_size']) != tuple(model.pretrained_cfg['input_size']):
+            model.pretrained_cfg['pool_size'] = None
         model.pretrained_cfg.update({key: config[key] for key in DATA_CONFIG_KEYS})
 
 
@@ -169,15 +197,17 @@ def load_training_form(
         architecture: Optional[str] = None,
         *,
         use_ema: bool = False,
+        allow_pickle: bool = False,
         num_classes: Optional[int] = None,
         in_chans: Optional[int] = None,
 ) -> nn.Module:
     """Build the model that a checkpoint is of, in training form, with its weights.
 
     Args:
-        path: Checkpoint of timm's train.py, or weights alone.
+        path: Checkpoint of timm's train.py, weights alone, or the output folder of a run.
         architecture: Name of one of our models; by default the one that the checkpoint, or args.yaml beside it, names.
         use_ema: Take the averaged weights.
+        allow_pickle: Load Python objects too, which can run any code.
         num_classes: Of the classifier; by default as the run was told, else the model's own.
         in_chans: Image channels; by default as the run was told, else the model's own.
 
@@ -189,7 +219,32 @@ def load_training_form(
         ValueError: If the file is not safe to read, or the architecture is not known or has no rep layers.
         RuntimeError: If the weights are not those of the architecture in training form.
     """
-    checkpoint = read_checkpoint(path, use_ema=use_ema)
+    checkpoint = read_checkpoint(path, use_ema=use_ema, allow_pickle=allow_pickle)
+    return training_form(checkpoint, architecture, num_classes=num_classes, in_chans=in_chans)
+
+
+def training_form(
+        checkpoint: Checkpoint,
+        architecture: Optional[str] = None,
+        *,
+        num_classes: Optional[int] = None,
+        in_chans: Optional[int] = None,
+) -> nn.Module:
+    """Build the model that a checkpoint is of, once it is read; the rest of :func:`load_training_form`.
+
+    Args:
+        checkpoint: The checkpoint.
+        architecture: As in :func:`load_training_form`.
+        num_classes: As in :func:`load_training_form`.
+        in_chans: As in :func:`load_training_form`.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        ValueError: If the architecture is not known or has no rep layers.
+        RuntimeError: If the weights are not those of the architecture in training form.
+    """
     architecture = architecture or checkpoint.architecture
     if architecture is None:
         raise ValueError(f'{checkpoint.path} does not say which model it is of; name it')
@@ -265,34 +320,54 @@ def save_weights(model: nn.Module, path: PathLike) -> None:
         torch.save(weights, path)
 
 
-def fuse_checkpoint(path: PathLike, output: PathLike, architecture: Optional[str] = None, **kwargs: Any) -> Report:
+def fuse_checkpoint(
+        path: PathLike,
+        output: Optional[PathLike] = None,
+        architecture: Optional[str] = None,
+        *,
+        onnx: Optional[PathLike] = None,
+        program: Optional[PathLike] = None,
+        **kwargs: Any,
+) -> Report:
     """Fuse a trained checkpoint, check that the outputs are the same, and write the stock form.
 
     Args:
-        path: Checkpoint in training form.
+        path: Checkpoint in training form, or the output folder of a run.
         output: New ``.safetensors`` or ``.pth`` file for the weights alone; without a suffix a Hub folder, which any
             timm loads without this package.
         architecture: Name of the model, if the checkpoint does not say it.
+        onnx: New ONNX file, see :func:`timm_rep.exporting.export_onnx`.
+        program: New file for a ``torch.export`` program, see :func:`timm_rep.exporting.export_program`.
         **kwargs: More of :func:`load_training_form`.
 
     Returns:
-        What the check found. Nothing is written unless it succeeds.
+        What the check found, and how far the other formats are off. Nothing is written unless it succeeds.
 
     Raises:
-        FileExistsError: If the output exists.
-        ValueError: For another suffix of the output, or as :func:`load_training_form` does.
+        FileExistsError: If an output exists.
+        ValueError: If no output is given, for another suffix of it, or as :func:`load_training_form` does.
+        ImportError: If packages of the extra ``export`` are missing.
         RuntimeError: As :func:`load_training_form` does.
         VerificationError: If the fused model is not the same function.
     """
-    output = _check_output(output, folder_allowed=True)
+    if output is None and onnx is None and program is None:
+        raise ValueError('no output is given: neither weights or a folder, nor ONNX, nor a torch.export program')
+    output = None if output is None else _check_output(output, folder_allowed=True)
+    for exported in (onnx, program):
+        if exported is not None and Path(exported).exists():
+            raise FileExistsError(f'output {exported} exists already; nothing was written')
     model = load_training_form(path, architecture, **kwargs)
     fused = fuse(model)
     report = verify(model, fused)
-    if output.suffix:
+    exports = [
+        dataclasses.replace(export(fused, file), name=str(file))
+        for export, file in ((export_onnx, onnx), (export_program, program)) if file is not None
+    ]
+    if output is not None and output.suffix:
         save_weights(fused, output)
-    else:
+    elif output is not None:
         export_folder(model, output)  # takes the training form, to note where the weights come from
-    return report
+    return dataclasses.replace(report, exports=tuple(exports))
 
 
 def verify_checkpoint(

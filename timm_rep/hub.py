@@ -1,72 +1,75 @@
 """Export a model as a folder for the Hugging Face Hub, in stock form: any timm loads it without this package."""
 import copy
+import dataclasses
+import importlib.util
 import logging
 import math
 import shutil
 import uuid
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Union
 
-import huggingface_hub
+import safetensors.torch
 import timm
 import torch
 import torch.nn as nn
 from timm.models import save_for_hf
 
-from .layers import DiverseBranchConv2d, LinearRepLayer
+from .layers import (
+    AnnealedModule,
+    AnnealedRepVggBlock,
+    AsymmetricConv2d,
+    DiverseBranchConv2d,
+    LinearRepLayer,
+    RepConv2d,
+)
+from .measuring import Costs, ImageCheck
+from .model_card import NOT_MEASURED, PAPERS, model_card, needs_plugin, training_form_card
+from .runs import Run, draw_history, write_run
 from .surgery import annealed_modules, fuse, image_channels
 from .verification import Report, VerificationError, verify
 
-__all__ = ['export_folder']
+__all__ = ['CARD_FILE', 'CONFIG_FILE', 'MANAGED_FILES', 'SELF_CHECK_FILE', 'WEIGHTS_FILE', 'export_folder',
+           'export_training_form', 'methods_of']
 
 _logger = logging.getLogger(__name__)
+
+WEIGHTS_FILE = 'model.safetensors'
+CONFIG_FILE = 'config.json'
+CARD_FILE = 'README.md'
+PLOT_FILE = 'training.png'
+# Input and output of the published weights, for anyone to compare with.
+SELF_CHECK_FILE = 'test/rand_tensors.safetensors'
+# All that an export may write: what a new publication may replace or remove.
+MANAGED_FILES = (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, PLOT_FILE, SELF_CHECK_FILE, 'args.yaml', 'summary.csv')
 
 # What an exported pretrained_cfg takes over from the model's own: how to build and feed the network. All the rest (tag,
 # url, test sizes, notes ...) may be about other weights, of which the model was once made.
 STRUCTURE_FIELDS = ('architecture', 'fixed_input_size', 'min_input_size', 'pool_size', 'first_conv', 'classifier')
 DATA_FIELDS = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
-# Rows that every model card has.
-METRICS = dict(top1='Top-1 accuracy (%)', top5='Top-5 accuracy (%)')
-NOT_MEASURED = 'not measured'
-
-PAPERS = dict(OREPA='arXiv:2204.00826', DBB='arXiv:2103.13425')
-CITATIONS = dict(
-    OREPA="""@inproceedings{hu2022online,
-  title={Online Convolutional Re-parameterization},
-  author={Hu, Mu and Feng, Junyi and Hua, Jiashen and Lai, Baisheng and Huang, Jianqiang and Gong, Xiaojin and
-    Hua, Xian-Sheng},
-  booktitle={Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
-  year={2022}
-}""",
-    DBB="""@inproceedings{ding2021diverse,
-  title={Diverse Branch Block: Building a Convolution as an Inception-like Unit},
-  author={Ding, Xiaohan and Zhang, Xiangyu and Han, Jungong and Ding, Guiguang},
-  booktitle={Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
-  year={2021}
-}""",
-    timm="""@misc{rw2019timm,
-  author={Ross Wightman},
-  title={PyTorch Image Models},
-  year={2019},
-  howpublished={\\url{https://github.com/huggingface/pytorch-image-models}},
-  doi={10.5281/zenodo.4414861}
-}""",
-)
 
 
-def _methods(model: nn.Module) -> List[str]:
-    layers = [layer for _, layer in annealed_modules(model)]
+def methods_of(model: nn.Module) -> List[str]:
+    """Names of the published methods that a model's rep layers come from.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        Keys of ``model_card.METHODS``; none for a stock model.
+    """
+    layers = [layer for _, module in annealed_modules(model) for layer in module.modules()
+              if isinstance(layer, AnnealedModule)]
     found = dict(
         OREPA=any(isinstance(layer, LinearRepLayer) for layer in layers),
         DBB=any(isinstance(layer, DiverseBranchConv2d) for layer in layers),
+        ACB=any(isinstance(layer, AsymmetricConv2d) for layer in layers),
+        REP=any(isinstance(layer, (RepConv2d, AnnealedRepVggBlock)) for layer in layers),
+        RepAn=any(int(layer.time_step) > 0 for layer in layers),
     )
     return [name for name, present in found.items() if present]
-
-
-def _needs_plugin(architecture: str) -> bool:
-    """Whether only this package registers the architecture."""
-    return timm.model_entrypoint(architecture).__module__.partition('.')[0] == __name__.partition('.')[0]
 
 
 def _new_folder(path: Union[str, Path]) -> Path:
@@ -102,7 +105,7 @@ def _check_metrics(metrics: Mapping[str, Optional[float]]) -> None:
 def _check_finite(model: nn.Module) -> None:
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise VerificationError(f'{name} of the fused model has non-finite values')
+            raise VerificationError(f'{name} has values that are not finite')
 
 
 def _pretrained_cfg(model: Any, data_config: Mapping[str, Any]) -> Dict[str, Any]:
@@ -136,92 +139,6 @@ def _difference(report: Optional[Report]) -> Optional[Dict[str, Any]]:
     )
 
 
-def _model_card(
-        name: str,
-        model: Any,
-        provenance: Mapping[str, Any],
-        report: Optional[Report],
-) -> huggingface_hub.ModelCard:
-    cfg, dataset, metrics = model.pretrained_cfg, provenance['dataset'], provenance['metrics']
-    architecture = cfg['architecture']
-    plugin = _needs_plugin(architecture)
-    top1 = metrics.get('top1')
-    data = huggingface_hub.ModelCardData(
-        model_name=name,
-        license=cfg['license'],
-        library_name='timm',
-        pipeline_tag='image-classification',
-        tags=['image-classification', 'timm', 'timm_rep', 'structural-re-parameterization'],
-        eval_results=None if top1 is None or dataset is None else [huggingface_hub.EvalResult(
-            task_type='image-classification',
-            dataset_type=dataset,
-            dataset_name=dataset,
-            metric_type='accuracy',
-            metric_name='top-1 accuracy in percent',
-            metric_value=top1,
-        )],
-    )
-
-    labels = dict(METRICS, **{key: key for key in metrics if key not in METRICS})
-    rows = {label: metrics.get(key) for key, label in labels.items()}
-    rows['Largest difference of the fused outputs, relative'] = None if report is None else report.model.relative
-    table = '\n'.join(f'| {label} | {NOT_MEASURED if v is None else format(v, ".4g")} |' for label, v in rows.items())
-
-    if plugin:
-        needs = f'timm has no `{architecture}`: install timm_rep and import it first, which registers the architecture.'
-    else:
-        needs = f'The weights are those of timm\'s own `{architecture}`: timm alone loads them, nothing else is needed.'
-    if provenance['rep_layers']:
-        layers = ', '.join(f'{count} {layer}' for layer, count in provenance['rep_layers'].items())
-        trained_as = f'`{provenance["training_architecture"]}` ({layers})'
-    else:
-        trained_as = 'not stated: the model was exported from its stock form'
-    methods = provenance['methods'] or list(PAPERS)
-    citations = '\n\n'.join(f'```bibtex\n{CITATIONS[key]}\n```' for key in (*methods, 'timm'))
-    parameters = sum(p.numel() for p in model.parameters())
-    imports = 'import timm_rep  # registers the architecture\nimport timm' if plugin else 'import timm'
-    return huggingface_hub.ModelCard(f"""---
-{data.to_yaml()}
----
-
-# {name}
-
-An image classifier, trained with timm_rep and fused into `{architecture}`: structural re-parameterization trains with
-several branches for each convolution and folds them into one afterwards.
-
-## Model details
-
-- **Architecture:** `{architecture}`, {parameters / 1e6:.2f} M parameters
-- **Trained as:** {trained_as}
-- **Data set:** {dataset or 'not stated'}
-- **Classes:** {model.num_classes}
-- **Images:** {' x '.join(map(str, cfg['input_size']))} (channels, height, width)
-- **Versions:** timm_rep {provenance['version']}, timm {provenance['timm']}, torch {provenance['torch']}
-
-## How to load it
-
-{needs}
-
-```python
-{imports}
-
-model = timm.create_model('hf-hub:ORGANISATION/{name}', pretrained=True).eval()  # from the Hub
-model = timm.create_model('local-dir:{name}', pretrained=True).eval()  # from this folder (timm 1.0.26 or newer)
-transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
-```
-
-## Results
-
-| Figure | Value |
-|---|---|
-{table}
-
-## Citation
-
-{citations}
-""")
-
-
 def _check_reload(folder: Path, fused: Any, inputs: torch.Tensor) -> None:
     """Check that timm rebuilds from the folder alone the network that was written there."""
     architecture = fused.pretrained_cfg['architecture']
@@ -232,33 +149,88 @@ def _check_reload(folder: Path, fused: Any, inputs: torch.Tensor) -> None:
         raise RuntimeError(f'the fused model is not what timm builds as {architecture}: {e}') from e
 
 
+def _self_check_inputs(model: nn.Module, cfg: Mapping[str, Any]) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, *cfg['input_size'], generator=generator).to(next(model.parameters()).dtype)
+
+
+@torch.no_grad()
+def _write_self_check(model: nn.Module, inputs: torch.Tensor, folder: Path) -> None:
+    path = folder / SELF_CHECK_FILE
+    path.parent.mkdir()
+    safetensors.torch.save_file(dict(input=inputs, output=model.eval()(inputs).contiguous()), path)
+
+
+def _draw(run: Run, folder: Path) -> Optional[str]:
+    """Draw the run, if there is what it takes."""
+    if not run.history:
+        return None
+    if importlib.util.find_spec('matplotlib') is None:
+        _logger.warning('no drawing of loss and accuracy: matplotlib is missing (pip install "timm_rep[demo]")')
+        return None
+    return PLOT_FILE if draw_history(run, folder / PLOT_FILE) else None
+
+
+def _training_args(model: nn.Module) -> Dict[str, Any]:
+    """What builds the training form besides the name of its architecture."""
+    return {key: value for key, value in getattr(model, '_model_args', {}).items() if key == 'rep_layer'}
+
+
+@contextmanager
+def _appearing(path: Path) -> Iterator[Path]:
+    """A folder to write to, which gets its name only when all went well."""
+    temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}')
+    try:
+        yield temporary
+        if path.exists():
+            path.rmdir()  # empty; on Windows a folder cannot be renamed onto it
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _label_config(label_names: Optional[Sequence[str]]) -> Dict[str, Any]:
+    return {} if label_names is None else dict(label_names=list(label_names))
+
+
 def export_folder(
         model: nn.Module,
         path: Union[str, Path],
         *,
         dataset: Optional[str] = None,
         metrics: Optional[Mapping[str, Optional[float]]] = None,
+        metrics_source: Optional[str] = None,
         tag: str = 'timm_rep',
         label_names: Optional[Sequence[str]] = None,
         data_config: Optional[Mapping[str, Any]] = None,
         license: str = 'apache-2.0',
+        repo: Optional[str] = None,
+        run: Optional[Run] = None,
+        costs: Optional[Costs] = None,
+        images: Optional[ImageCheck] = None,
 ) -> Path:
     """Write a model in stock form as a folder that ``timm.create_model('local-dir:PATH', pretrained=True)`` loads.
 
     A copy of the model is fused, compared with its training form, written, and rebuilt from the folder, all before the
     folder gets its name: it appears complete or not at all. It holds ``model.safetensors``, ``config.json`` with the
-    provenance under the key ``timm_rep``, and a model card.
+    provenance under the key ``timm_rep``, a model card and ``test/rand_tensors.safetensors``, an input with its output;
+    of a run also ``args.yaml``, ``summary.csv`` and, if matplotlib is there, a drawing of it.
 
     Args:
         model: Model of timm or of this package in training or stock form, built by ``timm.create_model``; not changed.
         path: New or empty folder.
         dataset: Name of the data set that the model was trained on.
         metrics: Measured figures by name; ``top1`` and ``top5`` are accuracies in percent, None is one not measured.
+        metrics_source: Who measured the accuracies and on what, for the model card.
         tag: Recipe and data set, in timm's sense of a tag, e.g. ``'orepa_in1k'``.
         label_names: Names of the classes, in the order of the classifier.
         data_config: What the images go through, as ``timm.data.resolve_data_config`` gives it; by default what the
             model's ``pretrained_cfg`` says.
         license: Licence of the weights, as an identifier of the Hub.
+        repo: Repository on the Hub where the folder will be, for the model card.
+        run: The training run.
+        costs: What both forms cost.
+        images: How both forms compare on real images.
 
     Returns:
         The absolute path of the folder.
@@ -269,8 +241,6 @@ def export_folder(
         VerificationError: If the fused model is not the function of its training form, or is not finite.
         RuntimeError: If timm does not rebuild the fused model, for example one whose norms are folded too.
     """
-    from . import __version__  # not known yet when the package imports this module
-
     path = _new_folder(path)
     architecture = _architecture(model)
     metrics = dict(metrics or {})
@@ -282,42 +252,95 @@ def export_folder(
     fused: Any = fuse(training_form).to(memory_format=torch.contiguous_format)
     cfg = _pretrained_cfg(fused, data_config or {})
     _check_finite(fused)
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(2, *cfg['input_size'], generator=generator).to(next(fused.parameters()).dtype)
+    inputs = _self_check_inputs(fused, cfg)
     layers = Counter(type(layer).__name__ for _, layer in annealed_modules(training_form))
     checked = verify(training_form, fused, inputs=inputs)
     report = checked if layers else None
 
-    methods = _methods(training_form)
+    methods = methods_of(training_form)
     cfg.update(tag=tag, license=license)
     if methods:
-        cfg['paper_ids'] = [PAPERS[method] for method in methods]
+        cfg['paper_ids'] = [PAPERS[method] for method in methods if method in PAPERS]
     fused.pretrained_cfg = fused.default_cfg = cfg
     provenance = dict(
-        version=__version__,
-        timm=timm.__version__,
-        torch=torch.__version__,
+        _versions(),
         training_architecture=architecture if layers else None,
+        training_args=_training_args(model),
         rep_layers=dict(layers),
         methods=methods,
         fused_difference=_difference(report),
         dataset=dataset,
         metrics=metrics,
+        metrics_source=metrics_source,
+        epoch=None if run is None else run.epoch,
+        costs=None if costs is None else dataclasses.asdict(costs),
     )
-    model_config: Dict[str, Any] = dict(timm_rep=provenance)
-    if label_names is not None:
-        model_config['label_names'] = list(label_names)
-    model_args = dict(inference_mode=True) if _needs_plugin(cfg['architecture']) else None
-
-    temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}')
-    try:
-        save_for_hf(fused, str(temporary), model_config, model_args=model_args, safe_serialization=True)
-        _model_card(path.name, fused, provenance, report).save(temporary / 'README.md')
+    if images is not None:
+        provenance['images'] = {k: v for k, v in dataclasses.asdict(images).items() if k != 'classes'}
+    model_args = dict(inference_mode=True) if needs_plugin(cfg['architecture']) else None
+    with _appearing(path) as temporary:
+        config = dict(_label_config(label_names), timm_rep=provenance)
+        save_for_hf(fused, str(temporary), config, model_args=model_args, safe_serialization=True)
+        _write_self_check(fused, inputs, temporary)
+        plot = None
+        if run is not None:
+            write_run(run, temporary)
+            plot = _draw(run, temporary)
+        card = model_card(
+            path.name, fused, provenance, report, repo=repo, run=run, costs=costs, images=images, plot=plot)
+        card.save(temporary / CARD_FILE)
         _check_reload(temporary, fused, inputs)
-        if path.exists():
-            path.rmdir()  # empty; on Windows a folder cannot be renamed onto it
-        temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     _logger.info('exported %s to %s', cfg['architecture'], path)
     return path
+
+
+def export_training_form(
+        model: nn.Module,
+        path: Union[str, Path],
+        *,
+        repo: str,
+        tag: str = 'timm_rep',
+        label_names: Optional[Sequence[str]] = None,
+        license: str = 'apache-2.0',
+) -> Path:
+    """Write a model in training form as a folder that timm loads once this package is imported.
+
+    Args:
+        model: One of our models in training form; not changed.
+        path: New or empty folder.
+        repo: Repository on the Hub where the folder will be a revision.
+        tag: As in :func:`export_folder`.
+        label_names: As in :func:`export_folder`.
+        license: As in :func:`export_folder`.
+
+    Returns:
+        The absolute path of the folder.
+
+    Raises:
+        FileExistsError: If the path is a file or a folder that is not empty. Nothing is changed.
+        ValueError: If the model has no architecture that timm can build, or an argument does not fit it.
+        VerificationError: If it has values that are not finite.
+        RuntimeError: If timm does not rebuild it.
+    """
+    path = _new_folder(path)
+    architecture = _architecture(model)
+    _check_labels(label_names, model)
+    training_form: Any = copy.deepcopy(model).eval().cpu().to(memory_format=torch.contiguous_format)
+    _check_finite(training_form)
+    cfg = dict(_pretrained_cfg(training_form, {}), tag=tag, license=license)
+    training_form.pretrained_cfg = training_form.default_cfg = cfg
+    provenance = dict(_versions(), form='training', training_architecture=architecture)
+    inputs = _self_check_inputs(training_form, cfg)
+    with _appearing(path) as temporary:
+        config = dict(_label_config(label_names), timm_rep=provenance)
+        save_for_hf(
+            training_form, str(temporary), config, model_args=_training_args(model) or None, safe_serialization=True)
+        _write_self_check(training_form, inputs, temporary)
+        training_form_card(repo, architecture, license).save(temporary / CARD_FILE)
+        _check_reload(temporary, training_form, inputs)
+    return path
+
+
+def _versions() -> Dict[str, Any]:
+    from . import __version__  # not known yet when the package imports this module
+    return dict(version=__version__, timm=timm.__version__, torch=torch.__version__)

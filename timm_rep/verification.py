@@ -10,7 +10,7 @@ from torch import Tensor
 from .layers import FoldedNorm
 from .surgery import annealed_modules, image_channels, next_sibling
 
-__all__ = ['Difference', 'Report', 'VerificationError', 'verify']
+__all__ = ['DEFAULT_RTOL', 'Difference', 'Report', 'VerificationError', 'compare_outputs', 'verify']
 
 # Largest difference allowed, relative to the largest output.
 DEFAULT_RTOL = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -49,18 +49,22 @@ class Report:
         model: Difference of the models' outputs.
         rtol: Tolerance relative to the largest output.
         atol: Absolute tolerance.
+        exports: Difference of other formats of the fused model, by file.
     """
 
     layers: Tuple[Difference, ...]
     model: Difference
     rtol: float
     atol: float
+    exports: Tuple[Difference, ...] = ()
 
     def __str__(self) -> str:
         worst = max(self.layers, key=lambda d: d.relative, default=None)
         text = f'outputs agree to {self.model.relative:.1e} of the largest (tolerance {self.rtol:.0e})'
         if worst is not None:
             text += f'; {len(self.layers)} rep layers agree to {worst.relative:.1e} (worst: {worst.name})'
+        for export in self.exports:
+            text += f'; {export.name} agrees to {export.relative:.1e}'
         return text
 
 
@@ -77,7 +81,22 @@ def _eval_mode(*models: nn.Module) -> Iterator[None]:
                 module.training = was_training
 
 
-def _compare(name: str, expected: Tensor, actual: Tensor, rtol: float, atol: float) -> Difference:
+def compare_outputs(name: str, expected: Tensor, actual: Tensor, rtol: float, atol: float = 0.0) -> Difference:
+    """Compare two outputs, in float64.
+
+    Args:
+        name: Layer, or '' for the whole model.
+        expected: Output of the training form.
+        actual: Output of the fused form.
+        rtol: Largest allowed difference relative to the largest expected value.
+        atol: Absolute part of the tolerance.
+
+    Returns:
+        The difference, within the tolerance.
+
+    Raises:
+        VerificationError: If shapes or values differ, or one of the two is not finite.
+    """
     label = f'layer {name}' if name else 'the model'
     if expected.shape != actual.shape:
         raise VerificationError(f'{label}: output shapes differ, {tuple(expected.shape)} and {tuple(actual.shape)}')
@@ -160,6 +179,6 @@ def verify(
             forms = _counterparts(model, fused, name)
             if forms is not None:
                 x = _layer_input(layer, generator)
-                differences.append(_compare(name, forms[0](x), forms[1](x), rtol, atol))
-        end_to_end = _compare('', model(inputs), fused(inputs), rtol, atol)
+                differences.append(compare_outputs(name, forms[0](x), forms[1](x), rtol, atol))
+        end_to_end = compare_outputs('', model(inputs), fused(inputs), rtol, atol)
     return Report(tuple(differences), end_to_end, rtol, atol)

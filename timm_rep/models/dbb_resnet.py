@@ -6,9 +6,10 @@ The baseline of both papers, for comparisons with the same code around it.
 """
 from typing import Any
 
-from timm.models import ResNet, build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import ResNet, generate_default_cfgs, register_model
 
 from ..checkpoints import checkpoint_filter_fn
+from ..pretrained import build_model, with_published
 from ..surgery import expand_fresh_
 from .stock import RESNETS, build_resnet, imagenet_cfg, small_image_cfg
 
@@ -21,7 +22,7 @@ def _build_dbb_resnet(inference_mode: bool = False, **kwargs: Any) -> ResNet:
 
 
 def _create_dbb_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> ResNet:
-    return build_model_with_cfg(
+    return build_model(
         _build_dbb_resnet,
         variant,
         pretrained,
@@ -30,13 +31,13 @@ def _create_dbb_resnet(variant: str, pretrained: bool = False, **kwargs: Any) ->
     )
 
 
-default_cfgs = generate_default_cfgs({
+default_cfgs = generate_default_cfgs(with_published({
     'dbb_resnet18': imagenet_cfg(),
     'dbb_resnet34': imagenet_cfg(),
     'dbb_resnet50': imagenet_cfg(),
     'dbb_resnet101': imagenet_cfg(),
     'dbb_resnet18_cifar': small_image_cfg(),
-})
+}))
 
 
 @register_model

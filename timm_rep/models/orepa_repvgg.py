@@ -9,9 +9,10 @@ draws them from N(0.1, 0.1).
 """
 from typing import Any
 
-from timm.models import ByobNet, ByoModelCfg, build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import ByobNet, ByoModelCfg, generate_default_cfgs, register_model
 
 from ..checkpoints import checkpoint_filter_fn
+from ..pretrained import build_model, with_published
 from ..surgery import expand_fresh_
 from .stock import build_repvgg, imagenet_cfg, repvgg_kwargs, reset_repvgg_norms_, small_image_cfg
 
@@ -23,7 +24,7 @@ def _build_orepa_repvgg(cfg: ByoModelCfg, inference_mode: bool = False, **kwargs
 
 
 def _create_orepa_repvgg(variant: str, pretrained: bool = False, **kwargs: Any) -> ByobNet:
-    return build_model_with_cfg(
+    return build_model(
         _build_orepa_repvgg,
         variant,
         pretrained,
@@ -32,7 +33,7 @@ def _create_orepa_repvgg(variant: str, pretrained: bool = False, **kwargs: Any) 
     )
 
 
-default_cfgs = generate_default_cfgs({
+default_cfgs = generate_default_cfgs(with_published({
     'orepa_repvgg_a0': imagenet_cfg(classifier='head.fc'),
     'orepa_repvgg_a1': imagenet_cfg(classifier='head.fc'),
     'orepa_repvgg_a2': imagenet_cfg(classifier='head.fc'),
@@ -48,7 +49,7 @@ default_cfgs = generate_default_cfgs({
     'orepa_repvgg_a1_cifar': small_image_cfg(classifier='head.fc', pool_size=(8, 8)),
     'orepa_repvgg_a2_cifar': small_image_cfg(classifier='head.fc', pool_size=(8, 8)),
     'orepa_repvgg_b0_cifar': small_image_cfg(classifier='head.fc', pool_size=(8, 8)),
-})
+}))
 
 
 @register_model

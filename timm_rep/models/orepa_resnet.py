@@ -7,9 +7,10 @@ too) Rep-1x1; the shortcuts of basic blocks stay plain. Norms and activations ar
 """
 from typing import Any
 
-from timm.models import ResNet, build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import ResNet, generate_default_cfgs, register_model
 
 from ..checkpoints import checkpoint_filter_fn
+from ..pretrained import build_model, with_published
 from ..surgery import expand_fresh_
 from .stock import RESNETS, build_resnet, imagenet_cfg, small_image_cfg
 
@@ -22,7 +23,7 @@ def _build_orepa_resnet(inference_mode: bool = False, **kwargs: Any) -> ResNet:
 
 
 def _create_orepa_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> ResNet:
-    return build_model_with_cfg(
+    return build_model(
         _build_orepa_resnet,
         variant,
         pretrained,
@@ -31,7 +32,7 @@ def _create_orepa_resnet(variant: str, pretrained: bool = False, **kwargs: Any) 
     )
 
 
-default_cfgs = generate_default_cfgs({
+default_cfgs = generate_default_cfgs(with_published({
     'orepa_resnet18': imagenet_cfg(),
     'orepa_resnet34': imagenet_cfg(),
     'orepa_resnet50': imagenet_cfg(),
@@ -39,7 +40,7 @@ default_cfgs = generate_default_cfgs({
     'orepa_wide_resnet18_2': imagenet_cfg(),
     'orepa_resnext50_32x4d': imagenet_cfg(),
     'orepa_resnet18_cifar': small_image_cfg(),
-})
+}))
 
 
 @register_model

@@ -10,17 +10,10 @@ ours and not in the paper). The attach rate and the steps from one time step to 
 from typing import Any, cast
 
 import timm
-from timm.models import (
-    ByobNet,
-    ByoModelCfg,
-    EfficientNet,
-    ResNet,
-    build_model_with_cfg,
-    generate_default_cfgs,
-    register_model,
-)
+from timm.models import ByobNet, ByoModelCfg, EfficientNet, ResNet, generate_default_cfgs, register_model
 
 from ..checkpoints import checkpoint_filter_fn
+from ..pretrained import build_model, with_published
 from ..surgery import anneal_repvgg_blocks_, expand_fresh_
 from .stock import (
     RESNETS,
@@ -54,7 +47,7 @@ def _build_mobilenetv1(rep_layer: str = 'dbb', inference_mode: bool = False, **k
 
 
 def _create_repan_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> ResNet:
-    return build_model_with_cfg(
+    return build_model(
         _build_resnet,
         variant,
         pretrained,
@@ -64,7 +57,7 @@ def _create_repan_resnet(variant: str, pretrained: bool = False, **kwargs: Any) 
 
 
 def _create_repan_repvgg(variant: str, pretrained: bool = False, **kwargs: Any) -> ByobNet:
-    return build_model_with_cfg(
+    return build_model(
         _build_repvgg,
         variant,
         pretrained,
@@ -73,7 +66,7 @@ def _create_repan_repvgg(variant: str, pretrained: bool = False, **kwargs: Any) 
     )
 
 
-default_cfgs = generate_default_cfgs({
+default_cfgs = generate_default_cfgs(with_published({
     'repan_resnet18': imagenet_cfg(),
     'repan_resnet34': imagenet_cfg(),
     'repan_resnet50': imagenet_cfg(),
@@ -94,7 +87,7 @@ default_cfgs = generate_default_cfgs({
     'repan_repvgg_a2_cifar': small_image_cfg(classifier='head.fc', pool_size=(8, 8)),
     'repan_repvgg_b0_cifar': small_image_cfg(classifier='head.fc', pool_size=(8, 8)),
     'repan_mobilenetv1_100': imagenet_cfg(classifier='classifier'),
-})
+}))
 
 
 @register_model
@@ -214,7 +207,7 @@ def repan_repvgg_b0_cifar(pretrained: bool = False, **kwargs: Any) -> ByobNet:
 @register_model
 def repan_mobilenetv1_100(pretrained: bool = False, **kwargs: Any) -> EfficientNet:
     """RepAn-MobileNet-V1."""
-    return build_model_with_cfg(
+    return build_model(
         _build_mobilenetv1,
         'repan_mobilenetv1_100',
         pretrained,

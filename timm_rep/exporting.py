@@ -1,0 +1,148 @@
+"""Fused models in the formats of other runtimes, each compared with PyTorch before it gets its name."""
+import copy
+import importlib.util
+import uuid
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Union
+
+import torch
+import torch.nn as nn
+from timm.utils import reparameterize_model
+
+from .surgery import fuse, image_channels
+from .verification import Difference, compare_outputs
+
+__all__ = ['ONNX_PACKAGES', 'export_onnx', 'export_program']
+
+# The exporter that builds on torch.export is torch's own choice from 2.9 on; before, it fails on batch norms.
+NEW_EXPORTER = tuple(int(part) for part in torch.__version__.split('.')[:2]) >= (2, 9)
+ONNX_PACKAGES = ('onnx', 'onnxruntime', *(('onnxscript',) if NEW_EXPORTER else ()))
+# The export may fold the norms into the convolutions.
+EXPORT_RTOL = 1e-4
+# Batches of other sizes than the one that was exported show whether the batch is free.
+TRACED_BATCH = 2
+CHECKED_BATCHES = (1, 2, 5)
+
+
+def _check_extra() -> None:
+    missing = [package for package in ONNX_PACKAGES if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ImportError(f'ONNX export also needs {", ".join(missing)}: pip install "timm_rep[export]"')
+
+
+@contextmanager
+def _appearing(path: Union[str, Path]) -> Iterator[Path]:
+    """A file to write to, which gets its name only when all went well."""
+    path = Path(path)
+    if path.exists():
+        raise FileExistsError(f'output {path} exists already; nothing was written')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'.{uuid.uuid4().hex[:8]}.{path.name}')
+    try:
+        yield temporary
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _deploy_form(model: nn.Module) -> nn.Module:
+    """A fused copy; branches that the stock model has itself (RepVGG's) are folded too."""
+    fused = reparameterize_model(fuse(copy.deepcopy(model).eval().cpu()))
+    return fused.float().eval()
+
+
+def _images(model: Any) -> List[torch.Tensor]:
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    if 'input_size' not in cfg:
+        raise ValueError('export: the model has no pretrained_cfg with an input_size')
+    size = (image_channels(model), *cfg['input_size'][1:])
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(batch, *size, generator=generator) for batch in (TRACED_BATCH, *CHECKED_BATCHES)]
+
+
+@torch.inference_mode()
+def _compare(model: nn.Module, run: Any, images: List[torch.Tensor]) -> Difference:
+    found = [compare_outputs('', model(batch), run(batch), EXPORT_RTOL) for batch in images]
+    return max(found, key=lambda difference: difference.relative)
+
+
+@torch.no_grad()
+def _trace(model: nn.Module, images: torch.Tensor) -> Any:
+    return torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim('batch', min=1)},))
+
+
+def export_program(model: nn.Module, path: Union[str, Path]) -> Difference:
+    """Fuse a model and write it as a ``torch.export`` program, with a free batch size.
+
+    Args:
+        model: Model in training or stock form; not changed.
+        path: New file, usually ``.pt2``.
+
+    Returns:
+        Largest difference of the outputs of the program, read back, over batches of several sizes.
+
+    Raises:
+        FileExistsError: If the file exists.
+        ValueError: If the model does not say its input size.
+        VerificationError: If the program does not compute the same. No file is left then.
+    """
+    fused = _deploy_form(model)
+    images = _images(model)
+    with _appearing(path) as temporary:
+        temporary_program = temporary.with_name(f'{temporary.name}.pt2')  # torch takes no other suffix
+        try:
+            torch.export.save(_trace(fused, images[0]), temporary_program)
+            difference = _compare(fused, torch.export.load(temporary_program).module(), images)
+            temporary_program.rename(temporary)
+        finally:
+            temporary_program.unlink(missing_ok=True)
+    return difference
+
+
+def _write_onnx(model: nn.Module, images: torch.Tensor, path: Path) -> None:
+    names: Dict[str, Any] = dict(input_names=['images'], output_names=['logits'])
+    if NEW_EXPORTER:
+        program = _trace(model, images)
+        torch.onnx.export(
+            program, (images,), str(path), dynamo=True, dynamic_shapes=({0: 'batch'},), external_data=False,
+            verbose=False, **names)
+    else:
+        axes = dict(images={0: 'batch'}, logits={0: 'batch'})
+        torch.onnx.export(model, (images,), str(path), dynamo=False, dynamic_axes=axes, **names)
+
+
+def export_onnx(model: nn.Module, path: Union[str, Path]) -> Difference:
+    """Fuse a model and write it as ONNX, with a free batch size, input ``images`` and output ``logits``.
+
+    Args:
+        model: Model in training or stock form; not changed.
+        path: New file.
+
+    Returns:
+        Largest difference of the outputs of onnxruntime, over batches of several sizes.
+
+    Raises:
+        ImportError: If packages of the extra ``export`` are missing.
+        FileExistsError: If the file exists.
+        ValueError: If the model does not say its input size.
+        VerificationError: If onnxruntime does not compute the same. No file is left then.
+    """
+    _check_extra()
+    import onnx
+    import onnxruntime
+
+    fused = _deploy_form(model)
+    images = _images(model)
+    with _appearing(path) as temporary:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of the exporter, about its own workings
+            _write_onnx(fused, images[0], temporary)
+        onnx.checker.check_model(str(temporary))
+        session = onnxruntime.InferenceSession(str(temporary), providers=['CPUExecutionProvider'])
+
+        def run(batch: torch.Tensor) -> torch.Tensor:
+            return torch.from_numpy(session.run(None, {'images': batch.numpy()})[0])
+
+        return _compare(fused, run, images)

@@ -1,0 +1,410 @@
+"""Publish a trained model on the Hugging Face Hub: fuse, verify, measure, write the folder, send it in one commit."""
+import functools
+import hashlib
+import itertools
+import json
+import re
+import tempfile
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
+
+import huggingface_hub
+import timm
+import torch.nn as nn
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import RevisionNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+from .files import Checkpoint, read_checkpoint, training_form
+from .hub import CARD_FILE, CONFIG_FILE, DATA_FIELDS, MANAGED_FILES, export_folder, export_training_form, methods_of
+from .hub_errors import HubError, reason
+from .measuring import ImageCheck, compare_on_images, measure_costs
+from .model_card import OWN_TEXT_BEGIN, OWN_TEXT_END, keep_own_text, needs_plugin, own_text
+from .runs import Run, read_run
+from .surgery import fuse, stock_architecture
+from .verification import Report, verify
+
+__all__ = ['PublishError', 'Published', 'publish']
+
+MAIN_REVISION = 'main'
+TRAIN_REVISION = 'train'
+
+PathLike = Union[str, Path]
+
+
+class PublishError(HubError):
+    """The Hub did not take a model, or only a part of what was to be sent."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """What :func:`publish` did.
+
+    Attributes:
+        folder: The export folder; it stays.
+        files: Names and sizes in bytes of all files in it.
+        training_folder: Folder of the training form, if that was asked for.
+        repo: Repository on the Hub.
+        revision: Branch that it went to, or was to go to.
+        commit: URL of the commit; None in a dry run.
+        pull_request: URL of the pull request, if one was opened.
+        report: Comparison of the fused model with the training form, layer by layer and end to end.
+        images: Comparison on real images, if there were any.
+        entry: Entry to add to ``timm_rep/pretrained.json``, so that ``pretrained=True`` finds the weights.
+    """
+
+    folder: Path
+    files: Dict[str, int]
+    training_folder: Optional[Path]
+    repo: str
+    revision: str
+    commit: Optional[str]
+    pull_request: Optional[str]
+    report: Report
+    images: Optional[ImageCheck]
+    entry: Dict[str, Dict[str, Any]]
+
+
+def _check_arguments(
+        repo: str,
+        tag: Optional[str],
+        revision: Optional[str],
+        create_pr: bool,
+        git_tag: Optional[str],
+        include_training_form: bool,
+) -> None:
+    try:
+        validate_repo_id(repo)
+    except ValueError as e:
+        raise ValueError(f'repo must be ORG/NAME, got {repo!r}: {e}') from None
+    if repo.count('/') != 1:
+        raise ValueError(f'repo must be ORG/NAME, got {repo!r}')
+    if tag is not None and not re.fullmatch(r'[A-Za-z0-9_]+', tag):
+        raise ValueError(f'tag must be letters, digits and _, as in orepa_in1k; got {tag!r}')
+    if create_pr:
+        refused = dict(revision=revision, git_tag=git_tag, include_training_form=include_training_form)
+        given = [name for name, value in refused.items() if value]
+        if given:
+            raise ValueError(f'a pull request changes nothing but the main revision; got {", ".join(given)} besides it')
+    if include_training_form and revision == TRAIN_REVISION:
+        raise ValueError(f'revision {TRAIN_REVISION!r} is that of the training form; give another')
+
+
+def _check_recipe(checkpoint: Checkpoint, architecture: str, repo: str, tag: str) -> None:
+    """Refuse what would claim to be another model, or one of timm's own recipes."""
+    trained = checkpoint.args.get('model')
+    if trained not in (None, architecture):
+        raise ValueError(
+            f'the run of {checkpoint.path} says that it trained {trained}, not {architecture}; its arguments and '
+            'figures would be published as those of another model'
+        )
+    stock = stock_architecture(architecture)
+    name = repo.partition('/')[2]
+    claimed, _, claimed_tag = name.partition('.')
+    taken = [] if needs_plugin(stock) else timm.list_models(f'{stock}.*', pretrained=True)
+    for what, own in (('tag', tag), (f'name {name!r}: tag', claimed_tag)):
+        if f'{stock}.{own}' in taken:
+            raise ValueError(f"{what} {own!r} is one of timm's own recipes of {stock}; these weights are not of it")
+    if timm.is_model(claimed) and claimed not in (stock, architecture):
+        raise ValueError(f'name {name!r} says {claimed}, but the model is {architecture}, whose stock form is {stock}')
+
+
+def _default_tag(model: nn.Module, dataset: Optional[str]) -> str:
+    """Method and data set, in timm's manner."""
+    data = re.sub(r'[^a-z0-9]+', '', (dataset or '').lower())
+    return '_'.join(part for part in (*map(str.lower, methods_of(model)), data) if part) or 'timm_rep'
+
+
+def _free_folder(name: str) -> Path:
+    """NAME in the current folder, or the first free of NAME-2, NAME-3 ..."""
+    names = (name if number == 1 else f'{name}-{number}' for number in itertools.count(1))
+    return next(path for path in map(Path, names) if not path.exists())
+
+
+def _figures(run: Optional[Run], images: Optional[ImageCheck], use_ema: bool) -> Tuple[Dict[str, float], Optional[str]]:
+    """The accuracies to publish, and who measured them; none rather than one of other weights."""
+    if images is not None and images.complete:
+        figures = dict(top1=images.top1[1]) if images.top5 is None else dict(top1=images.top1[1], top5=images.top5[1])
+        return figures, f'measured with the fused model on {images.images} images when it was published'
+    if run is not None and run.metrics:
+        split = run.args.get('val_split') or 'validation'
+        weights = 'averaged weights' if use_ema else 'trained weights'
+        return run.metrics, f'measured by the training run on its split `{split}`, with the {weights} in training form'
+    return {}, None
+
+
+def _entry(architecture: str, folder: Path, repo: str) -> Dict[str, Dict[str, Any]]:
+    """What to add to the registry of published weights: where they are, what differs from the architecture's own."""
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    cfg: Dict[str, Any] = dict(config['pretrained_cfg'], num_classes=config['num_classes'])
+    own: Any = timm.get_pretrained_cfg(architecture)
+    entry: Dict[str, Any] = dict(hf_hub_id=repo)
+    for key in ('num_classes', 'license', *DATA_FIELDS):
+        before = getattr(own, key, None)
+        if key in cfg and cfg[key] != (list(before) if isinstance(before, tuple) else before):
+            entry[key] = cfg[key]
+    return {f'{architecture}.{cfg["tag"]}': entry}
+
+
+def _files(folder: Path) -> Dict[str, int]:
+    paths = sorted(path for path in folder.rglob('*') if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+
+
+@contextmanager
+def _told(what: str, folder: Path, token: Optional[str], sent: List[str]) -> Iterator[None]:
+    """Say of any failure what it was, what is on the Hub all the same, and that the folder stays."""
+    try:
+        yield
+    except PublishError:
+        raise
+    except Exception as e:  # those of the HTTP library of huggingface_hub, which is not always the same one
+        done = f'Published before that: {", ".join(sent)}' if sent else 'Nothing of it is published'
+        raise PublishError(
+            f'{what} failed: {reason(e, token)}. {done}; the folder {folder} is complete and stays') from None
+
+
+def _info(api: HfApi, repo: str, revision: str) -> Any:
+    """State of a branch, which is made if there is none."""
+    try:
+        return api.model_info(repo, revision=revision)
+    except RevisionNotFoundError:
+        api.create_branch(repo, branch=revision, exist_ok=True)
+        return api.model_info(repo, revision=revision)
+
+
+def _old_card(api: HfApi, repo: str, info: Any) -> str:
+    """The model card that is there now."""
+    if CARD_FILE not in {file.rfilename for file in info.siblings or ()}:
+        return ''
+    with tempfile.TemporaryDirectory() as folder:
+        path = api.hf_hub_download(repo, CARD_FILE, revision=info.sha, local_dir=folder)
+        return Path(path).read_text(encoding='utf-8')
+
+
+def _take_over(folder: Path, old_card: str, repo: str, replace_card: bool) -> None:
+    """Put what the owner wrote into the card that is there into the new one."""
+    text = own_text(old_card)
+    if text is not None:
+        path = folder / CARD_FILE
+        path.write_text(keep_own_text(path.read_text(encoding='utf-8'), text), encoding='utf-8')
+        return
+    body = huggingface_hub.repocard.REGEX_YAML_BLOCK.sub('', old_card)
+    if body.strip() and not replace_card:
+        raise PublishError(
+            f'{repo} has a model card of other making, which would be lost: put what shall stay between the lines '
+            f'{OWN_TEXT_BEGIN} and {OWN_TEXT_END} of it, or give replace_card (--replace-card). Nothing is published; '
+            f'the folder {folder} is complete and stays'
+        )
+
+
+def _commit(
+        api: HfApi,
+        folder: Path,
+        repo: str,
+        revision: str,
+        info: Any,
+        message: str,
+        create_pr: bool = False,
+) -> Any:
+    """Send a folder in one commit, and check that what arrived is what was sent."""
+    files = _files(folder)
+    stale = {file.rfilename for file in info.siblings or ()} & set(MANAGED_FILES) - set(files)
+    operations: List[Any] = [CommitOperationAdd(name, str(folder / name)) for name in files]
+    operations += [CommitOperationDelete(name) for name in sorted(stale)]
+    commit = api.create_commit(
+        repo,
+        operations,
+        commit_message=message,
+        revision=None if create_pr else revision,
+        parent_commit=info.sha,
+        create_pr=create_pr,
+    )
+    arrived = {file.path: file for file in api.get_paths_info(repo, list(files), revision=commit.oid)}
+    for name, size in files.items():
+        file: Any = arrived.get(name)
+        lfs = getattr(file, 'lfs', None)
+        if file is None or file.size != size or (lfs is not None and lfs.sha256 != _sha256(folder / name)):
+            raise PublishError(f'{name} in {commit.commit_url} is not what was sent; publish again')
+    return commit
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open('rb') as file:
+        for block in iter(functools.partial(file.read, 2 ** 20), b''):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _upload(
+        folder: Path,
+        training_folder: Optional[Path],
+        repo: str,
+        *,
+        private: bool,
+        revision: str,
+        create_pr: bool,
+        git_tag: Optional[str],
+        replace_card: bool,
+        token: Optional[str],
+) -> Any:
+    from . import __version__  # not known yet when the package imports this module
+
+    api = HfApi(token=token, library_name='timm_rep', library_version=__version__)
+    sent: List[str] = []
+    with _told(f'logging in to {api.endpoint}', folder, token, sent):
+        api.whoami()
+    with _told(f'creating {repo}', folder, token, sent):
+        api.create_repo(repo, private=private or None, exist_ok=True)
+    with _told(f'reading {repo}', folder, token, sent):
+        info = _info(api, repo, revision)
+        if private and not info.private:
+            raise PublishError(
+                f'{repo} exists and is public; it is not made private here, nor written to. Nothing is published; the '
+                f'folder {folder} is complete and stays'
+            )
+        tags = {ref.name for ref in api.list_repo_refs(repo).tags} if git_tag else ()
+        if git_tag in tags:
+            raise PublishError(f'{repo} has the tag {git_tag} already. Nothing is published; the folder {folder} stays')
+        _take_over(folder, _old_card(api, repo, info), repo, replace_card)
+    name = repo.partition('/')[2]
+    if training_folder is not None:
+        with _told(f'sending the training form to {repo}@{TRAIN_REVISION}', folder, token, sent):
+            train_info = _info(api, repo, TRAIN_REVISION)
+            _commit(api, training_folder, repo, TRAIN_REVISION, train_info, f'{name} in training form')
+            sent.append(f'the training form in {repo}@{TRAIN_REVISION}')
+    with _told(f'sending {folder.name} to {repo}', folder, token, sent):
+        commit = _commit(api, folder, repo, revision, info, f'{name}, fused by timm_rep {__version__}', create_pr)
+        sent.append(f'{commit.commit_url}')
+    if git_tag:
+        with _told(f'tagging {commit.commit_url}', folder, token, sent):
+            api.create_tag(repo, tag=git_tag, revision=commit.oid)
+    return commit
+
+
+def publish(
+        source: PathLike,
+        repo: str,
+        *,
+        architecture: Optional[str] = None,
+        use_ema: bool = False,
+        num_classes: Optional[int] = None,
+        in_chans: Optional[int] = None,
+        allow_pickle: bool = False,
+        data: Optional[PathLike] = None,
+        max_images: Optional[int] = None,
+        dataset: Optional[str] = None,
+        tag: Optional[str] = None,
+        license: str = 'apache-2.0',
+        out: Optional[PathLike] = None,
+        dry_run: bool = False,
+        private: bool = False,
+        revision: Optional[str] = None,
+        create_pr: bool = False,
+        git_tag: Optional[str] = None,
+        include_training_form: bool = False,
+        replace_card: bool = False,
+        device: str = 'cpu',
+        token: Optional[str] = None,
+        progress: bool = False,
+) -> Published:
+    """Fuse a trained model, verify it, and publish the stock form on the Hugging Face Hub in one commit.
+
+    All is checked before anything is sent: the fused model against the training form, layer by layer and end to end,
+    on random inputs and on real images if there are some; that no value is not finite; that nothing claims to be
+    another model's recipe. The folder stays, whatever happens. What stands between the two marks of the model card
+    that is on the Hub is kept.
+
+    Args:
+        source: Checkpoint of timm's train.py, or the output folder of the run, of which ``model_best.pth.tar`` (else
+            ``last.pth.tar``), ``args.yaml`` and ``summary.csv`` are taken.
+        repo: ``'ORG/NAME'`` on the Hub, e.g. ``'me/resnet50.orepa_in1k'``; made if it is not there.
+        architecture: Name of the model, if the checkpoint does not say it.
+        use_ema: Take the averaged weights.
+        num_classes: Of the classifier; by default as the run was told.
+        in_chans: Image channels; by default as the run was told.
+        allow_pickle: Load Python objects in the checkpoint too, which can run any code.
+        data: Folder of real images to compare both forms on, and to measure the accuracy with.
+        max_images: Take only so many of them; then no accuracy is stated as the model's.
+        dataset: Name of the data set; by default as the run was told.
+        tag: Recipe and data set, in timm's sense of a tag; by default method and data set.
+        license: Licence of the weights, as an identifier of the Hub.
+        out: New folder to write; by default NAME in the current folder, or the first free of NAME-2, NAME-3 ...
+        dry_run: Write the folder and send nothing.
+        private: Make a new repository private. One that exists and is public is refused.
+        revision: Branch to publish on, instead of the main one; made if it is not there.
+        create_pr: Open a pull request instead of writing to the main revision.
+        git_tag: Tag the commit, e.g. ``'v1'``, so that ``hf-hub:ORG/NAME@v1`` stays what it is.
+        include_training_form: Put the weights in training form on the revision ``train`` as well.
+        replace_card: Replace a model card that was not made by this function.
+        device: Where images are run and speed is measured.
+        token: Access token; by default the one that ``hf auth login`` or ``HF_TOKEN`` gives. Never shown or written.
+        progress: Show progress bars.
+
+    Returns:
+        What was done.
+
+    Raises:
+        FileNotFoundError: If the source or the folder of images is not there.
+        FileExistsError: If ``out`` is there and not empty.
+        ValueError: If an argument does not fit, or if the metadata would claim another model's recipe.
+        RuntimeError: If the weights are not those of the architecture.
+        VerificationError: If the fused model is not the same function, or not finite. Nothing is written or sent.
+        PublishError: If the Hub did not take it.
+    """
+    _check_arguments(repo, tag, revision, create_pr, git_tag, include_training_form)
+    checkpoint = read_checkpoint(source, use_ema=use_ema, allow_pickle=allow_pickle)
+    model: Any = training_form(checkpoint, architecture, num_classes=num_classes, in_chans=in_chans)
+    architecture = str(model.pretrained_cfg['architecture'])
+    run = read_run(checkpoint.path, checkpoint.args, checkpoint.epoch, use_ema=use_ema)
+    dataset = dataset or (None if run is None else run.args.get('dataset')) or None
+    tag = tag or _default_tag(model, dataset)
+    _check_recipe(checkpoint, architecture, repo, tag)
+    folder = Path(out) if out is not None else _free_folder(repo.partition('/')[2])
+
+    fused = fuse(model)
+    report = verify(model, fused)
+    images = None
+    if data is not None:
+        split = str(checkpoint.args.get('val_split') or 'validation')
+        images = compare_on_images(
+            model, fused, data, split=split, max_images=max_images, device=device, progress=progress)
+    costs = measure_costs(model, fused, model.pretrained_cfg['input_size'], device=device)
+    metrics, metrics_source = _figures(run, images, use_ema)
+    common: Dict[str, Any] = dict(
+        tag=tag, license=license, repo=repo, label_names=None if images is None else images.classes)
+    folder = export_folder(
+        model.cpu(), folder, dataset=dataset, metrics=metrics, metrics_source=metrics_source, run=run, costs=costs,
+        images=images, **common)
+    training_folder = None
+    if include_training_form:
+        training_folder = export_training_form(model, folder.with_name(f'{folder.name}.{TRAIN_REVISION}'), **common)
+
+    commit = None
+    if not dry_run:
+        commit = _upload(
+            folder,
+            training_folder,
+            repo,
+            private=private,
+            revision=revision or MAIN_REVISION,
+            create_pr=create_pr,
+            git_tag=git_tag,
+            replace_card=replace_card,
+            token=token,
+        )
+    return Published(
+        folder,
+        _files(folder),
+        training_folder,
+        repo,
+        revision or MAIN_REVISION,
+        None if commit is None else str(commit.commit_url),
+        None if commit is None else commit.pr_url,
+        report,
+        images,
+        _entry(architecture, folder, repo),
+    )
