@@ -121,7 +121,11 @@ class AnnealingSchedule:
         for step in range(1, self.time_steps):
             # the first whole epoch of the cycle; rounded, since powers of a float are
             starts.append(self.prefix_epochs + math.ceil(round(sum(lengths[:step]), 6)))
-        return [*starts, self.prefix_epochs + math.floor(round(sum(lengths), 6))]
+        if self.epochs_mul == 1:
+            end = self.epochs * self.time_steps
+        else:  # timm's own expression, which may lose an epoch to rounding
+            end = math.floor(-self.epochs * (self.epochs_mul ** self.time_steps - 1) / (1 - self.epochs_mul))
+        return [*starts, self.prefix_epochs + end]
 
     @property
     def total_epochs(self) -> int:

@@ -114,9 +114,11 @@ def anneal_repvgg_blocks_(model: ModelT) -> ModelT:
     Returns:
         The model.
     """
-    blocks = [(name, module) for name, module in model.named_modules() if type(module) is RepVggBlock]
-    for name, block in blocks:
-        setattr(*_parent(model, name), AnnealedRepVggBlock(block))
+    modules = model.named_modules(remove_duplicate=False)
+    places = [(name, module) for name, module in modules if type(module) is RepVggBlock]
+    annealed = {id(block): AnnealedRepVggBlock(block) for _, block in places}  # a shared block stays shared
+    for name, block in places:
+        setattr(*_parent(model, name), annealed[id(block)])
     return model
 
 
