@@ -12,7 +12,7 @@ from timm.utils import reparameterize_model
 from torch._dynamo.testing import CompileCounter
 
 from timm_rep.layers import AnnealedRepVggBlock, BranchedRepLayer
-from timm_rep.surgery import expand
+from timm_rep.surgery import anneal_repvgg_blocks_, expand
 
 # Arguments of timm's block and the layer in its KxK branch.
 SHAPES = dict(
@@ -36,7 +36,7 @@ def stock(case):
     kwargs, inner = CASES[case]
     block = RepVggBlock(**kwargs)
     if inner is not None:
-        expand(block, inner, select='conv_kxk.conv', inplace=True)
+        block.conv_kxk = expand(block.conv_kxk, inner, select='conv')
     return block
 
 
@@ -395,6 +395,13 @@ def test_block_on_meta(case):
 
 
 # Bad input
+
+
+def test_block_alone_is_no_model():
+    with pytest.raises(ValueError, match='a model around the block is needed'):
+        anneal_repvgg_blocks_(RepVggBlock(4, 4))
+    with pytest.raises(ValueError, match='a model around the block is needed'):
+        expand(RepVggBlock(4, 4), 'rep')
 
 
 def test_deploy_form_has_no_branches_to_anneal():
