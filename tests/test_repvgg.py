@@ -35,7 +35,9 @@ rates = pytest.mark.parametrize(('dtype', 'rate'), [
 def stock(case):
     kwargs, inner = CASES[case]
     block = RepVggBlock(**kwargs)
-    if inner is not None:
+    if inner == 'orepa':
+        expand(nn.Sequential(block), inner, inplace=True)
+    elif inner is not None:  # on its own, or the block would be annealed already
         block.conv_kxk = expand(block.conv_kxk, inner, select='conv')
     return block
 
