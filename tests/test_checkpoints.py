@@ -5,10 +5,15 @@ import timm
 import torch
 from helpers import MODEL_RTOL, assert_near, assert_same_state, randn, randomize_, state_of
 
-from timm_rep import expand, fuse, rep_layers, set_attach_rate
+from timm_rep import expand, fuse, set_attach_rate
+from timm_rep.annealing import time_step_of
 from timm_rep.checkpoints import checkpoint_filter_fn
+from timm_rep.surgery import annealed_modules
 
-MODELS = ['orepa_resnet18', 'orepa_repvgg_a0', 'dbb_resnet18']
+# Architecture, and the kind of rep layer if it is not the default.
+MODELS = [
+    'orepa_resnet18', 'orepa_repvgg_a0', 'dbb_resnet18', 'repan_repvgg_a0', 'repan_repvgg_a0:orepa',
+    'repan_mobilenetv1_100:acb']
 RTOL = MODEL_RTOL[torch.float32]
 
 models = pytest.mark.parametrize('name', MODELS)
@@ -22,12 +27,21 @@ def save(state_dict, path):
         torch.save(state_dict, path)
 
 
+def create(name, **kwargs):
+    name, _, rep_layer = name.partition(':')
+    return timm.create_model(name, **dict(dict(rep_layer=rep_layer) if rep_layer else {}, **kwargs))
+
+
 def load(name, file, **kwargs):
-    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(file)), **kwargs).eval()
+    return create(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(file)), **kwargs).eval()
 
 
 def stock_name(name):
-    return name.partition('_')[2]
+    return name.partition(':')[0].partition('_')[2]
+
+
+def attach_rates(model):
+    return {round(float(value), 6) for key, value in model.state_dict().items() if key.endswith('attach_rate')}
 
 
 @pytest.fixture(scope='module')
@@ -36,10 +50,13 @@ def weights(tmp_path_factory):
     folder = tmp_path_factory.mktemp('weights')
 
     def file(name, form, suffix):
+        name = name.replace(':', '-')
         path = folder / f'{name}.{form}{suffix}'
         if not path.exists():
-            model = randomize_(timm.create_model(name)).eval()
+            model = randomize_(create(name.replace('-', ':'))).eval()
             set_attach_rate(model, 0.3)
+            for _, module in annealed_modules(model):
+                module.time_step.fill_(2)
             for kind, source in (('training', model), ('stock', fuse(model))):
                 for end in ('.safetensors', '.pth'):
                     save(source.state_dict(), folder / f'{name}.{kind}{end}')
@@ -68,8 +85,8 @@ def test_both_forms_load(name, form, suffix, weights):
     model = load(name, file)
     expected = load(stock_name(name), weights(name, 'stock', suffix))
     assert_same_outputs(outputs(model), outputs(expected))
-    rate = 0.3 if form == 'training' else 1.0
-    assert all(layer.attach_rate.item() == pytest.approx(rate) for _, layer in rep_layers(model))
+    assert attach_rates(model) == {0.3 if form == 'training' else 1.0}
+    assert time_step_of(model) == (2 if form == 'training' else 0)
     if form == 'training':
         assert_same_state(state_of(model), safetensors.torch.load_file(file))
 
@@ -85,7 +102,8 @@ def test_changed_models_load(name, form, kwargs, weights):
     suffix = '.pth' if form == 'training' else '.safetensors'
     torch.manual_seed(1)
     model = load(name, weights(name, form, suffix), **kwargs)
-    assert list(rep_layers(model))
+    assert attach_rates(model) == {0.3 if form == 'training' else 1.0}
+    assert time_step_of(model) == (2 if form == 'training' else 0)
     expected = load(stock_name(name), weights(name, 'stock', suffix), **kwargs)
     in_chans = kwargs.get('in_chans', 3)
     classifier = kwargs.get('num_classes', 1000) != 7  # a new classifier is drawn afresh
@@ -98,7 +116,7 @@ def test_changed_models_load(name, form, kwargs, weights):
 def test_stock_form_of_our_model_loads_stock_weights(name, weights):
     file = weights(name, 'stock', '.safetensors')
     model = load(name, file, inference_mode=True)
-    assert not list(rep_layers(model))
+    assert not list(annealed_modules(model))
     assert_same_state(state_of(model), safetensors.torch.load_file(file))
     assert_same_outputs(outputs(model), outputs(load(stock_name(name), file)))
 
@@ -165,6 +183,51 @@ def test_mixture_of_both_forms_raises(small_model):
     mixed = {**training_form(small_model), **without(stock_form(small_model), 'stages')}
     with pytest.raises(RuntimeError, match=r'not expected: stem\.conv_kxk\.conv\.weight'):
         checkpoint_filter_fn(mixed, small_model)
+
+
+@pytest.mark.parametrize('kind', ['rep', 'dbb', 'orepa'])
+@torch.no_grad()
+def test_annealed_blocks_load_stock_weights_with_all_branches_attached(kind):
+    stock = randomize_(timm.create_model('repan_repvgg_a0_cifar', inference_mode=True)).eval()
+    model = timm.create_model('repan_repvgg_a0_cifar', rep_layer=kind).eval()
+    model.load_state_dict(checkpoint_filter_fn(state_of(stock), model))
+    x = randn(2, 3, 32, 32, dtype=torch.float32)
+    assert_near(model(x), stock(x), RTOL)
+    assert attach_rates(model) == {1.0}
+    own_branches = [key for key in stock.state_dict() if 'conv_1x1' in key or 'identity' in key]
+    assert own_branches
+    for key in own_branches:
+        assert torch.equal(model.state_dict()[key], stock.state_dict()[key]), key
+
+
+@pytest.mark.parametrize(('kind', 'other'), [('rep', 'dbb'), ('dbb', 'orepa'), ('acb', 'dbb')])
+def test_weights_of_another_kind_of_layer_raise(kind, other):
+    model = timm.create_model('repan_repvgg_a0_cifar', rep_layer=kind)
+    before = state_of(model)
+    state = state_of(timm.create_model('repan_repvgg_a0_cifar', rep_layer=other))
+    with pytest.raises(RuntimeError, match=r'^the weights are neither the training form nor the stock form of repan'):
+        checkpoint_filter_fn(state, model)
+    assert_same_state(state_of(model), before)
+
+
+@pytest.mark.parametrize('kind', ['dbb', 'orepa'])
+@torch.no_grad()
+def test_annealed_blocks_get_a_rep_layer_on_top(kind):
+    """Weights of annealed blocks are stock to the layer in the KxK branch."""
+    source = randomize_(timm.create_model('repan_repvgg_a0_cifar')).eval()
+    set_attach_rate(source, 0.3)
+    model = timm.create_model('repan_repvgg_a0_cifar', rep_layer=kind).eval()
+    model.load_state_dict(checkpoint_filter_fn(state_of(source), model))
+    x = randn(2, 3, 32, 32, dtype=torch.float32)
+    assert_near(model(x), source(x), RTOL)
+
+
+@pytest.mark.parametrize('kind', ['rep', 'dbb'])
+def test_stock_form_refuses_weights_in_training_form(kind):
+    stock = timm.create_model('repan_repvgg_a0_cifar', inference_mode=True)
+    state = state_of(timm.create_model('repan_repvgg_a0_cifar', rep_layer=kind))
+    with pytest.raises(RuntimeError, match=r'in training form, but this repan_repvgg_a0_cifar is in stock form'):
+        checkpoint_filter_fn(state, stock)
 
 
 def test_weights_of_a_layer_with_bias_load():

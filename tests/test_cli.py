@@ -65,10 +65,13 @@ def test_help_has_an_example(command):
 def test_list():
     lines = call('list').splitlines()
     assert 'orepa_resnet18           resnet18' in lines
-    assert len(lines) == len(timm.list_models(['orepa_*', 'dbb_*']))
+    assert 'repan_mobilenetv1_100    mobilenetv1_100' in lines
+    assert 'repan_repvgg_b0_cifar    own stock form (inference_mode=True)' in lines
+    assert len(lines) == len(timm.list_models(['orepa_*', 'dbb_*', 'repan_*']))
     assert all('repvgg' in line for line in call('list', 'repvgg').splitlines())
     models = json.loads(call('list', 'resnet18*cifar', '--json'))
-    assert [model['name'] for model in models] == ['dbb_resnet18_cifar', 'orepa_resnet18_cifar']
+    assert [model['name'] for model in models] == [
+        'dbb_resnet18_cifar', 'orepa_resnet18_cifar', 'repan_resnet18_cifar']
     assert models[0] == dict(
         name='dbb_resnet18_cifar', stock='dbb_resnet18_cifar', input_size=[3, 32, 32], num_classes=10)
     assert json.loads(call('list', 'nothing', '--json')) == []

@@ -11,7 +11,7 @@ from helpers import LINEAR_RTOL, assert_near, assert_same_state, randn, randomiz
 from timm.utils import ModelEmaV3
 from torch._dynamo.testing import CompileCounter
 
-from timm_rep import OrepaConv2d, OrepaPointwiseConv2d, OrepaStemConv2d
+from timm_rep import OrepaConv2d, OrepaPointwiseConv2d, OrepaStemConv2d, kernels
 from timm_rep.layers import LinearRepLayer
 
 CASES = dict(
@@ -152,7 +152,7 @@ def test_restored_layer_computes_exactly_the_kernel(case, dtype, rate):
     layer = make(case, rate, dtype)
     kernel = randn(*layer.weight_shape, seed=1, dtype=dtype)
     bias = None if layer.bias is None else randn(layer.out_channels, seed=2, dtype=dtype)
-    side = {name: tensor for name, tensor in layer.branch_kernels().items() if name != 'origin'}
+    side = {name: tensor for name, tensor in layer.branch_kernels().items() if name not in ('origin', 'offset')}
     layer.restore_(kernel, bias)
     assert_near(layer.weight, kernel, LINEAR_RTOL[dtype])
     x = images(layer)
@@ -187,14 +187,15 @@ def test_redraw_is_deterministic_and_leaves_the_origin_alone(case):
     layer = make(case, 0.3)
     other = copy.deepcopy(layer)
     before = layer.branch_kernels()
+    origin = 'offset' if isinstance(layer, OrepaStemConv2d) else 'origin'  # the part that restoring writes to
     bias = None if layer.bias is None else layer.bias.clone()
     layer.redraw_side_branches_(torch.Generator().manual_seed(7))
     other.redraw_side_branches_(torch.Generator().manual_seed(7))
     assert_same_state(state_of(layer), state_of(other))
     after = layer.branch_kernels()
-    assert torch.equal(after['origin'], before['origin'])
-    changed = [name for name in before if name != 'origin' and not torch.equal(after[name], before[name])]
-    assert changed == [name for name in before if name != 'origin']
+    assert torch.equal(after[origin], before[origin])
+    changed = [name for name in before if not torch.equal(after[name], before[name])]
+    assert changed == [name for name in before if name != origin]
     assert bias is None or torch.equal(layer.bias, bias)
     layer.redraw_side_branches_(torch.Generator().manual_seed(8))
     assert not torch.equal(layer.weight, other.weight)
@@ -230,25 +231,77 @@ def test_attach_rate_outside_its_range_raises(rate):
     assert layer.attach_rate == 0.5
 
 
+def with_side_branches_times(layer, rate):
+    branches = layer.branch_kernels()
+    return branches.pop('origin') + rate * sum(branches.values())
+
+
 @all_cases
 def test_attach_rate_multiplies_the_side_branches_and_is_saved(case):
     layer = make(case, dtype=torch.float64)
-    full = layer.branch_kernels()
+    if isinstance(layer, OrepaStemConv2d):
+        expected = with_side_branches_times(layer.stack[0], 0.25)
+        for block in layer.stack[1:]:
+            expected = kernels.merge_sequential(expected, with_side_branches_times(block, 0.25))
+        expected = expected + layer.kernel_offset
+    else:
+        expected = with_side_branches_times(layer, 0.25)
     layer.set_attach_rate_(0.25)
-    expected = full.pop('origin') + 0.25 * sum(full.values())
     assert_near(layer.weight, expected, 1e-12)
+    assert {name for name, tensor in layer.state_dict().items() if torch.equal(tensor, torch.tensor(0.25))} == {
+        name for name in layer.state_dict() if name.endswith('attach_rate')}
     other = fresh(case, dtype=torch.float64)
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other.weight, layer.weight)
 
 
 @all_cases
+@dtypes
+def test_branch_kernels_add_up_to_the_kernel(case, dtype):
+    layer = make(case, 0.3, dtype)
+    if isinstance(layer, OrepaStemConv2d):
+        layer.kernel_offset.normal_()
+    branches = layer.branch_kernels()
+    names = dict(OrepaStemConv2d=('stack', 'offset')).get(type(layer).__name__) or layer.branch_names
+    assert tuple(branches) == tuple(names)
+    assert_near(sum(branches.values()), layer.weight, LINEAR_RTOL[dtype])
+
+
+@all_cases
+@pytest.mark.parametrize(('dtype', 'rate', 'compensate', 'training'), [
+    (torch.float64, 0.0, False, True), (torch.float32, 0.4, False, False), (torch.float64, 1.0, True, True)], ids=str)
+def test_time_step_keeps_the_function_at_every_rate_and_in_both_modes(case, dtype, rate, compensate, training):
+    layer = make(case, 0.3, dtype).train(training)
+    expected = layer.weight
+    bias = None if layer.bias is None else layer.bias.clone()
+    before = state_of(layer)
+    layer.begin_time_step_(torch.Generator().manual_seed(7), rate, compensate)
+    assert_near(layer.weight, expected, 5 * LINEAR_RTOL[dtype])  # a stem folds three blocks
+    assert bias is None or torch.equal(layer.bias, bias)
+    assert layer.training == training
+    assert layer.time_step == 1
+    assert all(
+        value == torch.tensor(rate) for name, value in layer.state_dict().items() if name.endswith('attach_rate'))
+    assert not any(torch.equal(tensor, before[name]) for name, tensor in layer.named_parameters()
+                   if name.endswith(('branches', 'dw_conv', 'conv_1x1')))
+    layer.set_attach_rate_(0.7)
+    assert (layer.weight - expected).abs().max() > 1e-2  # there are side branches
+
+
+@all_cases
 def test_every_parameter_gets_a_gradient(case):
     layer = make(case, 0.3)
+    assert layer.branch_gradients() == {}
     layer(images(layer)).square().sum().backward()
     for name, parameter in layer.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
+    first = layer.stack[0] if isinstance(layer, OrepaStemConv2d) else layer
+    gradients = layer.branch_gradients()
+    assert tuple(gradients) == first.branch_names
+    of_origin = first.branches.grad[:, :, :first.kernel_size[0] * first.kernel_size[1]] if isinstance(
+        first, OrepaConv2d) else first.conv_1x1.grad
+    assert torch.equal(gradients['origin'], of_origin)
 
 
 # The stem
@@ -313,7 +366,9 @@ def test_graph_tools_keep_the_function(case, tool):
     converted(x).sum().backward()
     assert all(parameter.grad is not None for parameter in converted.parameters())
     for form in (layer, converted):  # the attach rate is no constant of the graph
-        form.attach_rate.fill_(1.0)
+        for name, buffer in form.named_buffers():
+            if name.endswith('attach_rate'):
+                buffer.fill_(1.0)
     assert_near(converted(x), layer(x), 1e-6)
 
 
@@ -381,9 +436,12 @@ def test_ema_averages_the_factors_and_keeps_the_attach_rate(case):
     ema = ModelEmaV3(layer, decay=0.75)
     start = state_of(layer)
     layer.redraw_side_branches_()
+    layer.time_step.fill_(2)
     ema.update(layer)
     expected = fresh(case)
-    expected.load_state_dict({k: torch.lerp(start[k], v, 0.25) for k, v in layer.state_dict().items()})
+    expected.load_state_dict({
+        k: torch.lerp(start[k], v, 0.25) if v.is_floating_point() else v for k, v in layer.state_dict().items()})
+    assert ema.module.time_step == 2
     assert ema.module.attach_rate == 0.5
     assert_near(ema.module(images(layer)), expected(images(layer)), 1e-5)
     assert_near(ema.module.fuse()(images(layer)), expected(images(layer)), 1e-5)

@@ -11,12 +11,29 @@ from packaging.version import Version
 from timm.models import FeatureInfo
 from timm.models.byobnet import RepVggBlock
 
-from timm_rep import fuse, rep_layers
+from timm_rep import (
+    AsymmetricConv2d,
+    DiverseBranchConv2d,
+    OrepaConv2d,
+    OrepaPointwiseConv2d,
+    RepConv2d,
+    fuse,
+    rep_layers,
+    set_attach_rate,
+)
+from timm_rep.layers import AnnealedRepVggBlock
+from timm_rep.surgery import annealed_modules
 
-NAMES = timm.list_models(['orepa_*', 'dbb_*'])
-# One network of each module.
-ONE_OF_EACH = ['orepa_resnet18', 'orepa_repvgg_a0', 'dbb_resnet18']
-OWN_SHAPES = ['orepa_resnet18_cifar', 'orepa_wide_resnet18_2', 'orepa_repvgg_a0_cifar', 'dbb_resnet18_cifar']
+NAMES = timm.list_models(['orepa_*', 'dbb_*', 'repan_*'])
+# One network of each module and kind.
+ONE_OF_EACH = [
+    'orepa_resnet18', 'orepa_repvgg_a0', 'dbb_resnet18', 'repan_resnet18', 'repan_repvgg_a0', 'repan_mobilenetv1_100']
+OWN_SHAPES = [
+    'orepa_resnet18_cifar', 'orepa_wide_resnet18_2', 'orepa_repvgg_a0_cifar', 'dbb_resnet18_cifar',
+    'repan_resnet18_cifar', 'repan_repvgg_a0_cifar']
+# What is annealed in a repan_* network with each kind of layer.
+REP_LAYERS = ('dbb', 'acb', 'rep', 'orepa')
+REPAN = ('resnet18_cifar', 'resnet50', 'repvgg_a0_cifar', 'mobilenetv1_100')
 
 one_of_each = pytest.mark.parametrize('name', ONE_OF_EACH)
 
@@ -33,8 +50,9 @@ def test_the_promised_names_are_registered():
     resnets = ('resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet18_cifar')
     repvggs = ('a0', 'a1', 'a2', 'b0', 'b1', 'b1g4', 'a0_cifar', 'a1_cifar', 'a2_cifar', 'b0_cifar')
     assert set(NAMES) >= {
-        *(f'{layer}_{name}' for layer in ('orepa', 'dbb') for name in resnets),
-        *(f'orepa_repvgg_{name}' for name in repvggs),
+        *(f'{layer}_{name}' for layer in ('orepa', 'dbb', 'repan') for name in resnets),
+        *(f'{layer}_repvgg_{name}' for layer in ('orepa', 'repan') for name in repvggs),
+        'repan_mobilenetv1_100',
         'orepa_wide_resnet18_2',
         'orepa_resnext50_32x4d',
     }
@@ -53,11 +71,11 @@ def test_training_form_fuses_into_the_stock_form(name):
         stock = timm.create_model(stock_name, device='meta')
     else:
         stock = timm.create_model(name, device='meta', inference_mode=True)
-    assert list(rep_layers(model))
-    assert not list(rep_layers(stock))
+    assert list(annealed_modules(model))
+    assert not list(annealed_modules(stock))
     assert type(model) is type(stock)
     assert model.feature_info == stock.feature_info
-    assert millions(model) > millions(stock)
+    assert (millions(model) > millions(stock)) == bool(list(rep_layers(model)))  # else RepVGG's own branches
     fused = fuse(model)
     shapes = {key: value.shape for key, value in fused.state_dict().items()}
     assert shapes == {key: value.shape for key, value in stock.state_dict().items()}
@@ -70,7 +88,8 @@ def test_parameter_count(name, expected):
     assert millions(timm.create_model(name, device='meta')) == pytest.approx(expected, abs=0.05)
 
 
-@pytest.mark.parametrize('name', [*ONE_OF_EACH, 'orepa_resnet18_cifar', 'orepa_repvgg_a0_cifar'])
+@pytest.mark.parametrize('name', [
+    *ONE_OF_EACH, 'orepa_resnet18_cifar', 'orepa_repvgg_a0_cifar', 'repan_repvgg_a0_cifar'])
 def test_training_step_gives_every_parameter_a_gradient(name):
     model = randomize_(timm.create_model(name, num_classes=5)).train()
     model(images(32, batch=4)).square().sum().backward()
@@ -139,11 +158,113 @@ def test_norms_start_as_the_papers_do():
 @torch.no_grad()
 def test_timms_arguments_reach_the_model(name, kwargs):
     model = randomize_(timm.create_model(name, **kwargs)).eval()
+    set_attach_rate(model, 0.5)
     x = images(64)[:, :kwargs.get('in_chans', 3)]
     stock = timm.create_model(name.partition('_')[2], **kwargs).eval()
     stock.load_state_dict(fuse(model).state_dict())
     assert_near(stock.forward_features(x), model.forward_features(x), MODEL_RTOL[torch.float32])
     assert_near(stock(x), model(x), MODEL_RTOL[torch.float32])
+
+
+# The kinds of layers of the repan_* models
+
+
+def own_modules(model):
+    return {type(module) for _, module in annealed_modules(model)}
+
+
+@pytest.mark.parametrize('rep_layer', REP_LAYERS)
+@pytest.mark.parametrize('stock', REPAN)
+def test_every_kind_of_layer(stock, rep_layer):
+    """On the meta device: names and shapes only."""
+    model = timm.create_model(f'repan_{stock}', rep_layer=rep_layer, device='meta').eval()
+    convs = dict(
+        dbb={DiverseBranchConv2d}, acb={AsymmetricConv2d}, rep={RepConv2d}, orepa={OrepaConv2d, OrepaPointwiseConv2d})
+    found = own_modules(model)
+    in_blocks = {type(layer) for _, layer in rep_layers(model)}
+    if stock.startswith('repvgg'):
+        assert found == {AnnealedRepVggBlock}
+        assert in_blocks == (set() if rep_layer == 'rep' else convs[rep_layer] - {OrepaPointwiseConv2d})
+    elif rep_layer == 'orepa':
+        assert found <= {*convs['orepa'], type(model.conv1) if stock == 'resnet50' else OrepaConv2d}
+        assert OrepaConv2d in found
+    else:
+        assert found == convs[rep_layer]
+    plain = timm.create_model(f'repan_{stock}', device='meta', inference_mode=True)
+    assert not own_modules(plain)
+    fused = fuse(model)
+    assert {key: value.shape for key, value in fused.state_dict().items()} == {
+        key: value.shape for key, value in plain.state_dict().items()}
+
+
+def test_kinds_that_are_taken_if_none_is_given():
+    def same(name, rep_layer):
+        model, other = (timm.create_model(name, device='meta', **kw) for kw in ({}, dict(rep_layer=rep_layer)))
+        return model.state_dict().keys() == other.state_dict().keys()
+
+    assert same('repan_resnet18', 'dbb')
+    assert same('repan_repvgg_a0', 'rep')
+    assert same('repan_mobilenetv1_100', 'dbb')
+    assert not same('repan_resnet18', 'acb')
+
+
+@pytest.mark.parametrize('stock', REPAN)
+def test_unknown_kind_of_layer_raises(stock):
+    with pytest.raises(ValueError, match="unknown layer 'acnet'; allowed are 'orepa', 'dbb', 'acb', 'rep'"):
+        timm.create_model(f'repan_{stock}', rep_layer='acnet')
+
+
+@pytest.mark.parametrize('rep_layer', REP_LAYERS)
+@pytest.mark.parametrize('stock', ['resnet18', 'repvgg_a0', 'mobilenetv1_100'])
+@torch.no_grad()
+def test_fused_model_is_timms(stock, rep_layer):
+    model = randomize_(timm.create_model(f'repan_{stock}', rep_layer=rep_layer, num_classes=5)).eval()
+    set_attach_rate(model, 0.3)
+    fused = fuse(model)
+    expected = timm.create_model(stock, num_classes=5).eval()
+    assert type(fused) is type(expected)
+    assert [(key, type(m)) for key, m in fused.named_modules()] == [
+        (key, type(m)) for key, m in expected.named_modules()]
+    expected.load_state_dict(fused.state_dict(), strict=True)
+    assert list(fused.state_dict()) == list(expected.state_dict())
+    assert_near(fused(images()), model(images()), MODEL_RTOL[torch.float32])
+    assert torch.equal(expected(images()), fused(images()))
+    assert model.pretrained_cfg['architecture'] == f'repan_{stock}'
+    assert fused.pretrained_cfg['architecture'] == stock
+    assert fused.pretrained_cfg['first_conv'] == expected.pretrained_cfg['first_conv']
+    assert 'rep_layer' not in getattr(fused, '_model_args', {})
+
+
+@pytest.mark.parametrize('rep_layer', REP_LAYERS)
+@torch.no_grad()
+def test_fused_network_of_our_own_loads_into_its_stock_form(rep_layer):
+    model = randomize_(timm.create_model('repan_repvgg_a0_cifar', rep_layer=rep_layer)).eval()
+    fused = fuse(model)
+    assert fused.pretrained_cfg['architecture'] == 'repan_repvgg_a0_cifar'
+    assert getattr(fused, '_model_args', dict(inference_mode=True)) == dict(inference_mode=True)
+    other = timm.create_model('repan_repvgg_a0_cifar', inference_mode=True).eval()
+    other.load_state_dict(fused.state_dict(), strict=True)
+    assert_near(other(images(32)), model(images(32)), MODEL_RTOL[torch.float32])
+
+
+@pytest.mark.parametrize('rep_layer', ['dbb', 'acb', 'rep'])
+@torch.no_grad()
+def test_norms_with_activation_are_taken_in_and_given_back(rep_layer):
+    """MobileNet's are timm's BatchNormAct2d: the activation stays where it was."""
+    model = randomize_(timm.create_model('repan_mobilenetv1_100', rep_layer=rep_layer)).eval()
+    stock = timm.create_model('mobilenetv1_100')
+    pairs = [key for key, _ in rep_layers(model)]
+    assert 'blocks.0.0.conv_dw' in pairs
+    x = images()
+    activated = model.bn1(model.conv_stem(x))
+    assert not activated.lt(0).any()
+    assert activated.eq(0).any()
+    fused = fuse(model)
+    norm = fused.bn1
+    assert type(norm) is type(stock.bn1)
+    assert (type(norm.act), type(norm.drop)) == (type(stock.bn1.act), type(stock.bn1.drop))
+    assert (norm.eps, norm.momentum) == (stock.bn1.eps, stock.bn1.momentum)
+    assert_near(norm(fused.conv_stem(x)), activated, MODEL_RTOL[torch.float32])
 
 
 # Copies of timm's checks (tests/test_models.py), which it runs for its own modules only.

@@ -17,24 +17,31 @@ from helpers import (
     tiny_repvgg,
     tiny_resnet,
 )
+from timm.models.byobnet import RepVggBlock
 from timm.utils import reparameterize_model
 
 import timm_rep
 from timm_rep import (
+    AsymmetricConv2d,
     DiverseBranchConv2d,
     OrepaConv2d,
     OrepaPointwiseConv2d,
     OrepaStemConv2d,
+    RepConv2d,
     expand,
     fuse,
     rep_layers,
     set_attach_rate,
 )
+from timm_rep.layers import AnnealedRepVggBlock
+from timm_rep.surgery import anneal_repvgg_blocks_, annealed_modules
 
 dtypes = pytest.mark.parametrize('dtype', [torch.float64, torch.float32], ids=str)
 # Every tiny model with every layer that has something to do in it.
 tiny = pytest.mark.parametrize(('name', 'layer'), [
-    ('basic', 'orepa'), ('bottleneck', 'orepa'), ('repvgg', 'orepa'), ('basic', 'dbb'), ('bottleneck', 'dbb')])
+    ('basic', 'orepa'), ('bottleneck', 'orepa'), ('repvgg', 'orepa'),
+    *((name, layer) for layer in ('dbb', 'acb', 'rep') for name in ('basic', 'bottleneck', 'repvgg')),
+])
 
 
 def stock_model(name, dtype=torch.float32):
@@ -58,6 +65,10 @@ def tree(model):
 
 def layer_types(model):
     return {name: type(layer) for name, layer in rep_layers(model)}
+
+
+def annealed_types(model):
+    return {name: type(module) for name, module in annealed_modules(model)}
 
 
 # Fuse
@@ -111,17 +122,21 @@ def test_fusing_keeps_the_outputs(name, layer, dtype, rate):
     assert_same_state(state_of(fuse(fused)), state_of(fused))
 
 
-@pytest.mark.parametrize('name', ['basic', 'bottleneck', 'repvgg'])
-def test_fusing_in_training_mode_keeps_outputs_and_mode_of_linear_layers(name):
-    model = rep_model(name, 'orepa', torch.float64).train()
+@pytest.mark.parametrize(('name', 'layer'), [
+    ('basic', 'orepa'), ('bottleneck', 'orepa'), ('repvgg', 'orepa'),
+    ('repvgg', 'rep'),  # the rate goes into the gains of the blocks' own branches
+])
+def test_fusing_in_training_mode_keeps_outputs_and_mode(name, layer):
+    model = rep_model(name, layer, torch.float64).train()
     fused = fuse(model)
     assert all(module.training for module in fused.modules())
     assert_near(fused(images(torch.float64)), model(images(torch.float64)), 1e-9)
 
 
+@pytest.mark.parametrize('layer', ['dbb', 'acb', 'rep'])
 @pytest.mark.parametrize('inplace', [True, False])
-def test_fusing_branched_layers_in_training_mode_raises_and_changes_nothing(inplace):
-    model = rep_model('basic', 'dbb').train()
+def test_fusing_branched_layers_in_training_mode_raises_and_changes_nothing(inplace, layer):
+    model = rep_model('basic', layer).train()
     before, modules = state_of(model), tree(model)
     with pytest.raises(RuntimeError, match=r'in training mode.*model\.eval\(\)'):
         fuse(model, inplace=inplace)
@@ -162,7 +177,7 @@ def test_expanding_keeps_the_outputs_and_fusing_gives_the_model_back(name, layer
     expanded = expand(model, layer, generator=torch.Generator().manual_seed(0))
     again = expand(model, layer, generator=torch.Generator().manual_seed(0))
     assert type(expanded) is type(model)
-    assert list(rep_layers(expanded))
+    assert annealed_types(expanded)
     assert_same_state(state_of(expanded), state_of(again))
     expected = model(images(dtype))
     assert_near(expanded(images(dtype)), expected, MODEL_RTOL[dtype])
@@ -171,7 +186,7 @@ def test_expanding_keeps_the_outputs_and_fusing_gives_the_model_back(name, layer
     assert list(fused.state_dict()) == list(model.state_dict())
     assert_near(fused(images(dtype)), expected, MODEL_RTOL[dtype])
     assert_same_state(state_of(model), before)
-    assert not list(rep_layers(model))
+    assert not annealed_types(model)
 
 
 @pytest.mark.parametrize(('name', 'layer'), [
@@ -182,13 +197,20 @@ def test_expanding_keeps_the_outputs_and_fusing_gives_the_model_back(name, layer
     ('regnetx_002', 'orepa'),
     ('efficientnet_lite0', 'orepa'),
     ('mobilenetv1_100', 'orepa'),
+    ('mobilenetv1_100', 'dbb'),
+    ('mobilenetv1_100', 'acb'),
+    ('mobilenetv1_100', 'rep'),
+    ('resnet18', 'acb'),
+    ('resnet18', 'rep'),
+    ('repvgg_a0', 'dbb'),
+    ('repvgg_a0', 'rep'),
 ])
 @torch.no_grad()
 def test_expanding_a_timm_model(name, layer):
     model = randomize_(timm.create_model(name)).eval()
     expanded = expand(model, layer)
     expected = model(images())
-    assert list(rep_layers(expanded))
+    assert annealed_types(expanded)
     assert_near(expanded(images()), expected, MODEL_RTOL[torch.float32])
     fused = fuse(expanded)
     assert tree(fused) == tree(model)
@@ -272,15 +294,42 @@ def test_shared_convolution_stays_shared(own_norms):
     assert_near(fused(x), model(x), 1e-5)
 
 
+@pytest.mark.parametrize('layer', ['dbb', 'acb', 'rep'])
 @torch.no_grad()
-def test_shared_convolution_with_a_norm_in_its_branches():
+def test_shared_convolution_with_a_norm_in_its_branches(layer):
     model = randomize_(Shared(own_norms=False)).eval()
     x = randn(2, 4, 9, 9, dtype=torch.float32)
-    expanded = expand(model, 'dbb')
+    expanded = expand(model, layer)
     assert_near(expanded(x), model(x), 1e-5)
     fused = fuse(expanded)
     assert tree(fused) == tree(model)
     assert_near(fused(x), model(x), 1e-5)
+
+
+class SharedBlock(nn.Module):
+    """One RepVGG block at two places."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = self.second = RepVggBlock(4, 4)
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+@torch.no_grad()
+def test_shared_block_stays_shared():
+    model = randomize_(SharedBlock()).eval()
+    x = randn(2, 4, 9, 9, dtype=torch.float32)
+    expanded = expand(model, 'rep')
+    assert expanded.first is expanded.second
+    assert annealed_types(expanded) == dict(first=AnnealedRepVggBlock)
+    assert_near(expanded(x), model(x), 1e-5)
+    set_attach_rate(expanded, 0.3)
+    fused = fuse(expanded)
+    assert fused.first is fused.second
+    assert tree(fused) == tree(model)
+    assert_near(fused(x), expanded(x), 1e-5)
 
 
 def test_one_branched_layer_cannot_stand_for_two_norms():
@@ -292,7 +341,7 @@ def test_one_branched_layer_cannot_stand_for_two_norms():
 
 
 @pytest.mark.parametrize(('make', 'kwargs', 'message'), [
-    (tiny_resnet, dict(layer='acnet'), "unknown layer 'acnet'; allowed are 'orepa', 'dbb'"),
+    (tiny_resnet, dict(layer='acnet'), "unknown layer 'acnet'; allowed are 'orepa', 'dbb', 'acb', 'rep'"),
     (tiny_resnet, dict(select='layer9.*'), "no nn.Conv2d of ResNet matches 'layer9"),
     (tiny_resnet, dict(select=['layer1.*', 'fc']), "no nn.Conv2d of ResNet matches 'fc'"),
     (tiny_resnet, dict(select=lambda name, conv: False), 'no convolution of ResNet to expand'),
@@ -300,6 +349,11 @@ def test_one_branched_layer_cannot_stand_for_two_norms():
     (lambda: timm.create_model('convnext_atto'), {}, "no convolution of ConvNeXt to expand with 'orepa'"),
     (lambda: timm.create_model('convnext_atto'), dict(select='stem.*'), r'cannot expand stem\.0: .*odd kernel size'),
     (lambda: timm.create_model('convnext_atto'), dict(layer='dbb', select='stages.0.*.conv_dw'), 'right behind'),
+    (tiny_resnet, dict(layer='rep', select='layer1.0.downsample.0'), r'cannot expand layer1\.0\.downsample\.0.*1x1'),
+    (lambda: expand(tiny_repvgg(), 'rep'), dict(layer='rep'), "no convolution of ByobNet to expand with 'rep'"),
+    (lambda: expand(tiny_resnet(), 'acb'), dict(layer='acb'), "no convolution of ResNet to expand with 'acb'"),
+    (lambda: expand(tiny_resnet(), 'rep'), dict(select='*conv_kxk'), 'no nn.Conv2d of ResNet matches'),
+    (lambda: reparameterize_model(tiny_repvgg().eval()), dict(layer='rep'), 'deploy form has no branches'),
     (lambda: nn.Conv2d(3, 4, 3), dict(select='*'), "layer's from_conv"),
     (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), dict(layer='dbb'), 'without bias; 0 has one'),
     (lambda: nn.Sequential(nn.Conv2d(3, 4, 3, padding_mode='reflect')), dict(select='0'), "got 'reflect'"),
@@ -352,6 +406,33 @@ def test_policy_for_dbb():
     assert len(types) == 16
     assert all(name.endswith('conv2') for name in types)
     assert len(layer_types(timm.create_model('dbb_resnet18', device='meta'))) == 16
+
+
+@pytest.mark.parametrize(('layer', 'cls'), [
+    ('acb', AsymmetricConv2d), ('rep', RepConv2d), ('dbb', DiverseBranchConv2d)])
+def test_policy_for_layers_with_norms(layer, cls):
+    types = annealed_types(expand(tiny_resnet('bottleneck'), layer))
+    assert types == {f'layer{n}.0.conv2': cls for n in (1, 2, 3, 4)}
+    types = annealed_types(expand(timm.create_model('mobilenetv1_100', device='meta'), layer))
+    assert set(types) == {'conv_stem', *(name for name in types if name.endswith('.conv_dw'))}
+    assert len(types) == 14
+    assert set(types.values()) == {cls}
+
+
+def test_policy_for_blocks_of_repvgg():
+    blocks = {name for name, module in tiny_repvgg().named_modules() if isinstance(module, RepVggBlock)}
+    expanded = expand(tiny_repvgg(), 'rep')
+    assert annealed_types(expanded) == dict.fromkeys(blocks, AnnealedRepVggBlock)
+    assert not list(rep_layers(expanded))
+    for layer, cls in dict(dbb=DiverseBranchConv2d, acb=AsymmetricConv2d).items():
+        expanded = expand(tiny_repvgg(), layer)
+        assert annealed_types(expanded) == dict.fromkeys(blocks, AnnealedRepVggBlock)
+        assert layer_types(expanded) == {f'{name}.conv_kxk.conv': cls for name in blocks}
+    expanded = expand(tiny_repvgg(), 'orepa')
+    assert annealed_types(expanded) == {f'{name}.conv_kxk.conv': OrepaConv2d for name in blocks}
+    assert anneal_repvgg_blocks_(expanded) is expanded
+    assert annealed_types(expanded) == dict.fromkeys(blocks, AnnealedRepVggBlock)
+    assert layer_types(expanded) == {f'{name}.conv_kxk.conv': OrepaConv2d for name in blocks}
 
 
 def test_small_image_stem_is_one_block():

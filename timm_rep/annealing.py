@@ -20,6 +20,7 @@ No training loop is in here. A loop of your own needs three calls:
 
 Source: RepAn, `Enhanced Annealing through Re-parameterization` (CVPR 2024).
 """
+import itertools
 import math
 from dataclasses import dataclass
 from typing import List, Optional
@@ -114,14 +115,23 @@ class AnnealingSchedule:
                 f'{self.cooldown_epochs}'
             )
 
+    def _cycle(self, epoch: int) -> int:
+        """Cycle of timm's schedule, by its own expression: its rounding may put a restart off by an epoch."""
+        if self.epochs_mul == 1:
+            return epoch // self.epochs
+        return math.floor(math.log(1 - epoch / self.epochs * (1 - self.epochs_mul), self.epochs_mul))
+
     def _starts(self) -> List[int]:
         """First epoch of every time step, and of the cooldown."""
-        lengths = [self.epochs * self.epochs_mul ** step for step in range(self.time_steps)]
         starts = [0]
         for step in range(1, self.time_steps):
-            # the first whole epoch of the cycle; rounded, since powers of a float are
-            starts.append(self.prefix_epochs + math.ceil(round(sum(lengths[:step]), 6)))
-        return [*starts, self.prefix_epochs + math.floor(round(sum(lengths), 6))]
+            starts.append(next(epoch for epoch in itertools.count(starts[-1]) if self._cycle(epoch) >= step))
+        if self.epochs_mul == 1:
+            starts.append(self.epochs * self.time_steps)
+        else:  # timm's expression again
+            starts.append(math.floor(
+                -self.epochs * (self.epochs_mul ** self.time_steps - 1) / (1 - self.epochs_mul)))
+        return [0, *(self.prefix_epochs + start for start in starts[1:])]
 
     @property
     def total_epochs(self) -> int:

@@ -72,6 +72,8 @@ def _readapt_training_form(layer: RepLayer, weights: Dict[str, Tensor], in_chann
     """Restore a layer from the training form of one with another number of input channels."""
     source = layer.like(in_channels=in_channels).eval()
     source.load_state_dict(weights)
+    layer.set_attach_rate_(source.attach_rate.item())
+    layer.time_step.copy_(source.time_step)
     fused = source.fuse()
     layer.restore_(_adapted(fused.weight, layer.in_channels // layer.groups), fused.bias)
 
@@ -125,7 +127,8 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dic
     state_dict = {k: v for k, v in _annealing_defaults(model, layers) if k in expected} | state_dict
     missing = {k for k in expected - set(state_dict) if not is_head(k)}
     unexpected = {k for k in set(state_dict) - expected if not is_head(k)}
-    if (missing or unexpected) and not layers and any(k.endswith('.attach_rate') for k in state_dict):
+    has_branches = any(annealed_modules(model))
+    if (missing or unexpected) and not has_branches and any(k.endswith('.attach_rate') for k in state_dict):
         raise RuntimeError(
             f'the weights are in training form, but this {architecture} is in stock form; load them without '
             'inference_mode=True and fuse, or fuse the weights first (timm-rep fuse)'

@@ -113,10 +113,17 @@ def anneal_repvgg_blocks_(model: ModelT) -> ModelT:
 
     Returns:
         The model.
+
+    Raises:
+        ValueError: For a block alone, or in deploy form. The model is then unchanged.
     """
-    blocks = [(name, module) for name, module in model.named_modules() if type(module) is RepVggBlock]
-    for name, block in blocks:
-        setattr(*_parent(model, name), AnnealedRepVggBlock(block))
+    if type(model) is RepVggBlock:
+        raise ValueError('a model around the block is needed; for one alone use AnnealedRepVggBlock(block)')
+    modules = model.named_modules(remove_duplicate=False)
+    places = [(name, module) for name, module in modules if type(module) is RepVggBlock]
+    annealed = {id(block): AnnealedRepVggBlock(block) for _, block in places}  # a shared block stays shared
+    for name, block in places:
+        setattr(*_parent(model, name), annealed[id(block)])
     return model
 
 
@@ -214,7 +221,10 @@ def _supported(conv: nn.Conv2d) -> bool:
 
 
 def _selected(model: nn.Module, layer: str, select: Select) -> Dict[str, nn.Conv2d]:
-    convs = {name: module for name, module in model.named_modules(remove_duplicate=False) if type(module) is nn.Conv2d}
+    convs = {
+        name: module for name, module in model.named_modules(remove_duplicate=False)
+        if type(module) is nn.Conv2d and not any(isinstance(m, RepLayer) for m in _ancestors(model, name))
+    }
     if select is None:
         policy = _select_orepa if layer == 'orepa' else _select_branched
         return {
@@ -249,8 +259,8 @@ def expand(
     Args:
         model: Any CNN.
         layer: ``'orepa'`` (KxK, 1x1 or stem layer, as the kernel asks for), ``'dbb'`` (diverse branches), ``'acb'``
-            (KxK, 1xK and Kx1) or ``'rep'`` (KxK, 1x1 and identity; of RepVGG, whose blocks are that already, it gives
-            the blocks an attach rate).
+            (KxK, 1xK and Kx1) or ``'rep'`` (KxK, 1x1 and identity). All but the first give RepVGG's blocks an attach
+            rate for their own branches, too; for ``'rep'`` that is all, since the blocks are that already.
         select: Which convolutions: a function of name and convolution, or names with wildcards. By default those with
             a batch norm right behind them: for ``'orepa'`` all sizes, but of a RepVGG block only the KxK branch and not
             the shortcuts of a ResNet BasicBlock; for the others 3x3 and 5x5.
@@ -292,7 +302,10 @@ def _swap(
     if layer not in LAYERS:
         raise ValueError(f'unknown layer {layer!r}; allowed are {", ".join(map(repr, LAYERS))}')
     selected = _selected(model, layer, select)
-    whole_blocks = layer == 'rep' and select is None and any(type(m) is RepVggBlock for m in model.modules())
+    whole_blocks = layer in BRANCHED_LAYERS and (
+        any(_in_repvgg_block(model, name) for name in selected)
+        or (layer == 'rep' and select is None and any(type(m) is RepVggBlock for m in model.modules()))
+    )
     if not selected and not whole_blocks:
         raise ValueError(f'no convolution of {type(model).__name__} to expand with {layer!r}')
     if '' in selected:

@@ -296,7 +296,9 @@ class BranchedRepLayer(RepLayer):
         Returns:
             A kernel ``(o, i/g, kh, kw)`` for each branch; they add up to :meth:`compose_weight`.
         """
-        sides = {name: self.attach_rate * self._pad(kernel) for name, (kernel, _) in self._fold_sides().items()}
+        with without_autocast(self.conv_kxk.weight):
+            folded = self._fold_sides()
+        sides = {name: self.attach_rate * self._pad(kernel) for name, (kernel, _) in folded.items()}
         return dict(origin=fold_batch_norm(self.conv_kxk.weight, None, self.norm_kxk)[0], **sides)
 
     def branch_gradients(self) -> Dict[str, Tensor]:

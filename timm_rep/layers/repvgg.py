@@ -199,6 +199,10 @@ class AnnealedRepVggBlock(RepVggBlock, AnnealedModule):
         side = self.conv_1x1.conv.weight.grad
         return gradients if side is None else dict(gradients, conv_1x1=side)
 
+    def reparameterize(self) -> None:
+        """Refused: timm's method knows no attach rate. Its ``reparameterize_model`` calls :meth:`fuse` instead."""
+        raise RuntimeError('AnnealedRepVggBlock cannot be re-parameterized in place; fuse() returns a block that is')
+
     @torch.no_grad()
     def stock_block(self) -> RepVggBlock:
         """A plain block of timm's with copies of the parts, the attach rate in the gains of its side branches.
