@@ -21,7 +21,8 @@ OWN_TEXT_END = '<!-- timm_rep: ... to here, is kept when the model is published 
 # Arguments of train.py that make up a recipe, for the table on the card.
 RECIPE_ARGS = (
     'epochs', 'batch_size', 'opt', 'momentum', 'weight_decay', 'lr', 'lr_base', 'sched', 'warmup_epochs', 'min_lr',
-    'time_steps', 'attach_warmup_epochs', 'lr_cycle_decay', 'smoothing', 'aa', 'mixup', 'cutmix', 'reprob', 'drop_path', 'input_size', 'img_size', 'model_ema',
+    'time_steps', 'attach_warmup_epochs', 'lr_cycle_decay',
+    'smoothing', 'aa', 'mixup', 'cutmix', 'reprob', 'drop_path', 'input_size', 'img_size', 'model_ema',
     'model_ema_decay', 'amp', 'seed', 'kd_model_name',
 )
 
