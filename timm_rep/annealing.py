@@ -86,8 +86,8 @@ class AnnealingSchedule:
         cooldown_epochs: Epochs after the last descent, part of the last time step (timm's ``cooldown_epochs``).
 
     Raises:
-        ValueError: For less than one time step or epoch, a warm-up that is not shorter than a time step, or a factor
-            below one.
+        ValueError: For less than one time step or epoch, a warm-up that is not shorter than a time step, a factor
+            below one, or a time step without an epoch of its own.
     """
 
     time_steps: int
@@ -113,6 +113,12 @@ class AnnealingSchedule:
             raise ValueError(
                 f'prefix_epochs and cooldown_epochs must not be negative, got {self.prefix_epochs} and '
                 f'{self.cooldown_epochs}'
+            )
+        starts = self._starts()
+        if len(set(starts)) < len(starts):
+            raise ValueError(
+                f'epochs_mul {self.epochs_mul} of time steps of {self.epochs} epochs leaves one without an epoch of '
+                'its own; take more epochs'
             )
 
     def _cycle(self, epoch: int) -> int:
@@ -204,8 +210,8 @@ def begin_time_step(
     averaged copy of the model (EMA). In a distributed training call it on every process: all end up with the first
     one's weights.
 
-    Outputs in eval mode stay the same at every attach rate for linear (OREPA) layers. For layers and blocks with norms
-    in their branches they stay the same at rate zero, and with ``compensate`` at every rate. In training mode they stay
+    Outputs in eval mode stay the same at every attach rate for linear (OREPA) layers. For layers with norms in their
+    branches and RepVGG blocks they stay the same at rate zero, and with ``compensate`` at every rate. In training mode they stay
     the same for linear layers only: elsewhere batch statistics take the place of the kept ones.
 
     Source: RepAn, Rep - expansion - restoration.
