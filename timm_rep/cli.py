@@ -1,11 +1,12 @@
 """``timm-rep``: the library on the command line. Every command is one library call."""
+import ast
 import dataclasses
 import fnmatch
 import json
 import logging
 import sys
 from contextlib import contextmanager
-from typing import Any, Callable, Iterable, Iterator, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Tuple
 
 import click
 import timm
@@ -59,6 +60,26 @@ def _checkpoint_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option('--model', 'architecture', metavar='NAME', help='Model, if the run does not say.')(command)
 
 
+def _parse_model_kwargs(context: click.Context, option: click.Parameter, given: Tuple[str, ...]) -> Dict[str, Any]:
+    """Read KEY=VALUE as timm's own scripts do: a value is a Python literal, else a string."""
+    model_kwargs: Dict[str, Any] = {}
+    for item in given:
+        key, equals, value = item.partition('=')
+        if not (key and equals):
+            raise click.BadParameter(f'{item!r} is not KEY=VALUE')
+        try:
+            model_kwargs[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            model_kwargs[key] = value
+    return model_kwargs
+
+
+def _model_kwargs_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        '--model-kwargs', metavar='KEY=VALUE', multiple=True, callback=_parse_model_kwargs,
+        help='Argument of the model, such as rep_layer=acb; may be given several times.')(command)
+
+
 def _report_json(report: Report) -> str:
     def difference(found: Any) -> dict:
         return dict(dataclasses.asdict(found), relative=found.relative)
@@ -89,22 +110,10 @@ def _ensemble_json(result: EnsembleResult) -> str:
     return json.dumps(content, indent=2)
 
 
-class _Command(click.Command):
-    """A command whose raw docstring may hold click's mark of a paragraph that is not to be wrapped."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.help = (self.help or '').replace(r'\b', '\b')
-
-
-class _Group(_Command, click.Group):
-    command_class = _Command
-
-
-@click.group(cls=_Group, context_settings=dict(help_option_names=['-h', '--help'], max_content_width=120))
+@click.group(context_settings=dict(help_option_names=['-h', '--help'], max_content_width=120))
 @click.version_option(__version__, prog_name='timm-rep')
 def main() -> None:
-    r"""Structural re-parameterization for timm: train with branches, fuse into stock timm models.
+    """Structural re-parameterization for timm: train with branches, fuse into stock timm models.
 
     \b
     Example:
@@ -117,7 +126,7 @@ def main() -> None:
 @click.argument('pattern', metavar='[FILTER]', default='')
 @_json_option
 def list_command(pattern: str, as_json: bool) -> None:
-    r"""List the models with rep layers, and what they fuse into.
+    """List the models with rep layers, and what they fuse into.
 
     FILTER is a part of the name; * and ? are wildcards.
 
@@ -140,7 +149,7 @@ def list_command(pattern: str, as_json: bool) -> None:
 @main.command()
 @click.option('--output', metavar='DIR', default='demo_output', show_default=True, help='Folder to write to.')
 def demo(output: str) -> None:
-    r"""Train on images that ship in a package, fuse, verify, export and reload: a few minutes on a CPU.
+    """Train on images that ship in a package, fuse, verify, export and reload: a few minutes on a CPU.
 
     \b
     Example:
@@ -155,8 +164,9 @@ def demo(output: str) -> None:
 @click.argument('checkpoint', type=click.Path())
 @click.argument('out', type=click.Path())
 @_checkpoint_options
+@_model_kwargs_option
 def fuse(checkpoint: str, out: str, **kwargs: Any) -> None:
-    r"""Fuse a trained CHECKPOINT into the stock timm model, check that its outputs are the same, and write it to OUT.
+    """Fuse a trained CHECKPOINT into the stock timm model, check that its outputs are the same, and write it to OUT.
 
     OUT is a file that ends in .safetensors or .pth, for the weights alone; without a suffix it becomes a Hub folder.
     CHECKPOINT comes from timm's train.py, which notes the model in it or in args.yaml beside it.
@@ -174,9 +184,10 @@ def fuse(checkpoint: str, out: str, **kwargs: Any) -> None:
 @click.argument('checkpoint', type=click.Path())
 @click.argument('fused', type=click.Path(), required=False)
 @_checkpoint_options
+@_model_kwargs_option
 @_json_option
 def verify(checkpoint: str, fused: Optional[str], as_json: bool, **kwargs: Any) -> None:
-    r"""Check that a trained CHECKPOINT and its FUSED form compute the same; exit code 1 if not.
+    """Check that a trained CHECKPOINT and its FUSED form compute the same; exit code 1 if not.
 
     FUSED is a file of weights or a Hub folder, as `timm-rep fuse` writes them. Without it, CHECKPOINT is fused in
     memory.
@@ -202,7 +213,7 @@ def verify(checkpoint: str, fused: Optional[str], as_json: bool, **kwargs: Any) 
 @click.option('--model', 'architecture', metavar='NAME', help='Stock model that the checkpoint is of.')
 @_size_options
 def expand(source: str, out: str, **kwargs: Any) -> None:
-    r"""Put stock weights into the training form of the model with rep layers, with the same outputs.
+    """Put stock weights into the training form of the model with rep layers, with the same outputs.
 
     MODEL_OR_CHECKPOINT is a timm model, whose pretrained weights timm downloads, or a file of weights. OUT ends in
     .safetensors or .pth; train from it with `--model orepa_resnet50 --initial-checkpoint OUT`.
@@ -222,8 +233,12 @@ def expand(source: str, out: str, **kwargs: Any) -> None:
 @click.option('--model', 'architecture', metavar='NAME', required=True, help='Model that the checkpoint is of.')
 @click.option('--out', metavar='PATH', type=click.Path(), required=True, help='Weights file, or folder, to write.')
 @click.option('--license', metavar='NAME', default='unknown', show_default=True, help='Licence, for a Hub folder.')
+@click.option(
+    '--attach-rate', type=float, metavar='RATE', default=1.0, show_default=True,
+    help="Of the side branches, for a file of RepAn's: between 0 and 1, and 1 after the warm-up.")
+@_model_kwargs_option
 @_json_option
-def import_official(file: str, architecture: str, out: str, license: str, as_json: bool) -> None:
+def import_official(file: str, out: str, as_json: bool, **kwargs: Any) -> None:
     """Import a checkpoint that the authors of OREPA, DBB, RepVGG or RepAn published, with the outputs of their code.
 
     PATH is a file that ends in .safetensors or .pth, for the weights as they are: in training form, to train on with
@@ -234,9 +249,11 @@ def import_official(file: str, architecture: str, out: str, license: str, as_jso
     Examples:
       timm-rep import-official ResNet-50.pth.tar --model orepa_resnet50 --out orepa_resnet50.safetensors
       timm-rep import-official RepVGG-A0-train.pth --model repvgg_a0 --out repvgg_a0 --license mit
-    """  # noqa: D301
+      timm-rep import-official model_epoch_0120.pyth --model repan_mobilenetv1_100 --out mobilenet.pth \\
+          --model-kwargs rep_layer=acb --model-kwargs act_layer=relu
+    """
     with _user_errors():
-        imported = import_checkpoint(file, out, architecture, license=license)
+        imported = import_checkpoint(file, out, **kwargs)
     if as_json:
         report = imported.report
         click.echo(json.dumps(dict(
@@ -244,6 +261,7 @@ def import_official(file: str, architecture: str, out: str, license: str, as_jso
             architecture=imported.architecture,
             form=imported.form,
             num_classes=imported.num_classes,
+            model_kwargs=imported.model_kwargs,
             fused=None if report is None else json.loads(_report_json(report)),
         ), indent=2))
         return
@@ -255,7 +273,7 @@ def import_official(file: str, architecture: str, out: str, license: str, as_jso
 @click.argument('script', metavar='SCRIPT')
 @click.argument('args', metavar='[ARGS...]', nargs=-1, type=click.UNPROCESSED)
 def run(timm_scripts: Optional[str], script: str, args: Tuple[str, ...]) -> None:
-    r"""Run one of timm's scripts with our models registered: train, validate, benchmark, inference or onnx_export.
+    """Run one of timm's scripts with our models registered: train, validate, benchmark, inference or onnx_export.
 
     All arguments after SCRIPT are the script's own, also --help. The scripts are not in timm's package: they are taken
     from --timm-scripts, else $TIMM_SCRIPTS, else the timm checkout that is installed, else the user's cache.
@@ -273,7 +291,7 @@ def run(timm_scripts: Optional[str], script: str, args: Tuple[str, ...]) -> None
 @click.argument('run_dir', type=click.Path())
 @click.option('--out', metavar='DIR', type=click.Path(), help='Folder to write to; that of the run by default.')
 def plot(run_dir: str, out: Optional[str]) -> None:
-    r"""Draw the training run in RUN_DIR, the folder that timm's train.py writes to.
+    """Draw the training run in RUN_DIR, the folder that timm's train.py writes to.
 
     \b
     annealing.png          accuracy, loss, learning rate and attach rate over epochs and time steps
@@ -307,7 +325,7 @@ def plot(run_dir: str, out: Optional[str]) -> None:
 @click.option('--out', 'output', type=click.Path(), metavar='FILE', help="New file for the average of the weights.")
 @_json_option
 def ensemble(run_dir: str, data_dir: str, as_json: bool, **kwargs: Any) -> None:
-    r"""Evaluate the snapshots of time steps in RUN_DIR, alone and together.
+    """Evaluate the snapshots of time steps in RUN_DIR, alone and together.
 
     Together means the average of their outputs, and the average of their weights with the batch norms re-estimated.
     --out writes the latter as stock weights, to a new file that ends in .safetensors or .pth. All settings of the

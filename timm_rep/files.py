@@ -4,7 +4,7 @@ import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Optional, Union
+from typing import Any, Dict, Mapping, Optional, Union
 
 import safetensors
 import safetensors.torch
@@ -23,6 +23,7 @@ from .verification import Report, verify
 
 __all__ = [
     'Checkpoint',
+    'build_model',
     'expand_checkpoint',
     'fuse_checkpoint',
     'load_stock_form',
@@ -164,6 +165,28 @@ def _take_input_settings(model: Any, checkpoint: Checkpoint) -> None:
         model.pretrained_cfg.update({key: config[key] for key in DATA_CONFIG_KEYS})
 
 
+def build_model(architecture: str, /, **kwargs: Any) -> nn.Module:
+    """``timm.create_model`` with errors that say what the user can do.
+
+    Args:
+        architecture: Registered name.
+        **kwargs: Of the model.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If there is no such model, or it does not take the arguments.
+    """
+    if not timm.is_model(architecture):
+        raise ValueError(f'unknown model {architecture!r}; `timm-rep list` shows the models with rep layers')
+    try:
+        return timm.create_model(architecture, **kwargs)
+    except (TypeError, KeyError, AssertionError) as e:
+        given = ', '.join(f'{key}={value!r}' for key, value in kwargs.items())
+        raise ValueError(f'{architecture} cannot be built with {given}: {e}') from e
+
+
 def load_training_form(
         path: PathLike,
         architecture: Optional[str] = None,
@@ -171,6 +194,7 @@ def load_training_form(
         use_ema: bool = False,
         num_classes: Optional[int] = None,
         in_chans: Optional[int] = None,
+        model_kwargs: Optional[Mapping[str, Any]] = None,
 ) -> nn.Module:
     """Build the model that a checkpoint is of, in training form, with its weights.
 
@@ -180,6 +204,7 @@ def load_training_form(
         use_ema: Take the averaged weights.
         num_classes: Of the classifier; by default as the run was told, else the model's own.
         in_chans: Image channels; by default as the run was told, else the model's own.
+        model_kwargs: More arguments of ``timm.create_model``, beside those that the run was given.
 
     Returns:
         The model, in eval mode. Its ``pretrained_cfg`` has the input settings of the run.
@@ -193,10 +218,9 @@ def load_training_form(
     architecture = architecture or checkpoint.architecture
     if architecture is None:
         raise ValueError(f'{checkpoint.path} does not say which model it is of; name it')
-    if not timm.is_model(architecture):
-        raise ValueError(f'unknown model {architecture!r}; `timm-rep list` shows the models with rep layers')
-    args = _model_args(checkpoint, architecture, dict(num_classes=num_classes, in_chans=in_chans))
-    model = timm.create_model(architecture, **args)
+    overrides = dict(num_classes=num_classes, in_chans=in_chans)
+    args = _model_args(checkpoint, architecture, {**overrides, **(model_kwargs or {})})
+    model = build_model(architecture, **args)
     if not any(annealed_modules(model)):
         raise ValueError(f'{architecture} has no rep layers; `timm-rep list` shows the models that have')
     _load_strictly(model, checkpoint.state_dict, checkpoint.path, f'{architecture} in training form')
