@@ -1,6 +1,7 @@
 import argparse
 import json
 import pickle
+import re
 import sys
 
 import pytest
@@ -55,18 +56,19 @@ def stock_file(model, tmp_path):
     return path
 
 
-@pytest.mark.parametrize('command', [[], ['list'], ['demo'], ['fuse'], ['verify'], ['expand'], ['run']])
+@pytest.mark.parametrize('command', [[], *([name] for name in sorted(main.commands))])
 def test_help_has_an_example(command):
-    assert 'Example' in call(*command, '--help')
+    printed = call(*command, '--help')
+    assert re.search(r'\n  Examples?:\n    timm-rep ', printed), printed  # the lines are kept as they are
 
 
 def test_list():
     lines = call('list').splitlines()
     assert 'orepa_resnet18           resnet18' in lines
-    assert len(lines) == len(timm.list_models(['orepa_*', 'dbb_*']))
+    assert len(lines) == len(timm.list_models(['orepa_*', 'dbb_*', 'repan_*']))
     assert all('repvgg' in line for line in call('list', 'repvgg').splitlines())
     models = json.loads(call('list', 'resnet18*cifar', '--json'))
-    assert [model['name'] for model in models] == ['dbb_resnet18_cifar', 'orepa_resnet18_cifar']
+    assert [model['name'] for model in models] == ['dbb_resnet18_cifar', 'orepa_resnet18_cifar', 'repan_resnet18_cifar']
     assert models[0] == dict(
         name='dbb_resnet18_cifar', stock='dbb_resnet18_cifar', input_size=[3, 32, 32], num_classes=10)
     assert json.loads(call('list', 'nothing', '--json')) == []
@@ -123,6 +125,19 @@ def test_model_and_classes_from_args_yaml_or_options(checkpoint, model, tmp_path
     call('verify', weights, '--model', NAME, '--num-classes', 3)
     (tmp_path / 'args.yaml').write_text(f'model: {NAME}\nnum_classes: 3\n')
     call('verify', weights)
+
+
+def test_arguments_of_the_model(tmp_path):
+    model = randomize_(timm.create_model('repan_resnet18_cifar', rep_layer='acb', num_classes=3)).eval()
+    weights = tmp_path / 'weights.safetensors'
+    save_weights(model, weights)
+    options = ['--model', 'repan_resnet18_cifar', '--num-classes', 3]
+    assert 'in training form; missing' in call('verify', weights, *options, code=2)
+    options += ['--model-kwargs', 'rep_layer=acb', '--model-kwargs', 'drop_rate=0.1']
+    assert 'outputs agree' in call('fuse', weights, tmp_path / 'stock.pth', *options)
+    assert 'outputs agree' in call('verify', weights, tmp_path / 'stock.pth', *options)
+    message = call('verify', weights, *options, '--model-kwargs', 'nonsense=1', code=2)
+    assert 'repan_resnet18_cifar cannot be built with ' in message
 
 
 def test_compiled_and_distributed_prefixes_are_removed(model, tmp_path):

@@ -401,8 +401,10 @@ def _mobilenet_blocks(model: Any) -> Iterator[Tuple[str, str, str]]:
 
 def _is_mobilenet(model: Any) -> bool:
     """Whether this is a network of MobileNet-V1's blocks and nothing else."""
-    blocks = [block for stage in model.blocks for block in stage] if type(model) is EfficientNet else []
-    return bool(blocks) and all(type(block) is DepthwiseSeparableConv for block in blocks)
+    if not isinstance(model, EfficientNet):
+        return False
+    stages: Any = model.blocks
+    return all(type(block) is DepthwiseSeparableConv for stage in stages for block in stage)
 
 
 def _load_blocks(source: _Source, model: nn.Module, blocks: Iterable[Tuple[str, str, str]], folded: bool) -> Set[str]:
