@@ -543,9 +543,9 @@ def load_official_checkpoint(
       are gone. So are the norms' statistics: they get mean 0 and variance 1, with the same outputs in eval mode; give
       them some batches in training mode before you train on. In a RepVGG the 1x1 and identity branches add nothing.
 
-    Known layouts: OREPA's ResNet-18/34/50/101, wide ResNet-18, ResNeXt-50 and RepVGG; DBB's ResNets and MobileNet, with
-    ACB too; RepVGG's own; RepAn's RepVGG, and its ResNets and MobileNet with DBB, ACB or REP. The number of classes is
-    the file's. Two imports of a file are the same.
+    Known layouts: OREPA's ResNet-18/34/50/101, wide ResNet-18, ResNeXt-50 and RepVGG; DBB's ResNets and MobileNet;
+    RepVGG's own; RepAn's RepVGG, and its ResNets and MobileNet with DBB, ACB or REP. The number of classes is the
+    file's. Two imports of a file are the same.
 
     Source: the authors' repositories (see :mod:`timm_rep.official`). Outputs agree to 1e-4 of the largest in float32,
     1e-9 in float64.
