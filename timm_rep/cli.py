@@ -235,7 +235,7 @@ def expand(source: str, out: str, **kwargs: Any) -> None:
 @click.option('--license', metavar='NAME', default='unknown', show_default=True, help='Licence, for a Hub folder.')
 @click.option(
     '--attach-rate', type=float, metavar='RATE', default=1.0, show_default=True,
-    help="Of the side branches, for a file of RepAn's: between 0 and 1, and 1 after the warm-up.")
+    help="Attach rate, which RepAn's files do not hold.")
 @_model_kwargs_option
 @_json_option
 def import_official(file: str, out: str, as_json: bool, **kwargs: Any) -> None:

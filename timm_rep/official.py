@@ -99,6 +99,7 @@ FOLDED_NAMES = (
 REPAN_CACHES = ('rep_conv', 'dbb_reparam', 'fused_conv')
 # Classifiers.
 HEAD_NAMES = ('linear', 'fc')
+
 Weights = Mapping[str, Tensor]
 
 
@@ -266,9 +267,9 @@ def _load_stem(source: _Source, prefix: str, layer: OrepaStemConv2d, norm: Any) 
     _load_norm(source, f'{prefix}.bn', norm)
 
 
-def _silence_(norm: Optional[nn.Module]) -> None:
-    """Let a branch that ends in this norm add nothing."""
-    if isinstance(norm, nn.BatchNorm2d):
+def _silence_(norm: Optional[nn.BatchNorm2d]) -> None:
+    """Let a branch that ends in this norm, if there is one, add nothing."""
+    if norm is not None:
         norm.reset_parameters()
         nn.init.zeros_(norm.weight)
 
@@ -298,25 +299,27 @@ def _load_acb(source: _Source, prefix: str, layer: AsymmetricConv2d, norm: Any) 
 def _load_rep(source: _Source, prefix: str, layer: RepConv2d, norm: Any) -> None:
     """Fill a REP layer. The authors' has no identity branch, and no 1x1 if it is depthwise."""
     depthwise = layer.groups == layer.out_channels
-    absent = ('conv_1x1', 'norm_1x1') if depthwise else ()
-    _load_parts(source, prefix, layer, {ours: theirs for ours, theirs in REP_NAMES.items() if ours not in absent})
+    names = {ours: theirs for ours, theirs in REP_NAMES.items() if not (depthwise and ours.endswith('1x1'))}
+    _load_parts(source, prefix, layer, names)
     _silence_(layer.norm_identity)
     if depthwise:
         _silence_(layer.norm_1x1)
 
 
-def _load_plain(source: _Source, conv_name: str, norm_name: str, layer: nn.Module, norm: Any) -> None:
+def _load_plain(source: _Source, conv_name: str, norm_name: str, layer: Any, norm: Any) -> None:
     """Fill a convolution and its norm; where we have a rep layer, restore it."""
-    if isinstance(layer, nn.Conv2d):
-        source.fill(layer.weight, f'{conv_name}.weight')
-    elif isinstance(layer, LinearRepLayer):
-        layer.restore_(source.take(f'{conv_name}.weight', layer.weight_shape))
-    elif isinstance(layer, BranchedRepLayer):
+    weight_name = f'{conv_name}.weight'
+    if isinstance(layer, BranchedRepLayer):  # has the norm in it
         norm = layer.norm_kxk
-    _load_norm(source, norm_name, norm)
-    if isinstance(layer, BranchedRepLayer):
-        weight = source.take(f'{conv_name}.weight', layer.weight_shape).to(norm.weight)
+        _load_norm(source, norm_name, norm)
+        weight = source.take(weight_name, layer.weight_shape).to(norm.weight)
         layer.restore_(*fold_batch_norm(weight, None, norm))
+        return
+    if isinstance(layer, LinearRepLayer):
+        layer.restore_(source.take(weight_name, layer.weight_shape))
+    else:
+        source.fill(layer.weight, weight_name)
+    _load_norm(source, norm_name, norm)
 
 
 @dataclass(frozen=True)
@@ -384,7 +387,7 @@ def _resnet_blocks(model: Any) -> Iterator[Tuple[str, str, str]]:
         for position, block in enumerate(getattr(model, f'layer{stage}')):
             theirs, ours = f'stage{stage}.{position}', f'layer{stage}.{position}'
             for name in ('conv1', 'conv2', 'conv3'):
-                if name in dict(block.named_children()):
+                if hasattr(block, name):
                     yield f'{theirs}.{name}', f'{ours}.{name}', f'{ours}.bn{name[-1]}'
             if block.downsample is not None:
                 yield f'{theirs}.shortcut', f'{ours}.downsample.0', f'{ours}.downsample.1'
