@@ -15,6 +15,7 @@ import timm_rep
 from timm_rep import demo
 from timm_rep.cli import main
 from timm_rep.files import load_training_form, read_checkpoint, save_weights
+from timm_rep.surgery import annealed_modules
 
 NAME = 'orepa_repvgg_a0_cifar'
 DBB_NAME = 'dbb_resnet18_cifar'
@@ -56,7 +57,7 @@ def stock_file(model, tmp_path):
     return path
 
 
-@pytest.mark.parametrize('command', [[], ['list'], ['demo'], ['fuse'], ['verify'], ['expand'], ['publish'], ['run']])
+@pytest.mark.parametrize('command', [[], *([name] for name in sorted(main.commands))])
 def test_help_has_an_example(command):
     printed = call(*command, '--help')
     assert re.search(r'\n  Examples?:\n    timm-rep ', printed), printed  # the lines are kept as they are
@@ -128,6 +129,19 @@ def test_model_and_classes_from_args_yaml_or_options(checkpoint, model, tmp_path
     call('verify', weights, '--model', NAME, '--num-classes', 3)
     (tmp_path / 'args.yaml').write_text(f'model: {NAME}\nnum_classes: 3\n')
     call('verify', weights)
+
+
+def test_arguments_of_the_model(tmp_path):
+    model = randomize_(timm.create_model('repan_resnet18_cifar', rep_layer='acb', num_classes=3)).eval()
+    weights = tmp_path / 'weights.safetensors'
+    save_weights(model, weights)
+    options = ['--model', 'repan_resnet18_cifar', '--num-classes', 3]
+    assert 'in training form; missing' in call('verify', weights, *options, code=2)
+    options += ['--model-kwargs', 'rep_layer=acb', '--model-kwargs', 'drop_rate=0.1']
+    assert 'outputs agree' in call('fuse', weights, tmp_path / 'stock.pth', *options)
+    assert 'outputs agree' in call('verify', weights, tmp_path / 'stock.pth', *options)
+    message = call('verify', weights, *options, '--model-kwargs', 'nonsense=1', code=2)
+    assert 'repan_resnet18_cifar cannot be built with ' in message
 
 
 def test_compiled_and_distributed_prefixes_are_removed(model, tmp_path):
@@ -211,16 +225,20 @@ def test_run_settings_reach_the_model(checkpoint):
     assert tuple(loaded.pretrained_cfg['mean']) == (0.5, 0.5, 0.5)
 
 
-@pytest.mark.parametrize('layer', ['orepa', 'dbb'])
-def test_expand_keeps_the_outputs(layer, tmp_path):
-    name = NAME if layer == 'orepa' else DBB_NAME
-    stock = randomize_(timm.create_model(name, inference_mode=True, num_classes=4, in_chans=1)).eval()
+@pytest.mark.parametrize(('layer', 'stock_name', 'name', 'kwargs'), [
+    ('orepa', NAME, NAME, {}),
+    ('dbb', DBB_NAME, DBB_NAME, {}),
+    ('acb', DBB_NAME, 'repan_resnet18_cifar', dict(rep_layer='acb')),
+    ('rep', 'orepa_repvgg_a0_cifar', 'repan_repvgg_a0_cifar', dict(rep_layer='rep')),
+])
+def test_expand_keeps_the_outputs(layer, stock_name, name, kwargs, tmp_path):
+    stock = randomize_(timm.create_model(stock_name, inference_mode=True, num_classes=4, in_chans=1)).eval()
     source, out = tmp_path / 'stock.pth', tmp_path / 'training.safetensors'
     save_weights(stock, source)
-    options = ['--model', name, '--layer', layer, '--num-classes', 4, '--in-chans', 1]
+    options = ['--model', stock_name, '--layer', layer, '--num-classes', 4, '--in-chans', 1]
     assert 'outputs agree' in call('expand', source, out, *options)
-    expanded = timm.create_model(name, num_classes=4, in_chans=1, checkpoint_path=str(out)).eval()
-    assert list(timm_rep.rep_layers(expanded))
+    expanded = timm.create_model(name, num_classes=4, in_chans=1, checkpoint_path=str(out), **kwargs).eval()
+    assert list(annealed_modules(expanded))
     x = torch.randn(2, 1, 32, 32)
     with torch.no_grad():
         assert_near(expanded(x), stock(x), 1e-5)
@@ -233,9 +251,9 @@ def test_expand_keeps_the_outputs(layer, tmp_path):
 def test_expand_bad_input(checkpoint, stock_file, tmp_path):
     out = tmp_path / 'out.pth'
     assert 'neither a file nor a model' in call('expand', 'resnet999', out, code=2)
-    assert "no model 'orepa_vgg16'" in call('expand', 'vgg16', out, code=2)
-    options = ['--model', 'repvgg_a0', '--layer', 'dbb']
-    assert "no model 'dbb_repvgg_a0'" in call('expand', stock_file, out, *options, code=2)
+    assert "layer 'orepa' stands for the stock models mobilenetv1_100, repvgg_a0" in call('expand', 'vgg16', out, code=2)
+    options = ['--model', 'resnext50_32x4d', '--layer', 'dbb']
+    assert "got 'resnext50_32x4d'" in call('expand', stock_file, out, *options, code=2)
     assert 'does not say which model' in call('expand', stock_file, out, code=2)
     assert 'in stock form' in call('expand', checkpoint, out, code=2)
     assert 'must end in .safetensors or .pth' in call('expand', stock_file, tmp_path / 'folder', code=2)

@@ -187,6 +187,19 @@ def test_failure_leaves_nothing(tmp_path):
     assert names_in(tmp_path) == []
 
 
+def test_another_activation_is_noticed(tmp_path):
+    """Where a folder does not say which activation a model was built with, the network that timm builds is another."""
+    model = timm.create_model('mobilenetv1_100', num_classes=2, act_layer='relu').eval()
+    other = timm.create_model('mobilenetv1_100', num_classes=2).eval()
+    other.load_state_dict(model.state_dict())
+    x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    timm_rep.verify(model, other, inputs=x)  # no activation is above 6
+    model._model_args = {}
+    with pytest.raises(RuntimeError, match='is not what timm builds as mobilenetv1_100'):
+        timm_rep.export_folder(model, tmp_path / 'folder')
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(('kwargs', 'message'), [
     (dict(label_names=['cat']), 'the 5 classes of the model, got 1 names'),
     (dict(metrics=dict(top1=float('nan'))), 'top1=nan'),

@@ -211,8 +211,8 @@ def begin_time_step(
     one's weights.
 
     Outputs in eval mode stay the same at every attach rate for linear (OREPA) layers. For layers with norms in their
-    branches and RepVGG blocks they stay the same at rate zero, and with ``compensate`` at every rate. In training mode they stay
-    the same for linear layers only: elsewhere batch statistics take the place of the kept ones.
+    branches and RepVGG blocks they stay the same at rate zero, and with ``compensate`` at every rate. In training mode
+    they stay the same for linear layers only: elsewhere batch statistics take the place of the kept ones.
 
     Source: RepAn, Rep - expansion - restoration.
 

@@ -1,4 +1,5 @@
 """``timm-rep``: the library on the command line. Every command is one library call."""
+import ast
 import dataclasses
 import fnmatch
 import json
@@ -65,11 +66,32 @@ def _size_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def _parse_model_kwargs(context: click.Context, option: click.Parameter, given: Tuple[str, ...]) -> Dict[str, Any]:
+    """Read KEY=VALUE as timm's own scripts do: a value is a Python literal, else a string."""
+    model_kwargs: Dict[str, Any] = {}
+    for item in given:
+        key, equals, value = item.partition('=')
+        if not (key and equals):
+            raise click.BadParameter(f'{item!r} is not KEY=VALUE')
+        try:
+            model_kwargs[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            model_kwargs[key] = value
+    return model_kwargs
+
+
+def _model_kwargs_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        '--model-kwargs', metavar='KEY=VALUE', multiple=True, callback=_parse_model_kwargs,
+        help='Argument of the model, such as rep_layer=acb; may be given several times.')(command)
+
+
 def _checkpoint_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """What it takes to load a checkpoint in training form."""
     help_text = 'Load Python objects in the checkpoint too; they can run any code.'
     command = click.option('--allow-pickle', is_flag=True, help=help_text)(command)
-    command = click.option('--use-ema', is_flag=True, help='Take the averaged weights.')(_size_options(command))
+    command = _model_kwargs_option(_size_options(command))
+    command = click.option('--use-ema', is_flag=True, help='Take the averaged weights.')(command)
     return click.option('--model', 'architecture', metavar='NAME', help='Model, if the run does not say.')(command)
 
 
@@ -105,19 +127,7 @@ def _ensemble_json(result: EnsembleResult) -> str:
     return json.dumps(content, indent=2)
 
 
-class _Command(click.Command):
-    """A command whose raw docstring may hold click's mark of a paragraph that is not to be wrapped."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.help = (self.help or '').replace(r'\b', '\b')
-
-
-class _Group(_Command, click.Group):
-    command_class = _Command
-
-
-@click.group(cls=_Group, context_settings=dict(help_option_names=['-h', '--help'], max_content_width=120))
+@click.group(context_settings=dict(help_option_names=['-h', '--help'], max_content_width=120))
 @click.version_option(__version__, prog_name='timm-rep')
 def main() -> None:
     """Structural re-parameterization for timm: train with branches, fuse into stock timm models.
@@ -307,7 +317,8 @@ def expand(source: str, out: str, **kwargs: Any) -> None:
     """Put stock weights into the training form of the model with rep layers, with the same outputs.
 
     MODEL_OR_CHECKPOINT is a timm model, whose pretrained weights timm downloads, or a file of weights. OUT ends in
-    .safetensors or .pth; train from it with `--model orepa_resnet50 --initial-checkpoint OUT`.
+    .safetensors or .pth; train from it with `--model orepa_resnet50 --initial-checkpoint OUT`. Layers acb and rep are
+    those of the repan_ models: `--model repan_resnet50 --model-kwargs rep_layer=acb`.
 
     \b
     Examples:
@@ -324,8 +335,12 @@ def expand(source: str, out: str, **kwargs: Any) -> None:
 @click.option('--model', 'architecture', metavar='NAME', required=True, help='Model that the checkpoint is of.')
 @click.option('--out', metavar='PATH', type=click.Path(), required=True, help='Weights file, or folder, to write.')
 @click.option('--license', metavar='NAME', default='unknown', show_default=True, help='Licence, for a Hub folder.')
+@click.option(
+    '--attach-rate', type=float, metavar='RATE', default=1.0, show_default=True,
+    help="Attach rate, which RepAn's files do not hold.")
+@_model_kwargs_option
 @_json_option
-def import_official(file: str, architecture: str, out: str, license: str, as_json: bool) -> None:
+def import_official(file: str, out: str, as_json: bool, **kwargs: Any) -> None:
     """Import a checkpoint that the authors of OREPA, DBB, RepVGG or RepAn published, with the outputs of their code.
 
     PATH is a file that ends in .safetensors or .pth, for the weights as they are: in training form, to train on with
@@ -336,9 +351,11 @@ def import_official(file: str, architecture: str, out: str, license: str, as_jso
     Examples:
       timm-rep import-official ResNet-50.pth.tar --model orepa_resnet50 --out orepa_resnet50.safetensors
       timm-rep import-official RepVGG-A0-train.pth --model repvgg_a0 --out repvgg_a0 --license mit
+      timm-rep import-official model_epoch_0120.pyth --model repan_mobilenetv1_100 --out mobilenet.pth \\
+          --model-kwargs rep_layer=acb --model-kwargs act_layer=relu
     """
     with _user_errors():
-        imported = import_checkpoint(file, out, architecture, license=license)
+        imported = import_checkpoint(file, out, **kwargs)
     if as_json:
         report = imported.report
         click.echo(json.dumps(dict(
@@ -346,6 +363,7 @@ def import_official(file: str, architecture: str, out: str, license: str, as_jso
             architecture=imported.architecture,
             form=imported.form,
             num_classes=imported.num_classes,
+            model_kwargs=imported.model_kwargs,
             fused=None if report is None else json.loads(_report_json(report)),
         ), indent=2))
         return
@@ -375,7 +393,7 @@ def run(timm_scripts: Optional[str], script: str, args: Tuple[str, ...]) -> None
 @click.argument('run_dir', type=click.Path())
 @click.option('--out', metavar='DIR', type=click.Path(), help='Folder to write to; that of the run by default.')
 def plot(run_dir: str, out: Optional[str]) -> None:
-    r"""Draw the training run in RUN_DIR, the folder that timm's train.py writes to.
+    """Draw the training run in RUN_DIR, the folder that timm's train.py writes to.
 
     \b
     annealing.png          accuracy, loss, learning rate and attach rate over epochs and time steps
@@ -409,7 +427,7 @@ def plot(run_dir: str, out: Optional[str]) -> None:
 @click.option('--out', 'output', type=click.Path(), metavar='FILE', help="New file for the average of the weights.")
 @_json_option
 def ensemble(run_dir: str, data_dir: str, as_json: bool, **kwargs: Any) -> None:
-    r"""Evaluate the snapshots of time steps in RUN_DIR, alone and together.
+    """Evaluate the snapshots of time steps in RUN_DIR, alone and together.
 
     Together means the average of their outputs, and the average of their weights with the batch norms re-estimated.
     --out writes the latter as stock weights, to a new file that ends in .safetensors or .pth. All settings of the

@@ -5,7 +5,7 @@ import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Optional, Union
+from typing import Any, Dict, Mapping, Optional, Tuple, Union
 
 import safetensors
 import safetensors.torch
@@ -25,6 +25,7 @@ from .verification import Report, verify
 
 __all__ = [
     'Checkpoint',
+    'build_model',
     'expand_checkpoint',
     'find_checkpoint',
     'fuse_checkpoint',
@@ -192,6 +193,28 @@ def _take_input_settings(model: Any, checkpoint: Checkpoint) -> None:
         model.pretrained_cfg.update({key: config[key] for key in DATA_CONFIG_KEYS})
 
 
+def build_model(architecture: str, /, **kwargs: Any) -> nn.Module:
+    """``timm.create_model`` with errors that say what the user can do.
+
+    Args:
+        architecture: Registered name.
+        **kwargs: Of the model.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If there is no such model, or it does not take the arguments.
+    """
+    if not timm.is_model(architecture):
+        raise ValueError(f'unknown model {architecture!r}; `timm-rep list` shows the models with rep layers')
+    try:
+        return timm.create_model(architecture, **kwargs)
+    except (TypeError, KeyError, AssertionError) as e:
+        given = ', '.join(f'{key}={value!r}' for key, value in kwargs.items())
+        raise ValueError(f'{architecture} cannot be built with {given}: {e}') from e
+
+
 def load_training_form(
         path: PathLike,
         architecture: Optional[str] = None,
@@ -200,6 +223,7 @@ def load_training_form(
         allow_pickle: bool = False,
         num_classes: Optional[int] = None,
         in_chans: Optional[int] = None,
+        model_kwargs: Optional[Mapping[str, Any]] = None,
 ) -> nn.Module:
     """Build the model that a checkpoint is of, in training form, with its weights.
 
@@ -210,6 +234,7 @@ def load_training_form(
         allow_pickle: Load Python objects too, which can run any code.
         num_classes: Of the classifier; by default as the run was told, else the model's own.
         in_chans: Image channels; by default as the run was told, else the model's own.
+        model_kwargs: More arguments of ``timm.create_model``, beside those that the run was given.
 
     Returns:
         The model, in eval mode. Its ``pretrained_cfg`` has the input settings of the run.
@@ -220,7 +245,8 @@ def load_training_form(
         RuntimeError: If the weights are not those of the architecture in training form.
     """
     checkpoint = read_checkpoint(path, use_ema=use_ema, allow_pickle=allow_pickle)
-    return training_form(checkpoint, architecture, num_classes=num_classes, in_chans=in_chans)
+    return training_form(
+        checkpoint, architecture, num_classes=num_classes, in_chans=in_chans, model_kwargs=model_kwargs)
 
 
 def training_form(
@@ -229,6 +255,7 @@ def training_form(
         *,
         num_classes: Optional[int] = None,
         in_chans: Optional[int] = None,
+        model_kwargs: Optional[Mapping[str, Any]] = None,
 ) -> nn.Module:
     """Build the model that a checkpoint is of, once it is read; the rest of :func:`load_training_form`.
 
@@ -237,6 +264,7 @@ def training_form(
         architecture: As in :func:`load_training_form`.
         num_classes: As in :func:`load_training_form`.
         in_chans: As in :func:`load_training_form`.
+        model_kwargs: As in :func:`load_training_form`.
 
     Returns:
         The model, in eval mode.
@@ -248,10 +276,9 @@ def training_form(
     architecture = architecture or checkpoint.architecture
     if architecture is None:
         raise ValueError(f'{checkpoint.path} does not say which model it is of; name it')
-    if not timm.is_model(architecture):
-        raise ValueError(f'unknown model {architecture!r}; `timm-rep list` shows the models with rep layers')
-    args = _model_args(checkpoint, architecture, dict(num_classes=num_classes, in_chans=in_chans))
-    model = timm.create_model(architecture, **args)
+    overrides = dict(num_classes=num_classes, in_chans=in_chans)
+    args = _model_args(checkpoint, architecture, {**overrides, **(model_kwargs or {})})
+    model = build_model(architecture, **args)
     if not any(annealed_modules(model)):
         raise ValueError(f'{architecture} has no rep layers; `timm-rep list` shows the models that have')
     _load_strictly(model, checkpoint.state_dict, checkpoint.path, f'{architecture} in training form')
@@ -406,17 +433,19 @@ def verify_checkpoint(
     return verify(model, fused)
 
 
-def _training_architecture(name: str, layer: str) -> str:
-    """Our model whose stock form a stock model is."""
+def _training_architecture(name: str, layer: str) -> Tuple[str, Dict[str, Any]]:
+    """Our model whose stock form a stock model is, and what it is built with."""
     if layer not in LAYERS:
         raise ValueError(f'unknown layer {layer!r}; allowed are {", ".join(LAYERS)}')
-    architecture = name.partition('.')[0]
-    if not architecture.startswith(f'{layer}_'):
-        architecture = f'{layer}_{architecture}'
-    if not timm.is_model(architecture):
-        known = ', '.join(model[len(layer) + 1:] for model in timm.list_models(f'{layer}_*'))
-        raise ValueError(f'no model {architecture!r}; layer {layer!r} stands for the stock models {known}')
-    return architecture
+    stock = name.partition('.')[0]
+    for prefix in TRAINING_PREFIXES:
+        stock = stock.removeprefix(prefix)
+    if timm.is_model(f'{layer}_{stock}'):
+        return f'{layer}_{stock}', {}
+    if timm.is_model(f'repan_{stock}'):
+        return f'repan_{stock}', dict(rep_layer=layer)
+    known = {model.partition('_')[2] for model in timm.list_models([f'{layer}_*', 'repan_*'])}
+    raise ValueError(f'layer {layer!r} stands for the stock models {", ".join(sorted(known))}; got {name!r}')
 
 
 def expand_checkpoint(
@@ -433,7 +462,8 @@ def expand_checkpoint(
     Args:
         source: Weights in stock form; or a timm model, with a tag if wanted, whose pretrained weights timm gets.
         output: New ``.safetensors`` or ``.pth`` file.
-        layer: ``'orepa'`` or ``'dbb'``.
+        layer: ``'orepa'``, ``'dbb'``, ``'acb'`` or ``'rep'``. Where there is no model of that name in front, it is a
+            ``repan_`` model with this ``rep_layer``.
         architecture: The stock model that a file of weights is of, if the file does not say it.
         num_classes: Of the classifier; by default as the run was told, else the model's own.
         in_chans: Image channels; by default as the run was told, else the model's own.
@@ -455,15 +485,16 @@ def expand_checkpoint(
         name = architecture or checkpoint.architecture
         if name is None:
             raise ValueError(f'{source} does not say which model it is of; name it')
-        target = _training_architecture(name, layer)
-        args = _model_args(checkpoint, name, overrides)
+        target, layer_args = _training_architecture(name, layer)
+        args = {**_model_args(checkpoint, name, overrides), **layer_args}
         stock = timm.create_model(target, inference_mode=True, **args)
         _load_strictly(stock, checkpoint.state_dict, checkpoint.path, f'{name} in stock form')
         _take_input_settings(stock, checkpoint)
     elif timm.is_model(str(source)):
-        target = _training_architecture(str(source), layer)
+        target, layer_args = _training_architecture(str(source), layer)
         args = {key: value for key, value in overrides.items() if value is not None}
         stock = timm.create_model(str(source), pretrained=True, **args)
+        args.update(layer_args)
     else:
         raise FileNotFoundError(f'{source} is neither a file nor a model of timm')
     model = timm.create_model(target, **args).eval()

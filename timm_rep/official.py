@@ -9,6 +9,8 @@ OREPA                  ``weight_orepa_``, in RepVGG ``weight_rbr_``        ``Ore
 OREPA stem             ``weight0.weight_orepa_``, ``weight1. ...``         ``OrepaStemConv2d`` and norm
 Rep-1x1                ``weight_or1x1_``                                   ``OrepaPointwiseConv2d`` and norm
 DBB                    ``dbb_origin``, ``dbb_avg``, ``dbb_1x1_kxk`` ...    ``DiverseBranchConv2d``
+ACB                    ``square_``, ``hor_``, ``ver_``                     ``AsymmetricConv2d``
+REP of RepAn           ``dbb_origin``, ``dbb_1x1``                         ``RepConv2d``, its identity adds nothing
 plain                  ``conv``, ``bn``                                    convolution and norm; else restored
 RepVGG                 ``rbr_dense``, ``rbr_1x1``, ``rbr_identity``        timm's ``RepVggBlock``
 RepVGG of RepAn        ``conv_3``, ``bn_3``, ``conv_1``, ``bn_1`` ...      timm's ``RepVggBlock``
@@ -20,30 +22,31 @@ Sources of the layouts: the repositories that NOTICE names, at commits 3ed037b (
 """
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Set, Tuple, Type, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Set, Tuple, Type, Union
 
-import timm
 import torch
 import torch.nn as nn
-from timm.models import ByobNet, ResNet, clean_state_dict
+from timm.models import ByobNet, EfficientNet, ResNet, clean_state_dict
+from timm.models._efficientnet_blocks import DepthwiseSeparableConv
 from timm.models.byobnet import RepVggBlock
 from torch import Tensor
 
 from . import kernels
 from .checkpoints import first_names
-from .files import PathLike, read_checkpoint, save_weights
+from .files import PathLike, _check_output, build_model, read_checkpoint, save_weights
 from .hub import export_folder
 from .layers import (
+    AsymmetricConv2d,
     BranchedRepLayer,
     DiverseBranchConv2d,
     LinearRepLayer,
     OrepaConv2d,
     OrepaPointwiseConv2d,
     OrepaStemConv2d,
+    RepConv2d,
 )
-from .layers.base import kaiming_uniform_
 from .layers.branched import fold_batch_norm
-from .surgery import fuse, rep_layers, set_attach_rate
+from .surgery import annealed_modules, fuse, set_attach_rate
 from .verification import Report, verify
 
 __all__ = ['ImportedCheckpoint', 'import_checkpoint', 'load_official_checkpoint']
@@ -65,21 +68,22 @@ DBB_NAMES = dict(
     seq_kxk='dbb_1x1_kxk.conv2',
     seq_norm='dbb_1x1_kxk.bn2',
 )
-# Parts of timm's RepVggBlock, as RepVGG and RepAn call them (official repvgg.py, repvgg_IMG.py).
-REPVGG_NAMES = {
-    'conv_kxk.conv': 'rbr_dense.conv',
-    'conv_kxk.bn': 'rbr_dense.bn',
-    'conv_1x1.conv': 'rbr_1x1.conv',
-    'conv_1x1.bn': 'rbr_1x1.bn',
-    'identity': 'rbr_identity',
-}
-REPAN_REPVGG_NAMES = {
-    'conv_kxk.conv': 'conv_3',
-    'conv_kxk.bn': 'bn_3',
-    'conv_1x1.conv': 'conv_1',
-    'conv_1x1.bn': 'bn_1',
-    'identity': 'bn_0',
-}
+# Parts of AsymmetricConv2d, as DBB's repository calls them (official acb.py).
+ACB_NAMES = dict(
+    conv_kxk='square_conv',
+    norm_kxk='square_bn',
+    conv_1xk='hor_conv',
+    norm_1xk='hor_bn',
+    conv_kx1='ver_conv',
+    norm_kx1='ver_bn',
+)
+# Parts of RepConv2d, as RepAn calls them (official repblock.py).
+REP_NAMES = dict(
+    conv_kxk='dbb_origin.conv',
+    norm_kxk='dbb_origin.bn',
+    conv_1x1='dbb_1x1.conv',
+    norm_1x1='dbb_1x1.bn',
+)
 # What the authors call the convolution of a folded block.
 FOLDED_NAMES = (
     'orepa_reparam',
@@ -93,22 +97,8 @@ FOLDED_NAMES = (
 )
 # RepAn keeps the folded convolution beside the branches; in training form it is not what the block computes.
 REPAN_CACHES = ('rep_conv', 'dbb_reparam', 'fused_conv')
-# Kinds of blocks in training form, by what the names of their tensors begin with; the first that fits.
-BLOCK_KINDS = (
-    ('an OREPA stem', 'weight0.'),
-    ('an OREPA', OREPA_BLOCK),
-    ('an OREPA', OREPA_REPVGG_BLOCK),
-    ('a Rep-1x1', 'weight_or1x1_'),
-    ('a DBB', 'dbb_avg.'),
-    ('a DBB', 'dbb_1x1_kxk.'),
-    ('a REP', 'dbb_origin.'),
-    ('an ACB', 'square_'),
-)
 # Classifiers.
 HEAD_NAMES = ('linear', 'fc')
-# Largest difference of a constant in a file from ours, for full and half precision.
-CONSTANT_ATOL = {torch.float64: 1e-6, torch.float32: 1e-6}
-HALF_CONSTANT_ATOL = 1e-2
 
 Weights = Mapping[str, Tensor]
 
@@ -157,12 +147,12 @@ class _Source:
         value = self.take_optional(name)
         if value is None:
             return
-        atol = CONSTANT_ATOL.get(value.dtype, HALF_CONSTANT_ATOL)
+        atol = 1e-6 if value.dtype in (torch.float32, torch.float64) else 1e-2
         if value.shape != expected.shape or not torch.allclose(value.double(), expected.double(), rtol=0.0, atol=atol):
             self._misfits.append(f'the constant {name} is another than that of the published code')
 
-    def skip(self, prefix: str) -> None:
-        """Take the tensors of a folded convolution that the block does not compute with."""
+    def skip_caches(self, prefix: str) -> None:
+        """Take what RepAn keeps of the last fold: the block does not compute with it."""
         for cache in REPAN_CACHES:
             for kind in ('weight', 'bias'):
                 self.take_optional(f'{prefix}.{cache}.{kind}')
@@ -201,16 +191,17 @@ def _load_orepa_branches(
         source: _Source,
         prefix: str,
         layer: OrepaConv2d,
-        block: str = OREPA_BLOCK,
         mirrored: bool = False,
 ) -> None:
     """Fill an OREPA layer; ``mirrored`` gives it the authors' kernel mirrored in both axes."""
+    in_repvgg = source.has(f'{prefix}.{OREPA_REPVGG_BLOCK}')
+    start = f'{prefix}.{OREPA_REPVGG_BLOCK if in_repvgg else OREPA_BLOCK}'
     out_channels, in_per_group = layer.weight_shape[:2]
     groups, size = layer.groups, layer.kernel_size
     views = layer.branch_views()
 
     def take(name: str, shape: Sequence[int], spatial: bool = False) -> Tensor:
-        value = source.take(f'{prefix}.{block}{name}', shape)
+        value = source.take(start + name, shape)
         return value.flip([2, 3]) if spatial and mirrored else value
 
     pointwise = (out_channels, in_per_group, 1, 1)
@@ -231,7 +222,7 @@ def _load_orepa_branches(
     views['prior'].copy_(prior_conv)
 
     inner = layer.seq_1x1.shape[0]
-    source.fill(layer.seq_1x1, f'{prefix}.{block}1x1_kxk_idconv1')
+    source.fill(layer.seq_1x1, f'{start}1x1_kxk_idconv1')
     sequential = take('1x1_kxk_conv2', (out_channels, inner // groups, *size), spatial=True)
     views['sequential'].copy_(sequential.unflatten(1, (-1, in_per_group)).transpose(1, 2))
 
@@ -243,7 +234,7 @@ def _load_orepa_branches(
     views['separable'].copy_(separable.reshape(views['separable'].shape))
 
     # In RepVGG a block with identity branch has a row more, which nothing sets or uses (official blocks_repvgg.py).
-    unused = block == OREPA_REPVGG_BLOCK and layer.in_channels == layer.out_channels and layer.stride == (1, 1)
+    unused = in_repvgg and layer.in_channels == layer.out_channels and layer.stride == (1, 1)
     rows = [name for name in OREPA_SCALE_ROWS if name in layer.branch_names]
     scale = source.take(f'{prefix}.vector', (len(rows) + unused, out_channels))
     for row, name in enumerate(rows):
@@ -251,8 +242,8 @@ def _load_orepa_branches(
 
     identity = kernels.grouped_identity(in_per_group, **exact).repeat(inner // in_per_group, 1, 1, 1)
     source.check_constant(f'{prefix}.id_tensor', identity)
-    source.check_constant(f'{prefix}.{block}avg_avg', kernels.average_kernel(size, **exact)[0, 0])
-    source.check_constant(f'{prefix}.{block}prior', prior[:, 0])
+    source.check_constant(f'{start}avg_avg', kernels.average_kernel(size, **exact)[0, 0])
+    source.check_constant(f'{start}prior', prior[:, 0])
 
 
 def _load_orepa(source: _Source, prefix: str, layer: OrepaConv2d, norm: Any) -> None:
@@ -276,64 +267,101 @@ def _load_stem(source: _Source, prefix: str, layer: OrepaStemConv2d, norm: Any) 
     _load_norm(source, f'{prefix}.bn', norm)
 
 
-def _load_dbb(source: _Source, prefix: str, layer: DiverseBranchConv2d, norm: Any) -> None:
-    for name, theirs in DBB_NAMES.items():
+def _silence_(norm: Optional[nn.BatchNorm2d]) -> None:
+    """Let a branch that ends in this norm, if there is one, add nothing."""
+    if norm is not None:
+        norm.reset_parameters()
+        nn.init.zeros_(norm.weight)
+
+
+def _load_parts(source: _Source, prefix: str, layer: BranchedRepLayer, names: Mapping[str, str]) -> None:
+    for name, theirs in names.items():
         part = getattr(layer, name)
         if isinstance(part, nn.Conv2d):
             source.fill(part.weight, f'{prefix}.{theirs}.weight')
         elif part is not None:  # a depthwise block has fewer branches
             _load_norm(source, f'{prefix}.{theirs}', getattr(part, 'norm', part))
+
+
+def _load_dbb(source: _Source, prefix: str, layer: DiverseBranchConv2d, norm: Any) -> None:
+    _load_parts(source, prefix, layer, DBB_NAMES)
     if layer.avg_conv is None:
         first = source.take(f'{prefix}.dbb_1x1_kxk.conv1.weight', layer.seq_1x1.shape)
         layer.seq_1x1.copy_(first.to(layer.seq_1x1) - layer.seq_identity)
     else:
         source.fill(layer.seq_1x1, f'{prefix}.dbb_1x1_kxk.idconv1.weight')
-    source.skip(prefix)
 
 
-def _load_plain(source: _Source, conv_name: str, norm_name: str, layer: nn.Module, norm: Any) -> None:
+def _load_acb(source: _Source, prefix: str, layer: AsymmetricConv2d, norm: Any) -> None:
+    _load_parts(source, prefix, layer, ACB_NAMES)
+
+
+def _load_rep(source: _Source, prefix: str, layer: RepConv2d, norm: Any) -> None:
+    """Fill a REP layer. The authors' has no identity branch, and no 1x1 if it is depthwise."""
+    depthwise = layer.groups == layer.out_channels
+    names = {ours: theirs for ours, theirs in REP_NAMES.items() if not (depthwise and ours.endswith('1x1'))}
+    _load_parts(source, prefix, layer, names)
+    _silence_(layer.norm_identity)
+    if depthwise:
+        _silence_(layer.norm_1x1)
+
+
+def _load_plain(source: _Source, conv_name: str, norm_name: str, layer: Any, norm: Any) -> None:
     """Fill a convolution and its norm; where we have a rep layer, restore it."""
-    if isinstance(layer, nn.Conv2d):
-        source.fill(layer.weight, f'{conv_name}.weight')
-    elif isinstance(layer, LinearRepLayer):
-        layer.restore_(source.take(f'{conv_name}.weight', layer.weight_shape))
-    elif isinstance(layer, BranchedRepLayer):
+    weight_name = f'{conv_name}.weight'
+    if isinstance(layer, BranchedRepLayer):  # has the norm in it
         norm = layer.norm_kxk
-    _load_norm(source, norm_name, norm)
-    if isinstance(layer, BranchedRepLayer):
-        weight = source.take(f'{conv_name}.weight', layer.weight_shape).to(norm.weight)
+        _load_norm(source, norm_name, norm)
+        weight = source.take(weight_name, layer.weight_shape).to(norm.weight)
         layer.restore_(*fold_batch_norm(weight, None, norm))
+        return
+    if isinstance(layer, LinearRepLayer):
+        layer.restore_(source.take(weight_name, layer.weight_shape))
+    else:
+        source.fill(layer.weight, weight_name)
+    _load_norm(source, norm_name, norm)
 
 
-def _load_plain_block(source: _Source, prefix: str, layer: nn.Module, norm: Any) -> None:
-    _load_plain(source, f'{prefix}.conv', f'{prefix}.bn', layer, norm)
-    source.skip(prefix)
+@dataclass(frozen=True)
+class _Block:
+    """A kind of block in training form: how it is called, how its tensors' names start, what loads it."""
+
+    label: str
+    starts: Tuple[str, ...]
+    load: Callable[[_Source, str, Any, Any], None]
 
 
-# For each kind of layer, the block that it is filled from and how.
-LOADERS: Dict[Type[nn.Module], Tuple[str, Callable[[_Source, str, Any, Any], None]]] = {
-    nn.Conv2d: ('a plain', _load_plain_block),
-    OrepaConv2d: ('an OREPA', _load_orepa),
-    OrepaPointwiseConv2d: ('a Rep-1x1', _load_pointwise),
-    OrepaStemConv2d: ('an OREPA stem', _load_stem),
-    DiverseBranchConv2d: ('a DBB', _load_dbb),
+# By the layer that stands for the block; of several that fit a checkpoint, the first is meant.
+BLOCKS: Dict[Type[nn.Module], _Block] = {
+    OrepaStemConv2d: _Block('an OREPA stem', ('weight0.',), _load_stem),
+    OrepaConv2d: _Block('an OREPA', (OREPA_BLOCK, OREPA_REPVGG_BLOCK), _load_orepa),
+    OrepaPointwiseConv2d: _Block('a Rep-1x1', ('weight_or1x1_',), _load_pointwise),
+    DiverseBranchConv2d: _Block('a DBB', ('dbb_avg.', 'dbb_1x1_kxk.'), _load_dbb),
+    RepConv2d: _Block('a REP', ('dbb_origin.',), _load_rep),
+    AsymmetricConv2d: _Block('an ACB', ('square_',), _load_acb),
 }
 
 
-def _block_kind(source: _Source, prefix: str) -> Optional[str]:
-    """What kind of block in training form has this prefix; None for a plain one, or none at all."""
-    return next((kind for kind, start in BLOCK_KINDS if source.has(f'{prefix}.{start}')), None)
+def _block_for(source: _Source, prefix: str, layer: nn.Module) -> Optional[_Block]:
+    """The block in training form that has this prefix and must be the layer's; None for a plain one, or none at all."""
+    for layer_type, block in BLOCKS.items():
+        if any(source.has(f'{prefix}.{start}') for start in block.starts):
+            if type(layer) is layer_type:
+                return block
+            own = BLOCKS.get(type(layer))
+            raise source.refuse(
+                f'{prefix} is {block.label} block, where the model has {own.label if own else "a plain"} one')
+    return None
 
 
 def _load_block(source: _Source, prefix: str, layer: nn.Module, norm: nn.Module) -> None:
     """Fill a convolution or rep layer, and the norm behind it if it has none of its own, from a training form block."""
-    kind = _block_kind(source, prefix)
-    own_kind, load = LOADERS[type(layer)]
-    if kind not in (None, own_kind):
-        raise source.refuse(f'{prefix} is {kind} block, where the model has {own_kind} one')
-    if kind is None and source.has(f'{prefix}.conv.'):
-        load = _load_plain_block
-    load(source, prefix, layer, norm)
+    block = _block_for(source, prefix, layer)
+    if block is None:
+        _load_plain(source, f'{prefix}.conv', f'{prefix}.bn', layer, norm)
+    else:
+        block.load(source, prefix, layer, norm)
+    source.skip_caches(prefix)
 
 
 def _load_folded_conv(source: _Source, prefix: str, conv: nn.Conv2d, norm: Any) -> None:
@@ -359,16 +387,33 @@ def _resnet_blocks(model: Any) -> Iterator[Tuple[str, str, str]]:
         for position, block in enumerate(getattr(model, f'layer{stage}')):
             theirs, ours = f'stage{stage}.{position}', f'layer{stage}.{position}'
             for name in ('conv1', 'conv2', 'conv3'):
-                if name in dict(block.named_children()):
+                if hasattr(block, name):
                     yield f'{theirs}.{name}', f'{ours}.{name}', f'{ours}.bn{name[-1]}'
             if block.downsample is not None:
                 yield f'{theirs}.shortcut', f'{ours}.downsample.0', f'{ours}.downsample.1'
 
 
-def _load_resnet(source: _Source, model: nn.Module, folded: bool) -> Set[str]:
-    """Fill a ResNet, and return the names of the parts that are filled."""
+def _mobilenet_blocks(model: Any) -> Iterator[Tuple[str, str, str]]:
+    """The authors' name of every block of a MobileNet-V1, and our names of its convolution and norm."""
+    yield 'conv1', 'conv_stem', 'bn1'
+    names = (f'blocks.{stage}.{block}' for stage, blocks in enumerate(model.blocks) for block in range(len(blocks)))
+    for position, ours in enumerate(names):
+        yield f'stem.{position}.depthwise', f'{ours}.conv_dw', f'{ours}.bn1'
+        yield f'stem.{position}.pointwise', f'{ours}.conv_pw', f'{ours}.bn2'
+
+
+def _is_mobilenet(model: Any) -> bool:
+    """Whether this is a network of MobileNet-V1's blocks and nothing else."""
+    if not isinstance(model, EfficientNet):
+        return False
+    stages: Any = model.blocks
+    return all(type(block) is DepthwiseSeparableConv for stage in stages for block in stage)
+
+
+def _load_blocks(source: _Source, model: nn.Module, blocks: Iterable[Tuple[str, str, str]], folded: bool) -> Set[str]:
+    """Fill a ResNet or MobileNet, and return the names of the parts that are filled."""
     filled: Set[str] = set()
-    for theirs, conv_name, norm_name in _resnet_blocks(model):
+    for theirs, conv_name, norm_name in blocks:
         layer: Any = model.get_submodule(conv_name)
         norm: Any = model.get_submodule(norm_name)
         if folded:
@@ -381,40 +426,24 @@ def _load_resnet(source: _Source, model: nn.Module, folded: bool) -> Set[str]:
     return filled
 
 
-def _silence_(norm: Optional[nn.Module]) -> None:
-    """Let a branch that ends in this norm add nothing."""
-    if isinstance(norm, nn.BatchNorm2d):
-        norm.reset_parameters()
-        nn.init.zeros_(norm.weight)
-
-
-def _load_repvgg_block(source: _Source, prefix: str, block: Any, names: Dict[str, str]) -> None:
-    dense: nn.Module = block.conv_kxk.conv
-    theirs = {ours: f'{prefix}.{name}' for ours, name in names.items()}
-    dense_prefix = theirs['conv_kxk.conv'].rpartition('.')[0]
-    kind = _block_kind(source, dense_prefix)
-    if kind is None:
-        _load_plain(source, theirs['conv_kxk.conv'], theirs['conv_kxk.bn'], dense, block.conv_kxk.bn)
-    elif isinstance(dense, OrepaConv2d):
-        _load_orepa_branches(source, dense_prefix, dense, OREPA_REPVGG_BLOCK)
-        _load_norm(source, theirs['conv_kxk.bn'], block.conv_kxk.bn)
+def _load_repvgg_block(source: _Source, prefix: str, block: Any, repan: bool) -> None:
+    if repan:
+        for part, size in ((block.conv_kxk, 3), (block.conv_1x1, 1)):
+            _load_plain(source, f'{prefix}.conv_{size}', f'{prefix}.bn_{size}', part.conv, part.bn)
+        source.skip_caches(prefix)
     else:
-        raise source.refuse(f'{dense_prefix} is {kind} block, where the model has a plain one')
-
-    source.fill(block.conv_1x1.conv.weight, f'{theirs["conv_1x1.conv"]}.weight')
-    _load_norm(source, theirs['conv_1x1.bn'], block.conv_1x1.bn)
-    if names is REPAN_REPVGG_NAMES and not source.has(f'{theirs["identity"]}.'):
+        for part, name in ((block.conv_kxk, 'rbr_dense'), (block.conv_1x1, 'rbr_1x1')):
+            _load_block(source, f'{prefix}.{name}', part.conv, part.bn)
+    identity = f'{prefix}.bn_0' if repan else f'{prefix}.rbr_identity'
+    if repan and not source.has(f'{identity}.'):
         _silence_(block.identity)  # RepAn's first block of a stage has no identity branch, whatever its shape
     elif block.identity is not None:
-        _load_norm(source, theirs['identity'], block.identity)
-    source.skip(prefix)
+        _load_norm(source, identity, block.identity)
 
 
-def _load_folded_repvgg_block(source: _Source, prefix: str, block: Any, generator: torch.Generator) -> None:
+def _load_folded_repvgg_block(source: _Source, prefix: str, block: Any) -> None:
     """Put a folded block into the KxK branch; the other branches end in a norm of gain zero and add nothing."""
     _load_folded_conv(source, prefix, block.conv_kxk.conv, block.conv_kxk.bn)
-    pointwise = block.conv_1x1.conv.weight
-    kaiming_uniform_(pointwise, pointwise.shape[1], 5 ** 0.5, generator)  # nn.Conv2d's own draw
     _silence_(block.conv_1x1.bn)
     _silence_(block.identity)
 
@@ -427,12 +456,11 @@ def _load_repvgg(source: _Source, model: Any, folded: bool) -> Set[str]:
         for position, block in enumerate(children):
             theirs = f'stages.{stage + 1}.sequential.{position}' if repan else f'stage{stage + 1}.{position}'
             blocks[f'stages.{stage}.{position}'] = (block, theirs)
-    generator = torch.Generator().manual_seed(0)  # two imports of a file are the same
     for block, theirs in blocks.values():
         if folded:
-            _load_folded_repvgg_block(source, theirs, block, generator)
+            _load_folded_repvgg_block(source, theirs, block)
         else:
-            _load_repvgg_block(source, theirs, block, REPAN_REPVGG_NAMES if repan else REPVGG_NAMES)
+            _load_repvgg_block(source, theirs, block, repan)
         if not isinstance(block.attn, nn.Identity):
             for ours, name in ((block.attn.fc1, 'down'), (block.attn.fc2, 'up')):
                 source.fill(ours.weight, f'{theirs}.se.{name}.weight')
@@ -450,30 +478,40 @@ def fill_from_official_(model: Any, tensors: Weights, label: str = 'the state di
     """Fill a model from a state dict in one of the authors' layouts.
 
     Args:
-        model: ResNet or RepVGG; in stock form if the weights are folded. It keeps its attach rate, and is half filled
-            if an error is raised.
+        model: ResNet, RepVGG or MobileNet-V1; in stock form if the weights are folded. It keeps its attach rate, and is
+            half filled if an error is raised.
         tensors: The authors' state dict.
         label: What to call it in messages.
 
     Raises:
-        ValueError: If the model is neither a ResNet nor a RepVGG.
+        ValueError: If the model is another network, or has another activation than the authors'.
         RuntimeError: If the weights are not those of the model: a tensor is missing, left over, or of another shape.
     """
     architecture = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture', type(model).__name__)
     source = _Source(tensors, label, architecture)
     folded = _is_folded(tensors)
     if isinstance(model, ResNet):
-        filled = _load_resnet(source, model, folded)
-        head, head_name = model.fc, 'fc'
+        filled = _load_blocks(source, model, _resnet_blocks(model), folded)
+    elif _is_mobilenet(model):
+        activation = type(model.bn1.act)
+        if activation is not nn.ReLU:
+            raise ValueError(
+                f"the authors' MobileNet has ReLU, {architecture} has {activation.__name__}; "
+                "build it with act_layer='relu'")
+        filled = _load_blocks(source, model, _mobilenet_blocks(model), folded)
     elif isinstance(model, ByobNet) and isinstance(model.stem, RepVggBlock):
         filled = _load_repvgg(source, model, folded)
-        head, head_name = model.head.fc, 'head.fc'
     else:
-        raise ValueError(f'official checkpoints are of ResNets and RepVGGs; {architecture} is a {type(model).__name__}')
+        raise ValueError(
+            'official checkpoints are of ResNets, RepVGGs and MobileNet-V1; '
+            f'{architecture} is a {type(model).__name__}')
+    head = model.get_classifier()
+    if not isinstance(head, nn.Linear):
+        raise ValueError(f'official checkpoints have a classifier; {architecture} was built without')
     theirs = next((name for name in HEAD_NAMES if source.has(f'{name}.')), HEAD_NAMES[0])
     source.fill(head.weight, f'{theirs}.weight')
     source.fill(head.bias, f'{theirs}.bias')
-    filled.add(head_name)
+    filled.add(next(name for name, module in model.named_modules() if module is head))
     source.check_all_taken()
     untouched = [key for key in model.state_dict() if not any(key.startswith(f'{name}.') for name in filled)]
     if untouched:
@@ -492,6 +530,7 @@ def _read(source: Union[PathLike, Weights]) -> Tuple[Dict[str, Tensor], str]:
 def load_official_checkpoint(
         source: Union[PathLike, Weights],
         architecture: str,
+        /,
         *,
         attach_rate: float = 1.0,
         **kwargs: Any,
@@ -502,13 +541,14 @@ def load_official_checkpoint(
 
     - Training form (branches and norms): the architecture in training form, with the authors' branches. A plain
       convolution of theirs where the architecture has a rep layer (RepVGG into ``orepa_repvgg_*``) is restored into it:
-      same outputs, side branches drawn afresh.
+      same outputs, side branches drawn afresh. Branches that only ours has (the identity of REP) add nothing.
     - Deploy form (folded): the *stock form* of the architecture, as :func:`timm_rep.fuse` makes it, since the branches
       are gone. So are the norms' statistics: they get mean 0 and variance 1, with the same outputs in eval mode; give
       them some batches in training mode before you train on. In a RepVGG the 1x1 and identity branches add nothing.
 
-    Known layouts: OREPA's ResNet-18/34/50/101, wide ResNet-18, ResNeXt-50 and RepVGG; DBB's ResNets; RepVGG's own;
-    RepAn's RepVGG and DBB ResNets. The number of classes is the file's.
+    Known layouts: OREPA's ResNet-18/34/50/101, wide ResNet-18, ResNeXt-50 and RepVGG; DBB's ResNets and MobileNet;
+    RepVGG's own; RepAn's RepVGG, and its ResNets and MobileNet with DBB, ACB or REP. The number of classes is the
+    file's. Two imports of a file are the same.
 
     Source: the authors' repositories (see :mod:`timm_rep.official`). Outputs agree to 1e-4 of the largest in float32,
     1e-9 in float64.
@@ -517,27 +557,28 @@ def load_official_checkpoint(
         source: File of ``torch.save`` or ``.safetensors`` (wrapped as ``state_dict``, ``model`` or ``model_state``,
             with prefixes of ``DataParallel`` or without); or a state dict. No code in a file is ever run.
         architecture: Model of ours or of timm with the same network: ``'orepa_resnet50'``, ``'dbb_resnet18'``,
-            ``'repvgg_a0'``, ``'orepa_repvgg_a0'``.
+            ``'repan_resnet18'``, ``'repvgg_a0'``, ``'orepa_repvgg_a0'``.
         attach_rate: In [0, 1]; of interest for RepAn's files only, which do not hold theirs: it is 1 after the warm-up.
-        **kwargs: More arguments of ``timm.create_model``.
+        **kwargs: More arguments of ``timm.create_model``: ``rep_layer`` of ``repan_*`` models; ``act_layer='relu'`` of
+            MobileNet, where timm's own has ReLU6.
 
     Returns:
         The model on the CPU, in eval mode; in float64 for float64 weights, else in float32.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is not safe to read, the architecture is unknown or neither a ResNet nor a RepVGG, or
-            the attach rate lies outside [0, 1].
+        ValueError: If the file is not safe to read, the architecture is unknown, is another network than these, has
+            another activation or does not take the arguments, or the attach rate lies outside [0, 1].
         RuntimeError: If the weights are not those of the architecture: a tensor is missing, left over, of another shape
             or of another kind of block.
     """
     tensors, label = _read(source)
-    if not timm.is_model(architecture):
-        raise ValueError(f'unknown model {architecture!r}; `timm-rep list` shows the models with rep layers')
     for name in HEAD_NAMES:
-        if tensors.get(f'{name}.weight') is not None:
+        if f'{name}.weight' in tensors:
             kwargs.setdefault('num_classes', len(tensors[f'{name}.weight']))
-    model = timm.create_model(architecture, **kwargs).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: Any = build_model(architecture, **kwargs).eval()
     if _is_folded(tensors):
         model = fuse(model, inplace=True)
     if any(value.dtype == torch.float64 for value in tensors.values()):
@@ -556,6 +597,7 @@ class ImportedCheckpoint:
         architecture: What the weights are of; for a folder, of its stock form.
         form: ``'training'`` or ``'stock'``.
         num_classes: Of the classifier.
+        model_kwargs: What else ``create_model`` needs to build the architecture.
         report: How far the fused model is from the training form; None for a deploy file.
     """
 
@@ -563,10 +605,13 @@ class ImportedCheckpoint:
     architecture: str
     form: str
     num_classes: int
+    model_kwargs: Dict[str, Any]
     report: Optional[Report]
 
     def __str__(self) -> str:
         text = f'{self.architecture} in {self.form} form, {self.num_classes} classes'
+        if self.model_kwargs:
+            text += ', built with ' + ' '.join(f'{key}={value}' for key, value in self.model_kwargs.items())
         return text if self.report is None else f'{text}; training form and stock form: {self.report}'
 
 
@@ -576,7 +621,8 @@ def import_checkpoint(
         architecture: str,
         *,
         license: str = 'unknown',
-        **kwargs: Any,
+        attach_rate: float = 1.0,
+        model_kwargs: Optional[Mapping[str, Any]] = None,
 ) -> ImportedCheckpoint:
     """Turn a checkpoint that authors published into a file or a Hub folder of ours.
 
@@ -586,7 +632,8 @@ def import_checkpoint(
             stock form of a deploy file. Without a suffix a Hub folder, in stock form.
         architecture: Model that it is of.
         license: Licence of the weights, for the folder's model card.
-        **kwargs: More of :func:`load_official_checkpoint`.
+        attach_rate: As in :func:`load_official_checkpoint`.
+        model_kwargs: More arguments of ``timm.create_model``, as in :func:`load_official_checkpoint`.
 
     Returns:
         What was written. Nothing is unless the fused model is the function of the training form.
@@ -597,22 +644,23 @@ def import_checkpoint(
         RuntimeError: As :func:`load_official_checkpoint` does.
         VerificationError: If the fused model is not the same function.
     """
-    output = Path(output)
-    if output.exists():
-        raise FileExistsError(f'output {output} exists already; nothing was written')
-    model: Any = load_official_checkpoint(source, architecture, **kwargs)
+    output = _check_output(output, folder_allowed=True)
+    kwargs = dict(model_kwargs or {})
+    model: Any = load_official_checkpoint(source, architecture, **{'attach_rate': attach_rate, **kwargs})
     fused: Any = fuse(model)
-    training = any(rep_layers(model))
+    training = any(annealed_modules(model))
     report = verify(model, fused) if training else None
     written = model if output.suffix else fused
     if output.suffix:
         save_weights(model, output)
     else:
         export_folder(model, output, license=license)  # takes the training form, to note where the weights come from
+    in_stock_form = not (training and output.suffix)
     return ImportedCheckpoint(
         output=output,
         architecture=written.pretrained_cfg['architecture'],
-        form='training' if training and output.suffix else 'stock',
+        form='stock' if in_stock_form else 'training',
         num_classes=model.num_classes,
+        model_kwargs={key: value for key, value in kwargs.items() if not (in_stock_form and key == 'rep_layer')},
         report=report,
     )

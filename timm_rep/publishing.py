@@ -8,7 +8,7 @@ import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union
 
 import huggingface_hub
 import timm
@@ -293,6 +293,7 @@ def publish(
         use_ema: bool = False,
         num_classes: Optional[int] = None,
         in_chans: Optional[int] = None,
+        model_kwargs: Optional[Mapping[str, Any]] = None,
         allow_pickle: bool = False,
         data: Optional[PathLike] = None,
         max_images: Optional[int] = None,
@@ -326,6 +327,7 @@ def publish(
         use_ema: Take the averaged weights.
         num_classes: Of the classifier; by default as the run was told.
         in_chans: Image channels; by default as the run was told.
+        model_kwargs: More arguments of ``timm.create_model``, beside those that the run was given.
         allow_pickle: Load Python objects in the checkpoint too, which can run any code.
         data: Folder of real images to compare both forms on, and to measure the accuracy with.
         max_images: Take only so many of them; then no accuracy is stated as the model's.
@@ -357,7 +359,8 @@ def publish(
     """
     _check_arguments(repo, tag, revision, create_pr, git_tag, include_training_form)
     checkpoint = read_checkpoint(source, use_ema=use_ema, allow_pickle=allow_pickle)
-    model: Any = training_form(checkpoint, architecture, num_classes=num_classes, in_chans=in_chans)
+    model: Any = training_form(
+        checkpoint, architecture, num_classes=num_classes, in_chans=in_chans, model_kwargs=model_kwargs)
     architecture = str(model.pretrained_cfg['architecture'])
     run = read_run(checkpoint.path, checkpoint.args, checkpoint.epoch, use_ema=use_ema)
     dataset = dataset or (None if run is None else run.args.get('dataset')) or None
