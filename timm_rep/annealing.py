@@ -8,7 +8,7 @@ No training loop is in here. A loop of your own needs three calls:
 >>> for epoch in range(schedule.total_epochs):
 ...     position = schedule.position(epoch)
 ...     if position.begins and position.time_step > 0:
-...         timm_rep.begin_time_step(model)  # and optimizer.state.clear()
+...         timm_rep.begin_time_step(model, attach_rate=position.attach_rate)  # and optimizer.state.clear()
 ...     timm_rep.set_attach_rate(model, position.attach_rate)
 ...     print(epoch, position.time_step, position.attach_rate)
 0 0 0.5
