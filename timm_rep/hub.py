@@ -28,7 +28,7 @@ from .layers import (
 from .measuring import Costs, ImageCheck
 from .model_card import NOT_MEASURED, PAPERS, model_card, needs_plugin, training_form_card
 from .runs import Run, draw_history, write_run
-from .surgery import annealed_modules, fuse, image_channels
+from .surgery import annealed_modules, fuse, image_channels, rep_layers
 from .verification import Report, VerificationError, verify
 
 __all__ = ['CARD_FILE', 'CONFIG_FILE', 'MANAGED_FILES', 'SELF_CHECK_FILE', 'WEIGHTS_FILE', 'export_folder',
@@ -255,7 +255,9 @@ def export_folder(
     cfg = _pretrained_cfg(fused, data_config or {})
     _check_finite(fused)
     inputs = _self_check_inputs(fused, cfg)
-    layers = Counter(type(layer).__name__ for _, layer in annealed_modules(training_form))
+    # RepVGG blocks with an attach rate, and rep layers, also those inside such blocks
+    modules = {**dict(annealed_modules(training_form)), **dict(rep_layers(training_form))}
+    layers = Counter(type(module).__name__ for module in modules.values())
     checked = verify(training_form, fused, inputs=inputs)
     report = checked if layers else None
 

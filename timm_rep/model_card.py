@@ -245,6 +245,8 @@ model = timm_rep.expand(timm.create_model('hf-hub:{repo}', pretrained=True))
     keys = ('input_size', 'mean', 'std', 'crop_pct', 'interpolation')
     overlay = ''.join(f'        {key}={cfg[key]!r},\n' for key in keys if cfg.get(key) is not None)
     args = ''.join(f'    {key}={value!r},\n' for key, value in provenance['training_args'].items())
+    options = ''.join(f' {key}={value}' for key, value in provenance['training_args'].items())
+    options = f' --model-kwargs{options}' if options else ''
     return f"""With timm_rep installed, the weights go back into the branches, with the same outputs:
 
 ```python
@@ -262,8 +264,8 @@ model = timm.create_model(
 )
 ```
 
-Train it as any timm model, then `timm_rep.fuse(model.eval())`. With timm's train.py, give it the weights as a file:
-`--model {training_architecture} --pretrained --pretrained-path model.safetensors`.
+Train it as any timm model, then `timm_rep.fuse(model.eval())`. With timm's train.py, on classes of your own, with a new
+classifier: `--model {training_architecture}{options} --num-classes N --pretrained --pretrained-path model.safetensors`.
 """
 
 
