@@ -243,7 +243,7 @@ def train(method, seed, attach_warmup_epochs, settings, train_images, test_image
         position = schedule.position(epoch)
         if annealed:
             if position.begins and position.time_step > 0:
-                timm_rep.begin_time_step(model, side_branch_generator)
+                timm_rep.begin_time_step(model, side_branch_generator, attach_rate=position.attach_rate)
                 optimizer.state.clear()
             timm_rep.set_attach_rate(model, position.attach_rate)
         elif position.begins:
@@ -405,8 +405,10 @@ def markdown(settings, runs):
         f"{run['machine']}; {' '.join(f'{name} {version}' for name, version in run['versions'].items())}."
         for run in runs
     })
-    header = ['seeds', 'final top-1', 'best top-1', 'final - plain', 'at the end of each time step', 's/epoch', 'params']
-    lines += ['', f'| method | attach warm-up | {" | ".join(header)} |', '|---|--:' + '|--:' * len(header) + '|']
+    header = [
+        'method', 'attach warm-up', 'seeds', 'final top-1', 'best top-1', 'final - plain',
+        'top-1 at the end of each time step', 's/epoch', 'params']
+    lines += ['', '| ' + ' | '.join(header) + ' |', '|---' + '|--:' * (len(header) - 1) + '|']
     for (method, warmup), group in groups.items():
         cells = [METHODS[method].label, '' if warmup is None else str(warmup), *row_cells(group, plain)]
         lines.append('| ' + ' | '.join(cells) + ' |')
