@@ -37,7 +37,7 @@ EPOCHS = 7  # of a time step
 ATTACH_WARMUP_EPOCHS = 2  # of each time step
 WARMUP_EPOCHS = 2  # of the learning rate, in the first time step
 BATCH_SIZE = 128
-LEARNING_RATE = 0.1
+LEARNING_RATE = 0.05
 TIMING_ROUNDS = 15
 TIMING_BATCH = 32
 
