@@ -35,9 +35,9 @@ PIXEL_MAX = 16  # scikit-learn's digits count dots
 TIME_STEPS = 2
 EPOCHS = 7  # of a time step
 ATTACH_WARMUP_EPOCHS = 2  # of each time step
-WARMUP_EPOCHS = 2  # of the learning rate, in the first time step
-BATCH_SIZE = 128
-LEARNING_RATE = 0.05
+WARMUP_EPOCHS = 1  # of the learning rate, in the first time step
+BATCH_SIZE = 96
+LEARNING_RATE = 0.1
 TIMING_ROUNDS = 15
 TIMING_BATCH = 32
 
@@ -254,8 +254,13 @@ def _draw(
     for axes in (loss, accuracy, attach):
         axes.grid(alpha=0.3)
         axes.spines[['top', 'right']].set_visible(False)
-        for bound in bounds[1:-1]:  # branches folded, side branches drawn afresh
+        for bound in bounds[1:-1]:
             axes.axvline(bound, color='black', linestyle='--', linewidth=1.2)
+    for bound in bounds[1:-1]:
+        accuracy.annotate(
+            'branches folded,\nside branches redrawn', (bound, 10), xytext=(8, 0), textcoords='offset points',
+            fontsize=12)
+    right.align_ylabels()
     figure.savefig(path)
     plt.close(figure)
 

@@ -339,7 +339,11 @@ def claim_folder(output, settings):
         ValueError: If it holds anything else.
     """
     path = output / 'settings.json'
-    if path.exists():
+    if output.exists() and not output.is_dir():
+        raise ValueError(f'{output} is a file. Take another --output')
+    # Seen at once, without what another process is about to write: several may start in one folder.
+    there = {found.name for found in output.iterdir() if found.suffix != '.tmp'} if output.exists() else set()
+    if path.name in there:
         found = json.loads(path.read_text())
         other = [
             f'{key} is {found.get(key)!r} there and {settings.get(key)!r} here'
@@ -348,7 +352,7 @@ def claim_folder(output, settings):
         if other:
             raise ValueError(f'{output} holds runs of other settings: {"; ".join(other)}. Take another --output')
         return
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if there:
         raise ValueError(f'{output} holds something else: it has no settings.json. Take another --output')
     output.mkdir(parents=True, exist_ok=True)
     write(path, json.dumps(settings, indent=1) + '\n')
