@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,16 @@ pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason='the experiments are
 SETTINGS = ['--time-steps', '2', '--epochs', '2', '--attach-warmup-epochs', '1', '--batch-size', '4', '--device', 'cpu']
 
 
-@pytest.fixture(scope='module')
-def experiment():
-    spec = importlib.util.spec_from_file_location('cifar10_run', SCRIPT)
+def load_script(path):
+    spec = importlib.util.spec_from_file_location(f'cifar10_{path.stem}', path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope='module')
+def experiment():
+    return load_script(SCRIPT)
 
 
 @pytest.fixture(scope='module')
@@ -143,6 +148,22 @@ def test_resnets_share_the_fused_architecture(experiment):
         model = experiment.fused(experiment.build_model('resnet18', name, 10).eval())
         shapes.add(json.dumps({key: list(tensor.shape) for key, tensor in model.state_dict().items()}))
     assert len(shapes) == 1
+
+
+def test_measured_statistics_keep_the_function(experiment, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'run', experiment)
+    transition = load_script(SCRIPT.with_name('transition.py'))
+    model = experiment.build_model('repvgg_a1', 'repan_rep', 10)
+    x, targets = torch.randn(8, 3, 8, 8), torch.arange(8)
+    with torch.no_grad():
+        model.train()(x)
+    timm_rep.begin_time_step(model)
+    kept, kept_training = transition.losses(model, 0.0, [(x, targets)])
+    transition.measure_statistics_(model, x)
+    measured, measured_training = transition.losses(model, 0.0, [(x, targets)])
+    assert measured == pytest.approx(kept, rel=1e-4)
+    assert measured_training == pytest.approx(kept, rel=1e-4)  # on the batch of the statistics
+    assert abs(kept_training - kept) > 10 * abs(measured_training - kept)
 
 
 def test_augmented_images_are_crops_and_mirror_images(experiment):
