@@ -3,7 +3,10 @@
     python examples/own_loop.py DATA --model orepa_resnet18 --epochs 3 --output my_model
 
 DATA holds `train/CLASS/*` and `val/CLASS/*` (or `validation`, `test`). All that the plugin asks of a loop is
-`import timm_rep`, which registers its models, and `timm_rep.fuse` when the training is over.
+`import timm_rep`, which registers its models, and `timm_rep.fuse` when the training is over. Annealing in time steps
+(RepAn) is five more lines in `train`; it is for models with rep layers, at `--epochs` for each time step:
+
+    python examples/own_loop.py DATA --model repan_resnet18 --time-steps 2 --epochs 10 --attach-warmup-epochs 3
 """
 import argparse
 from pathlib import Path
@@ -18,6 +21,7 @@ from timm.utils import AverageMeter, accuracy, random_seed
 from tqdm import tqdm
 
 import timm_rep
+from timm_rep.annealing import time_step_of
 
 EVAL_SPLITS = ('val', 'validation', 'test')
 
@@ -54,15 +58,26 @@ def evaluate(model, loader, device):
     return losses.avg, top1.avg
 
 
-def train(model, train_loader, eval_loader, device, *, epochs, lr=0.1, weight_decay=1e-4, warmup_epochs=0, opt='sgd'):
-    """Train with a cosine schedule; returns one dict of train_loss, eval_loss and eval_top1 per epoch."""
+def train(
+        model, train_loader, eval_loader, device, *,
+        epochs, time_steps=1, attach_warmup_epochs=0, lr=0.1, weight_decay=1e-4, warmup_epochs=0, opt='sgd'):
+    """Train with a cosine schedule that restarts with each time step; returns one dict of figures per epoch."""
+    schedule = timm_rep.AnnealingSchedule(time_steps, epochs, attach_warmup_epochs)
+    if time_steps > 1 or attach_warmup_epochs > 0:
+        time_step_of(model)  # raises for a model without rep layers
     optimizer = create_optimizer_v2(model, opt=opt, lr=lr, momentum=0.9, weight_decay=weight_decay)
     steps = len(train_loader)
     scheduler, _ = create_scheduler_v2(
-        optimizer, num_epochs=epochs, warmup_epochs=warmup_epochs, step_on_epochs=False, updates_per_epoch=steps)
+        optimizer, num_epochs=epochs, cycle_limit=time_steps, cycle_decay=1.0, warmup_epochs=warmup_epochs,
+        step_on_epochs=False, updates_per_epoch=steps)
     history = []
-    with tqdm(total=epochs * steps, unit='batch', dynamic_ncols=True) as progress:
-        for epoch in range(epochs):
+    with tqdm(total=schedule.total_epochs * steps, unit='batch', dynamic_ncols=True) as progress:
+        for epoch in range(schedule.total_epochs):
+            position = schedule.position(epoch)
+            if position.begins and position.time_step > 0:  # fold all branches, start with fresh side branches
+                timm_rep.begin_time_step(model, attach_rate=position.attach_rate)
+                optimizer.state.clear()
+            timm_rep.set_attach_rate(model, position.attach_rate)
             model.train()
             losses = AverageMeter()
             for step, (images, targets) in enumerate(train_loader, start=1):
@@ -75,8 +90,11 @@ def train(model, train_loader, eval_loader, device, *, epochs, lr=0.1, weight_de
                 losses.update(loss.item(), len(targets))
                 progress.update()
             eval_loss, top1 = evaluate(model, eval_loader, device)
-            history.append(dict(train_loss=losses.avg, eval_loss=eval_loss, eval_top1=top1))
-            progress.set_description(f'epoch {epoch + 1}/{epochs}, loss {losses.avg:.3f}, top-1 {top1:.1f}%')
+            history.append(dict(
+                time_step=position.time_step, attach_rate=position.attach_rate, train_loss=losses.avg,
+                eval_loss=eval_loss, eval_top1=top1))
+            progress.set_description(
+                f'epoch {epoch + 1}/{schedule.total_epochs}, loss {losses.avg:.3f}, top-1 {top1:.1f}%')
     return history
 
 
@@ -85,7 +103,10 @@ def main():
     parser.add_argument('data', help='image folder')
     parser.add_argument('--model', default='orepa_resnet18', help='any timm model')
     parser.add_argument('--img-size', type=int, help="side of the images in pixels; the model's own by default")
-    parser.add_argument('--epochs', type=int, default=3)
+    parser.add_argument('--epochs', type=int, default=3, help='epochs of a time step')
+    parser.add_argument('--time-steps', type=int, default=1, help='more than one is for models with rep layers')
+    parser.add_argument(
+        '--attach-warmup-epochs', type=int, default=0, help='of each time step, until side branches count in full')
     parser.add_argument('--batch-size', type=int, default=64)
     parser.add_argument('--lr', type=float, default=0.05)
     parser.add_argument('--workers', type=int, default=2)
@@ -100,7 +121,9 @@ def main():
     data_config = resolve_data_config(dict(img_size=args.img_size), model=model)
     train_loader, eval_loader = create_loaders(
         train_set, eval_set, data_config, args.batch_size, device, workers=args.workers)
-    train(model, train_loader, eval_loader, device, epochs=args.epochs, lr=args.lr)
+    train(
+        model, train_loader, eval_loader, device, epochs=args.epochs, time_steps=args.time_steps,
+        attach_warmup_epochs=args.attach_warmup_epochs, lr=args.lr)
 
     model.eval()
     fused = timm_rep.fuse(model)  # a stock timm model from here on

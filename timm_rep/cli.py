@@ -170,7 +170,7 @@ def list_command(pattern: str, as_json: bool) -> None:
 @main.command()
 @click.option('--output', metavar='DIR', default='demo_output', show_default=True, help='Folder to write to.')
 def demo(output: str) -> None:
-    """Train on images that ship in a package, fuse, verify, export and reload: a few minutes on a CPU.
+    """Train on images that ship in a package, in two time steps, fuse, verify, export and reload: minutes on a CPU.
 
     \b
     Example:

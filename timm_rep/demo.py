@@ -1,4 +1,4 @@
-"""The whole way on a CPU in minutes: train on handwritten digits, fuse, verify, export, reload with stock timm."""
+"""The whole way on a CPU in minutes: anneal on handwritten digits, fuse, verify, export, reload with stock timm."""
 import importlib.util
 import itertools
 import json
@@ -32,8 +32,11 @@ INPUT = dict(input_size=(3, 32, 32), pool_size=(1, 1), crop_pct=1.0, mean=(0.5,)
 AUGMENTATION = dict(scale=(0.7, 1.0), ratio=(0.8, 1.25), hflip=0.0, color_jitter=None)
 HELD_OUT = 0.25
 PIXEL_MAX = 16  # scikit-learn's digits count dots
-EPOCHS = 15
-BATCH_SIZE = 128
+TIME_STEPS = 2
+EPOCHS = 7  # of a time step
+ATTACH_WARMUP_EPOCHS = 2  # of each time step
+WARMUP_EPOCHS = 1  # of the learning rate, in the first time step
+BATCH_SIZE = 96
 LEARNING_RATE = 0.1
 TIMING_ROUNDS = 15
 TIMING_BATCH = 32
@@ -85,6 +88,7 @@ class DemoResult:
         parameters: Of the training form and of the fused model.
         images_per_second: Of the training form and of the fused model, in eval mode.
         difference: Largest difference of the fused model's outputs, relative to the largest output.
+        time_steps: Accuracy at the end of each time step of the training, in percent.
         seconds: Duration of all.
     """
 
@@ -93,6 +97,7 @@ class DemoResult:
     parameters: Tuple[int, int]
     images_per_second: Tuple[float, float]
     difference: float
+    time_steps: Tuple[float, ...]
     seconds: float
 
 
@@ -225,20 +230,37 @@ def _draw(
     _draw_digits(mistakes, files, predicted, targets, wrong, rows=1)
 
     epochs = range(1, len(history) + 1)
-    loss, accuracy = right.subplots(2, 1, sharex=True)
+    loss, accuracy, attach = right.subplots(3, 1, sharex=True, height_ratios=(1.2, 1.2, 0.7))
     for key, label in (('train_loss', 'training'), ('eval_loss', 'held-out')):
         loss.plot(epochs, [row[key] for row in history], marker='o', label=label)
     loss.set(ylabel='loss', yscale='log')
-    loss.legend(frameon=False, fontsize=12)
+    loss.legend(frameon=False, fontsize=12, loc='lower left')
     accuracy.plot(epochs, [row['eval_top1'] for row in history], marker='o', color='tab:orange')
     accuracy.annotate(
         f'{history[-1]["eval_top1"]:.1f}%', (len(history), history[-1]['eval_top1']), xytext=(0, -20),
         textcoords='offset points', ha='right', fontsize=13, fontweight='bold')
-    accuracy.set(xlabel='epoch', ylabel='held-out top-1 accuracy (%)', ylim=(0, 103))
-    accuracy.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axes in (loss, accuracy):
+    accuracy.set(ylabel='held-out top-1 (%)', ylim=(0, 103))
+    attach.plot(epochs, [row['attach_rate'] for row in history], marker='o', color='tab:purple')
+    attach.set(xlabel='epoch', ylabel='attach rate', ylim=(0, 1.1))
+    attach.xaxis.set_major_locator(MaxNLocator(integer=True))
+    starts = [epoch for epoch, row, before in zip(epochs[1:], history[1:], history)
+              if row['time_step'] != before['time_step']]
+    bounds = [0.5, *(start - 0.5 for start in starts), len(history) + 0.5]
+    attach.set_xlim(bounds[0], bounds[-1])
+    for number, (begin, end) in enumerate(itertools.pairwise(bounds), start=1):
+        loss.text(
+            (begin + end) / 2, 1.03, f'time step {number}', ha='center', va='bottom', fontsize=13,
+            transform=loss.get_xaxis_transform())
+    for axes in (loss, accuracy, attach):
         axes.grid(alpha=0.3)
         axes.spines[['top', 'right']].set_visible(False)
+        for bound in bounds[1:-1]:
+            axes.axvline(bound, color='black', linestyle='--', linewidth=1.2)
+    for bound in bounds[1:-1]:
+        accuracy.annotate(
+            'branches folded,\nside branches redrawn', (bound, 10), xytext=(8, 0), textcoords='offset points',
+            fontsize=12)
+    right.align_ylabels()
     figure.savefig(path)
     plt.close(figure)
 
@@ -257,9 +279,12 @@ def run_demo(
 ) -> DemoResult:
     """Train on handwritten digits, fuse, verify, export, reload with stock timm, and draw a picture of it.
 
+    The training has two time steps (RepAn): after the first, all branches are folded and training goes on with fresh
+    side branches, whose attach rate warms up again.
+
     Args:
         output: Folder to write to; if it exists and is not empty, the first free of OUTPUT-2, OUTPUT-3 ... is taken.
-        epochs: Length of the training.
+        epochs: Length of each of the two time steps.
         seed: Of the split, the initial weights and the order of the images.
         images: Take only so many images, for a quick try; all 1,797 by default.
 
@@ -282,12 +307,19 @@ def run_demo(
     _write_digits(output / 'images', seed, images)
     train_set, test_set, classes = own_loop.create_datasets(output / 'images')
 
-    print(f'[2/5] Training {MODEL} on {len(train_set)} images; {len(test_set)} are held out')
+    print(
+        f'[2/5] Training {MODEL} in {TIME_STEPS} time steps of {epochs} epochs on {len(train_set)} images; '
+        f'{len(test_set)} are held out')
     model = timm.create_model(MODEL, num_classes=len(classes), pretrained_cfg_overlay=INPUT)
     train_loader, test_loader = own_loop.create_loaders(
         train_set, test_set, resolve_data_config(model=model), BATCH_SIZE, device, **AUGMENTATION)
     history = own_loop.train(
-        model, train_loader, test_loader, device, epochs=epochs, lr=LEARNING_RATE, warmup_epochs=min(2, epochs - 1))
+        model, train_loader, test_loader, device, epochs=epochs, time_steps=TIME_STEPS,
+        attach_warmup_epochs=min(ATTACH_WARMUP_EPOCHS, epochs - 1), lr=LEARNING_RATE,
+        warmup_epochs=min(WARMUP_EPOCHS, epochs - 1))
+    ends = tuple(history[(step + 1) * epochs - 1]['eval_top1'] for step in range(TIME_STEPS))
+    reached = ', '.join(f'{end:.2f}% after time step {step}' for step, end in enumerate(ends, start=1))
+    print(f'      Held-out top-1: {reached}; in between, the branches were folded and the side branches drawn afresh')
 
     print('[3/5] Fusing, and comparing with the training form')
     model.eval()
@@ -331,4 +363,4 @@ def run_demo(
     ]))
     print(f'\nPicture: {picture}\nModel:   {folder}\nTook {seconds:.0f} s')
     return DemoResult(
-        output, top1, (parameters[0], parameters[1]), (speeds[0], speeds[1]), report.model.relative, seconds)
+        output, top1, (parameters[0], parameters[1]), (speeds[0], speeds[1]), report.model.relative, ends, seconds)
