@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from helpers import (
     MODEL_RTOL,
     assert_near,
@@ -27,7 +29,7 @@ import timm_rep
 from timm_rep import AnnealingSchedule, attach_rate, begin_time_step, expand, fuse, set_attach_rate
 from timm_rep.annealing import time_step_of
 from timm_rep.layers import BranchedRepLayer
-from timm_rep.surgery import anneal_repvgg_blocks_, annealed_modules
+from timm_rep.surgery import BRANCHED_LAYERS, anneal_repvgg_blocks_, annealed_modules
 
 TESTS = Path(__file__).parent
 
@@ -555,3 +557,53 @@ def test_all_processes_begin_a_time_step_with_the_same_weights(ranks, name, seed
     assert any(not torch.equal(trained[key], begun[key]) for key in trained.keys() - statistics)
     for key in trained.keys() - statistics:
         assert torch.equal(trained[key], other_trained[key]), key
+
+
+# Statistics of the origin branch after a transition
+
+
+def trained_layer(rep_layer, x):
+    """A layer whose norms have wide random values, and for kept statistics those of the images."""
+    generator = torch.Generator().manual_seed(1)
+    layer = BRANCHED_LAYERS[rep_layer](4, 4, 3, momentum=1.0, dtype=torch.float64, generator=generator)
+    for norm in (layer.norm_kxk, *layer._side_norms()):
+        nn.init.normal_(norm.weight, generator=generator)
+        nn.init.normal_(norm.bias, generator=generator)
+    layer(x)
+    return layer
+
+
+@pytest.mark.parametrize('rep_layer', BRANCHED_LAYERS)
+@pytest.mark.parametrize('rate', [0.3, 1.0])
+def test_implied_mean_is_that_of_the_folded_convolution(rep_layer, rate):
+    x = randn(16, 4, 12, 12, seed=3)
+    layer = trained_layer(rep_layer, x)
+    layer.set_attach_rate_(rate)
+    outputs = F.conv2d(x, layer.compose_weight())
+    layer.imply_statistics_()
+    assert_near(layer.norm_kxk.running_mean, outputs.mean((0, 2, 3)), 1e-2)  # kept variances are unbiased
+    assert (layer.norm_kxk.running_var > 0).all()
+
+
+@pytest.mark.parametrize('rep_layer', BRANCHED_LAYERS)
+def test_implied_statistics_keep_eval_mode_and_bring_training_mode_closer(rep_layer):
+    x = randn(16, 4, 12, 12, seed=3)
+    layer = trained_layer(rep_layer, x)
+    expected = dict(eval=copy.deepcopy(layer).eval()(x), train=copy.deepcopy(layer).train()(x))
+    off = {}
+    for imply in (False, True):
+        begun = copy.deepcopy(layer)
+        begun.begin_time_step_(torch.Generator().manual_seed(0), imply_statistics=imply)
+        assert_near(copy.deepcopy(begun).eval()(x), expected['eval'], MODEL_RTOL[torch.float64])
+        off[imply] = (begun.train()(x) - expected['train']).square().mean().sqrt().item()
+    assert off[True] < off[False] / 4
+
+
+@pytest.mark.parametrize('rep_layer', ['rep', 'orepa', 'dbb', 'acb'])
+def test_implied_statistics_of_repvgg_blocks_keep_eval_mode(rep_layer):
+    model = randomize_(timm.create_model('repan_repvgg_a0_cifar', rep_layer=rep_layer, num_classes=5)).double().eval()
+    set_attach_rate(model, 0.7)
+    x = randn(2, 3, 16, 16)
+    expected = model(x)
+    begin_time_step(model, torch.Generator().manual_seed(0), imply_statistics=True)
+    assert_near(model(x), expected, MODEL_RTOL[torch.float64])

@@ -202,6 +202,7 @@ def begin_time_step(
         *,
         attach_rate: float = 0.0,
         compensate: bool = False,
+        imply_statistics: bool = False,
 ) -> None:
     """Fold every layer's branches, draw its side branches afresh, put the folded kernel into its origin branch.
 
@@ -221,6 +222,8 @@ def begin_time_step(
         generator: Source of the draw, on the CPU.
         attach_rate: Rate in force afterwards, in [0, 1].
         compensate: Take what the fresh side branches add off the origin branches that have norms, too.
+        imply_statistics: Give the origin branches' norms the statistics that the branches' norms imply for the folded
+            kernel, where RepAn keeps their own. Eval mode is the same; training goes on closer to where it was.
 
     Raises:
         ValueError: If the model has no rep layers, or for a rate outside [0, 1]. The model is then unchanged.
@@ -230,6 +233,6 @@ def begin_time_step(
         raise ValueError(f'attach rate must lie in [0, 1], got {attach_rate}')
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     for _, module in annealed_modules(model):
-        module.begin_time_step_(generator, attach_rate, compensate)
+        module.begin_time_step_(generator, attach_rate, compensate, imply_statistics)
         if distributed:
             _share_from_first_rank(module)

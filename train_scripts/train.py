@@ -70,6 +70,9 @@ def add_arguments(parser):
     group.add_argument('--compensate', action='store_true', default=False,
                        help='Take what fresh side branches add off the origin branches, so that the outputs of a model '
                             'with norms in its branches stay the same in eval mode when a time step begins.')
+    group.add_argument('--imply-statistics', action='store_true', default=False,
+                       help='When a time step begins, give the norms of the origin branches the statistics that all '
+                            'branches imply, where RepAn keeps their own: training goes on closer to where it was.')
     group.add_argument('--log-branches', action='store_true', default=False,
                        help='Write the gradient magnitude of every branch to branch_gradients.csv.')
     group.add_argument('--timm-scripts', default=None, metavar='DIR',
@@ -442,7 +445,8 @@ class AnnealedTraining:
             for form in forms.values():
                 generator = torch.Generator().manual_seed(args.seed + time_step)  # the same for all forms and ranks
                 timm_rep.begin_time_step(
-                    form, generator, attach_rate=position.attach_rate, compensate=args.compensate)
+                    form, generator, attach_rate=position.attach_rate, compensate=args.compensate,
+                    imply_statistics=args.imply_statistics)
             for holder in (call['optimizer'], _base_optimizer(call['optimizer'])):
                 holder.state.clear()
         for form in forms.values():

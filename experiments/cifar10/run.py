@@ -48,12 +48,13 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
 class Method(NamedTuple):
-    """What a method is: branches while training, whether the learning rate restarts, whether branches are annealed."""
+    """What a method is: branches while training, restarts or none, annealed or not, and with which statistics."""
 
     label: str
     branches: str
     restarts: bool = False
     annealed: bool = False
+    imply_statistics: bool = False
 
 
 METHODS = dict(
@@ -63,6 +64,8 @@ METHODS = dict(
     sgdr=Method('plain + restarts (SGDR)', 'plain', restarts=True),
     repan_rep=Method('RepAn (REP)', 'rep', restarts=True, annealed=True),
     repan_orepa=Method('RepAn (OREPA)', 'orepa', restarts=True, annealed=True),
+    repan_rep_implied=Method('RepAn (REP), implied statistics', 'rep', True, True, True),
+    repan_orepa_implied=Method('RepAn (OREPA), implied statistics', 'orepa', True, True, True),
     rep=Method('REP (RepVGG branches)', 'rep'),
     rep_sgdr=Method('REP + restarts', 'rep', restarts=True),
     orepa_sgdr=Method('OREPA + restarts', 'orepa', restarts=True),
@@ -245,7 +248,9 @@ def train(method, seed, attach_warmup_epochs, settings, train_images, test_image
         position = schedule.position(epoch)
         if annealed:
             if position.begins and position.time_step > 0:
-                timm_rep.begin_time_step(model, side_branch_generator, attach_rate=position.attach_rate)
+                timm_rep.begin_time_step(
+                    model, side_branch_generator, attach_rate=position.attach_rate,
+                    imply_statistics=METHODS[method].imply_statistics)
                 optimizer.state.clear()
             timm_rep.set_attach_rate(model, position.attach_rate)
         elif position.begins:

@@ -95,6 +95,12 @@ class AnnealedModule(nn.Module):
         """Make the module compute exactly this kernel, whatever its side branches hold."""
         raise NotImplementedError(f'{type(self).__name__} must define restore_')
 
+    def imply_statistics_(self) -> None:
+        """Let the origin branch's norm keep the statistics that the branches' norms imply for the folded kernel.
+
+        A module without norms in its branches has none to set. This changes the function until :meth:`restore_`.
+        """
+
     def redraw_side_branches_(self, generator: Optional[torch.Generator] = None) -> None:
         """Draw the side branches afresh and leave the origin branch alone; this changes the module's function."""
         raise NotImplementedError(f'{type(self).__name__} must define redraw_side_branches_')
@@ -113,6 +119,7 @@ class AnnealedModule(nn.Module):
             generator: Optional[torch.Generator] = None,
             attach_rate: float = 0.0,
             compensate: bool = False,
+            imply_statistics: bool = False,
     ) -> None:
         """Fold all branches, draw the side branches afresh, and put the folded kernel into the origin branch (RepAn).
 
@@ -121,8 +128,12 @@ class AnnealedModule(nn.Module):
             attach_rate: Rate in force afterwards.
             compensate: Take what the fresh side branches add at that rate off the origin branch, so that outputs in
                 eval mode stay the same. Without, they stay the same at rate zero.
+            imply_statistics: Give the origin branch's norm the statistics of the folded kernel instead of keeping its
+                own, as :meth:`imply_statistics_` does.
         """
         weight, bias = self.compose_weight_bias()
+        if imply_statistics:
+            self.imply_statistics_()
         self.redraw_side_branches_(generator)
         self.set_attach_rate_(attach_rate if compensate else 0.0)
         self.restore_(weight, bias)
@@ -338,6 +349,7 @@ class LinearRepLayer(RepLayer):
             generator: Optional[torch.Generator] = None,
             attach_rate: float = 0.0,
             compensate: bool = False,
+            imply_statistics: bool = False,
     ) -> None:
         """Fold, redraw, restore. The function stays the same at every attach rate, in training mode too.
 
@@ -345,6 +357,7 @@ class LinearRepLayer(RepLayer):
             generator: Source of the draw.
             attach_rate: Rate in force afterwards.
             compensate: Of no effect: a linear origin branch always takes up what the fresh side branches add.
+            imply_statistics: Of no effect: there are no norms in the branches.
         """
         super().begin_time_step_(generator, attach_rate, compensate=True)
 

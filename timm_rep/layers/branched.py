@@ -328,6 +328,26 @@ class BranchedRepLayer(RepLayer):
         self._refuse_training('fuse')
         return self._plain_conv(*self.compose_weight_bias())
 
+    def _implied_statistics(self, bias: Tensor) -> Tuple[Tensor, Tensor]:
+        """Mean and variance ``(o,)`` of the outputs of the folded kernel, whose bias is given.
+
+        A norm's outputs have its bias for mean and its weight for standard deviation. So the mean is exact; the
+        variance is as if the branches were uncorrelated.
+        """
+        mean = self.norm_kxk.bias - bias
+        var = self.norm_kxk.weight.square()
+        for norm in self._side_norms():
+            mean = mean + self.attach_rate * norm.bias
+            var = var + (self.attach_rate * norm.weight).square()
+        return mean, var
+
+    @torch.no_grad()
+    def imply_statistics_(self) -> None:
+        mean, var = self._implied_statistics(self.compose_weight_bias()[1])
+        running_mean, running_var = kept_statistics(self.norm_kxk)
+        running_mean.copy_(mean)
+        running_var.copy_(var)
+
     @torch.no_grad()
     def fuse_conv_norm(self) -> Tuple[nn.Conv2d, nn.BatchNorm2d]:
         """The stock pair: a convolution without bias and a live batch norm that have the layer's outputs in eval mode.
@@ -343,12 +363,7 @@ class BranchedRepLayer(RepLayer):
         """
         self._refuse_training('fuse')
         kernel, bias = self.compose_weight_bias()
-        rate = self.attach_rate
-        mean = self.norm_kxk.bias - bias
-        var = self.norm_kxk.weight.square()
-        for norm in self._side_norms():
-            mean = mean + rate * norm.bias
-            var = var + (rate * norm.weight).square()
+        mean, var = self._implied_statistics(bias)
         origin = self.norm_kxk
         norm = nn.BatchNorm2d(self.out_channels, origin.eps, origin.momentum, device=mean.device, dtype=mean.dtype)
         kernel, gamma, beta = kernels.unfold_norm(kernel, bias, mean, var, norm.eps)

@@ -526,6 +526,7 @@ class OrepaStemConv2d(LinearRepLayer):
             generator: Optional[torch.Generator] = None,
             attach_rate: float = 0.0,
             compensate: bool = False,
+            imply_statistics: bool = False,
     ) -> None:
         for block in self._blocks():
             block.begin_time_step_(generator, attach_rate)

@@ -152,6 +152,24 @@ class AnnealedRepVggBlock(RepVggBlock, AnnealedModule):
         norm.bias.copy_(beta)
 
     @torch.no_grad()
+    def imply_statistics_(self) -> None:
+        conv = self.conv_kxk.conv
+        bias = self.compose_weight_bias()[1]
+        if isinstance(conv, BranchedRepLayer):
+            norm = conv.norm_kxk
+            mean, var = conv._implied_statistics(bias)
+        else:
+            norm = self.conv_kxk.bn
+            mean, var = norm.bias - bias, norm.weight.square()
+        for side in (self.conv_1x1.bn, self.identity):
+            if side is not None:
+                mean = mean + self.attach_rate * side.bias
+                var = var + (self.attach_rate * side.weight).square()
+        running_mean, running_var = kept_statistics(norm)
+        running_mean.copy_(mean)
+        running_var.copy_(var)
+
+    @torch.no_grad()
     def redraw_side_branches_(self, generator: Optional[torch.Generator] = None) -> None:
         """Draw 1x1 and identity branch afresh, and the side branches of a rep layer in the KxK branch.
 
