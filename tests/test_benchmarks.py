@@ -1,4 +1,8 @@
-"""The cost benchmark: a tiny run from end to end, and its two counters against known values."""
+"""The cost benchmark: a tiny run from end to end, and its two counters against known values.
+
+Of the comparison with the authors' code, which needs clones of theirs: what can be seen without.
+"""
+import importlib
 import importlib.util
 import json
 from pathlib import Path
@@ -27,6 +31,12 @@ def train_cost():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def official_import(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    return importlib.import_module('official_import')
 
 
 @pytest.fixture
@@ -109,3 +119,39 @@ def test_plain_repvgg_has_one_convolution_per_block(train_cost):
     convs = [m for m in models['plain'].modules() if isinstance(m, torch.nn.Conv2d)]
     assert len(convs) == 22
     assert all(conv.kernel_size == (3, 3) for conv in convs)
+
+
+def test_official_import_needs_clones(official_import, tmp_path, capsys):
+    with pytest.raises(SystemExit, match='0'):
+        official_import.main(['--help'])
+    assert 'https://github.com/JUGGHM/OREPA_CVPR2022' in capsys.readouterr().out
+    with pytest.raises(SystemExit, match='2'):
+        official_import.main([])
+    assert 'give at least one clone: --orepa, --dbb, --repvgg, --repan' in capsys.readouterr().err
+    with pytest.raises(SystemExit, match='2'):
+        official_import.main(['--repan', str(tmp_path)])
+    assert 'is no clone of xfey/RepAn: it has no net/repvgg_IMG.py' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ('dtype', 'difference', 'fused_difference', 'expected'),
+    [
+        ('float32', 1e-5, None, False),
+        ('float32', 1e-5, 2e-4, True),
+        ('float64', 1e-10, 1e-10, False),
+        ('float64', 1e-5, None, True),
+        ('float32', float('nan'), None, True),
+    ],
+)
+def test_official_import_tolerances(official_import, dtype, difference, fused_difference, expected):
+    row = dict(dtype=dtype, difference=difference, fused_difference=fused_difference)
+    assert official_import.exceeds(row) is expected
+
+
+def test_official_import_keeps_clones_apart(official_import, tmp_path):
+    for number in (1, 2):
+        clone = tmp_path / str(number)
+        clone.mkdir()
+        (clone / 'same_name_in_every_clone.py').write_text(f'NUMBER = {number}')
+        with official_import.importable(clone):
+            assert importlib.import_module('same_name_in_every_clone').NUMBER == number
