@@ -76,7 +76,7 @@ def train(
             position = schedule.position(epoch)
             if position.begins and position.time_step > 0:  # fold all branches, start with fresh side branches
                 timm_rep.begin_time_step(model, attach_rate=position.attach_rate)
-                optimizer.state.clear()
+                timm_rep.reset_optimizer(optimizer)
             timm_rep.set_attach_rate(model, position.attach_rate)
             model.train()
             losses = AverageMeter()

@@ -101,7 +101,7 @@ def _arm(wrapper, point, count, folder, optimizer):
     elif point == 'summary half written':
         patch(timm.utils, 'update_summary', before=_write_half_a_row)
     elif point == 'last snapshot':
-        patch(wrapper.AnnealedTraining, '_save_last_snapshot', before=_die)
+        patch(wrapper.AnnealedTraining, '_finish', before=_die)
     else:
         raise ValueError(point)
 

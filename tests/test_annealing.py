@@ -21,6 +21,7 @@ from helpers import (
     tiny_resnet,
 )
 from timm.models.byobnet import RepVggBlock
+from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch._dynamo.testing import CompileCounter
@@ -607,3 +608,27 @@ def test_implied_statistics_of_repvgg_blocks_keep_eval_mode(rep_layer):
     expected = model(x)
     begin_time_step(model, torch.Generator().manual_seed(0), imply_statistics=True)
     assert_near(model(x), expected, MODEL_RTOL[torch.float64])
+
+
+# The optimizer
+
+
+@pytest.mark.parametrize('name', ['sgd', 'adamw', 'lamb', 'adan', 'lookahead_momentum', 'lookahead_lamb'])
+def test_reset_optimizer_steps_like_a_new_one(name):
+    """After a reset the next updates are those of an optimizer that was never used."""
+    def step(model, optimizer, seed):
+        optimizer.zero_grad()
+        model(randn(4, 6, seed=seed)).pow(2).sum().backward()
+        optimizer.step()
+
+    used = nn.Linear(6, 3, dtype=torch.float64)
+    used_optimizer = create_optimizer_v2(used, opt=name, lr=0.01)
+    for seed in range(5):
+        step(used, used_optimizer, seed)
+    new = copy.deepcopy(used)
+    new_optimizer = create_optimizer_v2(new, opt=name, lr=0.01)
+    timm_rep.reset_optimizer(used_optimizer)
+    for seed in range(8):
+        step(used, used_optimizer, seed)
+        step(new, new_optimizer, seed)
+        assert_same_state(used.state_dict(), new.state_dict())

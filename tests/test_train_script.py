@@ -1,5 +1,6 @@
 """train_scripts/train.py: timm's training in time steps, killed at any moment, and refused where it cannot work."""
 import csv
+import os
 import re
 import signal
 import subprocess
@@ -163,8 +164,11 @@ def test_linear_layers_and_plain_models(scripts, tmp_path):
     code, log = run(tmp_path, arguments(scripts, '--model-kwargs', 'rep_layer=orepa', '--experiment', 'orepa'))
     assert code == 0, log
     assert (tmp_path / 'output/train/orepa/time_step-2-stock.safetensors').is_file()
-    code, log = run(tmp_path, ['--timm-scripts', scripts, '--model', 'test_resnet', '--epochs', 1, '--experiment', 'p'])
+    # a model without branches, and timm's own restarts
+    plain = ['--timm-scripts', scripts, '--model', 'test_resnet', '--epochs', 1, '--warmup-epochs', 0]
+    code, log = run(tmp_path, [*plain, '--lr-cycle-limit', 3, '--experiment', 'p'])
     assert code == 0, log
+    assert [float(row['lr']) for row in rows(tmp_path / 'output/train/p/summary.csv')] == [0.05] * 3
     assert not list((tmp_path / 'output/train/p').glob('time_step-*'))
 
 
@@ -192,6 +196,7 @@ KILLS = [
     ('update', 2),
     ('update', 8),  # in the first epoch of the second time step
     ('update', 12),
+    ('update', 17),  # in the last epoch
     ('validation', 2),
     ('summary half written', 3),
     ('checkpoint half written', 1),
@@ -265,7 +270,12 @@ BAD = [
     (['--sched', 'step'], '--sched step cannot restart at a time step; allowed are cosine, tanh, poly'),
     (['--lr-cycle-limit', 2], 'contradicts --time-steps 3'),
     (['--lr-cycle-mul', 0.5], 'at least 1, got 0.5'),
-    (['--torchscript'], 'use --torchcompile'),
+    (['--torchscript'], '--torchscript takes the rep layers apart'),
+    (['--model', 'resnet19'], "unknown model 'resnet19'"),
+    (['--model-kwargs', 'rep_layer=acnet'], "unknown layer 'acnet'; allowed are 'orepa', 'dbb', 'acb', 'rep'"),
+    (['--time-steps', 1, '--lr-cycle-limit', 3], 'contradicts --time-steps 1'),
+    (['--sched-on-updates', '--epochs', 3, '--lr-cycle-mul', 1.5], 'whole number of epochs.*: 3, 4.5, 6.75'),
+    (['--resume', '.'], 'takes a checkpoint file or auto, got the folder'),
     (['--resume', 'missing.pth.tar'], 'no checkpoint file at missing.pth.tar'),
     (['--experiment', '', '--resume', 'auto'], 'name it with --experiment'),
 ]
@@ -288,7 +298,7 @@ def test_bad_input_is_one_clear_error_and_nothing_is_written(scripts, tmp_path, 
     (['--resume', 'auto', '--epochs', 3], 'of a run with --epochs 2, this one has --epochs 3'),
     (['--resume', 'auto', '--attach-warmup-epochs', 0], 'of a run with --attach-warmup-epochs 1'),
     (['--resume', 'auto', '--model', 'repan_repvgg_a1_cifar'], 'of a run with --model repan_repvgg_a0_cifar'),
-    (['--resume', 'auto', '--start-epoch', 1], '--start-epoch 1 lies before time step 2'),
+    (['--resume', 'auto', '--start-epoch', 1], 'epoch 1 lies before time step 2'),
     (['--resume', 'output/train/run/last.pth.tar', '--experiment', 'other', '--time-steps', 2], '--time-steps 3'),
 ])
 def test_folder_or_checkpoint_of_another_run_is_refused(finished, scripts, tmp_path, more, message):
@@ -359,6 +369,53 @@ def states_without_ema(path):
     return read_checkpoint(path).state_dict
 
 
+def test_newest_is_what_was_written_last_and_is_whole(finished, scripts, tmp_path):
+    """A run that went back to an earlier checkpoint and was killed has later epochs in older files."""
+    for number, name in enumerate(('checkpoint-5', 'checkpoint-0', 'last', 'tmp')):
+        path = tmp_path / f'{name}.pth.tar'
+        path.write_bytes((finished / f'checkpoint-{1 if name == "last" else 5}.pth.tar').read_bytes())
+        os.utime(path, (number, number))
+    wrapper = load_wrapper()
+    (tmp_path / 'tmp.pth.tar').write_bytes(b'cut off')
+    assert wrapper.newest_checkpoint(tmp_path).name == 'last.pth.tar'
+    (tmp_path / 'last.pth.tar').unlink()
+    assert wrapper.newest_checkpoint(tmp_path).name == 'checkpoint-0.pth.tar'
+
+
+def test_damaged_checkpoints_are_no_reason_to_start_anew(scripts, tmp_path):
+    code, log = run(tmp_path, arguments(scripts))
+    assert code == 0, log
+    folder = tmp_path / 'output/train/run'
+    for path in folder.glob('*.pth.tar'):
+        path.write_bytes(path.read_bytes()[:1000])
+    before = contents(tmp_path)
+    code, log = run(tmp_path, arguments(scripts, '--resume', 'auto'))
+    assert code == 2
+    assert 'no checkpoint in output/train/run is whole: ' in log
+    assert contents(tmp_path) == before
+
+
+def test_checkpoint_without_an_epoch_is_refused(finished, scripts, tmp_path):
+    weights = dict(state_dict=torch.load(finished / 'last.pth.tar', weights_only=False)['state_dict'])
+    torch.save(weights, tmp_path / 'weights.pth')
+    (tmp_path / 'args.yaml').write_text((finished / 'args.yaml').read_text())
+    code, log = run(tmp_path, arguments(scripts, '--resume', 'weights.pth'))
+    assert code == 2, log
+    assert 'does not say of which epoch it is' in log
+
+
+def test_time_step_of_weights_to_start_from_is_forgotten_in_all_blocks(scripts, tmp_path):
+    model = timm.create_model('repan_resnet18', rep_layer='orepa', num_classes=5)
+    timm_rep.begin_time_step(model)
+    torch.save(model.state_dict(), tmp_path / 'start.pth')
+    more = ['--model-kwargs', 'rep_layer=orepa', '--initial-checkpoint', 'start.pth', '--time-steps', 2, '--epochs', 1,
+            '--attach-warmup-epochs', 0]
+    code, log = run(tmp_path, arguments(scripts, *more, model='repan_resnet18'))
+    assert code == 0, log
+    state = read_checkpoint(tmp_path / 'output/train/run/last.pth.tar').state_dict
+    assert {int(value) for key, value in state.items() if key.endswith('time_step')} == {1}
+
+
 def test_rows_of_an_interrupted_run_are_dropped(tmp_path):
     wrapper = load_wrapper()
     path = tmp_path / 'summary.csv'
@@ -367,6 +424,10 @@ def test_rows_of_an_interrupted_run_are_dropped(tmp_path):
     assert path.read_text().split() == ['epoch,loss', '0,1.0']
     wrapper.drop_rows(path, 1)
     wrapper.drop_rows(tmp_path / 'missing.csv', 1)
+    # another run's columns may follow: no row is lost
+    path.write_text('epoch,loss\n0,1.0\nepoch,loss,rate\n1,0.5,0.1\n2,0.4,0.1\n')
+    wrapper.drop_rows(path, 2)
+    assert path.read_text().split() == ['epoch,loss', '0,1.0', 'epoch,loss,rate', '1,0.5,0.1']
     assert sorted(p.name for p in tmp_path.iterdir()) == ['summary.csv']
 
 
@@ -402,7 +463,7 @@ def teacher(tmp_path_factory):
 
 
 VARIANTS = dict(
-    ema=['--model-ema', '--model-ema-decay', 0.9],
+    augmented=['--model-ema', '--model-ema-decay', 0.9, '--workers', 2, '--drop', 0.2, '--mixup', 0.2, '--reprob', 0.2],
     mixed_precision=['--amp', '--amp-dtype', 'bfloat16', '--channels-last', '--grad-accum-steps', 2],
     compiled=['--torchcompile', 'aot_eager', '--model-ema', '--log-branches'],
     distilled=['--kd-model-name', 'TEACHER'],
@@ -417,8 +478,10 @@ def test_timms_own_script_trains_in_time_steps_and_resumes(timm_scripts, photos,
     argv = [
         '--timm-scripts', timm_scripts, '--model', MODEL, '--time-steps', 2, '--epochs', 2, '--attach-warmup-epochs', 1,
         '--warmup-epochs', 0, '--lr', 0.05, '--data-dir', photos, '--batch-size', 8, '--workers', 0, '--device', 'cpu',
-        '--img-size', 16, '--no-aug', '--num-classes', 5, '--experiment', 'run', *VARIANTS[variant],
+        '--img-size', 16, '--num-classes', 5, '--experiment', 'run', *VARIANTS[variant],
     ]
+    if variant != 'augmented':
+        argv.append('--no-aug')
     argv = [teacher if argument == 'TEACHER' else argument for argument in argv]
     code, log = run(tmp_path, argv)
     if 'kd-' in str(argv) and 'unrecognized arguments' in log:

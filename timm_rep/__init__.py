@@ -1,6 +1,6 @@
 """timm_rep: structural re-parameterization for timm. Importing it registers the models with timm."""
 from . import models
-from .annealing import AnnealingSchedule, attach_rate, begin_time_step
+from .annealing import AnnealingSchedule, attach_rate, begin_time_step, reset_optimizer
 from .hub import export_folder
 from .layers import (
     AsymmetricConv2d,
@@ -38,6 +38,7 @@ __all__ = [
     'models',
     'publish',
     'rep_layers',
+    'reset_optimizer',
     'set_attach_rate',
     'verify',
 ]

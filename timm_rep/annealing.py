@@ -1,6 +1,6 @@
 """Annealing through re-parameterization: attach rate, schedule of time steps, and the step from one to the next.
 
-No training loop is in here. A loop of your own needs three calls:
+No training loop is in here. A loop of your own needs these calls:
 
 >>> import timm, timm_rep
 >>> model = timm.create_model('repan_resnet18_cifar')
@@ -8,7 +8,7 @@ No training loop is in here. A loop of your own needs three calls:
 >>> for epoch in range(schedule.total_epochs):
 ...     position = schedule.position(epoch)
 ...     if position.begins and position.time_step > 0:
-...         timm_rep.begin_time_step(model, attach_rate=position.attach_rate)  # and optimizer.state.clear()
+...         timm_rep.begin_time_step(model, attach_rate=position.attach_rate)  # and reset_optimizer(optimizer)
 ...     timm_rep.set_attach_rate(model, position.attach_rate)
 ...     print(epoch, position.time_step, position.attach_rate)
 0 0 0.5
@@ -23,7 +23,7 @@ Source: RepAn, `Enhanced Annealing through Re-parameterization` (CVPR 2024).
 import itertools
 import math
 from dataclasses import dataclass
-from typing import List, Optional
+from typing import Any, List, Optional
 
 import torch
 import torch.nn as nn
@@ -31,7 +31,15 @@ import torch.nn as nn
 from .layers import AnnealedModule
 from .surgery import annealed_modules
 
-__all__ = ['AnnealingSchedule', 'Position', 'attach_rate', 'begin_time_step', 'time_step_of']
+__all__ = [
+    'AnnealingSchedule',
+    'Position',
+    'attach_rate',
+    'begin_time_step',
+    'reset_optimizer',
+    'set_time_step',
+    'time_step_of',
+]
 
 
 def attach_rate(epoch: int, warmup_epochs: int) -> float:
@@ -185,12 +193,41 @@ def time_step_of(model: nn.Module) -> int:
     return steps.pop()
 
 
+def set_time_step(model: nn.Module, time_step: int) -> None:
+    """Say which time step a model is in, without changing anything else.
+
+    Args:
+        model: Model with rep layers.
+        time_step: Number of time steps that have begun before it.
+    """
+    for module in model.modules():
+        if isinstance(module, AnnealedModule):
+            module.time_step.fill_(time_step)
+
+
+def reset_optimizer(optimizer: Any) -> None:
+    """Let an optimizer start anew with the parameters, learning rate and settings that it has.
+
+    More than ``optimizer.state.clear()``: some of timm's optimizers (LAMB, Adan) count their steps elsewhere, and its
+    Lookahead holds another optimizer.
+
+    Args:
+        optimizer: Any optimizer of torch or timm.
+    """
+    for holder in (optimizer, getattr(optimizer, '_base_optimizer', optimizer)):
+        holder.state.clear()
+        for group in holder.param_groups:
+            group.pop('step', None)
+            if 'lookahead_step' in group:
+                group['lookahead_step'] = 0
+
+
 def _share_from_first_rank(module: AnnealedModule) -> None:
     """Take over the state of the first process: kept statistics may differ, and then so do folded kernels."""
     for tensor in module.state_dict().values():
         shared = tensor
-        if torch.distributed.get_backend() == 'nccl' and tensor.device.type == 'cpu':  # an averaged copy on the CPU
-            shared = tensor.cuda()
+        if tensor.device.type == 'cpu' and 'gloo' not in torch.distributed.get_backend():  # an averaged copy on the CPU
+            shared = tensor.to(torch.accelerator.current_accelerator())
         torch.distributed.broadcast(shared, src=0)
         tensor.copy_(shared)
 
@@ -206,8 +243,8 @@ def begin_time_step(
 ) -> None:
     """Fold every layer's branches, draw its side branches afresh, put the folded kernel into its origin branch.
 
-    Works in place, in training and eval mode: the same parameters, the same shapes, nothing to recompile. Clear the
-    optimizer's state afterwards (``optimizer.state.clear()``). Do the same, with a generator of the same seed, on an
+    Works in place, in training and eval mode: the same parameters, the same shapes, nothing to recompile. Forget the
+    optimizer's state afterwards (:func:`reset_optimizer`). Do the same, with a generator of the same seed, on an
     averaged copy of the model (EMA). In a distributed training call it on every process: all end up with the first
     one's weights.
 

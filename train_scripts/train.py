@@ -10,7 +10,8 @@ restored (on the averaged weights too) and the optimizer's state is cleared. All
 default differs: `--lr-cycle-decay`, the factor of the peak learning rate from one time step to the next, is 1.
 
 At the end of every time step the weights are kept as `time_step-N.safetensors` (training form) and
-`time_step-N-stock.safetensors` (fused). `--resume auto` goes on from the newest whole checkpoint of the run's folder.
+`time_step-N-stock.safetensors` (fused). `--resume auto` goes on from the newest whole checkpoint of the run's folder as if
+it had never stopped: all that is random follows from the seed and the epoch (not with --use-multi-epochs-loader).
 """
 import argparse
 import copy
@@ -24,14 +25,14 @@ import pickle
 import sys
 from pathlib import Path
 
-import timm
 import torch
 import yaml
 from timm.utils import is_primary, random_seed, unwrap_model
 
 import timm_rep
-from timm_rep.annealing import time_step_of
-from timm_rep.files import load_training_form, read_checkpoint, save_weights
+from timm_rep.annealing import set_time_step, time_step_of
+from timm_rep.files import build_model, load_training_form, read_checkpoint, save_weights
+from timm_rep.runs import complete_rows
 from timm_rep.surgery import annealed_modules
 from timm_rep.timm_scripts import find_script
 
@@ -45,6 +46,9 @@ EPOCH_PARAMETERS = ('epoch', 'model', 'optimizer', 'args')
 # A checkpoint can be resumed only by a run that agrees in these.
 RUN_SETTINGS = (
     'model', 'time_steps', 'epochs', 'attach_warmup_epochs', 'lr_cycle_mul', 'warmup_prefix', 'cooldown_epochs')
+# ... and in this, if the warm-up of the learning rate comes before the first time step's descent.
+PREFIX_SETTING = 'warmup_epochs'
+ROW_FILES = ('summary.csv', 'branch_gradients.csv')
 RUN_FILES = ('args.yaml', 'summary.csv', '*.pth.tar', 'time_step-*.safetensors', 'branch_gradients.csv')
 CHECKPOINT_SUFFIX = '.pth.tar'
 # The epochs' seeds must not meet those of other ranks, which timm counts up from the run's.
@@ -103,7 +107,6 @@ def load_script(path):
     """
     spec = importlib.util.spec_from_file_location('timm_train_script', path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # for worker processes that unpickle by name
     spec.loader.exec_module(module)
     missing = [name for name in SCRIPT_NAMES if not hasattr(module, name)]
     if not missing:
@@ -117,29 +120,42 @@ def load_script(path):
     return module
 
 
+def _anneals(args):
+    """Whether there is anything to do besides timm's own training."""
+    return args.time_steps > 1 or args.attach_warmup_epochs > 0
+
+
 def _schedule(args):
+    restarting = args.sched in RESTARTING_SCHEDULES
     try:
-        return timm_rep.AnnealingSchedule(
+        schedule = timm_rep.AnnealingSchedule(
             args.time_steps,
             args.epochs,
             args.attach_warmup_epochs,
             epochs_mul=getattr(args, 'lr_cycle_mul', 1.0),
             prefix_epochs=args.warmup_epochs if getattr(args, 'warmup_prefix', False) else 0,
-            cooldown_epochs=getattr(args, 'cooldown_epochs', 0),
+            cooldown_epochs=getattr(args, 'cooldown_epochs', 0) if restarting else 0,
         )
     except ValueError as e:
         raise UsageError(str(e)) from None
+    lengths = [args.epochs * schedule.epochs_mul ** step for step in range(args.time_steps)]
+    if getattr(args, 'sched_on_updates', False) and any(abs(length - round(length)) > 1e-6 for length in lengths):
+        raise UsageError(
+            f'with --sched-on-updates a time step must be a whole number of epochs, got {args.epochs} times '
+            f'--lr-cycle-mul {schedule.epochs_mul}: ' + ', '.join(f'{length:g}' for length in lengths)
+        )
+    return schedule
 
 
 def _check_restarts(args):
+    if _anneals(args) and args.lr_cycle_limit not in (1, args.time_steps):
+        raise UsageError(
+            f'--lr-cycle-limit {args.lr_cycle_limit} contradicts --time-steps {args.time_steps}, which sets it')
     if args.time_steps == 1:
         return
     if args.sched not in RESTARTING_SCHEDULES:
         raise UsageError(
             f'--sched {args.sched} cannot restart at a time step; allowed are {", ".join(RESTARTING_SCHEDULES)}')
-    if args.lr_cycle_limit not in (1, args.time_steps):
-        raise UsageError(
-            f'--lr-cycle-limit {args.lr_cycle_limit} contradicts --time-steps {args.time_steps}, which sets it')
     if args.warmup_epochs >= args.epochs and not getattr(args, 'warmup_prefix', False):
         raise UsageError(
             f'the warm-up of the learning rate (--warmup-epochs {args.warmup_epochs}) must be shorter than a time step '
@@ -148,15 +164,19 @@ def _check_restarts(args):
 
 
 def _check_model(args):
-    if args.time_steps == 1 and args.attach_warmup_epochs == 0:
-        return  # nothing to anneal: timm's own training of any model
-    if getattr(args, 'torchscript', False):
-        raise UsageError('--torchscript hides the rep layers; use --torchcompile')
-    model = timm.create_model(args.model, **(getattr(args, 'model_kwargs', None) or {}))
+    if not _anneals(args) and not args.log_branches:
+        return  # timm's own training of any model
+    for option in ('torchscript', 'split_bn'):
+        if getattr(args, option, False):
+            raise UsageError(f'--{option.replace("_", "-")} takes the rep layers apart; train without it')
+    try:
+        model = build_model(args.model, **(getattr(args, 'model_kwargs', None) or {}))
+    except ValueError as e:
+        raise UsageError(str(e)) from None
     if not any(annealed_modules(model)):
         raise UsageError(
-            f'{args.model} has no rep layers, so time steps would do nothing; `timm-rep list` shows the models that '
-            'have'
+            f'{args.model} has no rep layers, so there are no branches to anneal or to log; `timm-rep list` shows the '
+            'models that have'
         )
 
 
@@ -175,6 +195,13 @@ def _epoch_of(path):
         return None
 
 
+def _checkpoints(folder):
+    """Checkpoints that timm writes at the end of an epoch, the latest written first."""
+    paths = [folder / f'{name}{CHECKPOINT_SUFFIX}' for name in ('last', 'tmp')]
+    paths += folder.glob(f'checkpoint-*{CHECKPOINT_SUFFIX}')
+    return sorted((path for path in paths if path.is_file()), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+
+
 def newest_checkpoint(folder):
     """The newest whole checkpoint at the end of an epoch in a run's folder.
 
@@ -186,17 +213,14 @@ def newest_checkpoint(folder):
     Returns:
         Its path, or None. Recovery checkpoints, from within an epoch, do not count.
     """
-    candidates = [folder / f'{name}{CHECKPOINT_SUFFIX}' for name in ('last', 'tmp')]
-    candidates += folder.glob(f'checkpoint-*{CHECKPOINT_SUFFIX}')
-    epochs = {path: _epoch_of(path) for path in candidates if path.is_file()}
-    whole = [path for path, epoch in epochs.items() if epoch is not None]
-    return max(whole, key=lambda path: epochs[path], default=None)
+    return next((path for path in _checkpoints(folder) if _epoch_of(path) is not None), None)
 
 
 def _check_same_run(args, settings, where):
     if settings and 'time_steps' not in settings:  # a run without the wrapper
         settings = dict(settings, time_steps=1, attach_warmup_epochs=0)
-    for name in RUN_SETTINGS:
+    names = (*RUN_SETTINGS, PREFIX_SETTING) if getattr(args, 'warmup_prefix', False) else RUN_SETTINGS
+    for name in names:
         there, here = settings.get(name), getattr(args, name, None)
         if name in settings and there != here:
             option = f'--{name.replace("_", "-")}'
@@ -222,6 +246,9 @@ def _check_output(args, schedule):
             raise UsageError('--resume auto looks into the folder of the run: name it with --experiment')
         found = newest_checkpoint(folder)
         if found is None:
+            damaged = [path.name for path in _checkpoints(folder) if path.name != f'tmp{CHECKPOINT_SUFFIX}']
+            if damaged:
+                raise UsageError(f'no checkpoint in {folder} is whole: {", ".join(damaged)}. Nothing was changed')
             _check_same_run(args, _read_args_file(folder / 'args.yaml'), folder)
         args.resume = '' if found is None else str(found)
         _logger.info(f'--resume auto: {args.resume or "nothing to resume, starting anew"}')
@@ -233,16 +260,21 @@ def _check_output(args, schedule):
             )
     if not args.resume:
         return
+    if Path(args.resume).is_dir():
+        raise UsageError(f'--resume takes a checkpoint file or auto, got the folder {args.resume}')
     try:
         checkpoint = read_checkpoint(args.resume)
     except (OSError, ValueError) as e:
         raise UsageError(f'--resume: {e}') from None
     _check_same_run(args, checkpoint.args, args.resume)
+    if not _anneals(args):
+        return
+    if args.start_epoch is None and checkpoint.epoch is None:
+        raise UsageError(f'{args.resume} does not say of which epoch it is; say where to go on with --start-epoch')
+    start = checkpoint.epoch + 1 if args.start_epoch is None else args.start_epoch
     time_step = max((int(v) for k, v in checkpoint.state_dict.items() if k.endswith('.time_step')), default=0)
-    if args.start_epoch is not None and schedule.position(args.start_epoch).time_step < time_step:
-        raise UsageError(
-            f'--start-epoch {args.start_epoch} lies before time step {time_step}, in which {args.resume} is'
-        )
+    if start < schedule.total_epochs and schedule.position(start).time_step < time_step:
+        raise UsageError(f'epoch {start} lies before time step {time_step}, in which {args.resume} is')
 
 
 def prepare(args):
@@ -266,15 +298,11 @@ def prepare(args):
     _check_model(args)
     if args.time_steps > 1:
         args.lr_cycle_limit = args.time_steps
+    del args.timm_scripts  # of this machine; it is not part of a recipe
     return schedule
 
 
 # The run
-
-
-def _base_optimizer(optimizer):
-    """The optimizer that holds the state, inside timm's Lookahead."""
-    return getattr(optimizer, '_base_optimizer', optimizer)
 
 
 class BranchLog:
@@ -282,14 +310,16 @@ class BranchLog:
 
     Args:
         model: Model with rep layers.
-        optimizer: Its optimizer, before whose updates the gradients are read: summed over ranks, unscaled, clipped.
+        optimizer: Its optimizer, before whose updates the gradients are read: averaged over ranks, clipped, unscaled
+            (but by optimizers that are fused with the scaling of float16 AMP).
     """
 
     def __init__(self, model, optimizer):
         self.modules = list(annealed_modules(unwrap_model(model)))
         self.sums = {}
         self.updates = 0
-        _base_optimizer(optimizer).register_step_pre_hook(self._read)
+        # the optimizer itself, inside timm's Lookahead
+        getattr(optimizer, '_base_optimizer', optimizer).register_step_pre_hook(self._read)
 
     @torch.no_grad()
     def _read(self, *_):
@@ -324,21 +354,28 @@ def drop_rows(path, epoch):
     """Take out of a run's csv file what an interrupted run left: rows from an epoch on, second headers, cut-off rows.
 
     Args:
-        path: File whose first column is the epoch; it need not exist.
+        path: File whose first column is the epoch; it need not exist, and goes if no row is left.
         epoch: First epoch to drop.
     """
     if not path.is_file():
         return
-    with path.open(newline='') as file:
-        rows = list(csv.reader(file))
-    header = rows[0] if rows else []
-    kept = [row for row in rows[1:] if len(row) == len(header) and row[0].isdigit() and int(row[0]) < epoch]
-    if len(kept) + 1 >= len(rows):
+    kept, header = [], None
+    for row in complete_rows(path):
+        if int(row['epoch']) < epoch:
+            if list(row) != header:  # the first, or one of other columns
+                header = list(row)
+                kept.append(header)
+            kept.append(list(row.values()))
+    if not kept:
+        path.unlink()
         return
     temporary = path.with_suffix('.tmp')
     with temporary.open('w', newline='') as file:
-        csv.writer(file).writerows([header, *kept])
-    os.replace(temporary, path)
+        csv.writer(file).writerows(kept)
+    if temporary.read_text().splitlines() == path.read_text(errors='replace').splitlines():
+        temporary.unlink()
+    else:
+        os.replace(temporary, path)
 
 
 def _save_snapshot(model, path):
@@ -365,6 +402,13 @@ def save_snapshots(folder, time_step, forms):
     _logger.info(f'Snapshot of time step {time_step} in {folder}')
 
 
+def _restart_workers(loader):
+    """Let worker processes that timm keeps through all epochs start anew, from the seed that is set now."""
+    loader = getattr(loader, 'loader', loader)  # inside timm's prefetcher
+    if isinstance(loader, torch.utils.data.DataLoader) and loader.persistent_workers:
+        loader._iterator = None
+
+
 class AnnealedTraining:
     """What the wrapper does around the epochs of timm's training.
 
@@ -378,28 +422,36 @@ class AnnealedTraining:
         self.signature = inspect.signature(script.train_one_epoch)
         self.args = None
         self.schedule = None
-        self.branches = None
-        self.started = False
+        self.total_epochs = None  # as timm counts them
         self.output_folder = None
+        self.branches = None
+        self.forms = None  # the models of the epoch that was trained last
+        self.epoch = None
 
     def run(self):
         """Run timm's main."""
-        parse_args = self.script._parse_args
+        parse_args, create_scheduler = self.script._parse_args, getattr(self.script, 'create_scheduler_v2', None)
 
         @functools.wraps(parse_args)
         def parse():
             self.args, _ = parse_args()
             self.schedule = prepare(self.args)
+            self.total_epochs = self.schedule.total_epochs
             # timm keeps the text as args.yaml
             return self.args, yaml.safe_dump(vars(self.args), default_flow_style=False)
 
+        @functools.wraps(create_scheduler)
+        def schedule(*args, **kwargs):
+            scheduler, self.total_epochs = create_scheduler(*args, **kwargs)
+            return scheduler, self.total_epochs
+
         self.script._parse_args = parse
         self.script.train_one_epoch = self.annealed_epoch
+        if create_scheduler is not None:
+            self.script.create_scheduler_v2 = schedule
         self.script.main()
-        if self.output_folder is None:  # nothing was left to train
-            self.output_folder = _output_folder(self.args)
-        if is_primary(self.args) and self.output_folder is not None:
-            self._save_last_snapshot()
+        if is_primary(self.args):
+            self._finish()
 
     @functools.cached_property
     def annealed_epoch(self):
@@ -425,31 +477,37 @@ class AnnealedTraining:
         return {suffix: unwrap_model(form) for suffix, form in forms.items()}
 
     def _begin_epoch(self, call):
+        """What comes before an epoch of timm's; the epoch's place in the schedule, if there is one."""
         epoch, args = call['epoch'], call['args']
-        # The order of the images follows from seed and epoch, so that a resumed run goes on as if never stopped.
+        # All that is random follows from seed and epoch, so that a resumed run goes on as if never stopped.
         random_seed((args.seed + EPOCH_SEED_STRIDE * epoch) % MAX_SEED, getattr(args, 'rank', 0))
-        position = self.schedule.position(epoch)
-        forms = self._forms(call)
+        _restart_workers(call.get('loader'))
         if call.get('output_dir') is not None:
             self.output_folder = Path(call['output_dir'])
-            for name in ('summary.csv', 'branch_gradients.csv'):
+            for name in ROW_FILES:
                 drop_rows(self.output_folder / name, epoch)
-        if not any(annealed_modules(forms[''])):
-            return position
-        if not self.started:
-            self._start(call, forms, position)
-        begun = time_step_of(forms[''])
-        if begun < position.time_step and self.output_folder is not None and position.begins:
-            save_snapshots(self.output_folder, begun, forms)
+        first, self.forms = self.forms is None, self._forms(call)
+        if first and args.log_branches:
+            self.branches = BranchLog(self.forms[''], call['optimizer'])
+        if not _anneals(args):
+            return None
+        position = self.schedule.position(min(epoch, self.schedule.total_epochs - 1))
+        if first and not args.resume:  # weights to start from may come from a run with time steps of its own
+            for form in self.forms.values():
+                set_time_step(form, position.time_step)
+        begun = time_step_of(self.forms[''])
+        if begun > position.time_step:
+            raise RuntimeError(f'epoch {epoch} lies in time step {position.time_step}, the model in {begun}')
+        if begun < position.time_step and position.begins and self.output_folder is not None:
+            save_snapshots(self.output_folder, begun, self.forms)
         for time_step in range(begun + 1, position.time_step + 1):
-            for form in forms.values():
+            for form in self.forms.values():
                 generator = torch.Generator().manual_seed(args.seed + time_step)  # the same for all forms and ranks
                 timm_rep.begin_time_step(
                     form, generator, attach_rate=position.attach_rate, compensate=args.compensate,
                     imply_statistics=args.imply_statistics)
-            for holder in (call['optimizer'], _base_optimizer(call['optimizer'])):
-                holder.state.clear()
-        for form in forms.values():
+            timm_rep.reset_optimizer(call['optimizer'])
+        for form in self.forms.values():
             timm_rep.set_attach_rate(form, position.attach_rate)
         if is_primary(args):
             drawn = ', side branches drawn afresh' if begun < position.time_step else ''
@@ -459,35 +517,36 @@ class AnnealedTraining:
             )
         return position
 
-    def _start(self, call, forms, position):
-        self.started = True
-        if not call['args'].resume:  # weights to start from may come from a run with time steps of its own
-            for form in forms.values():
-                for _, module in annealed_modules(form):
-                    module.time_step.fill_(position.time_step)
-        if call['args'].log_branches:
-            self.branches = BranchLog(forms[''], call['optimizer'])
-
     def _end_epoch(self, epoch, position, metrics):
+        self.epoch = epoch
         if self.branches is not None:
             if self.output_folder is not None:
                 self.branches.write(self.output_folder / 'branch_gradients.csv', epoch)
             self.branches.clear()
-        # timm writes these to summary.csv, and to wandb where it logs there
-        metrics.update(time_step=position.time_step, attach_rate=position.attach_rate)
+        if position is not None:
+            # timm writes these to summary.csv, and to wandb where it logs there
+            metrics.update(time_step=position.time_step, attach_rate=position.attach_rate)
         return metrics
 
-    def _save_last_snapshot(self):
-        """Keep the weights of the last time step, from timm's own last checkpoint, if the training is over."""
-        if self.args.time_steps == 1 and self.args.attach_warmup_epochs == 0:
+    def _finish(self):
+        """Tidy the files, and keep the weights of the last time step if the training came to its end."""
+        folder = self.output_folder or _output_folder(self.args)
+        if folder is None:
             return
-        last = newest_checkpoint(self.output_folder)
-        if last is None or _epoch_of(last) != self.schedule.total_epochs - 1:
-            return  # interrupted by hand
-        forms = {'': load_training_form(last)}
-        if getattr(self.args, 'model_ema', False):
-            forms['-ema'] = load_training_form(last, use_ema=True)
-        save_snapshots(self.output_folder, self.args.time_steps - 1, forms)
+        for name in ROW_FILES:
+            drop_rows(folder / name, self.total_epochs)
+        if not _anneals(self.args):
+            return
+        if self.forms is None:  # nothing was left to train: the run ended before, perhaps before it kept the weights
+            last = newest_checkpoint(folder)
+            if last is None or _epoch_of(last) != self.total_epochs - 1:
+                return
+            self.forms = {'': load_training_form(last)}
+            if getattr(self.args, 'model_ema', False):
+                self.forms['-ema'] = load_training_form(last, use_ema=True)
+        elif self.epoch != self.total_epochs - 1:  # interrupted by hand
+            return
+        save_snapshots(folder, self.args.time_steps - 1, self.forms)
 
 
 def main():
@@ -496,12 +555,16 @@ def main():
         _own_parser().print_help()
         print()
     try:
-        script = load_script(find_script('train', own.timm_scripts))
+        try:
+            path = find_script('train', own.timm_scripts)
+        except FileNotFoundError as e:
+            raise UsageError(str(e)) from None
+        script = load_script(path)
         if not own.help:
             add_arguments(script.parser)
             script.parser.set_defaults(lr_cycle_decay=1.0)
         AnnealedTraining(script).run()
-    except (UsageError, FileNotFoundError) as e:
+    except UsageError as e:
         print(f'train.py: {e}', file=sys.stderr)
         sys.exit(2)
 

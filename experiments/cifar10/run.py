@@ -251,10 +251,10 @@ def train(method, seed, attach_warmup_epochs, settings, train_images, test_image
                 timm_rep.begin_time_step(
                     model, side_branch_generator, attach_rate=position.attach_rate,
                     imply_statistics=METHODS[method].imply_statistics)
-                optimizer.state.clear()
+                timm_rep.reset_optimizer(optimizer)
             timm_rep.set_attach_rate(model, position.attach_rate)
         elif position.begins:
-            optimizer.state.clear()  # a restart is a fresh optimizer for every method
+            timm_rep.reset_optimizer(optimizer)  # a restart is a fresh optimizer for every method
         lr = optimizer.param_groups[0]['lr']
         model.train()
         total = torch.zeros((), device=device)
