@@ -10,8 +10,8 @@ restored (on the averaged weights too) and the optimizer's state is cleared. All
 default differs: `--lr-cycle-decay`, the factor of the peak learning rate from one time step to the next, is 1.
 
 At the end of every time step the weights are kept as `time_step-N.safetensors` (training form) and
-`time_step-N-stock.safetensors` (fused). `--resume auto` goes on from the newest whole checkpoint of the run's folder as if
-it had never stopped: all that is random follows from the seed and the epoch (not with --use-multi-epochs-loader).
+`time_step-N-stock.safetensors` (fused). `--resume auto` goes on from the newest whole checkpoint of the run's folder
+as if it had never stopped: all that is random follows from the seed and the epoch (not with --use-multi-epochs-loader).
 """
 import argparse
 import copy
