@@ -441,7 +441,7 @@ def test_bad_arguments_raise(stock, training_file, tmp_path):
             load_official_checkpoint(wrong, NAME)
     with pytest.raises(RuntimeError, match=r'RepVGG-train.*weights of orepa_repvgg_b0_cifar; missing: '):
         load_official_checkpoint(training_file, 'orepa_repvgg_b0_cifar')
-    with pytest.raises(RuntimeError, match=r'weights of orepa_repvgg_a2_cifar; .* has shape'):
+    with pytest.raises(RuntimeError, match=r'weights of orepa_repvgg_a2_cifar; '):
         load_official_checkpoint(training_file, 'orepa_repvgg_a2_cifar')
     with pytest.raises(RuntimeError, match=r'missing: .*not expected: '):  # timm's own names
         load_official_checkpoint(stock.state_dict(), NAME)

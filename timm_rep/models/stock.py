@@ -1,11 +1,11 @@
 """Stock networks that timm has, and the few shapes of the papers that it has not."""
 import copy
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, List, Tuple
 
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import ByoBlockCfg, ByobNet, ByoModelCfg, ResNet
-from timm.models.byobnet import RepVggBlock
+from timm.models import ByoBlockCfg, ByobNet, ByoModelCfg, ResNet, named_apply
+from timm.models.byobnet import RepVggBlock, _init_weights
 from timm.models.byobnet import model_cfgs as byobnet_cfgs
 from timm.models.resnet import BasicBlock, Bottleneck
 
@@ -99,8 +99,6 @@ def build_resnet(width_factor: int = 1, small_images: bool = False, **kwargs: An
 def repvgg_cifar_cfg(depths: Tuple[int, ...], width_factors: Tuple[float, ...]) -> ByoModelCfg:
     """Configuration of a CIFAR RepVGG: widths 16, 16, 32, 64, 64 times the multipliers, strides 1, 1, 2, 2, 1 (RepAn).
 
-    timm rounds the widths of stages to multiples of 8, which makes the 12 of A0's first stage a 16.
-
     Args:
         depths: Blocks of each stage.
         width_factors: Multiplier of each stage, as in RepVGG's A and B variants.
@@ -164,7 +162,8 @@ def build_repvgg(cfg: ByoModelCfg, small_images: bool = False, **kwargs: Any) ->
 
     Args:
         cfg: timm's configuration.
-        small_images: Take a stem of stride 1, where timm's builder knows only 2.
+        small_images: Take a stem of stride 1, where timm's builder knows only 2, and stages of exactly the widths of
+            the configuration, where it rounds them to multiples of 8.
         **kwargs: Arguments of ``timm.models.ByobNet``.
 
     Returns:
@@ -172,14 +171,31 @@ def build_repvgg(cfg: ByoModelCfg, small_images: bool = False, **kwargs: Any) ->
     """
     model: Any = ByobNet(cfg, **kwargs)
     if small_images:
-        stem = RepVggBlock(
-            kwargs.get('in_chans', 3),
-            model.stem.conv_kxk.conv.out_channels,
-            stride=1,
-            **{key: kwargs[key] for key in ('device', 'dtype') if key in kwargs},  # older timm takes neither
-        )
+        # older timm takes neither
+        dd: Dict[str, Any] = {key: kwargs[key] for key in ('device', 'dtype') if key in kwargs}
+        width = model.stem.conv_kxk.conv.out_channels
+        stem = RepVggBlock(kwargs.get('in_chans', 3), width, stride=1, **dd)
         stem.load_state_dict(model.stem.state_dict(), strict=False)  # a new identity branch keeps its own start
         model.stem = stem
         for info in model.feature_info:
             info['reduction'] //= 2
+        blocks: Any = cfg.blocks
+        for stage, block_cfg in zip(model.stages, blocks):
+            width = _set_width_(stage, width, block_cfg.c, model.feature_info, dd)
     return model
+
+
+def _set_width_(stage: Any, in_chs: int, width: int, feature_info: List[Dict[str, Any]], dd: Dict[str, Any]) -> int:
+    """Give the blocks of a stage the channels that they should have, where timm made them multiples of 8."""
+    rounded = stage[-1].conv_kxk.conv.out_channels
+    for position, block in enumerate(stage):
+        conv = block.conv_kxk.conv
+        if (conv.in_channels, conv.out_channels) != (in_chs, width):
+            stage[position] = RepVggBlock(in_chs, width, stride=conv.stride[0], **dd)
+            stage[position].drop_path, stage[position].act = block.drop_path, block.act
+            named_apply(_init_weights, stage[position], include_root=True)
+        in_chs = width
+    for info in feature_info:
+        if info['num_chs'] == rounded:
+            info['num_chs'] = width
+    return width
