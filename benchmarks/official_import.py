@@ -221,7 +221,7 @@ def repan_repvggs():
         Network(f'RepVGG-{variant}', getattr(imagenet, f'RepVGG_{variant}'), tuple(into), **settings)
         for variant, into in models.items()
     ]
-    for variant in ('A1', 'A2', 'B0'):  # their A0 for CIFAR has a width that timm's cannot have
+    for variant in ('A0', 'A1', 'A2', 'B0'):
         networks.append(Network(
             f'RepVGG-{variant}, CIFAR-100',
             functools.partial(getattr(cifar, f'RepVGG_{variant}'), 100),

@@ -195,8 +195,8 @@ def fuse(checkpoint: str, out: Optional[str], **kwargs: Any) -> None:
     a run stands for its best checkpoint.
 
     ONNX files and torch.export programs are always of the fused model, take batches of any size, and are compared with
-    PyTorch before they are kept. For Core ML, TensorRT, OpenVINO and the like, give the Hub folder to timmx
-    (https://pypi.org/project/timmx).
+    PyTorch before they are kept. For Core ML, TensorRT, OpenVINO and the like, give the Hub folder to
+    the package timmx.
 
     \b
     Examples:
