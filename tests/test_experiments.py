@@ -70,9 +70,11 @@ def test_methods_share_epochs_and_fused_architecture(experiment, output):
         assert (lrs[2] == 0.1) == method.restarts
 
 
-def test_warmup_sweep_adds_runs_of_annealed_methods_only(output):
-    names = {path.name for path in output.glob('repan_*.json')}
-    assert names == {f'repan_{layer}-warmup{n}-seed0.json' for layer in ('rep', 'orepa') for n in (0, 1)}
+def test_warmup_sweep_adds_runs_of_annealed_methods_only(experiment, output):
+    names = {path.name for path in output.glob('*-warmup*.json')}
+    annealed = [name for name, method in experiment.METHODS.items() if method.annealed]
+    assert len(annealed) == 4
+    assert names == {f'{name}-warmup{n}-seed0.json' for name in annealed for n in (0, 1)}
     assert (output / 'plain-seed0.json').exists()
 
 
