@@ -3,7 +3,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from helpers import MODEL_RTOL, assert_near, assert_same_state, randn, randomize_, state_of
+from helpers import LINEAR_RTOL, MODEL_RTOL, assert_near, assert_same_state, randn, randomize_, state_of
 
 from timm_rep import expand, fuse, set_attach_rate
 from timm_rep.annealing import time_step_of
@@ -238,3 +238,31 @@ def test_weights_of_a_layer_with_bias_load():
     model.load_state_dict(checkpoint_filter_fn(state_of(stock), model))
     x = randn(2, 3, 9, 9, dtype=torch.float32)
     assert_near(model(x), stock(x), 1e-6)
+
+
+@pytest.mark.parametrize(('name', 'kwargs'), [
+    ('orepa_resnet18_cifar', {}),
+    ('orepa_repvgg_a0_cifar', {}),
+    ('dbb_resnet18_cifar', {}),
+    ('repan_resnet18_cifar', dict(rep_layer='acb')),
+    ('repan_repvgg_a0_cifar', {}),
+    ('repan_repvgg_a0_cifar', dict(rep_layer='orepa')),
+])
+def test_training_form_to_stock_form_and_back_twice(name, kwargs):
+    model = randomize_(timm.create_model(name, **kwargs)).double().eval()
+    set_attach_rate(model, 0.6)
+    x = randn(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = model(x)
+        for _ in range(2):
+            stock = fuse(model)
+            assert_near(stock(x), expected, MODEL_RTOL[torch.float64])
+            model = timm.create_model(name, **kwargs).double().eval()
+            model.load_state_dict(checkpoint_filter_fn(stock.state_dict(), model))
+            assert_near(model(x), expected, MODEL_RTOL[torch.float64])
+        again = fuse(model)
+    assert again.state_dict().keys() == stock.state_dict().keys()
+    if name.startswith('orepa_'):  # nothing but the kernels changes form
+        for key, value in stock.state_dict().items():
+            if value.ndim == 4:
+                assert_near(again.state_dict()[key], value, LINEAR_RTOL[torch.float64])
