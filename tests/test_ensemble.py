@@ -1,3 +1,4 @@
+import inspect
 import json
 
 import pytest
@@ -87,13 +88,15 @@ def run(tmp_path_factory, models):
 
 
 def call(*args, code=0):
-    result = CliRunner().invoke(main, ['ensemble', *map(str, args)])
+    # older click puts both outputs into one unless told not to
+    separate = dict(mix_stderr=False) if 'mix_stderr' in inspect.signature(CliRunner).parameters else {}
+    result = CliRunner(**separate).invoke(main, ['ensemble', *map(str, args)])
     assert result.exit_code == code, (result.output, result.exception)
     assert result.exception is None or isinstance(result.exception, SystemExit)
     if code:
-        assert result.output.startswith('Error: ')
-        assert result.output.count('\n') == 1
-        return result.output
+        assert result.stderr.startswith('Error: ')
+        assert result.stderr.count('\n') == 1
+        return result.stderr
     return result.stdout
 
 

@@ -137,7 +137,8 @@ def test_annealing_draws_what_the_run_noted(run):
     labels = {text.get_text(): text.get_position()[0] for text in axes['accuracy (%)'].texts}
     assert labels == {'time step 0': 1.0, 'time step 1': 4.0}
     band = axes['loss'].patches[0]
-    assert (band.get_x(), band.get_x() + band.get_width()) == (-0.5, 2.5)
+    extent = band.get_path().get_extents(band.get_patch_transform())
+    assert (extent.x0, extent.x1) == (-0.5, 2.5)
 
 
 def test_annealing_of_a_plain_run(tmp_path):

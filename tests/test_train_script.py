@@ -477,7 +477,7 @@ VARIANTS = dict(
 def test_timms_own_script_trains_in_time_steps_and_resumes(timm_scripts, photos, teacher, tmp_path, variant):
     argv = [
         '--timm-scripts', timm_scripts, '--model', MODEL, '--time-steps', 2, '--epochs', 2, '--attach-warmup-epochs', 1,
-        '--warmup-epochs', 0, '--lr', 0.05, '--data-dir', photos, '--batch-size', 8, '--workers', 0, '--device', 'cpu',
+        '--warmup-epochs', 0, '--lr', 0.05, '--data-dir', photos, '--batch-size', 8, '--workers', 1, '--device', 'cpu',
         '--img-size', 16, '--num-classes', 5, '--experiment', 'run', *VARIANTS[variant],
     ]
     if variant != 'augmented':
@@ -538,7 +538,7 @@ def test_recipe_runs_on_a_few_images(timm_scripts, photos, tmp_path, recipe):
     argv = [
         '--timm-scripts', timm_scripts, '--config', recipe, '--data-dir', photos, '--dataset', '', '--val-split',
         'validation', '--epochs', 1, '--time-steps', steps, '--warmup-epochs', 0, '--attach-warmup-epochs', 0,
-        '--num-classes', 5, '--input-size', 3, 32, 32, '--batch-size', 8, '--workers', 0, '--device', 'cpu',
+        '--num-classes', 5, '--input-size', 3, 32, 32, '--batch-size', 8, '--workers', 1, '--device', 'cpu',
         '--experiment', 'run',
     ]
     if recipe.stem == 'finetune':
