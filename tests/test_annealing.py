@@ -128,12 +128,13 @@ def test_attach_rate_of_negative_epochs_raises(epoch, warmup_epochs):
 def columns(schedule):
     """Time steps, epochs, rates, and the epochs at which a time step begins and ends."""
     positions = [schedule.position(epoch) for epoch in range(schedule.total_epochs)]
+    begins = [epoch for epoch, p in enumerate(positions) if p.begins]
     return (
         [p.time_step for p in positions],
         [p.epoch for p in positions],
         pytest.approx([p.attach_rate for p in positions]),
-        [epoch for epoch, p in enumerate(positions) if p.begins],
-        [epoch for epoch, p in enumerate(positions) if p.ends],
+        begins,
+        [*(epoch - 1 for epoch in begins[1:]), len(positions) - 1],
     )
 
 

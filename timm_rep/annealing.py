@@ -71,14 +71,12 @@ class Position:
         epoch: Epoch within the time step, from 0.
         attach_rate: Rate of the side branches, in (0, 1].
         begins: Whether a time step begins with this epoch.
-        ends: Whether a time step ends with this epoch.
     """
 
     time_step: int
     epoch: int
     attach_rate: float
     begins: bool
-    ends: bool
 
 
 @dataclass(frozen=True)
@@ -169,8 +167,7 @@ class AnnealingSchedule:
         starts = self._starts()[:-1]
         time_step = max(step for step, start in enumerate(starts) if start <= epoch)
         within = epoch - starts[time_step]
-        ends = epoch + 1 in (*starts[1:], self.total_epochs)
-        return Position(time_step, within, attach_rate(within, self.warmup_epochs), within == 0, ends)
+        return Position(time_step, within, attach_rate(within, self.warmup_epochs), within == 0)
 
 
 def time_step_of(model: nn.Module) -> int:

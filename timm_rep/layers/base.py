@@ -67,6 +67,8 @@ class AnnealedModule(nn.Module):
         time_step: 0-dim buffer, how many time steps have begun before the one in force; saved in the state_dict.
     """
 
+    # Whether a time step begins with the same function at every attach rate, asked for or not.
+    always_compensates = False
     attach_rate: Tensor
     time_step: Tensor
 
@@ -127,7 +129,8 @@ class AnnealedModule(nn.Module):
             generator: Source of the draw.
             attach_rate: Rate in force afterwards.
             compensate: Take what the fresh side branches add at that rate off the origin branch, so that outputs in
-                eval mode stay the same. Without, they stay the same at rate zero.
+                eval mode stay the same. Without, they stay the same at rate zero. Linear layers always do it, and
+                their outputs stay the same in training mode too.
             imply_statistics: Give the origin branch's norm the statistics of the folded kernel instead of keeping its
                 own, as :meth:`imply_statistics_` does.
         """
@@ -135,7 +138,7 @@ class AnnealedModule(nn.Module):
         if imply_statistics:
             self.imply_statistics_()
         self.redraw_side_branches_(generator)
-        self.set_attach_rate_(attach_rate if compensate else 0.0)
+        self.set_attach_rate_(attach_rate if compensate or self.always_compensates else 0.0)
         self.restore_(weight, bias)
         self.set_attach_rate_(attach_rate)
         self.time_step.add_(1)
@@ -320,6 +323,7 @@ class LinearRepLayer(RepLayer):
     Fusing and restoring are exact in training mode too, since nothing in it depends on batch statistics.
     """
 
+    always_compensates = True
     bias: Optional[nn.Parameter]
 
     def _init_bias(self, bias: bool, device: Optional[torch.device], dtype: Optional[torch.dtype]) -> None:
@@ -343,23 +347,6 @@ class LinearRepLayer(RepLayer):
 
     def compose_weight_bias(self) -> Tuple[Tensor, Optional[Tensor]]:
         return self.compose_weight(), self.bias
-
-    def begin_time_step_(
-            self,
-            generator: Optional[torch.Generator] = None,
-            attach_rate: float = 0.0,
-            compensate: bool = False,
-            imply_statistics: bool = False,
-    ) -> None:
-        """Fold, redraw, restore. The function stays the same at every attach rate, in training mode too.
-
-        Args:
-            generator: Source of the draw.
-            attach_rate: Rate in force afterwards.
-            compensate: Of no effect: a linear origin branch always takes up what the fresh side branches add.
-            imply_statistics: Of no effect: there are no norms in the branches.
-        """
-        super().begin_time_step_(generator, attach_rate, compensate=True)
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self._compose(prefers_channels_last(x))
