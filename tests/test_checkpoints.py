@@ -1,4 +1,6 @@
 """pretrained=True with weights in training form or stock form gives what timm gives with the stock weights."""
+import functools
+
 import pytest
 import safetensors.torch
 import timm
@@ -44,22 +46,23 @@ def attach_rates(model):
     return {round(float(value), 6) for key, value in model.state_dict().items() if key.endswith('attach_rate')}
 
 
-@pytest.fixture(scope='module')
-def weights(tmp_path_factory):
-    """Files with the weights of one network in both forms, made when first asked for."""
-    folder = tmp_path_factory.mktemp('weights')
+@functools.cache
+def network(name):
+    """The state dicts of one network in both forms."""
+    model = randomize_(create(name)).eval()
+    set_attach_rate(model, 0.3)
+    for _, module in annealed_modules(model):
+        module.time_step.fill_(2)
+    return dict(training=model.state_dict(), stock=fuse(model).state_dict())
 
+
+@pytest.fixture
+def weights(tmp_path):
+    """Writes the weights of one network in one form; a test deletes its files: together they are large."""
     def file(name, form, suffix):
-        name = name.replace(':', '-')
-        path = folder / f'{name}.{form}{suffix}'
+        path = tmp_path / f'{name.replace(":", "-")}.{form}{suffix}'
         if not path.exists():
-            model = randomize_(create(name.replace('-', ':'))).eval()
-            set_attach_rate(model, 0.3)
-            for _, module in annealed_modules(model):
-                module.time_step.fill_(2)
-            for kind, source in (('training', model), ('stock', fuse(model))):
-                for end in ('.safetensors', '.pth'):
-                    save(source.state_dict(), folder / f'{name}.{kind}{end}')
+            save(network(name)[form], path)
         return path
 
     return file
