@@ -157,6 +157,14 @@ def test_annealing_of_a_plain_run(tmp_path):
         draw_annealing([dict(epoch=0, other=1.0)])
 
 
+def test_published_epoch_is_marked(run):
+    axes = panels(draw_annealing(read_summary(run / 'summary.csv'), published=4))
+    assert drawn(axes['accuracy (%)'], 'published')[0] == [4, 4]
+    assert all(list(panel.lines[-1].get_xdata()) == [4, 4] for name, panel in axes.items() if name != 'accuracy (%)')
+    legend = axes['accuracy (%)'].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ['held-out top-1', 'held-out top-5', 'published']
+
+
 def test_many_time_steps_are_numbered():
     summary = [dict(summary_row(0), epoch=epoch, train_time_step=epoch // 2) for epoch in range(20)]
     texts = [text.get_text() for text in draw_annealing(summary).axes[0].texts]

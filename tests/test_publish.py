@@ -295,9 +295,9 @@ def test_model_card(server, full_run, images):
     assert config['label_names'] == [f'class{label}' for label in range(CLASSES)]
     for text in (
             'timm-rep run train --config args.yaml --data-dir IMAGES --initial-checkpoint start.pth', '| `lr` | 0.1 |',
-            'after epoch 2,', 'measured with the fused model on 12 images', 'OREPA composes the kernel',
+            'after epoch 1, counted from 0', 'measured with the fused model on 12 images', 'OREPA composes the kernel',
             f"timm.create_model('hf-hub:{REPO}', pretrained=True, features_only=True)",
-            f"hf_hub_id='{REPO}'", 'num_classes=0', f'timm-rep verify hf-hub:{REPO}', '![Loss and accuracy',
+            f"hf_hub_id='{REPO}'", 'num_classes=0', f'timm-rep verify hf-hub:{REPO}', '![Accuracy, loss',
             'Measured on ', 'Online Convolutional Re-parameterization', 'Enhanced Annealing'):
         assert text in card, text
     for row in ('Parameters (M)', 'GMACs of an image', 'Images per second', 'Top-1 accuracy (%) on 12 images'):

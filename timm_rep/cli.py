@@ -12,9 +12,9 @@ import click
 import timm
 
 from . import __version__
+from .conversion import expand_checkpoint, fuse_checkpoint, verify_checkpoint
 from .ensemble import BN_IMAGES, EnsembleResult, evaluate_snapshots
 from .figures import plot_run
-from .files import expand_checkpoint, fuse_checkpoint, verify_checkpoint
 from .hub_errors import HubError
 from .official import import_checkpoint
 from .publishing import Published

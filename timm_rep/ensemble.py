@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from .files import _check_output, load_stock_form, read_checkpoint, save_weights
+from .files import load_stock_form, new_output, read_checkpoint, save_weights
 
 __all__ = ['EnsembleResult', 'Score', 'average_outputs', 'average_weights', 'evaluate_snapshots', 'find_snapshots']
 
@@ -246,7 +246,7 @@ def evaluate_snapshots(
         RuntimeError: If the snapshots are not all of the run's model, or there are no images.
     """
     if output is not None:
-        output = _check_output(output, folder_allowed=False)
+        output = new_output(output, folder_allowed=False)
     for name, value, least in (('bn_images', bn_images, 2), ('batch_size', batch_size, 1), ('workers', workers, 0)):
         if value is not None and value < least:
             raise ValueError(f'{name} must be at least {least}, got {value}')

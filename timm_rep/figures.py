@@ -263,12 +263,13 @@ def _plot_column(axes: Any, summary: List[Dict[str, float]], column: str, **styl
     axes.plot(*zip(*points), marker=marker, markersize=4, linewidth=1.8, **style)
 
 
-def draw_annealing(summary: List[Dict[str, float]], model: str = '') -> Any:
+def draw_annealing(summary: List[Dict[str, float]], model: str = '', *, published: Optional[int] = None) -> Any:
     """Draw accuracy, loss, learning rate and attach rate over the epochs, the time steps as bands.
 
     Args:
         summary: As :func:`timm_rep.runs.read_summary` gives it. Only what it has is drawn.
         model: Name for the title.
+        published: Epoch of the weights that are published, for a line there.
 
     Returns:
         A matplotlib figure.
@@ -313,8 +314,10 @@ def draw_annealing(summary: List[Dict[str, float]], model: str = '') -> Any:
         for column in columns:
             _plot_column(axes, summary, column, **styles[column])
         axes.set_ylabel(label)
-        if len(columns) > 1:
-            axes.legend(frameon=False, fontsize=11, ncols=2)
+        if published is not None:
+            axes.axvline(published, color='0.5', linestyle=':', linewidth=2, label=None if position else 'published')
+        if len(axes.get_legend_handles_labels()[1]) > 1:
+            axes.legend(frameon=False, fontsize=11, ncols=3)
         values = [row[name] for row in summary for name in columns if math.isfinite(row.get(name, math.nan))]
         if label == 'loss' and 0 < WIDE_LOSS * min(values) < max(values):
             axes.set_yscale('log')

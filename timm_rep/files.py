@@ -1,11 +1,10 @@
-"""Checkpoint files in, files in another form out: what ``timm-rep fuse``, ``verify`` and ``expand`` do."""
+"""Checkpoint files: read safely, as the model that they are of, and written without replacing any."""
 import argparse
-import dataclasses
 import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Tuple, Union
+from typing import Any, Dict, Mapping, Optional, Union
 
 import safetensors
 import safetensors.torch
@@ -16,25 +15,23 @@ from timm.data import resolve_data_config
 from timm.models import clean_state_dict
 from torch import Tensor
 
-from .checkpoints import checkpoint_filter_fn, first_names
-from .exporting import export_onnx, export_program
-from .hub import export_folder
+from .checkpoints import first_names
 from .runs import read_run_args
-from .surgery import LAYERS, TRAINING_PREFIXES, annealed_modules, fuse
-from .verification import Report, verify
+from .surgery import TRAINING_PREFIXES, annealed_modules
 
 __all__ = [
     'Checkpoint',
     'build_model',
-    'expand_checkpoint',
     'find_checkpoint',
-    'fuse_checkpoint',
     'load_stock_form',
+    'load_strictly',
     'load_training_form',
+    'model_args_of',
+    'new_output',
     'read_checkpoint',
     'save_weights',
+    'take_input_settings',
     'training_form',
-    'verify_checkpoint',
 ]
 
 WEIGHTS_KEYS = ('state_dict', 'model', 'model_state')  # the last is RepAn's
@@ -155,8 +152,18 @@ def read_checkpoint(path: PathLike, *, use_ema: bool = False, allow_pickle: bool
     )
 
 
-def _load_strictly(model: nn.Module, state_dict: Dict[str, Tensor], path: Path, form: str) -> None:
-    """Load weights that must be the model's, all of them and no more."""
+def load_strictly(model: nn.Module, state_dict: Dict[str, Tensor], path: Path, form: str) -> None:
+    """Load weights that must be the model's, all of them and no more.
+
+    Args:
+        model: The model.
+        state_dict: The weights.
+        path: File that they come from, for the error.
+        form: What they should be, for the error.
+
+    Raises:
+        RuntimeError: If keys or shapes are not those of the model.
+    """
     own = model.state_dict()
     missing, unexpected = own.keys() - state_dict.keys(), state_dict.keys() - own.keys()
     if missing or unexpected:
@@ -174,7 +181,17 @@ def _load_strictly(model: nn.Module, state_dict: Dict[str, Tensor], path: Path, 
     model.load_state_dict(state_dict)
 
 
-def _model_args(checkpoint: Checkpoint, architecture: str, overrides: Dict[str, Any]) -> Dict[str, Any]:
+def model_args_of(checkpoint: Checkpoint, architecture: str, overrides: Mapping[str, Any]) -> Dict[str, Any]:
+    """Arguments of ``timm.create_model`` that build the model of a checkpoint.
+
+    Args:
+        checkpoint: The checkpoint.
+        architecture: The model to build; what the run was told is used if it was of the same.
+        overrides: Arguments in place of the run's; None leaves the run's.
+
+    Returns:
+        The arguments by name.
+    """
     run = checkpoint.args if checkpoint.args.get('model') == architecture else {}
     args = {name: run[key] for key, name in MODEL_ARGS.items() if run.get(key) is not None}
     if 'in_chans' not in args and run.get('input_size'):
@@ -184,8 +201,13 @@ def _model_args(checkpoint: Checkpoint, architecture: str, overrides: Dict[str, 
     return args
 
 
-def _take_input_settings(model: Any, checkpoint: Checkpoint) -> None:
-    """Let the model's metadata say what it was trained on, where the run's arguments differ from the defaults."""
+def take_input_settings(model: Any, checkpoint: Checkpoint) -> None:
+    """Let the model's metadata say what it was trained on, where the run's arguments differ from the defaults.
+
+    Args:
+        model: A model of timm; its ``pretrained_cfg`` is changed if the run was of its architecture.
+        checkpoint: A checkpoint of the run.
+    """
     if checkpoint.args.get('model') == model.pretrained_cfg.get('architecture'):
         config = resolve_data_config(checkpoint.args, model=model)
         if tuple(config['input_size']) != tuple(model.pretrained_cfg['input_size']):
@@ -277,12 +299,12 @@ def training_form(
     if architecture is None:
         raise ValueError(f'{checkpoint.path} does not say which model it is of; name it')
     overrides = dict(num_classes=num_classes, in_chans=in_chans)
-    args = _model_args(checkpoint, architecture, {**overrides, **(model_kwargs or {})})
+    args = model_args_of(checkpoint, architecture, {**overrides, **(model_kwargs or {})})
     model = build_model(architecture, **args)
     if not any(annealed_modules(model)):
         raise ValueError(f'{architecture} has no rep layers; `timm-rep list` shows the models that have')
-    _load_strictly(model, checkpoint.state_dict, checkpoint.path, f'{architecture} in training form')
-    _take_input_settings(model, checkpoint)
+    load_strictly(model, checkpoint.state_dict, checkpoint.path, f'{architecture} in training form')
+    take_input_settings(model, checkpoint)
     return model.eval()
 
 
@@ -306,16 +328,29 @@ def load_stock_form(path: PathLike) -> nn.Module:
         raise ValueError(f'{checkpoint.path} does not say which model it is of: no args.yaml beside it names it')
     if not timm.is_model(architecture):
         raise ValueError(f'unknown model {architecture!r} in the args.yaml beside {checkpoint.path}')
-    args = _model_args(checkpoint, architecture, {})
+    args = model_args_of(checkpoint, architecture, {})
     if architecture.startswith(TRAINING_PREFIXES):
         args['inference_mode'] = True
     model = timm.create_model(architecture, **args)
-    _load_strictly(model, checkpoint.state_dict, checkpoint.path, f'{architecture} in stock form')
-    _take_input_settings(model, checkpoint)
+    load_strictly(model, checkpoint.state_dict, checkpoint.path, f'{architecture} in stock form')
+    take_input_settings(model, checkpoint)
     return model.eval()
 
 
-def _check_output(path: PathLike, folder_allowed: bool) -> Path:
+def new_output(path: PathLike, folder_allowed: bool) -> Path:
+    """Check the place for new weights before work is done for them.
+
+    Args:
+        path: New file, ``.safetensors`` or ``.pth``.
+        folder_allowed: Whether it may be a folder, without a suffix.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: For another suffix.
+        FileExistsError: If it exists.
+    """
     path = Path(path)
     if path.suffix not in WEIGHTS_SUFFIXES and (path.suffix or not folder_allowed):
         allowed = ' or '.join(WEIGHTS_SUFFIXES) + (', or have no suffix for a Hub folder' if folder_allowed else '')
@@ -336,7 +371,7 @@ def save_weights(model: nn.Module, path: PathLike) -> None:
         ValueError: For another suffix.
         FileExistsError: If the file exists. It then stays as it is.
     """
-    path = _check_output(path, folder_allowed=False)
+    path = new_output(path, folder_allowed=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     # clones, since safetensors refuses tensors that share memory
     weights = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
@@ -345,160 +380,3 @@ def save_weights(model: nn.Module, path: PathLike) -> None:
         path.write_bytes(safetensors.torch.save(weights, metadata=dict(format='pt')))
     else:
         torch.save(weights, path)
-
-
-def fuse_checkpoint(
-        path: PathLike,
-        output: Optional[PathLike] = None,
-        architecture: Optional[str] = None,
-        *,
-        onnx: Optional[PathLike] = None,
-        program: Optional[PathLike] = None,
-        **kwargs: Any,
-) -> Report:
-    """Fuse a trained checkpoint, check that the outputs are the same, and write the stock form.
-
-    Args:
-        path: Checkpoint in training form, or the output folder of a run.
-        output: New ``.safetensors`` or ``.pth`` file for the weights alone; without a suffix a Hub folder, which any
-            timm loads without this package.
-        architecture: Name of the model, if the checkpoint does not say it.
-        onnx: New ONNX file, see :func:`timm_rep.exporting.export_onnx`.
-        program: New file for a ``torch.export`` program, see :func:`timm_rep.exporting.export_program`.
-        **kwargs: More of :func:`load_training_form`.
-
-    Returns:
-        What the check found, and how far the other formats are off. Nothing is written unless it succeeds.
-
-    Raises:
-        FileExistsError: If an output exists.
-        ValueError: If no output is given, for another suffix of it, or as :func:`load_training_form` does.
-        ImportError: If packages of the extra ``export`` are missing.
-        RuntimeError: As :func:`load_training_form` does.
-        VerificationError: If the fused model is not the same function.
-    """
-    if output is None and onnx is None and program is None:
-        raise ValueError('no output is given: neither weights or a folder, nor ONNX, nor a torch.export program')
-    output = None if output is None else _check_output(output, folder_allowed=True)
-    for exported in (onnx, program):
-        if exported is not None and Path(exported).exists():
-            raise FileExistsError(f'output {exported} exists already; nothing was written')
-    model = load_training_form(path, architecture, **kwargs)
-    fused = fuse(model)
-    report = verify(model, fused)
-    exports = [
-        dataclasses.replace(export(fused, file), name=str(file))
-        for export, file in ((export_onnx, onnx), (export_program, program)) if file is not None
-    ]
-    if output is not None and output.suffix:
-        save_weights(fused, output)
-    elif output is not None:
-        export_folder(model, output)  # takes the training form, to note where the weights come from
-    return dataclasses.replace(report, exports=tuple(exports))
-
-
-def verify_checkpoint(
-        path: PathLike,
-        fused_path: Optional[PathLike] = None,
-        architecture: Optional[str] = None,
-        **kwargs: Any,
-) -> Report:
-    """Check that a trained checkpoint and its fused form compute the same.
-
-    Args:
-        path: Checkpoint in training form.
-        fused_path: Weights in stock form, or a Hub folder; if None, the checkpoint is fused in memory.
-        architecture: Name of the model, if the checkpoint does not say it.
-        **kwargs: More of :func:`load_training_form`.
-
-    Returns:
-        What the check found.
-
-    Raises:
-        FileNotFoundError: If one of the files is not there.
-        ValueError: As :func:`load_training_form` does.
-        RuntimeError: If weights are not those of the model, or as :func:`load_training_form` does.
-        VerificationError: If the two are not the same function.
-    """
-    model: Any = load_training_form(path, architecture, **kwargs)
-    fused = fuse(model)
-    if fused_path is not None:
-        fused_path = Path(fused_path)
-        if fused_path.is_dir():
-            fused = timm.create_model(f'local-dir:{fused_path}', pretrained=True)
-        else:
-            weights = read_checkpoint(fused_path).state_dict
-            name = model.pretrained_cfg['architecture']
-            _load_strictly(fused, weights, fused_path, f'{name} in stock form')
-    return verify(model, fused)
-
-
-def _training_architecture(name: str, layer: str) -> Tuple[str, Dict[str, Any]]:
-    """Our model whose stock form a stock model is, and what it is built with."""
-    if layer not in LAYERS:
-        raise ValueError(f'unknown layer {layer!r}; allowed are {", ".join(LAYERS)}')
-    stock = name.partition('.')[0]
-    for prefix in TRAINING_PREFIXES:
-        stock = stock.removeprefix(prefix)
-    if timm.is_model(f'{layer}_{stock}'):
-        return f'{layer}_{stock}', {}
-    if timm.is_model(f'repan_{stock}'):
-        return f'repan_{stock}', dict(rep_layer=layer)
-    known = {model.partition('_')[2] for model in timm.list_models([f'{layer}_*', 'repan_*'])}
-    raise ValueError(f'layer {layer!r} stands for the stock models {", ".join(sorted(known))}; got {name!r}')
-
-
-def expand_checkpoint(
-        source: PathLike,
-        output: PathLike,
-        layer: str = 'orepa',
-        architecture: Optional[str] = None,
-        *,
-        num_classes: Optional[int] = None,
-        in_chans: Optional[int] = None,
-) -> Report:
-    """Put the weights of a stock model into the training form of ours, with the same outputs.
-
-    Args:
-        source: Weights in stock form; or a timm model, with a tag if wanted, whose pretrained weights timm gets.
-        output: New ``.safetensors`` or ``.pth`` file.
-        layer: ``'orepa'``, ``'dbb'``, ``'acb'`` or ``'rep'``. Where there is no model of that name in front, it is a
-            ``repan_`` model with this ``rep_layer``.
-        architecture: The stock model that a file of weights is of, if the file does not say it.
-        num_classes: Of the classifier; by default as the run was told, else the model's own.
-        in_chans: Image channels; by default as the run was told, else the model's own.
-
-    Returns:
-        What the check of the outputs found. Nothing is written unless it succeeds.
-
-    Raises:
-        FileExistsError: If the output exists.
-        FileNotFoundError: If the source is neither a file nor a model of timm's.
-        ValueError: For an unknown layer or model, or a file that is not safe to read.
-        RuntimeError: If the weights are not those of the model in stock form.
-        VerificationError: If the outputs differ.
-    """
-    output = _check_output(output, folder_allowed=False)
-    overrides = dict(num_classes=num_classes, in_chans=in_chans)
-    if Path(source).is_file():
-        checkpoint = read_checkpoint(source)
-        name = architecture or checkpoint.architecture
-        if name is None:
-            raise ValueError(f'{source} does not say which model it is of; name it')
-        target, layer_args = _training_architecture(name, layer)
-        args = {**_model_args(checkpoint, name, overrides), **layer_args}
-        stock = timm.create_model(target, inference_mode=True, **args)
-        _load_strictly(stock, checkpoint.state_dict, checkpoint.path, f'{name} in stock form')
-        _take_input_settings(stock, checkpoint)
-    elif timm.is_model(str(source)):
-        target, layer_args = _training_architecture(str(source), layer)
-        args = {key: value for key, value in overrides.items() if value is not None}
-        stock = timm.create_model(str(source), pretrained=True, **args)
-        args.update(layer_args)
-    else:
-        raise FileNotFoundError(f'{source} is neither a file nor a model of timm')
-    model = timm.create_model(target, **args).eval()
-    model.load_state_dict(checkpoint_filter_fn(stock.state_dict(), model))
-    report = verify(model, stock.eval())
-    save_weights(model, output)
-    return report

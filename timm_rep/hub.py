@@ -17,6 +17,7 @@ import torch
 import torch.nn as nn
 from timm.models import save_for_hf
 
+from .figures import draw_annealing
 from .layers import (
     AnnealedModule,
     AnnealedRepVggBlock,
@@ -27,7 +28,7 @@ from .layers import (
 )
 from .measuring import Costs, ImageCheck
 from .model_card import NOT_MEASURED, PAPERS, model_card, needs_plugin, training_form_card
-from .runs import Run, draw_history, write_run
+from .runs import Run, write_run
 from .surgery import annealed_modules, fuse, image_channels, rep_layers
 from .verification import Report, VerificationError, verify
 
@@ -163,14 +164,19 @@ def _write_self_check(model: nn.Module, inputs: torch.Tensor, folder: Path) -> N
     safetensors.torch.save_file(dict(input=inputs, output=model.eval()(inputs).contiguous()), path)
 
 
-def _draw(run: Run, folder: Path) -> Optional[str]:
+def _draw(run: Run, name: str, folder: Path) -> Optional[str]:
     """Draw the run, if there is what it takes."""
     if not run.history:
         return None
     if importlib.util.find_spec('matplotlib') is None:
-        _logger.warning('no drawing of loss and accuracy: matplotlib is missing (pip install "timm_rep[demo]")')
+        _logger.warning('no drawing of the run: matplotlib is missing (pip install "timm_rep[demo]")')
         return None
-    return PLOT_FILE if draw_history(run, folder / PLOT_FILE) else None
+    try:
+        figure = draw_annealing(list(run.history), name, published=run.epoch)
+    except ValueError:
+        return None
+    figure.savefig(folder / PLOT_FILE)
+    return PLOT_FILE
 
 
 def _training_args(model: nn.Module) -> Dict[str, Any]:
@@ -289,7 +295,7 @@ def export_folder(
         plot = None
         if run is not None:
             write_run(run, temporary)
-            plot = _draw(run, temporary)
+            plot = _draw(run, path.name, temporary)
         card = model_card(
             path.name, fused, provenance, report, repo=repo, run=run, costs=costs, images=images, plot=plot)
         card.save(temporary / CARD_FILE)

@@ -188,7 +188,7 @@ def _training(run: Optional[Run]) -> str:
         start = 'the pretrained weights of that name' if run.args.get('pretrained') else 'random weights'
         text += f'\nStarted from {start}.'
     if run.epoch is not None:
-        text += f' The weights are those after epoch {run.epoch + 1}, counted from 1.'
+        text += f' The weights are those after epoch {run.epoch}, counted from 0 as in `summary.csv`.'
     return text
 
 
@@ -361,7 +361,7 @@ def model_card(
     methods = list(provenance['methods'])
     block = ' '.join(METHODS[method] for method in methods)
     citations: Dict[str, str] = {key: CITATIONS[key] for key in (*methods, *OWN_PAPERS, 'timm')}
-    drawing = f'\n![Loss and accuracy of every epoch]({plot})\n' if plot else ''
+    drawing = f'\n![Accuracy, loss and learning rate of every epoch]({plot})\n' if plot else ''
     bibliography = '\n\n'.join(f'```bibtex\n{citation}\n```' for citation in citations.values())
     return huggingface_hub.ModelCard(f"""---
 {data.to_yaml()}

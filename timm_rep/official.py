@@ -33,7 +33,7 @@ from torch import Tensor
 
 from . import kernels
 from .checkpoints import first_names
-from .files import PathLike, _check_output, build_model, read_checkpoint, save_weights
+from .files import PathLike, build_model, new_output, read_checkpoint, save_weights
 from .hub import export_folder
 from .layers import (
     AsymmetricConv2d,
@@ -644,7 +644,7 @@ def import_checkpoint(
         RuntimeError: As :func:`load_official_checkpoint` does.
         VerificationError: If the fused model is not the same function.
     """
-    output = _check_output(output, folder_allowed=True)
+    output = new_output(output, folder_allowed=True)
     kwargs = dict(model_kwargs or {})
     model: Any = load_official_checkpoint(source, architecture, **{'attach_rate': attach_rate, **kwargs})
     fused: Any = fuse(model)

@@ -9,8 +9,7 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
 
 import yaml
 
-__all__ = [
-    'Run', 'complete_rows', 'draw_history', 'read_run', 'read_run_args', 'read_summary', 'to_number', 'write_run']
+__all__ = ['Run', 'complete_rows', 'read_run', 'read_run_args', 'read_summary', 'to_number', 'write_run']
 
 _logger = logging.getLogger(__name__)
 
@@ -28,7 +27,6 @@ PathLike = Union[str, Path]
 IDENTITY_ARGS = ('model', 'experiment', 'dataset', 'epochs', 'batch_size', 'opt', 'sched', 'weight_decay', 'seed')
 # Figures of summary.csv by the name that they have on a model card.
 SUMMARY_METRICS = dict(top1='eval_top1', top5='eval_top5')
-PLOT_SIZE = (9, 3.6)
 
 
 @dataclass(frozen=True)
@@ -226,44 +224,3 @@ def write_run(run: Run, folder: Union[str, Path]) -> None:
             writer = csv.DictWriter(file, list(run.history[0]), lineterminator='\n')
             writer.writeheader()
             writer.writerows(dict(row, epoch=int(row['epoch'])) if 'epoch' in row else row for row in run.history)
-
-
-def _columns(run: Run, names: Tuple[str, ...]) -> List[Tuple[str, List[float]]]:
-    columns = [(name, [row.get(name, math.nan) for row in run.history]) for name in names]
-    return [(name, values) for name, values in columns if any(map(math.isfinite, values))]
-
-
-def draw_history(run: Run, path: Union[str, Path]) -> bool:
-    """Draw loss and accuracy of every epoch.
-
-    Args:
-        run: The run.
-        path: New PNG file.
-
-    Returns:
-        Whether there was something to draw.
-
-    Raises:
-        ImportError: If matplotlib, of the extra ``demo``, is missing.
-    """
-    losses, accuracies = _columns(run, ('train_loss', 'eval_loss')), _columns(run, ('eval_top1', 'eval_top5'))
-    if not losses and not accuracies:
-        return False
-    from matplotlib.figure import Figure  # an extra
-    from matplotlib.ticker import MaxNLocator
-
-    labels = dict(train_loss='training', eval_loss='validation', eval_top1='top-1', eval_top5='top-5')
-    figure = Figure(figsize=PLOT_SIZE, layout='constrained', dpi=120)
-    epochs = [row.get('epoch', index) + 1 for index, row in enumerate(run.history)]
-    for axes, columns, unit in zip(figure.subplots(1, 2), (losses, accuracies), ('loss', 'validation accuracy (%)')):
-        for name, values in columns:
-            axes.plot(epochs, values, marker='o' if len(epochs) < 30 else None, label=labels[name])
-        if run.epoch is not None:
-            axes.axvline(run.epoch + 1, color='0.6', linestyle=':', label='published')
-        axes.set(xlabel='epoch', ylabel=unit)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend(frameon=False)
-        axes.grid(alpha=0.3)
-        axes.spines[['top', 'right']].set_visible(False)
-    figure.savefig(str(path))
-    return True
