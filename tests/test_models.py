@@ -208,10 +208,11 @@ def test_kinds_that_are_taken_if_none_is_given():
     assert not same('repan_resnet18', 'acb')
 
 
+@pytest.mark.parametrize('inference_mode', [False, True])
 @pytest.mark.parametrize('stock', REPAN)
-def test_unknown_kind_of_layer_raises(stock):
+def test_unknown_kind_of_layer_raises(stock, inference_mode):
     with pytest.raises(ValueError, match="unknown layer 'acnet'; allowed are 'orepa', 'dbb', 'acb', 'rep'"):
-        timm.create_model(f'repan_{stock}', rep_layer='acnet')
+        timm.create_model(f'repan_{stock}', rep_layer='acnet', inference_mode=inference_mode)
 
 
 @pytest.mark.parametrize('rep_layer', REP_LAYERS)

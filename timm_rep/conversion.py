@@ -18,7 +18,7 @@ from .files import (
     take_input_settings,
 )
 from .hub import export_folder
-from .surgery import LAYERS, TRAINING_PREFIXES, fuse
+from .surgery import TRAINING_PREFIXES, check_layer, fuse
 from .verification import Report, verify
 
 __all__ = ['expand_checkpoint', 'fuse_checkpoint', 'verify_checkpoint']
@@ -112,8 +112,7 @@ def verify_checkpoint(
 
 def _training_architecture(name: str, layer: str) -> Tuple[str, Dict[str, Any]]:
     """Our model whose stock form a stock model is, and what it is built with."""
-    if layer not in LAYERS:
-        raise ValueError(f'unknown layer {layer!r}; allowed are {", ".join(LAYERS)}')
+    check_layer(layer)
     stock = name.partition('.')[0]
     for prefix in TRAINING_PREFIXES:
         stock = stock.removeprefix(prefix)

@@ -229,7 +229,7 @@ def _draw(
     mistakes.suptitle(f'Mistakes: {len(wrong)} of {len(files)}{shown}', **heading)
     _draw_digits(mistakes, files, predicted, targets, wrong, rows=1)
 
-    epochs = range(1, len(history) + 1)
+    epochs = range(len(history))  # counted from 0, as by timm
     loss, accuracy, attach = right.subplots(3, 1, sharex=True, height_ratios=(1.2, 1.2, 0.7))
     for key, label in (('train_loss', 'training'), ('eval_loss', 'held-out')):
         loss.plot(epochs, [row[key] for row in history], marker='o', label=label)
@@ -237,7 +237,7 @@ def _draw(
     loss.legend(frameon=False, fontsize=12, loc='lower left')
     accuracy.plot(epochs, [row['eval_top1'] for row in history], marker='o', color='tab:orange')
     accuracy.annotate(
-        f'{history[-1]["eval_top1"]:.1f}%', (len(history), history[-1]['eval_top1']), xytext=(0, -20),
+        f'{history[-1]["eval_top1"]:.1f}%', (epochs[-1], history[-1]['eval_top1']), xytext=(0, -20),
         textcoords='offset points', ha='right', fontsize=13, fontweight='bold')
     accuracy.set(ylabel='held-out top-1 (%)', ylim=(0, 103))
     attach.plot(epochs, [row['attach_rate'] for row in history], marker='o', color='tab:purple')
@@ -245,9 +245,9 @@ def _draw(
     attach.xaxis.set_major_locator(MaxNLocator(integer=True))
     starts = [epoch for epoch, row, before in zip(epochs[1:], history[1:], history)
               if row['time_step'] != before['time_step']]
-    bounds = [0.5, *(start - 0.5 for start in starts), len(history) + 0.5]
+    bounds = [-0.5, *(start - 0.5 for start in starts), epochs[-1] + 0.5]
     attach.set_xlim(bounds[0], bounds[-1])
-    for number, (begin, end) in enumerate(itertools.pairwise(bounds), start=1):
+    for number, (begin, end) in enumerate(itertools.pairwise(bounds)):
         loss.text(
             (begin + end) / 2, 1.03, f'time step {number}', ha='center', va='bottom', fontsize=13,
             transform=loss.get_xaxis_transform())
@@ -318,7 +318,7 @@ def run_demo(
         attach_warmup_epochs=min(ATTACH_WARMUP_EPOCHS, epochs - 1), lr=LEARNING_RATE,
         warmup_epochs=min(WARMUP_EPOCHS, epochs - 1))
     ends = tuple(history[(step + 1) * epochs - 1]['eval_top1'] for step in range(TIME_STEPS))
-    reached = ', '.join(f'{end:.2f}% after time step {step}' for step, end in enumerate(ends, start=1))
+    reached = ', '.join(f'{end:.2f}% after time step {step}' for step, end in enumerate(ends))
     print(f'      Held-out top-1: {reached}; in between, the branches were folded and the side branches drawn afresh')
 
     print('[3/5] Fusing, and comparing with the training form')

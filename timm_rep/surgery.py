@@ -30,6 +30,7 @@ __all__ = [
     'Select',
     'anneal_repvgg_blocks_',
     'annealed_modules',
+    'check_layer',
     'expand',
     'expand_fresh_',
     'fuse',
@@ -49,6 +50,12 @@ STEM_KERNEL_SIZE = 7
 TRAINING_PREFIXES = ('orepa_', 'dbb_', 'repan_')
 
 ModelT = TypeVar('ModelT', bound=nn.Module)
+
+
+def check_layer(layer: str) -> None:
+    """Raise a ValueError if this is no kind of rep layer."""
+    if layer not in LAYERS:
+        raise ValueError(f'unknown layer {layer!r}; allowed are {", ".join(map(repr, LAYERS))}')
 Select = Union[None, Callable[[str, nn.Conv2d], bool], Iterable[str]]
 
 
@@ -299,8 +306,7 @@ def _swap(
         inplace: bool,
         same_function: bool,
 ) -> ModelT:
-    if layer not in LAYERS:
-        raise ValueError(f'unknown layer {layer!r}; allowed are {", ".join(map(repr, LAYERS))}')
+    check_layer(layer)
     selected = _selected(model, layer, select)
     whole_blocks = layer in BRANCHED_LAYERS and (
         any(_in_repvgg_block(model, name) for name in selected)
