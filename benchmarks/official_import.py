@@ -34,9 +34,10 @@ from typing import Callable, Optional
 import timm
 import torch
 import torch.nn as nn
-from train_cost import cpu_name, output_files
+from train_cost import output_files
 
 import timm_rep
+from timm_rep.measuring import processor_name
 from timm_rep.surgery import annealed_modules
 
 BATCH = 4
@@ -582,7 +583,7 @@ def main(argv=None):
     report = dict(
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),
         command=describe_command(args),
-        machine=dict(cpu=cpu_name(), cores=os.cpu_count(), threads=args.threads),
+        machine=dict(cpu=processor_name(), cores=os.cpu_count(), threads=args.threads),
         versions=dict(
             python=platform.python_version(),
             torch=torch.__version__,

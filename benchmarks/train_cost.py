@@ -28,12 +28,12 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.models.byobnet import RepVggBlock
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import timm_rep
+from timm_rep.measuring import TrainingStep, processor_name, seconds_of
 
 MIB = 2 ** 20
 DTYPES = dict(fp32=None, bf16=torch.bfloat16)
@@ -119,29 +119,6 @@ def label(name, form):
     )[form]
 
 
-class Step:
-    """One SGD step of a network, always on the same batch."""
-
-    def __init__(self, model, x, target, optimizer, dtype, channels_last):
-        self.model = model.to(x.device).train()
-        if channels_last:
-            self.model.to(memory_format=torch.channels_last)
-        # the settings of the papers' recipe, with a rate at which nothing diverges
-        self.optimizer = torch.optim.SGD(
-            model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, **OPTIMIZERS[optimizer])
-        self.x, self.target, self.dtype = x, target, dtype
-
-    def __call__(self):
-        self.optimizer.zero_grad()
-        autocast = contextlib.nullcontext()
-        if self.dtype is not None:
-            autocast = torch.autocast(self.x.device.type, dtype=self.dtype)
-        with autocast:
-            loss = F.cross_entropy(self.model(self.x), self.target)
-        loss.backward()
-        self.optimizer.step()
-
-
 class OperationCounter(TorchDispatchMode):
     """Counts ATen operations: all, and those that are neither views nor uninitialised allocations."""
 
@@ -181,7 +158,7 @@ def peak_memory(step):
     """Bytes that a step has live at most, above what was live before it."""
     step.optimizer.zero_grad()
     gc.collect()
-    if step.x.device.type == 'cuda':
+    if step.images.device.type == 'cuda':
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -198,17 +175,6 @@ def peak_memory(step):
     return peak_of_allocations(sorted(memory, key=lambda event: event['ts']))
 
 
-def timed(step, repeats):
-    """Seconds for one step, the mean of a few in a row."""
-    synchronize = torch.cuda.synchronize if step.x.device.type == 'cuda' else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        step()
-    synchronize()
-    return (time.perf_counter() - start) / repeats
-
-
 def ratio(times, base):
     by_round = [a / b for a, b in zip(times, base)]
     return dict(
@@ -222,13 +188,15 @@ def measure(name, args):
     if args.channels_last:
         x = x.to(memory_format=torch.channels_last)
     target = torch.randint(1000, (args.batch,), device=args.device)
-    steps = {
-        form: Step(model, x, target, args.optimizer, DTYPES[args.dtype], args.channels_last)
-        for form, model in build_models(name, args.forms, args.peer).items()
-    }
+    steps = {}
+    for form, model in build_models(name, args.forms, args.peer).items():
+        model.to(x.device)
+        if args.channels_last:
+            model.to(memory_format=torch.channels_last)
+        steps[form] = TrainingStep(model, x, target, DTYPES[args.dtype], **OPTIMIZERS[args.optimizer])
     for form, step in steps.items():
         start = time.perf_counter()
-        timed(step, args.warmup)
+        seconds_of(step, x.device, args.warmup)
         print(f'{name}: {label(name, form)}: warm after {time.perf_counter() - start:.1f} s', file=sys.stderr)
 
     forms = {
@@ -243,7 +211,7 @@ def measure(name, args):
     }
     for n in range(args.rounds):
         for form, step in steps.items():
-            forms[form]['seconds'].append(timed(step, args.steps))
+            forms[form]['seconds'].append(seconds_of(step, x.device, args.steps))
         latest = ', '.join(f"{form} {result['seconds'][-1] * 1e3:.0f}" for form, result in forms.items())
         print(f'{name}: round {n + 1} of {args.rounds}: ms {latest}', file=sys.stderr)
     for result in forms.values():
@@ -307,14 +275,6 @@ def markdown(report):
     return '\n'.join([*lines, '', NOTES])
 
 
-def cpu_name():
-    with contextlib.suppress(OSError):
-        for line in Path('/proc/cpuinfo').read_text().splitlines():
-            if line.startswith('model name'):
-                return line.partition(':')[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -367,7 +327,7 @@ def main(argv=None):
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),
         arguments=arguments,
         machine=dict(
-            cpu=cpu_name(),
+            cpu=processor_name(),
             cores=os.cpu_count(),
             threads=args.threads,
             gpu=torch.cuda.get_device_name() if args.device == 'cuda' else None,

@@ -49,7 +49,7 @@ def tiny(tmp_path):
 
 def make_step(train_cost, name):
     target = torch.zeros(2, dtype=torch.long)
-    return train_cost.Step(timm.create_model(name), torch.randn(2, 3, 32, 32), target, 'sgd', None, False)
+    return train_cost.TrainingStep(timm.create_model(name), torch.randn(2, 3, 32, 32), target)
 
 
 def test_report(train_cost, tiny, tmp_path, capsys):
@@ -109,7 +109,7 @@ def test_peak_memory(train_cost):
                 torch.empty(megabyte)
             return self.weight.expand(len(x), -1)
 
-    step = train_cost.Step(Known(), torch.zeros(2, 3), torch.zeros(2, dtype=torch.long), 'sgd', None, False)
+    step = train_cost.TrainingStep(Known(), torch.zeros(2, 3), torch.zeros(2, dtype=torch.long))
     step()
     assert 2 * train_cost.MIB <= train_cost.peak_memory(step) < 2.2 * train_cost.MIB
 

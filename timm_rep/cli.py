@@ -6,16 +6,20 @@ import json
 import logging
 import sys
 from contextlib import contextmanager
+from statistics import median
 from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Tuple
 
 import click
 import timm
+import torch
 
 from . import __version__
 from .conversion import expand_checkpoint, fuse_checkpoint, verify_checkpoint
 from .ensemble import BN_IMAGES, EnsembleResult, evaluate_snapshots
 from .figures import plot_run
+from .files import build_model
 from .hub_errors import HubError
+from .measuring import TIMING_BATCH, TIMING_ROUNDS, hardware_name, time_training_steps
 from .official import import_checkpoint
 from .publishing import Published
 from .publishing import publish as publish_model
@@ -445,3 +449,63 @@ def ensemble(run_dir: str, data_dir: str, as_json: bool, **kwargs: Any) -> None:
     click.echo(f'{f"on {result.images} images":20}{"top-1 (%)":>10} {"top-5 (%)":>10} {"loss":>9}')
     for score in (*result.snapshots, result.outputs, result.weights):
         click.echo(f'{score.name:20}{score.top1:10.2f} {score.top5:10.2f} {score.loss:9.4f}')
+
+
+def _baseline(architecture: str, model_kwargs: Dict[str, Any]) -> Tuple[str, Any]:
+    """The stock form of one of our models, or a model of timm's as it is."""
+    if not architecture.startswith(TRAINING_PREFIXES):
+        return architecture, build_model(architecture, **model_kwargs)
+    return f'{architecture} (stock form)', build_model(architecture, inference_mode=True, **model_kwargs)
+
+
+@main.command()
+@click.argument('architectures', metavar='MODEL...', nargs=-1, required=True)
+@click.option('--batch-size', 'batch', type=int, metavar='N', default=TIMING_BATCH, show_default=True)
+@click.option('--img-size', type=int, metavar='N', help="Height and width of the images; the first model's by default.")
+@click.option('--rounds', type=int, metavar='N', default=TIMING_ROUNDS, show_default=True, help='Turns of each model.')
+@click.option('--steps', 'repeats', type=int, metavar='N', default=1, show_default=True, help='Steps in a turn.')
+@click.option('--device', metavar='NAME', default='cpu', show_default=True, help='Where to compute.')
+@click.option('--amp', is_flag=True, help='Compute in bfloat16 under autocast.')
+@click.option('--channels-last', is_flag=True, help='Keep images and kernels channels-last.')
+@_model_kwargs_option
+@_json_option
+def bench(
+        architectures: Tuple[str, ...],
+        img_size: Optional[int],
+        amp: bool,
+        model_kwargs: Dict[str, Any],
+        as_json: bool,
+        **kwargs: Any,
+) -> None:
+    """Time a training step of each MODEL against the stock form of the first, in turns, on random images.
+
+    A step is zero_grad, forward, cross-entropy, backward and an SGD update. The ratio is that of the medians; behind it
+    stand the smallest and the largest within one round. On a GPU take --steps 10.
+
+    \b
+    Example:
+      timm-rep bench orepa_resnet18 dbb_resnet18
+    """
+    with _user_errors(as_json):
+        baseline, model = _baseline(architectures[0], model_kwargs)
+        models = {baseline: model, **{name: build_model(name, **model_kwargs) for name in architectures}}
+        channels, height, width = model.pretrained_cfg['input_size']
+        size = (height, width) if img_size is None else (img_size, img_size)
+        input_size = (model_kwargs.get('in_chans', channels), *size)
+        autocast = torch.bfloat16 if amp else None
+        times = time_training_steps(models, input_size, autocast=autocast, **kwargs)
+    setting = dict(
+        hardware=hardware_name(kwargs['device']), torch=torch.__version__, batch=kwargs['batch'], input_size=input_size,
+        dtype='bfloat16' if amp else 'float32', channels_last=kwargs['channels_last'])
+    if as_json:
+        click.echo(json.dumps(dict(setting, models=[dataclasses.asdict(row) for row in times]), indent=2))
+        return
+    click.echo(
+        f'A training step of {setting["batch"]} images of {"x".join(map(str, input_size))}, {setting["dtype"]}, on '
+        f'{setting["hardware"]}, torch {torch.__version__}:')
+    space = max(map(len, models))
+    click.echo(f'{"":{space}}  {"ms":>9}  {"ratio":>21}  {"parameters":>10}')
+    for row in times:
+        ratio = f'{row.ratio:.2f} ({row.smallest:.2f} to {row.largest:.2f})'
+        click.echo(
+            f'{row.name:{space}}  {1e3 * median(row.seconds):9.1f}  {ratio:>21}  {row.parameters / 1e6:9.2f}M')

@@ -7,7 +7,6 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from types import ModuleType
 from typing import Any, Dict, List, Optional, Tuple, Union, cast
 
@@ -19,6 +18,7 @@ from timm.utils import random_seed
 from torch import Tensor
 
 from .hub import export_folder
+from .measuring import images_per_second
 from .surgery import fuse
 from .verification import verify
 
@@ -156,18 +156,6 @@ def _predict(model: nn.Module, loader: Any) -> Tuple[Tensor, Tensor]:
     batches = [(model(images).argmax(1), targets) for images, targets in loader]
     predicted, targets = (torch.cat(parts) for parts in zip(*batches))
     return predicted, targets
-
-
-@torch.inference_mode()
-def _images_per_second(models: List[nn.Module], images: Tensor) -> List[float]:
-    """Median throughput of each model, in turns, so that a busy machine hits all alike."""
-    seconds: List[List[float]] = [[] for _ in models]
-    for _ in range(TIMING_ROUNDS):
-        for model, measured in zip(models, seconds):
-            start = time.perf_counter()
-            model(images)
-            measured.append(time.perf_counter() - start)
-    return [len(images) / median(measured) for measured in seconds]
 
 
 def _reload(folder: Path, images: Path) -> Dict[str, Any]:
@@ -329,7 +317,7 @@ def run_demo(
     predicted, targets = _predict(model, test_loader)
     predicted_fused, _ = _predict(fused, test_loader)
     correct, correct_fused = ((guess == targets).sum().item() for guess in (predicted, predicted_fused))
-    speeds = _images_per_second([model, fused], next(iter(test_loader))[0][:TIMING_BATCH])
+    speeds = images_per_second([model, fused], next(iter(test_loader))[0][:TIMING_BATCH], TIMING_ROUNDS)
 
     top1 = 100 * correct / len(targets)
     folder = output / 'resnet18.orepa_digits'

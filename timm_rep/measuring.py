@@ -1,23 +1,42 @@
 """What the two forms of a model cost, and what they make of real images."""
+import contextlib
 import platform
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.data import create_dataset, create_loader, resolve_data_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from .surgery import image_channels
 from .verification import DEFAULT_RTOL, VerificationError, compare_outputs
 
-__all__ = ['Costs', 'ImageCheck', 'compare_on_images', 'hardware_name', 'images_per_second', 'measure_costs']
+__all__ = [
+    'Costs',
+    'ImageCheck',
+    'StepTimes',
+    'TrainingStep',
+    'compare_on_images',
+    'hardware_name',
+    'images_per_second',
+    'measure_costs',
+    'processor_name',
+    'seconds_in_turns',
+    'seconds_of',
+    'time_training_steps',
+]
 
 TIMING_ROUNDS = 7
+WARMUP_STEPS = 2
+# Of the papers' recipe, with a rate at which nothing diverges.
+TIMING_SGD = dict(lr=1e-3, momentum=0.9, weight_decay=1e-4)
 TIMING_BATCH = 8
 IMAGE_BATCH = 32
 TOP_K = 5
@@ -45,6 +64,27 @@ class Costs:
 
 
 @dataclass(frozen=True)
+class StepTimes:
+    """Times of a training step of one network, beside those of a baseline that took turns with it.
+
+    Attributes:
+        name: The network.
+        parameters: Its number of parameters.
+        seconds: Seconds of a step in each round.
+        ratio: Of the medians, to the baseline.
+        smallest: Smallest ratio within one round.
+        largest: Largest ratio within one round.
+    """
+
+    name: str
+    parameters: int
+    seconds: Tuple[float, ...]
+    ratio: float
+    smallest: float
+    largest: float
+
+
+@dataclass(frozen=True)
 class ImageCheck:
     """Training form and fused model on the same real images.
 
@@ -65,6 +105,17 @@ class ImageCheck:
     classes: Tuple[str, ...]
 
 
+def processor_name() -> str:
+    """Name of the processor, as far as the system tells it."""
+    info = Path('/proc/cpuinfo')
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            key, _, value = line.partition(':')
+            if key.strip() == 'model name':
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
 def hardware_name(device: Union[str, torch.device] = 'cpu') -> str:
     """Name of what a device is, for a statement of speed.
 
@@ -79,13 +130,8 @@ def hardware_name(device: Union[str, torch.device] = 'cpu') -> str:
         return torch.cuda.get_device_name(device)
     if device.type != 'cpu':
         return device.type
-    name = platform.processor() or platform.machine()
-    info = Path('/proc/cpuinfo')
-    if info.is_file():
-        lines = (line.partition(':') for line in info.read_text().splitlines())
-        name = next((value.strip() for key, _, value in lines if key.strip() == 'model name'), name)
     threads = torch.get_num_threads()
-    return f'{name}, {threads} thread{"s" if threads != 1 else ""}'
+    return f'{processor_name()}, {threads} thread{"s" if threads != 1 else ""}'
 
 
 @contextmanager
@@ -97,6 +143,51 @@ def _full_precision() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.allow_tf32 = before
+
+
+def seconds_of(call: Callable[[], Any], device: torch.device, repeats: int = 1) -> float:
+    """Time a call.
+
+    Args:
+        call: What to time.
+        device: Where it computes.
+        repeats: Calls in a row.
+
+    Returns:
+        Seconds of one call, the mean of those in a row.
+    """
+    synchronize = torch.cuda.synchronize if device.type == 'cuda' else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    synchronize()
+    return (time.perf_counter() - start) / repeats
+
+
+def seconds_in_turns(
+        calls: Sequence[Callable[[], Any]],
+        device: torch.device,
+        *,
+        rounds: int,
+        warmup: int = 1,
+        repeats: int = 1,
+) -> List[Tuple[float, ...]]:
+    """Time calls in turns (A B C A B C ...), so that a slow minute of the machine hits all of them.
+
+    Args:
+        calls: What to time.
+        device: Where it computes.
+        rounds: How often each is timed.
+        warmup: Calls of each before that.
+        repeats: Calls in a row whose mean is one time.
+
+    Returns:
+        For each call its seconds in every round.
+    """
+    for call in calls:
+        seconds_of(call, device, warmup)
+    return list(zip(*([seconds_of(call, device, repeats) for call in calls] for _ in range(rounds))))
 
 
 @torch.inference_mode()
@@ -111,17 +202,98 @@ def images_per_second(models: Sequence[nn.Module], images: torch.Tensor, rounds:
     Returns:
         Images per second of each.
     """
-    def run(model: nn.Module) -> float:
-        start = time.perf_counter()
-        model(images)
-        if images.is_cuda:
-            torch.cuda.synchronize(images.device)
-        return time.perf_counter() - start
+    seconds = seconds_in_turns([partial(model, images) for model in models], images.device, rounds=rounds)
+    return [len(images) / median(measured) for measured in seconds]
 
-    for model in models:
-        run(model)
-    seconds = [[run(model) for model in models] for _ in range(rounds)]
-    return [len(images) / median(measured) for measured in zip(*seconds)]
+
+class TrainingStep:
+    """One SGD step of a model, always on the same batch: zero the gradients, forward, loss, backward, update.
+
+    Args:
+        model: The model; put into training mode, and trained.
+        images: The batch, on the model's device.
+        targets: Its classes.
+        autocast: Compute in this dtype under autocast.
+        **sgd: Arguments of ``torch.optim.SGD`` besides those of :data:`TIMING_SGD`.
+    """
+
+    def __init__(
+            self,
+            model: nn.Module,
+            images: torch.Tensor,
+            targets: torch.Tensor,
+            autocast: Optional[torch.dtype] = None,
+            **sgd: Any,
+    ) -> None:
+        self.model = model.train()
+        self.images, self.targets, self.autocast = images, targets, autocast
+        self.optimizer = torch.optim.SGD(model.parameters(), **dict(TIMING_SGD, **sgd))
+
+    def __call__(self) -> None:
+        """Take the step."""
+        self.optimizer.zero_grad()
+        autocast: Any = contextlib.nullcontext()
+        if self.autocast is not None:
+            autocast = torch.autocast(self.images.device.type, dtype=self.autocast)
+        with autocast:
+            loss = F.cross_entropy(self.model(self.images), self.targets)
+        loss.backward()
+        self.optimizer.step()
+
+
+def time_training_steps(
+        models: Mapping[str, nn.Module],
+        input_size: Sequence[int],
+        *,
+        batch: int = TIMING_BATCH,
+        rounds: int = TIMING_ROUNDS,
+        repeats: int = 1,
+        device: Union[str, torch.device] = 'cpu',
+        autocast: Optional[torch.dtype] = None,
+        channels_last: bool = False,
+) -> List[StepTimes]:
+    """Time a training step of several classifiers in turns, on random images.
+
+    Args:
+        models: The models by name; the first is the baseline. They are moved to the device, and trained.
+        input_size: Channels, height and width of an image.
+        batch: Images in a batch.
+        rounds: How often each takes its turn, after a warm-up.
+        repeats: Steps in a row whose mean is one time; take some 10 on a GPU.
+        device: Where to time.
+        autocast: Compute in this dtype under autocast.
+        channels_last: Keep images and kernels channels-last.
+
+    Returns:
+        The times, one for each model.
+
+    Raises:
+        ValueError: If a number is less than one, or a model has no classifier.
+    """
+    numbers = (('batch', batch), ('rounds', rounds), ('repeats', repeats), ('input_size', min(input_size)))
+    for name, value in numbers:
+        if value < 1:
+            raise ValueError(f'{name} must be at least 1, got {value}')
+    device = torch.device(device)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, *input_size, generator=generator).to(device, memory_format=memory_format)
+    steps = []
+    for name, model in models.items():
+        classes = int(getattr(model, 'num_classes', 0))
+        if classes < 1:
+            raise ValueError(f'{name} has no classifier to train')
+        targets = torch.randint(classes, (batch,), generator=generator).to(device)
+        moved: Any = model.to(device)
+        steps.append(TrainingStep(moved.to(memory_format=memory_format), images, targets, autocast))
+    seconds = seconds_in_turns(steps, device, rounds=rounds, warmup=WARMUP_STEPS, repeats=repeats)
+    results = []
+    for name, model, times in zip(models, models.values(), seconds):
+        by_round = [time / base for time, base in zip(times, seconds[0])]
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        results.append(StepTimes(
+            name, parameters, times, median(times) / median(seconds[0]), min(by_round), max(by_round)))
+    return results
 
 
 @torch.inference_mode()

@@ -38,6 +38,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 
 import timm_rep
+from timm_rep.measuring import processor_name
 from timm_rep.models.stock import reset_repvgg_norms_
 from timm_rep.surgery import expand_fresh_
 
@@ -309,19 +310,11 @@ def run_name(method, seed, attach_warmup_epochs):
     return f'{method}{warmup}-seed{seed}'
 
 
-def cpu_name():
-    with contextlib.suppress(OSError):
-        for line in Path('/proc/cpuinfo').read_text().splitlines():
-            if line.startswith('model name'):
-                return line.partition(':')[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def machine(device):
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return f'{threads} {"core" if threads == 1 else "cores"} of an {cpu_name()} CPU'
+    return f'{threads} {"core" if threads == 1 else "cores"} of an {processor_name()} CPU'
 
 
 def versions():

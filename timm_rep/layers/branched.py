@@ -162,9 +162,8 @@ class BranchedRepLayer(RepLayer):
     training mode batch statistics replace the kept ones, so there the fused layer is not the same function, and
     :meth:`fuse` refuses.
 
-    The origin is ``conv_kxk`` with ``norm_kxk``. Subclasses add their side branches and name them in
-    :meth:`_side_convs` and :meth:`_side_norms`, fold them in :meth:`_fold_sides`, and end their constructor with
-    :meth:`reset_parameters`.
+    The origin is ``conv_kxk`` with ``norm_kxk``. Subclasses make their side branches in :meth:`_add_side_branches`,
+    name them in :meth:`_side_convs` and :meth:`_side_norms`, and fold them in :meth:`_fold_sides`.
 
     Args:
         in_channels: Input channels ``i``.
@@ -177,6 +176,7 @@ class BranchedRepLayer(RepLayer):
         padding_mode: Only ``'zeros'``.
         eps: Of all batch norms.
         momentum: Of all batch norms.
+        generator: Source of the initial draw.
 
     Raises:
         ValueError: For an even or 1x1 kernel, padding given as a string or mode other than zeros, or channels that the
@@ -200,6 +200,7 @@ class BranchedRepLayer(RepLayer):
             padding_mode: str = 'zeros',
             eps: float = 1e-5,
             momentum: Optional[float] = 0.1,
+            generator: Optional[torch.Generator] = None,
             device: Any = None,
             dtype: Optional[torch.dtype] = None,
     ) -> None:
@@ -211,8 +212,12 @@ class BranchedRepLayer(RepLayer):
         if self.kernel_size == (1, 1):
             raise ValueError(f'{name} needs a kernel larger than 1x1')
         self.bias = None
-        self.conv_kxk = nn.Conv2d(**self._geometry(), bias=False, device=device, dtype=dtype)
-        self.norm_kxk = nn.BatchNorm2d(out_channels, eps=eps, momentum=momentum, device=device, dtype=dtype)
+        dd: Dict[str, Any] = dict(device=device, dtype=dtype)
+        norm_dd: Dict[str, Any] = dict(eps=eps, momentum=momentum, **dd)
+        self.conv_kxk = nn.Conv2d(**self._geometry(), bias=False, **dd)
+        self.norm_kxk = nn.BatchNorm2d(out_channels, **norm_dd)
+        self._add_side_branches(dd, norm_dd)
+        self.reset_parameters(generator)
 
     def _own_kwargs(self) -> Dict[str, Any]:
         return dict(eps=self.norm_kxk.eps, momentum=self.norm_kxk.momentum)
@@ -221,6 +226,10 @@ class BranchedRepLayer(RepLayer):
         """Padding that a 1x1 needs to see the pixels under the centre of the KxK; less than zero crops."""
         pad, size, dilation = self.padding, self.kernel_size, self.dilation
         return pad[0] - dilation[0] * (size[0] // 2), pad[1] - dilation[1] * (size[1] // 2)
+
+    def _add_side_branches(self, dd: Dict[str, Any], norm_dd: Dict[str, Any]) -> None:
+        """Make the side branches, not initialised; the arguments are those of all modules and of all norms."""
+        raise NotImplementedError(f'{type(self).__name__} must define _add_side_branches')
 
     def _side_convs(self) -> Dict[str, nn.Conv2d]:
         """The convolutions of the side branches that end in the outputs, by branch."""
@@ -502,27 +511,8 @@ class DiverseBranchConv2d(BranchedRepLayer):
     if TYPE_CHECKING:
         seq_identity: Tensor
 
-    def __init__(
-            self,
-            in_channels: int,
-            out_channels: int,
-            kernel_size: Union[int, Tuple[int, int]],
-            stride: Union[int, Tuple[int, int]] = 1,
-            padding: Union[int, Tuple[int, int]] = 0,
-            dilation: Union[int, Tuple[int, int]] = 1,
-            groups: int = 1,
-            padding_mode: str = 'zeros',
-            eps: float = 1e-5,
-            momentum: Optional[float] = 0.1,
-            generator: Optional[torch.Generator] = None,
-            device: Any = None,
-            dtype: Optional[torch.dtype] = None,
-    ) -> None:
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode, eps, momentum,
-            device=device, dtype=dtype)
-        dd: Dict[str, Any] = dict(device=device, dtype=dtype)
-        nn_dd: Dict[str, Any] = dict(eps=eps, momentum=momentum, **dd)
+    def _add_side_branches(self, dd: Dict[str, Any], norm_dd: Dict[str, Any]) -> None:
+        in_channels, out_channels, groups = self.in_channels, self.out_channels, self.groups
         depthwise = in_channels == out_channels == groups
         inner = 2 * in_channels if depthwise else in_channels
 
@@ -533,18 +523,17 @@ class DiverseBranchConv2d(BranchedRepLayer):
         if not depthwise:
             self.conv_1x1 = nn.Conv2d(
                 in_channels, out_channels, 1, stride=self.stride, groups=groups, bias=False, **dd)
-            self.norm_1x1 = nn.BatchNorm2d(out_channels, **nn_dd)
+            self.norm_1x1 = nn.BatchNorm2d(out_channels, **norm_dd)
             self.avg_conv = nn.Conv2d(in_channels, out_channels, 1, groups=groups, bias=False, **dd)
-            self.avg_inner_norm = NormPad2d(out_channels, self.padding, **nn_dd)
-        self.avg_norm = nn.BatchNorm2d(out_channels, **nn_dd)
+            self.avg_inner_norm = NormPad2d(out_channels, self.padding, **norm_dd)
+        self.avg_norm = nn.BatchNorm2d(out_channels, **norm_dd)
 
         self.seq_1x1 = nn.Parameter(torch.empty(inner, in_channels // groups, 1, 1, **dd))
-        self.seq_inner_norm = NormPad2d(inner, self.padding, **nn_dd)
+        self.seq_inner_norm = NormPad2d(inner, self.padding, **norm_dd)
         self.seq_kxk = nn.Conv2d(**dict(self._geometry(), in_channels=inner, padding=0), bias=False, **dd)
-        self.seq_norm = nn.BatchNorm2d(out_channels, **nn_dd)
+        self.seq_norm = nn.BatchNorm2d(out_channels, **norm_dd)
         self.register_buffer('seq_identity', torch.empty(inner, in_channels // groups, 1, 1, **dd), persistent=False)
         self.init_non_persistent_buffers()
-        self.reset_parameters(generator)
 
     def init_non_persistent_buffers(self) -> None:
         """Fill the identity that the inner 1x1 is added to."""
@@ -658,37 +647,17 @@ class AsymmetricConv2d(BranchedRepLayer):
             or channels that the groups do not divide.
     """
 
-    def __init__(
-            self,
-            in_channels: int,
-            out_channels: int,
-            kernel_size: Union[int, Tuple[int, int]],
-            stride: Union[int, Tuple[int, int]] = 1,
-            padding: Union[int, Tuple[int, int]] = 0,
-            dilation: Union[int, Tuple[int, int]] = 1,
-            groups: int = 1,
-            padding_mode: str = 'zeros',
-            eps: float = 1e-5,
-            momentum: Optional[float] = 0.1,
-            generator: Optional[torch.Generator] = None,
-            device: Any = None,
-            dtype: Optional[torch.dtype] = None,
-    ) -> None:
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode, eps, momentum,
-            device=device, dtype=dtype)
+    def _add_side_branches(self, dd: Dict[str, Any], norm_dd: Dict[str, Any]) -> None:
         height, width = self.kernel_size
         if height == 1 or width == 1:
             raise ValueError(f'AsymmetricConv2d needs a kernel larger than 1 each way, got {self.kernel_size}')
         off_h, off_w = self._centre_offset()
-        dd: Dict[str, Any] = dict(device=device, dtype=dtype)
         row = dict(kernel_size=(1, width), padding=(max(off_h, 0), self.padding[1]))
         column = dict(kernel_size=(height, 1), padding=(self.padding[0], max(off_w, 0)))
         self.conv_1xk = nn.Conv2d(**dict(self._geometry(), **row), bias=False, **dd)
-        self.norm_1xk = nn.BatchNorm2d(out_channels, eps=eps, momentum=momentum, **dd)
+        self.norm_1xk = nn.BatchNorm2d(self.out_channels, **norm_dd)
         self.conv_kx1 = nn.Conv2d(**dict(self._geometry(), **column), bias=False, **dd)
-        self.norm_kx1 = nn.BatchNorm2d(out_channels, eps=eps, momentum=momentum, **dd)
-        self.reset_parameters(generator)
+        self.norm_kx1 = nn.BatchNorm2d(self.out_channels, **norm_dd)
 
     def _side_convs(self) -> Dict[str, nn.Conv2d]:
         return dict(conv_1xk=self.conv_1xk, conv_kx1=self.conv_kx1)
@@ -736,34 +705,14 @@ class RepConv2d(BranchedRepLayer):
             groups do not divide.
     """
 
-    def __init__(
-            self,
-            in_channels: int,
-            out_channels: int,
-            kernel_size: Union[int, Tuple[int, int]],
-            stride: Union[int, Tuple[int, int]] = 1,
-            padding: Union[int, Tuple[int, int]] = 0,
-            dilation: Union[int, Tuple[int, int]] = 1,
-            groups: int = 1,
-            padding_mode: str = 'zeros',
-            eps: float = 1e-5,
-            momentum: Optional[float] = 0.1,
-            generator: Optional[torch.Generator] = None,
-            device: Any = None,
-            dtype: Optional[torch.dtype] = None,
-    ) -> None:
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode, eps, momentum,
-            device=device, dtype=dtype)
+    def _add_side_branches(self, dd: Dict[str, Any], norm_dd: Dict[str, Any]) -> None:
         off_h, off_w = self._centre_offset()
-        dd: Dict[str, Any] = dict(device=device, dtype=dtype)
         pointwise = dict(kernel_size=1, padding=(max(off_h, 0), max(off_w, 0)), dilation=1)
         self.conv_1x1 = nn.Conv2d(**dict(self._geometry(), **pointwise), bias=False, **dd)
-        self.norm_1x1 = nn.BatchNorm2d(out_channels, eps=eps, momentum=momentum, **dd)
+        self.norm_1x1 = nn.BatchNorm2d(self.out_channels, **norm_dd)
         self.norm_identity: Optional[nn.BatchNorm2d] = None
-        if in_channels == out_channels and self.stride == (1, 1) and (off_h, off_w) == (0, 0):
-            self.norm_identity = nn.BatchNorm2d(out_channels, eps=eps, momentum=momentum, **dd)
-        self.reset_parameters(generator)
+        if self.in_channels == self.out_channels and self.stride == (1, 1) and (off_h, off_w) == (0, 0):
+            self.norm_identity = nn.BatchNorm2d(self.out_channels, **norm_dd)
 
     def _side_convs(self) -> Dict[str, nn.Conv2d]:
         return dict(conv_1x1=self.conv_1x1)

@@ -1,0 +1,116 @@
+"""Times are taken in turns and are of true training steps."""
+import itertools
+import json
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+from click.testing import CliRunner
+
+import timm_rep.measuring
+from timm_rep.cli import main
+from timm_rep.measuring import TrainingStep, seconds_in_turns, time_training_steps
+
+CPU = torch.device('cpu')
+SMALL = 'orepa_repvgg_a0_cifar'
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only the timed calls put forward."""
+    now = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(timm_rep.measuring.time, 'perf_counter', lambda: now.seconds)
+    return now
+
+
+def test_calls_take_turns(clock):
+    called = []
+
+    def call(name, seconds):
+        def run():
+            called.append(name)
+            clock.seconds += next(seconds)
+        return run
+
+    calls = [call('a', itertools.count(1.0)), call('b', itertools.count(10.0))]
+    times = seconds_in_turns(calls, CPU, rounds=3, warmup=2, repeats=2)
+    assert ''.join(called) == 'aabb' + 'aabb' * 3
+    assert times == [(3.5, 5.5, 7.5), (12.5, 14.5, 16.5)]
+
+
+@pytest.mark.parametrize('autocast', [None, torch.bfloat16])
+def test_step_is_that_of_a_training_loop(autocast):
+    torch.manual_seed(0)
+    model = timm.create_model('test_resnet', num_classes=5).eval()
+    other = timm.create_model('test_resnet', num_classes=5)
+    other.load_state_dict(model.state_dict())
+    images, targets = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
+    step = TrainingStep(model, images, targets, autocast)
+    step()
+    step()
+    optimizer = torch.optim.SGD(other.train().parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
+    for _ in range(2):
+        optimizer.zero_grad()
+        with torch.autocast('cpu', torch.bfloat16, enabled=autocast is not None):
+            loss = torch.nn.functional.cross_entropy(other(images), targets)
+        loss.backward()
+        optimizer.step()
+    for (name, value), expected in zip(model.state_dict().items(), other.state_dict().values()):
+        assert torch.equal(value, expected), name
+
+
+def test_ratios_are_to_the_first_model(clock, monkeypatch):
+    seconds = dict(a=iter([1, 1, 2, 4, 3]), b=iter([1, 1, 6, 4, 6]))
+    monkeypatch.setattr(TrainingStep, '__call__', lambda step: tick(step.model.name))
+
+    def tick(name):
+        clock.seconds += next(seconds[name])
+
+    models = {name: timm.create_model('test_resnet') for name in 'ab'}
+    for name, model in models.items():
+        model.name = name
+    baseline, other = time_training_steps(models, (3, 32, 32), batch=1, rounds=3)
+    assert baseline.seconds == (2, 4, 3)
+    assert (baseline.ratio, baseline.smallest, baseline.largest) == (1, 1, 1)
+    assert (other.ratio, other.smallest, other.largest) == (2, 1, 3)
+    assert other.parameters == sum(parameter.numel() for parameter in models['b'].parameters())
+
+
+def bench(*args, code=0):
+    result = CliRunner().invoke(main, ['bench', *args])
+    assert result.exit_code == code, result.output
+    return result
+
+
+@pytest.mark.parametrize('options', [[], ['--amp', '--channels-last', '--img-size', '16', '--steps', '2']])
+def test_bench(options):
+    printed = bench(SMALL, '--rounds', '1', '--batch-size', '2', '--json', *options).stdout
+    content = json.loads(printed)
+    assert [row['name'] for row in content['models']] == [f'{SMALL} (stock form)', SMALL]
+    assert all(len(row['seconds']) == 1 and row['seconds'][0] > 0 for row in content['models'])
+    stock, training = (row['parameters'] for row in content['models'])
+    assert stock == sum(p.numel() for p in timm.create_model(SMALL, inference_mode=True).parameters()) < training
+    assert content['input_size'] == ([3, 16, 16] if options else [3, 32, 32])
+    assert content['dtype'] == ('bfloat16' if options else 'float32')
+
+
+def test_bench_table():
+    lines = bench(SMALL, 'test_resnet', '--rounds', '1', '--batch-size', '2').stdout.splitlines()
+    assert lines[0].startswith('A training step of 2 images of 3x32x32, float32, on ')
+    assert [line.partition('  ')[0] for line in lines[2:]] == [f'{SMALL} (stock form)', SMALL, 'test_resnet']
+    assert '1.00 (1.00 to 1.00)' in lines[2]
+    assert '1.00 (1.00 to 1.00)' not in lines[3]
+
+
+@pytest.mark.parametrize(('args', 'error'), [
+    (['resnet1'], "unknown model 'resnet1'; `timm-rep list` shows the models with rep layers"),
+    ([SMALL, '--rounds', '0'], 'rounds must be at least 1, got 0'),
+    ([SMALL, '--img-size', '0'], 'input_size must be at least 1, got 0'),
+    ([SMALL, '--model-kwargs', 'num_classes=0'], 'has no classifier to train'),
+    ([SMALL, '--device', 'abacus'], 'abacus'),
+])
+def test_bench_with_wrong_input(args, error):
+    result = bench(*args, code=2)
+    assert error in result.stderr
+    assert 'Traceback' not in result.output
