@@ -254,9 +254,9 @@ class OrepaConv2d(LinearRepLayer):
         rows += [f.reshape(-1, 1, taps) for name, f in fixed_filters.items() if name in self.branch_names]
         rows += [rows[0].new_zeros(self.out_channels, self._entries['separable'], taps)]
         rows += [rows[0]] * (self._entries['sequential'] // taps)
-        lengths = torch.tensor(list(self._entries.values()), device='cpu')
-        branch_of_entry = torch.arange(len(lengths), device='cpu').repeat_interleave(lengths)
-        one_hot = torch.nn.functional.one_hot(branch_of_entry, len(lengths)).t().to(torch.float64)
+        units = torch.eye(len(self._entries), **dd)
+        one_hot = torch.cat([
+            unit[:, None].expand(-1, entries) for unit, entries in zip(units, self._entries.values())], dim=1)
         origin = one_hot.clone()
         origin[1:] = 0
         self.row_branch = torch.stack([origin, one_hot - origin]).to(device=device, dtype=dtype)
