@@ -32,7 +32,7 @@ for option, default in dict(
         lr=0.05, momentum=0.9, weight_decay=1e-4, lr_cycle_mul=1.0, lr_cycle_decay=0.5, model_ema_decay=0.9,
 ).items():
     parser.add_argument(f'--{option.replace("_", "-")}', type=float, default=default)
-for option in ('model_ema', 'warmup_prefix', 'torchscript', 'sched_on_updates'):
+for option in ('model_ema', 'warmup_prefix', 'torchscript', 'sched_on_updates', 'pretrained'):
     parser.add_argument(f'--{option.replace("_", "-")}', action='store_true')
 parser.add_argument('--model-kwargs', nargs='*', default={}, action=utils.ParseKwargs)
 

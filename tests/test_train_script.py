@@ -1,4 +1,6 @@
 """train_scripts/train.py: timm's training in time steps, killed at any moment, and refused where it cannot work."""
+import argparse
+import copy
 import csv
 import os
 import re
@@ -6,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import interrupted_run
 import pytest
@@ -13,11 +16,12 @@ import safetensors.torch
 import timm
 import torch
 import yaml
-from helpers import MODEL_RTOL, assert_near, assert_same_state, randn
+from helpers import MODEL_RTOL, assert_near, assert_same_state, randn, randomize_
 from interrupted_run import STAND_IN, TRAIN_SCRIPT, load_wrapper
 from torchvision.transforms.functional import to_pil_image
 
 import timm_rep
+from timm_rep.annealing import set_time_step
 from timm_rep.files import load_training_form, read_checkpoint
 from timm_rep.surgery import annealed_modules
 from timm_rep.timm_scripts import find_script
@@ -189,6 +193,104 @@ def test_weights_of_an_annealed_run_start_a_new_one(finished, scripts, tmp_path)
     assert steps == [0, 0, 1, 1, 2, 2]
 
 
+# Epoch by epoch, in this process
+
+
+class Epochs:
+    """Runs epochs of a training that learns nothing, with two time steps of two epochs, and keeps what they see."""
+
+    def __init__(self, model, averaged=None, folder=None, **args):
+        self.model, self.averaged, self.folder = model, averaged, folder
+        self.draws = {}
+        self.training = load_wrapper().AnnealedTraining(SimpleNamespace(train_one_epoch=self.train_one_epoch))
+        defaults = dict(
+            seed=42, rank=0, log_branches=False, resume='', initial_checkpoint='', compensate=False,
+            imply_statistics=False, time_steps=2, attach_warmup_epochs=1)
+        self.training.args = argparse.Namespace(**dict(defaults, **args))
+        self.training.schedule = timm_rep.AnnealingSchedule(2, 2, 1)
+        self.training.total_epochs = 4
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+
+    def train_one_epoch(self, epoch, model, loader, optimizer, args, output_dir=None, model_ema=None):
+        self.draws[epoch] = torch.rand(()).item()
+        return {}
+
+    def __call__(self, epoch):
+        return self.training.annealed_epoch(
+            epoch, self.model, None, self.optimizer, self.training.args, output_dir=self.folder,
+            model_ema=self.averaged)
+
+
+def two_forms(rep_layer):
+    """A model and an averaged one, with weights of their own."""
+    models = [timm.create_model(MODEL, num_classes=5, rep_layer=rep_layer) for _ in range(2)]
+    for seed, model in enumerate(models):
+        randomize_(model, seed).eval()
+    return models
+
+
+@pytest.mark.parametrize('start', ['pretrained', 'initial_checkpoint'])
+@pytest.mark.parametrize('rep_layer', ['rep', 'orepa'])
+@torch.no_grad()
+def test_weights_to_start_from_keep_their_outputs(rep_layer, start):
+    x = randn(2, 3, 16, 16, dtype=torch.float32)
+    forms = two_forms(rep_layer)
+    before = [(copy.deepcopy(form.state_dict()), form(x)) for form in forms]
+    set_time_step(forms[0], 7)  # of another run
+    result = Epochs(*forms, **{start: True})(0)
+    assert result == dict(time_step=0, attach_rate=0.5)
+    for form, (state, outputs) in zip(forms, before):
+        assert_near(form(x), outputs, MODEL_RTOL[torch.float32])
+        after = form.state_dict()
+        assert {float(after[key]) for key in after if key.endswith('attach_rate')} == {0.5}
+        assert {int(after[key]) for key in after if key.endswith('time_step')} == {0}
+        assert not any(torch.equal(after[key], state[key]) for key in after if key.endswith('conv_1x1.conv.weight'))
+
+
+def test_fresh_weights_start_as_they_were_drawn():
+    forms = two_forms('rep')
+    before = [copy.deepcopy(form.state_dict()) for form in forms]
+    Epochs(*forms)(0)
+    for form, state in zip(forms, before):
+        expected = {key: torch.full_like(v, 0.5) if key.endswith('attach_rate') else v for key, v in state.items()}
+        assert_same_state(form.state_dict(), expected)
+
+
+@pytest.mark.parametrize('option', ['', 'compensate', 'imply_statistics'])
+def test_options_of_the_transition_reach_both_models(option):
+    options = {option: True} if option else {}
+    forms = two_forms('rep')
+    expected = copy.deepcopy(forms)
+    run_epoch = Epochs(*forms, **options)
+    run_epoch(1)
+    run_epoch(2)
+    for form, other in zip(forms, expected):
+        generator = torch.Generator().manual_seed(42 + 1)
+        timm_rep.begin_time_step(other, generator, attach_rate=0.5, **options)
+        assert_same_state(form.state_dict(), other.state_dict())
+    run_epoch(3)
+    assert all({float(m.attach_rate) for _, m in annealed_modules(form)} == {1.0} for form in forms)
+
+
+def test_random_numbers_follow_from_the_epoch():
+    model = timm.create_model('orepa_resnet18_cifar')
+    run_epochs, resumed = Epochs(model), Epochs(model, resume='last.pth.tar')
+    for epoch in range(4):
+        run_epochs(epoch)
+    resumed(3)
+    assert len(set(run_epochs.draws.values())) == 4
+    assert resumed.draws[3] == run_epochs.draws[3]
+
+
+def test_snapshots_are_of_whole_time_steps(tmp_path):
+    model = timm.create_model('orepa_resnet18_cifar')
+    interrupted = Epochs(model, folder=tmp_path)
+    interrupted(0)
+    interrupted.training._finish()  # timm's main returns when it is interrupted by hand
+    Epochs(model, folder=tmp_path, resume='last.pth.tar')(3)  # in the middle of a time step, at its --start-epoch
+    assert list(tmp_path.glob('time_step-*')) == []
+
+
 # Killed and resumed
 
 KILLS = [
@@ -275,6 +377,9 @@ BAD = [
     (['--model-kwargs', 'rep_layer=acnet'], "unknown layer 'acnet'; allowed are 'orepa', 'dbb', 'acb', 'rep'"),
     (['--time-steps', 1, '--lr-cycle-limit', 3], 'contradicts --time-steps 1'),
     (['--sched-on-updates', '--epochs', 3, '--lr-cycle-mul', 1.5], 'whole number of epochs.*: 3, 4.5, 6.75'),
+    (['--sched-on-updates', '--epochs', 25, '--lr-cycle-mul', 1.4],
+     r'restarts at the epochs \[0, 25, 60\] and the time steps at \[0, 25, 61\], as timm rounds'),
+    (['--lr-cycle-mul', 'nan'], 'a number of at least 1, got nan'),
     (['--resume', '.'], 'takes a checkpoint file or auto, got the folder'),
     (['--resume', 'missing.pth.tar'], 'no checkpoint file at missing.pth.tar'),
     (['--experiment', '', '--resume', 'auto'], 'name it with --experiment'),
@@ -298,6 +403,8 @@ def test_bad_input_is_one_clear_error_and_nothing_is_written(scripts, tmp_path, 
     (['--resume', 'auto', '--epochs', 3], 'of a run with --epochs 2, this one has --epochs 3'),
     (['--resume', 'auto', '--attach-warmup-epochs', 0], 'of a run with --attach-warmup-epochs 1'),
     (['--resume', 'auto', '--model', 'repan_repvgg_a1_cifar'], 'of a run with --model repan_repvgg_a0_cifar'),
+    (['--resume', 'auto', '--seed', 7], 'of a run with --seed 42, this one has --seed 7'),
+    (['--resume', 'auto', '--compensate'], 'of a run with --compensate False, this one has --compensate True'),
     (['--resume', 'auto', '--start-epoch', 1], 'epoch 1 lies before time step 2'),
     (['--resume', 'output/train/run/last.pth.tar', '--experiment', 'other', '--time-steps', 2], '--time-steps 3'),
 ])
@@ -327,7 +434,7 @@ def test_checkpoint_of_a_run_without_time_steps_is_refused(scripts, tmp_path):
 @pytest.mark.parametrize(('source', 'message'), [
     ('parser = None\n', 'it lacks _parse_args, main, train_one_epoch'),
     ('parser = _parse_args = main = None\ndef train_one_epoch(epoch, net, optimizer, args): pass\n',
-     'it lacks model of train_one_epoch'),
+     'it lacks model of train_one_epoch, output_dir of train_one_epoch, model_ema or task of train_one_epoch'),
 ])
 def test_script_that_does_not_fit_is_refused(tmp_path, source, message):
     (tmp_path / 'train.py').write_text(source)
@@ -369,7 +476,7 @@ def states_without_ema(path):
     return read_checkpoint(path).state_dict
 
 
-def test_newest_is_what_was_written_last_and_is_whole(finished, scripts, tmp_path):
+def test_newest_is_the_last_that_is_whole(finished, tmp_path):
     """A run that went back to an earlier checkpoint and was killed has later epochs in older files."""
     for number, name in enumerate(('checkpoint-5', 'checkpoint-0', 'last', 'tmp')):
         path = tmp_path / f'{name}.pth.tar'
@@ -380,6 +487,39 @@ def test_newest_is_what_was_written_last_and_is_whole(finished, scripts, tmp_pat
     assert wrapper.newest_checkpoint(tmp_path).name == 'last.pth.tar'
     (tmp_path / 'last.pth.tar').unlink()
     assert wrapper.newest_checkpoint(tmp_path).name == 'checkpoint-0.pth.tar'
+    # copies have the times of their copying: they do not count as long as there is a last one
+    (tmp_path / 'last.pth.tar').write_bytes((finished / 'last.pth.tar').read_bytes())
+    os.utime(tmp_path / 'last.pth.tar', (0, 0))
+    assert wrapper.newest_checkpoint(tmp_path).name == 'last.pth.tar'
+
+
+def test_weights_that_a_run_kept_are_not_started_anew_over(scripts, tmp_path):
+    code, log = run(tmp_path, arguments(scripts, '--time-steps', 1))
+    assert code == 0, log
+    folder = tmp_path / 'output/train/run'
+    for name in ('last', 'checkpoint-0', 'checkpoint-1'):
+        (folder / f'{name}.pth.tar').unlink()
+    before = contents(tmp_path)
+    code, log = run(tmp_path, arguments(scripts, '--time-steps', 1, '--resume', 'auto'))
+    assert code == 2
+    assert 'holds the weights of a run (model_best.pth.tar, time_step-0-ema-stock.safetensors, ' in log
+    assert contents(tmp_path) == before
+
+
+def test_file_in_the_place_of_the_output_folder(scripts, tmp_path):
+    (tmp_path / 'output').mkdir()
+    (tmp_path / 'output/train').write_text('mine')
+    code, log = run(tmp_path, arguments(scripts))
+    assert code == 2, log
+    assert 'no folder can be made at output/train/run: ' in log
+    assert log.rstrip().endswith('output/train is a file')
+
+
+def test_numbers_in_a_config_file_must_be_whole(scripts, tmp_path):
+    (tmp_path / 'recipe.yaml').write_text('time_steps: 2.5\n')
+    code, log = run(tmp_path, arguments(scripts, '--config', 'recipe.yaml')[2:])
+    assert code == 2, log
+    assert '--time-steps takes a whole number, got 2.5' in log
 
 
 def test_damaged_checkpoints_are_no_reason_to_start_anew(scripts, tmp_path):

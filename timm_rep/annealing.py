@@ -18,10 +18,15 @@ No training loop is in here. A loop of your own needs these calls:
 4 1 1.0
 5 1 1.0
 
+A model that starts from given weights begins with a transition of its own, or the first attach rate below one would
+change what it computes: ``begin_time_step(model, attach_rate=schedule.position(0).attach_rate, compensate=True)``, then
+``set_time_step(model, 0)``.
+
 Source: RepAn, `Enhanced Annealing through Re-parameterization` (CVPR 2024).
 """
 import itertools
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Any, List, Optional
 
@@ -92,8 +97,8 @@ class AnnealingSchedule:
         cooldown_epochs: Epochs after the last descent, part of the last time step (timm's ``cooldown_epochs``).
 
     Raises:
-        ValueError: For less than one time step or epoch, a warm-up that is not shorter than a time step, a factor
-            below one, or a time step without an epoch of its own.
+        ValueError: For numbers of epochs that are not whole, less than one time step or epoch, a warm-up that is not
+            shorter than a time step, a factor below one, or a time step without an epoch of its own.
     """
 
     time_steps: int
@@ -104,6 +109,9 @@ class AnnealingSchedule:
     cooldown_epochs: int = 0
 
     def __post_init__(self) -> None:
+        for name in ('time_steps', 'epochs', 'warmup_epochs', 'prefix_epochs', 'cooldown_epochs'):
+            if not isinstance(getattr(self, name), numbers.Integral):
+                raise ValueError(f'{name} must be a whole number, got {getattr(self, name)!r}')
         if self.time_steps < 1:
             raise ValueError(f'time_steps must be at least 1, got {self.time_steps}')
         if self.epochs < 1:
@@ -113,8 +121,9 @@ class AnnealingSchedule:
                 f'the attach rate must warm up in less than the {self.epochs} epochs of a time step (RepAn: in less '
                 f'than half of them), got {self.warmup_epochs}'
             )
-        if self.epochs_mul < 1:
-            raise ValueError(f'time steps cannot become shorter: epochs_mul must be at least 1, got {self.epochs_mul}')
+        if not 1 <= self.epochs_mul < math.inf:
+            raise ValueError(
+                f'time steps cannot become shorter: epochs_mul must be a number of at least 1, got {self.epochs_mul}')
         if min(self.prefix_epochs, self.cooldown_epochs) < 0:
             raise ValueError(
                 f'prefix_epochs and cooldown_epochs must not be negative, got {self.prefix_epochs} and '

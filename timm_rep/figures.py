@@ -299,7 +299,7 @@ def draw_annealing(summary: List[Dict[str, float]], model: str = '', *, publishe
     )
     title = model or 'training run'
     if noted('eval_top1'):
-        measured = [row for row in summary if math.isfinite(row['eval_top1'])]
+        measured = [row for row in summary if math.isfinite(row.get('eval_top1', math.nan))]
         best = max(measured, key=lambda row: row['eval_top1'])
         at_end = measured[-1]
         title += f': top-1 {at_end["eval_top1"]:.2f}% at the end'

@@ -6,12 +6,15 @@
 
 `--epochs` counts the epochs of one time step. The script sets the restarts of timm's schedule and wraps timm's
 `train_one_epoch`: there the attach rate is set and, where a time step begins, every layer is folded, redrawn and
-restored (on the averaged weights too) and the optimizer's state is cleared. All of timm's arguments pass through; one
-default differs: `--lr-cycle-decay`, the factor of the peak learning rate from one time step to the next, is 1.
+restored (on the averaged weights too) and the optimizer's state is cleared. Weights to start from (`--pretrained`,
+`--initial-checkpoint`) are folded in the same way first, at the attach rate of the first epoch and with the same
+outputs in eval mode. All of timm's arguments pass through; one default differs: `--lr-cycle-decay`, the factor of the
+peak learning rate from one time step to the next, is 1.
 
 At the end of every time step the weights are kept as `time_step-N.safetensors` (training form) and
 `time_step-N-stock.safetensors` (fused). `--resume auto` goes on from the newest whole checkpoint of the run's folder
 as if it had never stopped: all that is random follows from the seed and the epoch (not with --use-multi-epochs-loader).
+Which epoch was the best so far is remembered from timm 1.0.31 on.
 """
 import argparse
 import copy
@@ -21,7 +24,6 @@ import importlib.util
 import inspect
 import logging
 import os
-import pickle
 import sys
 from pathlib import Path
 
@@ -42,15 +44,22 @@ _logger = logging.getLogger('train')
 RESTARTING_SCHEDULES = ('cosine', 'tanh', 'poly')
 # What the wrapper must find in timm's script.
 SCRIPT_NAMES = ('parser', '_parse_args', 'main', 'train_one_epoch')
-EPOCH_PARAMETERS = ('epoch', 'model', 'optimizer', 'args')
+EPOCH_PARAMETERS = ('epoch', 'model', 'optimizer', 'args', 'output_dir')
+AVERAGE_PARAMETERS = ('model_ema', 'task')  # one of them: the newer scripts have the latter
+# Arguments that give a model weights to start from.
+START_ARGS = ('pretrained', 'initial_checkpoint', 'pretrained_path')
 # A checkpoint can be resumed only by a run that agrees in these.
 RUN_SETTINGS = (
-    'model', 'time_steps', 'epochs', 'attach_warmup_epochs', 'lr_cycle_mul', 'warmup_prefix', 'cooldown_epochs')
+    'model', 'time_steps', 'epochs', 'attach_warmup_epochs', 'compensate', 'imply_statistics', 'seed', 'sched',
+    'lr_cycle_mul', 'lr_cycle_decay', 'warmup_prefix', 'cooldown_epochs')
 # ... and in this, if the warm-up of the learning rate comes before the first time step's descent.
 PREFIX_SETTING = 'warmup_epochs'
-ROW_FILES = ('summary.csv', 'branch_gradients.csv')
-RUN_FILES = ('args.yaml', 'summary.csv', '*.pth.tar', 'time_step-*.safetensors', 'branch_gradients.csv')
 CHECKPOINT_SUFFIX = '.pth.tar'
+DEFAULT_OUTPUT = './output/train'  # timm's
+ROW_FILES = ('summary.csv', 'branch_gradients.csv')
+# Weights that a run leaves besides the checkpoints to go on from.
+KEPT_FILES = (f'model_best{CHECKPOINT_SUFFIX}', 'time_step-*.safetensors')
+RUN_FILES = ('args.yaml', 'summary.csv', '*.pth.tar', 'time_step-*.safetensors', 'branch_gradients.csv')
 # The epochs' seeds must not meet those of other ranks, which timm counts up from the run's.
 EPOCH_SEED_STRIDE = 10_007
 MAX_SEED = 2 ** 32
@@ -112,6 +121,8 @@ def load_script(path):
     if not missing:
         parameters = inspect.signature(module.train_one_epoch).parameters
         missing = [f'{name} of train_one_epoch' for name in EPOCH_PARAMETERS if name not in parameters]
+        if not any(name in parameters for name in AVERAGE_PARAMETERS):
+            missing.append(f'{" or ".join(AVERAGE_PARAMETERS)} of train_one_epoch')
     if missing:
         raise UsageError(
             f"{path} is not a train.py of timm's that time steps can be added to (known: 1.0.20 and later); it lacks "
@@ -123,6 +134,14 @@ def load_script(path):
 def _anneals(args):
     """Whether there is anything to do besides timm's own training."""
     return args.time_steps > 1 or args.attach_warmup_epochs > 0
+
+
+def _check_numbers(args):
+    """Numbers from a config file have whatever type they have there."""
+    for name in ('time_steps', 'attach_warmup_epochs', 'epochs'):
+        value = getattr(args, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise UsageError(f'--{name.replace("_", "-")} takes a whole number, got {value!r}')
 
 
 def _schedule(args):
@@ -138,12 +157,20 @@ def _schedule(args):
         )
     except ValueError as e:
         raise UsageError(str(e)) from None
-    lengths = [args.epochs * schedule.epochs_mul ** step for step in range(args.time_steps)]
-    if getattr(args, 'sched_on_updates', False) and any(abs(length - round(length)) > 1e-6 for length in lengths):
-        raise UsageError(
-            f'with --sched-on-updates a time step must be a whole number of epochs, got {args.epochs} times '
-            f'--lr-cycle-mul {schedule.epochs_mul}: ' + ', '.join(f'{length:g}' for length in lengths)
-        )
+    if getattr(args, 'sched_on_updates', False):
+        lengths = [args.epochs * schedule.epochs_mul ** step for step in range(args.time_steps)]
+        if any(abs(length - round(length)) > 1e-6 for length in lengths):
+            raise UsageError(
+                f'with --sched-on-updates a time step must be a whole number of epochs, got {args.epochs} times '
+                f'--lr-cycle-mul {schedule.epochs_mul}: ' + ', '.join(f'{length:g}' for length in lengths)
+            )
+        starts = [epoch for epoch in range(schedule.total_epochs) if schedule.position(epoch).begins]
+        restarts = [0, *(schedule.prefix_epochs + round(sum(lengths[:n])) for n in range(1, args.time_steps))]
+        if starts != restarts:
+            raise UsageError(
+                f'with --sched-on-updates --epochs {args.epochs} and --lr-cycle-mul {schedule.epochs_mul} the learning '
+                f'rate restarts at the epochs {restarts} and the time steps at {starts}, as timm rounds; take others'
+            )
     return schedule
 
 
@@ -182,7 +209,7 @@ def _check_model(args):
 
 def _output_folder(args):
     """The folder that timm will write to, if it is known beforehand."""
-    return Path(args.output or './output/train') / args.experiment if args.experiment else None
+    return Path(args.output or DEFAULT_OUTPUT) / args.experiment if args.experiment else None
 
 
 def _epoch_of(path):
@@ -190,16 +217,17 @@ def _epoch_of(path):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location='cpu', weights_only=True, mmap=True)['epoch']
-    except (OSError, EOFError, KeyError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError) as e:
+    except Exception as e:  # the unpickler raises all sorts of errors on arbitrary bytes
         _logger.warning(f'{path} is not a whole checkpoint: {e}')
         return None
 
 
 def _checkpoints(folder):
     """Checkpoints that timm writes at the end of an epoch, the latest written first."""
-    paths = [folder / f'{name}{CHECKPOINT_SUFFIX}' for name in ('last', 'tmp')]
-    paths += folder.glob(f'checkpoint-*{CHECKPOINT_SUFFIX}')
-    return sorted((path for path in paths if path.is_file()), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    older = folder.glob(f'checkpoint-*{CHECKPOINT_SUFFIX}')
+    paths = [folder / f'{name}{CHECKPOINT_SUFFIX}' for name in ('last', 'tmp')]  # tmp becomes last once it is written
+    paths += sorted(older, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    return [path for path in paths if path.is_file()]
 
 
 def newest_checkpoint(folder):
@@ -241,6 +269,10 @@ def _read_args_file(path):
 def _check_output(args, schedule):
     """Find the checkpoint to resume, and refuse a folder or a checkpoint of another run."""
     folder = _output_folder(args)
+    target = folder or Path(args.output or DEFAULT_OUTPUT)
+    in_the_way = next(path for path in (target, *target.absolute().parents) if path.exists())
+    if not in_the_way.is_dir():
+        raise UsageError(f'no folder can be made at {target}: {in_the_way} is a file')
     if args.resume == 'auto':
         if folder is None:
             raise UsageError('--resume auto looks into the folder of the run: name it with --experiment')
@@ -249,6 +281,12 @@ def _check_output(args, schedule):
             damaged = [path.name for path in _checkpoints(folder) if path.name != f'tmp{CHECKPOINT_SUFFIX}']
             if damaged:
                 raise UsageError(f'no checkpoint in {folder} is whole: {", ".join(damaged)}. Nothing was changed')
+            kept = [path.name for pattern in KEPT_FILES for path in sorted(folder.glob(pattern))]
+            if kept:
+                raise UsageError(
+                    f'{folder} holds the weights of a run ({", ".join(kept)}) but no checkpoint to go on from; to '
+                    'start a new run from them take --initial-checkpoint and another --experiment. Nothing was changed'
+                )
             _check_same_run(args, _read_args_file(folder / 'args.yaml'), folder)
         args.resume = '' if found is None else str(found)
         _logger.info(f'--resume auto: {args.resume or "nothing to resume, starting anew"}')
@@ -290,6 +328,7 @@ def prepare(args):
         UsageError: For arguments that do not go together, a folder or checkpoint of another run, or a model without
             rep layers.
     """
+    _check_numbers(args)
     if args.attach_warmup_epochs is None:
         args.attach_warmup_epochs = args.epochs // 6 if args.time_steps > 1 else 0
     schedule = _schedule(args)
@@ -487,25 +526,22 @@ class AnnealedTraining:
             for name in ROW_FILES:
                 drop_rows(self.output_folder / name, epoch)
         first, self.forms = self.forms is None, self._forms(call)
+        if first and args.resume:
+            self._recall_best(call.get('saver'))
         if first and args.log_branches:
             self.branches = BranchLog(self.forms[''], call['optimizer'])
         if not _anneals(args):
             return None
         position = self.schedule.position(min(epoch, self.schedule.total_epochs - 1))
-        if first and not args.resume:  # weights to start from may come from a run with time steps of its own
-            for form in self.forms.values():
-                set_time_step(form, position.time_step)
+        if first and not args.resume:
+            self._take_start(position)
         begun = time_step_of(self.forms[''])
         if begun > position.time_step:
             raise RuntimeError(f'epoch {epoch} lies in time step {position.time_step}, the model in {begun}')
         if begun < position.time_step and position.begins and self.output_folder is not None:
             save_snapshots(self.output_folder, begun, self.forms)
         for time_step in range(begun + 1, position.time_step + 1):
-            for form in self.forms.values():
-                generator = torch.Generator().manual_seed(args.seed + time_step)  # the same for all forms and ranks
-                timm_rep.begin_time_step(
-                    form, generator, attach_rate=position.attach_rate, compensate=args.compensate,
-                    imply_statistics=args.imply_statistics)
+            self._begin_time_step(time_step, position.attach_rate, args.compensate)
             timm_rep.reset_optimizer(call['optimizer'])
         for form in self.forms.values():
             timm_rep.set_attach_rate(form, position.attach_rate)
@@ -516,6 +552,30 @@ class AnnealedTraining:
                 f'attach rate {position.attach_rate:.3g}'
             )
         return position
+
+    def _take_start(self, position):
+        """Let the training start from the weights that it was given, if any; fresh ones stay as they were drawn."""
+        if any(getattr(self.args, name, None) for name in START_ARGS):
+            for form in self.forms.values():  # may be of a time step of another run
+                set_time_step(form, 0)
+            self._begin_time_step(position.time_step, position.attach_rate, compensate=True)
+            _logger.info('The weights to start from are folded, with fresh side branches and the same outputs')
+        for form in self.forms.values():
+            set_time_step(form, position.time_step)
+
+    def _begin_time_step(self, time_step, attach_rate, compensate):
+        for form in self.forms.values():
+            generator = torch.Generator().manual_seed(self.args.seed + time_step)  # the same for all forms and ranks
+            timm_rep.begin_time_step(
+                form, generator, attach_rate=attach_rate, compensate=compensate,
+                imply_statistics=self.args.imply_statistics)
+
+    def _recall_best(self, saver):
+        """Let timm's saver know which checkpoint of the run was the best, where it can tell."""
+        recall = getattr(saver, 'load_state_dict_from_checkpoint', None)
+        resumed = Path(self.args.resume)
+        if recall is not None and saver.best_metric is None and resumed.parent.samefile(saver.checkpoint_dir):
+            recall(resumed)
 
     def _end_epoch(self, epoch, position, metrics):
         self.epoch = epoch
