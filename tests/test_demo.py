@@ -11,6 +11,7 @@ import torch.nn as nn
 import timm_rep
 from timm_rep import demo
 from timm_rep.annealing import time_step_of
+from timm_rep.surgery import annealed_modules
 
 EXAMPLE = Path(demo.__file__).parents[1] / 'examples' / 'own_loop.py'
 
@@ -106,11 +107,13 @@ def train_tiny(model, digits, **kwargs):
 def test_own_loop_anneals_in_time_steps(digits, monkeypatch):
     model = timm_rep.expand(TinyNet().eval(), 'dbb')
     parameters = dict(model.named_parameters())
-    begun, lrs = [], []
+    begun, lrs, rates = [], [], set()
     begin_time_step, step = timm_rep.begin_time_step, torch.optim.SGD.step
     monkeypatch.setattr(timm_rep, 'begin_time_step', lambda *a, **k: begun.append(len(lrs)) or begin_time_step(*a, **k))
 
     def recording_step(optimizer, *args, **kwargs):
+        (rate,) = {module.attach_rate.item() for _, module in annealed_modules(model)}
+        rates.add((len(lrs) // 2, rate))
         # momentum of the last time step is gone where the next one begins
         lrs.append((round(optimizer.param_groups[0]['lr'], 6), bool(optimizer.state)))
         return step(optimizer, *args, **kwargs)
@@ -120,6 +123,7 @@ def test_own_loop_anneals_in_time_steps(digits, monkeypatch):
     assert [row['time_step'] for row in history] == [0, 0, 0, 1, 1, 1]
     assert [row['attach_rate'] for row in history] == [0.5, 1.0, 1.0, 0.5, 1.0, 1.0]
     assert begun == [6]  # two updates an epoch
+    assert rates == {(epoch, row['attach_rate']) for epoch, row in enumerate(history)}
     assert lrs[:6] == [(lr, had_state if n else False) for n, (lr, had_state) in enumerate(lrs[6:])]
     assert lrs[0] == lrs[6] == (0.1, False)
     assert time_step_of(model) == 1

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import timm_rep
+from timm_rep.surgery import annealed_modules
 
 SCRIPT = Path(timm_rep.__file__).parents[1] / 'experiments' / 'cifar10' / 'run.py'
 pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason='the experiments are in a checkout only')
@@ -68,6 +69,31 @@ def test_methods_share_epochs_and_fused_architecture(experiment, output):
         lrs = [row['lr'] for row in run['epochs']]
         assert lrs[0] == 0.1
         assert (lrs[2] == 0.1) == method.restarts
+
+
+@pytest.mark.parametrize('method', ['repan_rep', 'repan_rep_implied', 'rep'])
+def test_annealed_methods_are_annealed(experiment, data, tmp_path, monkeypatch, method):
+    build_model, begin_time_step = experiment.build_model, timm_rep.begin_time_step
+    cross_entropy = torch.nn.functional.cross_entropy
+    models, rates, begun = [], [], []
+
+    def loss(output, targets):
+        if output.requires_grad:  # not of an evaluation
+            rates.append({module.attach_rate.item() for _, module in annealed_modules(models[0])})
+        return cross_entropy(output, targets)
+
+    def begin(model, *args, **kwargs):
+        begun.append((len(rates), kwargs['imply_statistics']))
+        begin_time_step(model, *args, **kwargs)
+
+    monkeypatch.setattr(experiment, 'build_model', lambda *args: models.append(build_model(*args)) or models[0])
+    monkeypatch.setattr(experiment.F, 'cross_entropy', loss)
+    monkeypatch.setattr(timm_rep, 'begin_time_step', begin)
+    experiment.main(['--data', str(data), '--output', str(tmp_path / 'small'), *SETTINGS, '--seeds', '0', '--methods',
+                     method])
+    annealed = method != 'rep'
+    assert rates == [{rate} if annealed else set() for rate in (0.5, 0.5, 1.0, 1.0) * 2]  # two updates an epoch
+    assert begun == ([(4, method == 'repan_rep_implied')] if annealed else [])
 
 
 def test_warmup_sweep_adds_runs_of_annealed_methods_only(experiment, output):

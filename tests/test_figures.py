@@ -157,6 +157,12 @@ def test_annealing_of_a_plain_run(tmp_path):
         draw_annealing([dict(epoch=0, other=1.0)])
 
 
+def test_columns_may_come_later():
+    rows = [dict(epoch=0, train_loss=2.0), dict(epoch=1, train_loss=1.5, eval_top1=40.0)]
+    figure = draw_annealing(rows)
+    assert figure.get_suptitle() == 'training run: top-1 40.00% at the end (the best)'
+
+
 def test_published_epoch_is_marked(run):
     axes = panels(draw_annealing(read_summary(run / 'summary.csv'), published=4))
     assert drawn(axes['accuracy (%)'], 'published')[0] == [4, 4]
