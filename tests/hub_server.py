@@ -10,6 +10,7 @@ import json
 import re
 import threading
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -200,7 +201,8 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content[:self.fault.cut_after])
             self.close_connection = True
         else:
-            self.wfile.write(content)
+            with suppress(ConnectionError):  # a client that waits no longer
+                self.wfile.write(content)
 
     def _user(self):
         token = (self.headers.get('Authorization') or '').removeprefix('Bearer ')

@@ -724,6 +724,11 @@ def test_commit_of_which_nothing_is_known(server, run_folder, option, faults, pa
     assert f'On the Hub: perhaps test_resnet.orepa_pets, look at {server.url}/{REPO}/{page}; the folder' in error
 
 
+def test_refused_pull_request(server, run_folder):
+    server.fail('POST', '/commit/main', status=409)
+    assert_not_published(server, call('publish', run_folder, '--repo', REPO, '--create-pr', code=3))
+
+
 def test_download_that_takes_too_long(server, run_folder, model, tmp_path, monkeypatch):
     publish_json(run_folder, '--repo', REPO)
     monkeypatch.setattr(constants, 'HF_HUB_DOWNLOAD_TIMEOUT', 0.2)
