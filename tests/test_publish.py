@@ -713,6 +713,7 @@ def test_answer_to_a_commit_is_lost(server, run_folder, fault):
     ('--json', dict(commit=dict(delay=1)), 'commits/main'),
     ('--json', dict(commit=dict(status=504)), 'commits/main'),
     ('--json', {'commit': dict(cut_after=0), 'paths-info': dict(status=500, times=50)}, 'commits/main'),
+    ('--json', {'commit': dict(status=500), 'paths-info': dict(status=500, times=50)}, 'commits/main'),
     ('--create-pr', dict(commit=dict(cut_after=0)), 'discussions'),
     ('--create-pr', dict(commit=dict(status=500)), 'discussions'),
 ])
