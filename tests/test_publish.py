@@ -1,5 +1,6 @@
 """Publishing and loading, against a Hub on loopback: real HTTP, the real client, and faults."""
 import argparse
+import functools
 import json
 import os
 import re
@@ -26,7 +27,8 @@ from torchvision.transforms.functional import to_pil_image
 import timm_rep
 from timm_rep import publishing
 from timm_rep.cli import main
-from timm_rep.model_card import OWN_TEXT_BEGIN, OWN_TEXT_END
+from timm_rep.hub_errors import reason
+from timm_rep.model_card import OWN_TEXT_BEGIN, OWN_TEXT_END, lost_text
 from timm_rep.pretrained import published_weights, with_published
 
 ARCHITECTURE, STOCK = 'orepa_test_resnet', 'test_resnet'
@@ -178,6 +180,16 @@ def card_of(server, revision='main'):
     return server.files(REPO, revision)['README.md'].decode()
 
 
+def cached_files(tmp_path):
+    return [path for path in (tmp_path / 'cache').rglob('*') if path.is_file() and path.suffix == '.safetensors']
+
+
+def put_card(card, revision='main'):
+    api = huggingface_hub.HfApi()
+    api.create_repo(REPO, exist_ok=True)
+    api.upload_file(path_or_fileobj=card.encode(), path_in_repo='README.md', repo_id=REPO, revision=revision)
+
+
 def assert_not_published(server, error, folder=Path('test_resnet.orepa_pets')):
     """Nothing of it can be seen on the Hub; the folder is there and complete."""
     assert set(server.files(REPO)) == {'.gitattributes'} if REPO in server.repos else True
@@ -321,6 +333,8 @@ def test_figures_of_other_weights_are_not_taken(use_ema, noted_ema, measured, fu
     published = timm_rep.publish(folder, REPO, use_ema=use_ema, dry_run=True, out=tmp_path / 'out')
     config = json.loads((published.folder / 'config.json').read_text())
     assert config['timm_rep']['metrics'] == (dict(top1=41.5, top5=97.25) if measured else {})
+    weights = f'with the {"averaged" if use_ema else "trained"} weights'
+    assert (weights in (published.folder / 'README.md').read_text()) == measured
     row = '| Top-1 accuracy (%) | 41.5 |' if measured else '| Top-1 accuracy (%) | not measured |'
     assert row in (published.folder / 'README.md').read_text()
     assert ('use_ema (--use-ema)' in caplog.text) == (noted_ema and not use_ema)
@@ -393,13 +407,95 @@ def test_a_card_of_other_making_is_not_lost(server, run_folder):
     api = huggingface_hub.HfApi()
     api.create_repo(REPO)
     api.upload_file(path_or_fileobj=b'---\nlicense: mit\n---\n# Mine\n', path_in_repo='README.md', repo_id=REPO)
-    assert 'a model card of other making' in call('publish', run_folder, '--repo', REPO, code=3)
+    error = call('publish', run_folder, '--repo', REPO, code=3)
+    assert "this would be lost: '# Mine'" in error
+    assert 'failed' not in error
     assert card_of(server).endswith('# Mine\n')
     call('publish', run_folder, '--repo', REPO, '--replace-card')
     assert '# test_resnet.orepa_pets' in card_of(server)
-    broken = card_of(server).replace(OWN_TEXT_END, '')
-    api.upload_file(path_or_fileobj=broken.encode(), path_in_repo='README.md', repo_id=REPO)
-    assert 'the two marks' in call('publish', run_folder, '--repo', REPO, code=3)
+    assert 'Mine' not in card_of(server)
+
+
+@pytest.mark.parametrize(('mark', 'broken'), [(OWN_TEXT_END, ''), (OWN_TEXT_BEGIN, OWN_TEXT_BEGIN * 2)])
+def test_broken_marks(server, run_folder, mark, broken):
+    timm_rep.publish(run_folder, REPO)
+    put_card(card_of(server).replace(mark, broken).replace(OWN_TEXT_BEGIN, f'{OWN_TEXT_BEGIN}\nMine', 1))
+    assert "this would be lost: 'Mine'" in call('publish', run_folder, '--repo', REPO, code=3)
+    call('publish', run_folder, '--repo', REPO, '--replace-card')
+    assert 'Mine' not in card_of(server)
+    assert (card_of(server).count(OWN_TEXT_BEGIN), card_of(server).count(OWN_TEXT_END)) == (1, 1)
+
+
+def test_text_outside_of_the_marks_is_not_lost(server, full_run):
+    timm_rep.publish(full_run, REPO, dataset='Pets')
+    published = timm_rep.publish(full_run, REPO, dataset='Cats')  # what was generated is replaced
+    generated, new = card_of(server), (published.folder / 'README.md').read_text().replace('Cats', 'Dogs')
+    assert lost_text(generated, new) is None
+    for old, by_hand, lost in (
+            ('\n## Citation', '\n## Limits\n\nNone.\n\n## Citation', '## Limits'),
+            ('| Top-1 accuracy (%) | 41.5 |', '| Top-1 accuracy (%) | high |', '| Top-1 accuracy (%) | high |'),
+            ('| Top-1 accuracy (%) | 41.5 |', '| Top-1 accuracy (%) | 99.5 |', '| Top-1 accuracy (%) | 99.5 |'),
+            ('license: apache-2.0', 'license: mit', 'license: "mit"')):
+        assert lost_text(generated.replace(old, by_hand), generated) == lost
+        assert lost_text(generated.replace(old, by_hand), new) is not None
+    edited = generated.replace(OWN_TEXT_BEGIN, f'{OWN_TEXT_BEGIN}\nMine').replace('\n## Citation', '\n## Limits')
+    put_card(edited)
+    error = call('publish', full_run, '--repo', REPO, '--dataset', 'Cats', code=3)
+    assert "this would be lost: '## Limits'" in error
+    assert card_of(server) == edited
+    call('publish', full_run, '--repo', REPO, '--replace-card')
+    assert 'Mine' in card_of(server)
+    assert '## Limits' not in card_of(server)
+
+
+def test_license_chosen_on_the_hub_is_not_lost(server, run_folder):
+    put_card('---\nlicense: mit\n---\n')
+    assert 'this would be lost: \'license: "mit"\'' in call('publish', run_folder, '--repo', REPO, code=3)
+    call('publish', run_folder, '--repo', REPO, '--license', 'mit')
+
+
+def test_metadata_of_the_owner_are_kept(server, full_run, run_folder):
+    timm_rep.publish(full_run, REPO, dataset='Pets')
+    # in another order, as an editor may leave it
+    metadata, text = re.fullmatch(r'---\n(.*?)\n---\n(.*)', card_of(server), re.DOTALL).groups()
+    data = yaml.safe_load(metadata)
+    data['tags'].append('mine')
+    own = dict(base_model='timm/test_resnet.r160_in1k', datasets=['me/pets'], extra_gated_prompt='Do you agree? \u00e9')
+    edited = yaml.safe_dump({**own, **data}, sort_keys=True)
+    put_card(f'---\n{edited}---\n{text}')
+    call('publish', run_folder, '--repo', REPO, '--license', 'mit')
+    kept = yaml.safe_load(card_of(server).split('---\n')[1])
+    assert {key: kept[key] for key in own} == own
+    assert (kept['license'], kept['tags']) == ('mit', data['tags'])
+    assert 'model-index' not in kept  # there are no figures of these weights
+
+
+def test_card_of_the_training_form(server, run_folder):
+    api = huggingface_hub.HfApi()
+    api.create_repo(REPO)
+    api.create_branch(REPO, branch='train')
+    put_card('# Mine\n', 'train')
+    options = [run_folder, '--repo', REPO, '--include-training-form']
+    error = call('publish', *options, code=3)
+    assert f"the model card of {REPO}@train was written or changed by hand, and this would be lost: '# Mine'" in error
+    assert_not_published(server, error)
+    assert card_of(server, 'train') == '# Mine\n'
+    call('publish', *options, '--replace-card')
+    for revision in ('main', 'train'):
+        put_card(card_of(server, revision).replace(OWN_TEXT_BEGIN, f'{OWN_TEXT_BEGIN}\nOn {revision}'), revision)
+    call('publish', *options)
+    assert re.findall('On (main|train)\n', card_of(server)) == ['main']
+    assert re.findall('On (main|train)\n', card_of(server, 'train')) == ['train']
+
+
+def test_new_revision_train_does_not_take_over_the_main_card(server, run_folder):
+    put_card('# Mine\n')
+    call('publish', run_folder, '--repo', REPO, '--replace-card')
+    put_card(card_of(server).replace(OWN_TEXT_BEGIN, f'{OWN_TEXT_BEGIN}\nMine'))
+    call('publish', run_folder, '--repo', REPO, '--include-training-form')
+    assert 'Mine' in card_of(server)
+    assert 'Mine' not in card_of(server, 'train')
+    assert f'The weights of `{REPO}` before they were fused' in card_of(server, 'train')
 
 
 def test_private(server, run_folder, monkeypatch):
@@ -416,6 +512,37 @@ def test_private_does_not_write_to_a_public_repository(server, run_folder):
     huggingface_hub.HfApi().create_repo(REPO)
     assert 'exists and is public' in call('publish', run_folder, '--repo', REPO, '--private', code=3)
     assert set(server.files(REPO)) == {'.gitattributes'}
+
+
+def test_another_revision_is_named_everywhere(server, run_folder, model):
+    published = publish_json(run_folder, '--repo', REPO, '--revision', 'candidate')
+    there = f'{REPO}@candidate'
+    card = card_of(server, 'candidate')
+    assert re.findall(rf'{REPO}(?!@candidate)', card) == []
+    assert card.count(f'hf-hub:{there}') == 4
+    assert '\n# test_resnet.orepa_pets\n' in card
+    assert published['registry_entry'][f'{ARCHITECTURE}.orepa']['hf_hub_id'] == there
+    output = call('publish', run_folder, '--repo', REPO, '--revision', 'candidate', '--include-training-form')
+    assert f"Load it with timm.create_model('hf-hub:{there}', pretrained=True)" in output
+    assert f"hf-hub:{REPO}@train'" in card_of(server, 'train')
+    assert f'on the card of `{there}`' in card_of(server, 'train')
+    overlay = dict(hf_hub_id=there, num_classes=CLASSES)
+    loaded = [
+        timm.create_model(f'hf-hub:{there}', pretrained=True),
+        timm.create_model(ARCHITECTURE, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=CLASSES)]
+    inputs = randn(2, 3, 32, 32, dtype=torch.float32)
+    with torch.no_grad():
+        for same in loaded:
+            assert_near(same.eval()(inputs), model(inputs), MODEL_RTOL[torch.float32])
+
+
+def test_pull_request_is_loaded_once_it_is_merged(server, run_folder):
+    assert 'in one pull request.' in call('publish', run_folder, '--repo', REPO, '--create-pr', '--dry-run')
+    output = call('publish', run_folder, '--repo', REPO, '--create-pr')
+    load = f"timm.create_model('hf-hub:{REPO}', pretrained=True)"
+    assert f'/discussions/1\nOnce it is merged, load it with {load}\n' in output
+    assert 'pretrained.json' not in output
+    assert publish_json(run_folder, '--repo', REPO, '--create-pr')['registry_entry'] is None
 
 
 def test_pull_request_branch_and_tag(server, run_folder):
@@ -442,6 +569,25 @@ def test_no_right_to_write(server, run_folder, monkeypatch, token, message):
     assert not token or token not in error
     assert_not_published(server, error)
     assert REPO not in server.repos
+
+
+def test_the_token_that_is_given_is_used(server, run_folder, monkeypatch):
+    monkeypatch.setenv('HF_TOKEN', READER)
+    assert timm_rep.publish(run_folder, REPO, token=WRITER).commit is not None
+
+
+@pytest.mark.parametrize(('secret', 'token'), [
+    (SECRET, None), ('plain-environment', None), ('plain-given', 'plain-given')])
+def test_reason_names_no_token(monkeypatch, secret, token):
+    monkeypatch.setenv('HF_TOKEN', 'plain-environment')
+    assert reason(RuntimeError(f'refused\n{secret}'), token) == 'RuntimeError: refused ***'
+
+
+def test_json_is_all_of_the_output(server, run_folder, images, capsys):
+    main(['publish', str(run_folder), '--repo', REPO, '--data', str(images), '--json'], standalone_mode=False)
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)['images']['images'] == 2 * CLASSES
+    assert 'images:' in captured.err
 
 
 def test_the_token_is_left_out_of_errors(server, run_folder):
@@ -502,14 +648,96 @@ def test_a_server_error_that_stays_publishes_nothing(server, run_folder, method,
 def test_failure_behind_the_training_form_says_what_is_there(server, run_folder):
     server.fail('POST', '/commit/main', status=500)
     error = call('publish', run_folder, '--repo', REPO, '--include-training-form', code=3)
-    assert f'Published before that: the training form in {REPO}@train' in error
+    assert f'On the Hub: the training form in {REPO}@train' in error
     assert set(server.files(REPO)) == {'.gitattributes'}
 
 
-def test_a_file_that_arrives_damaged_is_noticed(server, run_folder, monkeypatch):
-    sha256 = publishing._sha256
-    monkeypatch.setattr(publishing, '_sha256', lambda path: sha256(path)[::-1])
-    assert 'is not what was sent' in call('publish', run_folder, '--repo', REPO, code=3)
+@pytest.mark.parametrize('name', ['README.md', 'model.safetensors'])
+@pytest.mark.parametrize('damage', [None, lambda content: content[:-1], lambda content: content[:-1] + b'!'])
+def test_a_file_that_arrives_damaged_is_noticed(server, run_folder, monkeypatch, name, damage):
+    send = publishing.HfApi.create_commit
+
+    def create_commit(self, *args, **kwargs):
+        commit = send(self, *args, **kwargs)
+        files = server.repos[REPO].commit('main').files
+        content, large = files.pop(name)
+        if damage:
+            files[name] = damage(content), large
+        return commit
+
+    monkeypatch.setattr(publishing.HfApi, 'create_commit', create_commit)
+    error = call('publish', run_folder, '--repo', REPO, '--git-tag', 'v1', code=3)
+    assert error.startswith(f'Error: {name} in {server.url}/{REPO}/commit/')
+    assert error.endswith(' is not what was sent; publish again')
+    assert server.repos[REPO].tags == {}
+
+
+def test_failure_behind_the_commit_says_that_it_is_there(server, run_folder):
+    server.fail('POST', '/paths-info/', status=500, times=50)
+    error = call('publish', run_folder, '--repo', REPO, '--git-tag', 'v1', code=3)
+    assert f'On the Hub: {server.url}/{REPO}/commit/{server.repos[REPO].branches["main"]}; the folder' in error
+    assert ', before tagging it v1, failed' in error
+    assert 'model.safetensors' in server.files(REPO)
+
+
+def test_tag_of_somebody_else_in_between(server, run_folder):
+    server.fail('POST', '/tag/', status=409)
+    error = call('publish', run_folder, '--repo', REPO, '--git-tag', 'v1', code=3)
+    commit = f'{server.url}/{REPO}/commit/{server.repos[REPO].branches["main"]}'
+    assert f'tagging {commit} v1 failed: it was changed by somebody else in between' in error
+    assert f'On the Hub: {commit};' in error
+    assert 'again' not in error
+
+
+@pytest.fixture
+def impatient(server, monkeypatch):
+    """The client waits for no answer longer than this."""
+    session, seconds = _http.get_session(), 0.5
+    if OLD_CLIENT:
+        monkeypatch.setattr(session, 'request', functools.partial(session.request, timeout=seconds))
+    else:
+        monkeypatch.setattr(session, 'timeout', seconds)
+
+
+@pytest.mark.parametrize('fault', [dict(cut_after=0), dict(late=1)])
+@pytest.mark.usefixtures('impatient')
+def test_answer_to_a_commit_is_lost(server, run_folder, fault):
+    server.fail('POST', '/commit/main', **fault)
+    published = publish_json(run_folder, '--repo', REPO, '--git-tag', 'v1')
+    assert published['commit'] == f'{server.url}/{REPO}/commit/{server.repos[REPO].branches["main"]}'
+    assert len(server.messages(REPO)) == 2
+    assert server.repos[REPO].tags == dict(v1=server.repos[REPO].branches['main'])
+
+
+@pytest.mark.parametrize(('option', 'faults', 'page'), [
+    ('--json', dict(commit=dict(delay=1)), 'commits/main'),
+    ('--json', dict(commit=dict(status=504)), 'commits/main'),
+    ('--json', {'commit': dict(cut_after=0), 'paths-info': dict(status=500, times=50)}, 'commits/main'),
+    ('--json', {'commit': dict(status=500), 'paths-info': dict(status=500, times=50)}, 'commits/main'),
+    ('--create-pr', dict(commit=dict(cut_after=0)), 'discussions'),
+    ('--create-pr', dict(commit=dict(status=500)), 'discussions'),
+])
+@pytest.mark.usefixtures('impatient')
+def test_commit_of_which_nothing_is_known(server, run_folder, option, faults, page):
+    for path, fault in faults.items():
+        server.fail('POST', f'/{path}/', **fault)
+    error = call('publish', run_folder, '--repo', REPO, option, code=3)
+    assert f'On the Hub: perhaps test_resnet.orepa_pets, look at {server.url}/{REPO}/{page}; the folder' in error
+
+
+def test_refused_pull_request(server, run_folder):
+    server.fail('POST', '/commit/main', status=409)
+    assert_not_published(server, call('publish', run_folder, '--repo', REPO, '--create-pr', code=3))
+
+
+def test_download_that_takes_too_long(server, run_folder, model, tmp_path, monkeypatch):
+    publish_json(run_folder, '--repo', REPO)
+    monkeypatch.setattr(constants, 'HF_HUB_DOWNLOAD_TIMEOUT', 0.2)
+    server.fail('GET', '/files/', times=50, delay=0.6)
+    assert 'timed out' in call('verify', f'hf-hub:{REPO}', code=3)
+    assert cached_files(tmp_path) == []
+    server.faults.clear()
+    assert 'outputs agree' in call('verify', f'hf-hub:{REPO}')
 
 
 def test_slow_server(server, run_folder):
@@ -526,10 +754,6 @@ def test_server_that_is_gone(server, run_folder):
     error = call('publish', run_folder, '--repo', REPO, code=3)
     assert_not_published(server, error)
     assert 'cannot be fetched' in call('verify', f'hf-hub:{REPO}', code=3)
-
-
-def cached_files(tmp_path):
-    return [path for path in (tmp_path / 'cache').rglob('*') if path.is_file() and path.suffix == '.safetensors']
 
 
 def test_interrupted_download(server, run_folder, model, tmp_path):
@@ -570,6 +794,31 @@ def test_offline_from_the_cache(server, run_folder, monkeypatch):
 # What is refused.
 
 
+@pytest.mark.parametrize('metadata', [
+    'license: [', '- license', 'model-index: []', 'model-index: [{name: x, results: []}]',
+    'model-index: [{name: x, results: [{task: {type: t}, dataset: {type: d}, metrics: [{type: m, value: 1}]}]}]',
+    'model-index: [{name: x, results: [{task: {type: t}, dataset: {type: d, name: D}, metrics: [{type: m}]}]}]'])
+def test_the_server_checks_metadata_as_the_hub_does(server, metadata):
+    with pytest.raises(ValueError, match=r'Invalid metadata in README\.md'):
+        put_card(f'---\n{metadata}\n---\n')
+
+
+@pytest.mark.parametrize('existing', ['out', 'out.train'])
+def test_existing_folder_is_refused_before_anything_is_done(run_folder, tmp_path, monkeypatch, existing):
+    (tmp_path / existing / 'mine').mkdir(parents=True)
+    monkeypatch.setattr(publishing, 'fuse', None)
+    options = ['--repo', REPO, '--out', tmp_path / 'out', '--include-training-form', '--dry-run']
+    assert f'{existing} is a folder that is not empty' in call('publish', run_folder, *options, code=2)
+    assert [path.name for path in tmp_path.iterdir()] == [existing]
+
+
+def test_a_folder_is_free_if_that_of_the_training_form_is(run_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'test_resnet.orepa_pets.train').mkdir()
+    published = timm_rep.publish(run_folder, REPO, include_training_form=True, dry_run=True)
+    assert published.folder.name == 'test_resnet.orepa_pets-2'
+
+
 @pytest.mark.parametrize(('kwargs', 'message'), [
     (dict(repo='resnet18'), 'repo must be ORG/NAME'),
     (dict(repo='../x'), 'repo must be ORG/NAME'),
@@ -580,6 +829,7 @@ def test_offline_from_the_cache(server, run_folder, monkeypatch):
     (dict(repo='me/resnet50.orepa'), 'says resnet50, but the model is'),
     (dict(architecture='orepa_resnet18'), 'does not hold orepa_resnet18|says that it trained'),
     (dict(create_pr=True, revision='x'), 'besides it'),
+    (dict(revision='a@b'), 'revision must be letters'),
     (dict(create_pr=True, include_training_form=True), 'include_training_form besides it'),
     (dict(revision='train', include_training_form=True), "revision 'train' is that of the training form"),
 ])

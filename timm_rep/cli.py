@@ -274,11 +274,11 @@ def _published_json(published: Published) -> str:
 @click.option('--create-pr', is_flag=True, help='Open a pull request.')
 @click.option('--git-tag', metavar='TAG', help='Tag the commit on the Hub, e.g. v1.')
 @click.option('--include-training-form', is_flag=True, help='Put the training form on the revision "train".')
-@click.option('--replace-card', is_flag=True, help='Replace a model card of other making.')
+@click.option('--replace-card', is_flag=True, help='Replace a model card that was written by hand.')
 @click.option('--device', default='cpu', show_default=True, help='Where images are run and speed is measured.')
 @_checkpoint_options
 @_json_option
-def publish(source: str, repo: str, as_json: bool, dry_run: bool, **kwargs: Any) -> None:
+def publish(source: str, repo: str, as_json: bool, dry_run: bool, create_pr: bool, **kwargs: Any) -> None:
     """Publish a trained model on the Hugging Face Hub, in stock form: anyone loads it with timm alone.
 
     CHECKPOINT_OR_RUN_DIR is the output folder of timm's train.py, or a checkpoint in it. It is fused, verified layer
@@ -292,23 +292,26 @@ def publish(source: str, repo: str, as_json: bool, dry_run: bool, **kwargs: Any)
       timm-rep publish last.pth.tar --repo me/resnet18.orepa_pets --model orepa_resnet18 --num-classes 37 --private
     """
     with _user_errors(as_json):
-        published = publish_model(source, repo, dry_run=dry_run, progress=not as_json, **kwargs)
+        published = publish_model(source, repo, dry_run=dry_run, create_pr=create_pr, progress=True, **kwargs)
     if as_json:
         click.echo(_published_json(published))
         return
     click.echo(f'{published.folder}: {published.report}')
     for name, size in published.files.items():
         click.echo(f'  {size:>12,}  {name}')
-    target = f'{published.repo}@{published.revision}'
+    load = f"timm.create_model('{HUB_PREFIX}{published.hub_id}', pretrained=True)"
     if dry_run:
-        click.echo(f'Dry run, nothing was sent: these {len(published.files)} files would go to {target} in one commit.')
+        target = f'{published.repo}@{published.revision}'
+        way = 'pull request' if create_pr else 'commit'
+        click.echo(f'Dry run, nothing was sent: these {len(published.files)} files would go to {target} in one {way}.')
         if published.training_folder is not None:
             click.echo(f'The training form in {published.training_folder} would go to {published.repo}@train.')
     else:
         click.echo(f'Published: {published.pull_request or published.commit}')
-        click.echo(f"Load it with timm.create_model('{HUB_PREFIX}{published.repo}', pretrained=True)")
-    click.echo('To let pretrained=True find the weights, add to timm_rep/pretrained.json:')
-    click.echo(json.dumps(published.entry, indent=2))
+        click.echo(f'Once it is merged, load it with {load}' if create_pr else f'Load it with {load}')
+    if published.entry is not None:
+        click.echo('To let pretrained=True find the weights, add to timm_rep/pretrained.json:')
+        click.echo(json.dumps(published.entry, indent=2))
 
 
 @main.command()

@@ -33,7 +33,7 @@ from .surgery import annealed_modules, fuse, image_channels, rep_layers
 from .verification import Report, VerificationError, verify
 
 __all__ = ['CARD_FILE', 'CONFIG_FILE', 'MANAGED_FILES', 'SELF_CHECK_FILE', 'WEIGHTS_FILE', 'export_folder',
-           'export_training_form', 'methods_of']
+           'export_training_form', 'methods_of', 'new_folder']
 
 _logger = logging.getLogger(__name__)
 
@@ -73,7 +73,18 @@ def methods_of(model: nn.Module) -> List[str]:
     return [name for name, present in found.items() if present]
 
 
-def _new_folder(path: Union[str, Path]) -> Path:
+def new_folder(path: Union[str, Path]) -> Path:
+    """Check that a folder can be written to.
+
+    Args:
+        path: New or empty folder.
+
+    Returns:
+        The absolute path.
+
+    Raises:
+        FileExistsError: If it is a file or a folder that is not empty.
+    """
     path = Path(path).resolve()
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         kind = 'a folder that is not empty' if path.is_dir() else 'a file'
@@ -249,7 +260,7 @@ def export_folder(
         VerificationError: If the fused model is not the function of its training form, or is not finite.
         RuntimeError: If timm does not rebuild the fused model, for example one whose norms are folded too.
     """
-    path = _new_folder(path)
+    path = new_folder(path)
     architecture = _architecture(model)
     metrics = dict(metrics or {})
     _check_metrics(metrics)
@@ -332,7 +343,7 @@ def export_training_form(
         VerificationError: If it has values that are not finite.
         RuntimeError: If timm does not rebuild it.
     """
-    path = _new_folder(path)
+    path = new_folder(path)
     architecture = _architecture(model)
     _check_labels(label_names, model)
     training_form: Any = copy.deepcopy(model).eval().cpu().to(memory_format=torch.contiguous_format)

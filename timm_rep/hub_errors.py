@@ -5,13 +5,33 @@ from typing import Optional
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, LocalTokenNotFoundError
 
-__all__ = ['HubError', 'reason']
+__all__ = ['HubError', 'reason', 'status_of']
 
 TOKEN = re.compile(r'\bhf_\w{4,}')
 
 
 class HubError(RuntimeError):
     """The Hub could not be reached, or refused."""
+
+
+def _root(error: BaseException) -> BaseException:
+    """The error that says most of those that led to one."""
+    while error.__cause__ is not None and (
+            isinstance(error, LocalEntryNotFoundError) or not isinstance(error, HfHubHTTPError)):
+        error = error.__cause__
+    return error
+
+
+def status_of(error: BaseException) -> Optional[int]:
+    """What the Hub answered.
+
+    Args:
+        error: What huggingface_hub raised.
+
+    Returns:
+        Status code of HTTP; None if no answer came.
+    """
+    return getattr(getattr(_root(error), 'response', None), 'status_code', None)
 
 
 def reason(error: BaseException, token: Optional[str] = None) -> str:
@@ -24,11 +44,7 @@ def reason(error: BaseException, token: Optional[str] = None) -> str:
     Returns:
         One line.
     """
-    found = error
-    while found.__cause__ is not None and (
-            isinstance(found, LocalEntryNotFoundError) or not isinstance(found, HfHubHTTPError)):
-        found = found.__cause__
-    status = getattr(getattr(found, 'response', None), 'status_code', None)
+    found, status = _root(error), status_of(error)
     message = ' '.join(str(found).split())
     for secret in (token, huggingface_hub.get_token()):
         if secret:
@@ -39,5 +55,5 @@ def reason(error: BaseException, token: Optional[str] = None) -> str:
     if status == 403:
         return f'the token may not do that ({message})'
     if status in (409, 412):
-        return f'it was changed by somebody else in between, try again ({message})'
+        return f'it was changed by somebody else in between ({message})'
     return f'{type(found).__name__}: {message}'

@@ -1,16 +1,20 @@
 """The model card of an exported model: what it is, what was measured, how to use it. It states nothing else."""
+import hashlib
+import json
 import re
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import huggingface_hub
 import timm
+import yaml
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from .measuring import Costs, ImageCheck
 from .runs import Run
 from .verification import Report
 
-__all__ = ['NOT_MEASURED', 'PAPERS', 'keep_own_text', 'model_card', 'needs_plugin', 'own_text',
-           'training_form_card']
+__all__ = ['NOT_MEASURED', 'OWN_TEXT_BEGIN', 'OWN_TEXT_END', 'PAPERS', 'lost_text', 'model_card', 'needs_plugin',
+           'training_form_card', 'update_card']
 
 NOT_MEASURED = 'not measured'
 # Rows that every model card has.
@@ -18,6 +22,10 @@ METRICS = dict(top1='Top-1 accuracy (%)', top5='Top-5 accuracy (%)')
 # What stands between these lines is its owner's, and survives the next publication.
 OWN_TEXT_BEGIN = '<!-- timm_rep: your own text, from here ... -->'
 OWN_TEXT_END = '<!-- timm_rep: ... to here, is kept when the model is published again -->'
+# Tells whether anybody wrote into the rest of a card.
+CHECKSUM = '<!-- timm_rep: checksum of the generated text {} -->'
+# Metadata that is written anew; all other keys of a card are its owner's.
+GENERATED_KEYS = ('license', 'library_name', 'pipeline_tag', 'model-index')
 # Arguments of train.py that make up a recipe, for the table on the card.
 RECIPE_ARGS = (
     'epochs', 'batch_size', 'opt', 'momentum', 'weight_decay', 'lr', 'lr_base', 'sched', 'warmup_epochs', 'min_lr',
@@ -97,43 +105,89 @@ def needs_plugin(architecture: str) -> bool:
     return timm.model_entrypoint(architecture).__module__.partition('.')[0] == __name__.partition('.')[0]
 
 
-def own_text(card: str) -> Optional[str]:
-    """What the owner of a repository wrote into the card by hand.
-
-    Args:
-        card: A model card.
-
-    Returns:
-        The text between the two marks; None if the card has no marks.
-
-    Raises:
-        ValueError: If only one mark is left, or they are not in order.
-    """
-    marks = card.count(OWN_TEXT_BEGIN), card.count(OWN_TEXT_END)
-    if marks == (0, 0):
-        return None
-    rest = card.partition(OWN_TEXT_BEGIN)[2]
-    text, end, _ = rest.partition(OWN_TEXT_END)
-    if marks != (1, 1) or not end:
-        raise ValueError(
-            f'the model card must have the two marks {OWN_TEXT_BEGIN!r} and {OWN_TEXT_END!r} once each and in this '
-            f'order, got {marks[0]} and {marks[1]} of them'
-        )
-    return text
+def _metadata(card: str) -> Tuple[Dict[str, Any], str]:
+    """Metadata of a card, and all behind them; a block that is no metadata is text."""
+    block = REGEX_YAML_BLOCK.match(card)
+    try:
+        data = yaml.safe_load(block[2]) if block else None
+    except yaml.YAMLError:
+        data = None
+    return (data, card[block.end():]) if block and isinstance(data, dict) else ({}, card)
 
 
-def keep_own_text(card: str, text: str) -> str:
-    """Put the owner's text into a new card.
+def _own_text(card: str) -> Optional[str]:
+    """What stands between the two marks; None unless both are there, once each and in order."""
+    text, end, _ = card.partition(OWN_TEXT_BEGIN)[2].partition(OWN_TEXT_END)
+    return text if end and (card.count(OWN_TEXT_BEGIN), card.count(OWN_TEXT_END)) == (1, 1) else None
 
-    Args:
-        card: A card that :func:`model_card` made.
-        text: What :func:`own_text` found in the old one.
 
-    Returns:
-        The new card with the text between its marks.
-    """
+def _put_own_text(card: str, text: str) -> str:
     before, _, rest = card.partition(OWN_TEXT_BEGIN)
     return before + OWN_TEXT_BEGIN + text + OWN_TEXT_END + rest.partition(OWN_TEXT_END)[2]
+
+
+def _generated_lines(card: str) -> List[str]:
+    """All lines of a card that its next version does not keep."""
+    data, text = _metadata(card)
+    if _own_text(text) is not None:
+        text = _put_own_text(text, '')
+    for mark in (OWN_TEXT_BEGIN, OWN_TEXT_END):
+        text = text.replace(mark, '')
+    text = re.sub(CHECKSUM.format(r'\w*'), '', text)
+    values = [f'{key}: {json.dumps(data[key], sort_keys=True, default=str)}' for key in GENERATED_KEYS if key in data]
+    return [line.strip() for line in text.splitlines() if line.strip()] + values
+
+
+def _checksum(card: str) -> str:
+    return CHECKSUM.format(hashlib.sha256('\n'.join(_generated_lines(card)).encode()).hexdigest()[:16])
+
+
+def _with_checksum(card: str) -> huggingface_hub.ModelCard:
+    return huggingface_hub.ModelCard(f'{card}\n{_checksum(card)}\n')
+
+
+def lost_text(old: str, new: str) -> Optional[str]:
+    """Find what somebody wrote into a card that :func:`update_card` would not keep.
+
+    Args:
+        old: The card that is there.
+        new: The card to put in its place.
+
+    Returns:
+        A line that would be lost, rather one that differs in more than its figures; None if there is none, or if all of
+        them were generated.
+    """
+    if _checksum(old) in old:
+        return None
+    kept = _generated_lines(new)
+    shapes = {re.sub(r'\d', '', line) for line in kept}
+    lost = [line for line in _generated_lines(old) if line not in kept]
+    return min(lost, key=lambda line: re.sub(r'\d', '', line) in shapes, default=None)
+
+
+def update_card(old: str, new: str) -> str:
+    """Put what its owner wrote into a card into the next version of it.
+
+    Args:
+        old: The card that is there.
+        new: A card that :func:`model_card` or :func:`training_form_card` made.
+
+    Returns:
+        The new card with the text between the marks of the old one, its tags, and its metadata of other keys.
+    """
+    text = _own_text(old)
+    data, body = _metadata(new if text is None else _put_own_text(new, text))
+    before = _metadata(old)[0]
+    added = {key: value for key, value in before.items() if key not in (*GENERATED_KEYS, *data)}
+    tags = before.get('tags') or []
+    tags = tags if isinstance(tags, list) else [tags]
+    tags = data['tags'] + [tag for tag in tags if tag not in data['tags']]
+    metadata = yaml.safe_dump({**data, 'tags': tags, **added}, sort_keys=False, allow_unicode=True)
+    return f'---\n{metadata}---\n{body}'
+
+
+def _name(repo: str) -> str:
+    return repo.partition('/')[2].partition('@')[0]
 
 
 def _figure(value: Optional[float], spec: str = '.4g') -> str:
@@ -327,7 +381,7 @@ def model_card(
         model: The fused model; its ``pretrained_cfg`` is that of the export.
         provenance: What config.json says under ``timm_rep``.
         report: Comparison with the training form; None if there was none.
-        repo: Repository on the Hub, if known.
+        repo: Repository on the Hub, if known, with ``@REVISION`` unless it is the main one.
         run: The training run.
         costs: What both forms cost.
         images: Comparison on real images.
@@ -338,7 +392,7 @@ def model_card(
     """
     cfg, dataset, metrics = model.pretrained_cfg, provenance['dataset'], provenance['metrics']
     architecture = cfg['architecture']
-    folder, name = name, repo.partition('/')[2] if repo else name
+    folder, name = name, _name(repo) if repo else name
     repo = repo or f'ORGANISATION/{name}'
     data = huggingface_hub.ModelCardData(
         model_name=name,
@@ -363,7 +417,7 @@ def model_card(
     citations: Dict[str, str] = {key: CITATIONS[key] for key in (*methods, *OWN_PAPERS, 'timm')}
     drawing = f'\n![Accuracy, loss and learning rate of every epoch]({plot})\n' if plot else ''
     bibliography = '\n\n'.join(f'```bibtex\n{citation}\n```' for citation in citations.values())
-    return huggingface_hub.ModelCard(f"""---
+    return _with_checksum(f"""---
 {data.to_yaml()}
 ---
 
@@ -415,30 +469,34 @@ def training_form_card(repo: str, architecture: str, license: str) -> huggingfac
     """Write the model card of weights in training form.
 
     Args:
-        repo: Repository on the Hub, whose main revision has the stock form.
+        repo: Repository on the Hub with the stock form, with ``@REVISION`` unless it is on the main one.
         architecture: One of our models.
         license: Licence of the weights.
 
     Returns:
         The card.
     """
-    name = repo.partition('/')[2]
+    name = _name(repo)
     data = huggingface_hub.ModelCardData(
         model_name=name, license=license, library_name='timm', pipeline_tag='image-classification',
         tags=['image-classification', 'timm', 'timm_rep', 'structural-re-parameterization'])
-    return huggingface_hub.ModelCard(f"""---
+    return _with_checksum(f"""---
 {data.to_yaml()}
 ---
 
 # {name}, training form
 
 The weights of `{repo}` before they were fused: `{architecture}` with all branches, to train on.
-What it is and what was measured is on the card of the main revision, which has the stock form, for all other uses.
+What it is and what was measured is on the card of `{repo}`, which has the stock form, for all other uses.
+
+{OWN_TEXT_BEGIN}
+
+{OWN_TEXT_END}
 
 ```python
 import timm
 import timm_rep  # registers the architecture
 
-model = timm.create_model('hf-hub:{repo}@train', pretrained=True)
+model = timm.create_model('hf-hub:{repo.partition('@')[0]}@train', pretrained=True)
 ```
 """)

@@ -10,18 +10,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union
 
-import huggingface_hub
 import timm
 import torch.nn as nn
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from .files import Checkpoint, read_checkpoint, training_form
-from .hub import CARD_FILE, CONFIG_FILE, DATA_FIELDS, MANAGED_FILES, export_folder, export_training_form, methods_of
-from .hub_errors import HubError, reason
+from .hub import (
+    CARD_FILE,
+    CONFIG_FILE,
+    DATA_FIELDS,
+    MANAGED_FILES,
+    export_folder,
+    export_training_form,
+    methods_of,
+    new_folder,
+)
+from .hub_errors import HubError, reason, status_of
 from .measuring import ImageCheck, compare_on_images, measure_costs
-from .model_card import OWN_TEXT_BEGIN, OWN_TEXT_END, keep_own_text, needs_plugin, own_text
+from .model_card import OWN_TEXT_BEGIN, OWN_TEXT_END, lost_text, needs_plugin, update_card
 from .runs import Run, read_run
 from .surgery import fuse, stock_architecture
 from .verification import Report, verify
@@ -52,7 +60,8 @@ class Published:
         pull_request: URL of the pull request, if one was opened.
         report: Comparison of the fused model with the training form, layer by layer and end to end.
         images: Comparison on real images, if there were any.
-        entry: Entry to add to ``timm_rep/pretrained.json``, so that ``pretrained=True`` finds the weights.
+        entry: Entry to add to ``timm_rep/pretrained.json``, so that ``pretrained=True`` finds the weights; None of a
+            pull request.
     """
 
     folder: Path
@@ -64,7 +73,16 @@ class Published:
     pull_request: Optional[str]
     report: Report
     images: Optional[ImageCheck]
-    entry: Dict[str, Dict[str, Any]]
+    entry: Optional[Dict[str, Dict[str, Any]]]
+
+    @property
+    def hub_id(self) -> str:
+        """What timm loads as ``hf-hub:ID``; of a pull request, once it is merged."""
+        return _hub_id(self.repo, self.revision)
+
+
+def _hub_id(repo: str, revision: str) -> str:
+    return repo if revision == MAIN_REVISION else f'{repo}@{revision}'
 
 
 def _check_arguments(
@@ -83,6 +101,8 @@ def _check_arguments(
         raise ValueError(f'repo must be ORG/NAME, got {repo!r}')
     if tag is not None and not re.fullmatch(r'[A-Za-z0-9_]+', tag):
         raise ValueError(f'tag must be letters, digits and _, as in orepa_in1k; got {tag!r}')
+    if revision is not None and not re.fullmatch(r'[\w./-]+', revision):
+        raise ValueError(f'revision must be letters, digits and _ . / -; got {revision!r}')
     if create_pr:
         refused = dict(revision=revision, git_tag=git_tag, include_training_form=include_training_form)
         given = [name for name, value in refused.items() if value]
@@ -118,9 +138,13 @@ def _default_tag(model: nn.Module, dataset: Optional[str]) -> str:
 
 
 def _free_folder(name: str) -> Path:
-    """NAME in the current folder, or the first free of NAME-2, NAME-3 ..."""
+    """NAME in the current folder, or the first of NAME-2, NAME-3 ... that is free, also with the training form."""
     names = (name if number == 1 else f'{name}-{number}' for number in itertools.count(1))
-    return next(path for path in map(Path, names) if not path.exists())
+    return next(path for path in map(Path, names) if not (path.exists() or _training_folder(path).exists()))
+
+
+def _training_folder(folder: Path) -> Path:
+    return folder.with_name(f'{folder.name}.{TRAIN_REVISION}')
 
 
 def _figures(run: Optional[Run], images: Optional[ImageCheck], use_ema: bool) -> Tuple[Dict[str, float], Optional[str]]:
@@ -135,12 +159,12 @@ def _figures(run: Optional[Run], images: Optional[ImageCheck], use_ema: bool) ->
     return {}, None
 
 
-def _entry(architecture: str, folder: Path, repo: str) -> Dict[str, Dict[str, Any]]:
+def _entry(architecture: str, folder: Path, hub_id: str) -> Dict[str, Dict[str, Any]]:
     """What to add to the registry of published weights: where they are, what differs from the architecture's own."""
     config = json.loads((folder / CONFIG_FILE).read_text())
     cfg: Dict[str, Any] = dict(config['pretrained_cfg'], num_classes=config['num_classes'])
     own: Any = timm.get_pretrained_cfg(architecture)
-    entry: Dict[str, Any] = dict(hf_hub_id=repo)
+    entry: Dict[str, Any] = dict(hf_hub_id=hub_id)
     for key in ('num_classes', 'license', *DATA_FIELDS):
         before = getattr(own, key, None)
         if key in cfg and cfg[key] != (list(before) if isinstance(before, tuple) else before):
@@ -161,7 +185,7 @@ def _told(what: str, folder: Path, token: Optional[str], sent: List[str]) -> Ite
     except PublishError:
         raise
     except Exception as e:  # those of the HTTP library of huggingface_hub, which is not always the same one
-        done = f'Published before that: {", ".join(sent)}' if sent else 'Nothing of it is published'
+        done = f'On the Hub: {", ".join(sent)}' if sent else 'Nothing of it is published'
         raise PublishError(
             f'{what} failed: {reason(e, token)}. {done}; the folder {folder} is complete and stays') from None
 
@@ -184,20 +208,33 @@ def _old_card(api: HfApi, repo: str, info: Any) -> str:
         return Path(path).read_text(encoding='utf-8')
 
 
-def _take_over(folder: Path, old_card: str, repo: str, replace_card: bool) -> None:
+def _take_over(folder: Path, old_card: str, hub_id: str, replace_card: bool) -> None:
     """Put what the owner wrote into the card that is there into the new one."""
-    text = own_text(old_card)
-    if text is not None:
-        path = folder / CARD_FILE
-        path.write_text(keep_own_text(path.read_text(encoding='utf-8'), text), encoding='utf-8')
+    if not old_card:
         return
-    body = huggingface_hub.repocard.REGEX_YAML_BLOCK.sub('', old_card)
-    if body.strip() and not replace_card:
+    path = folder / CARD_FILE
+    card = path.read_text(encoding='utf-8')
+    lost = lost_text(old_card, card)
+    if lost is not None and not replace_card:
         raise PublishError(
-            f'{repo} has a model card of other making, which would be lost: put what shall stay between the lines '
-            f'{OWN_TEXT_BEGIN} and {OWN_TEXT_END} of it, or give replace_card (--replace-card). Nothing is published; '
-            f'the folder {folder} is complete and stays'
+            f'the model card of {hub_id} was written or changed by hand, and this would be lost: {lost!r}. Put what '
+            f'shall stay between its lines {OWN_TEXT_BEGIN} and {OWN_TEXT_END}, and give replace_card '
+            f'(--replace-card). Nothing of it is published; the folder {folder} is complete and stays'
         )
+    path.write_text(update_card(old_card, card), encoding='utf-8')
+
+
+def _differing(api: HfApi, folder: Path, repo: str, revision: str) -> Optional[str]:
+    """Name of a file that is not on the Hub as it is here; None if all are."""
+    names = list(_files(folder))
+    there = {file.path: file for file in api.get_paths_info(repo, names, revision=revision)}
+    return next((name for name in names if not _is_copy(there.get(name), folder / name)), None)
+
+
+def _is_copy(file: Any, path: Path) -> bool:
+    if file is None:
+        return False
+    return bool(file.blob_id == _git_oid(path) if file.lfs is None else file.lfs.sha256 == _sha256(path))
 
 
 def _commit(
@@ -207,28 +244,52 @@ def _commit(
         revision: str,
         info: Any,
         message: str,
+        sent: List[str],
         create_pr: bool = False,
-) -> Any:
-    """Send a folder in one commit, and check that what arrived is what was sent."""
+) -> CommitInfo:
+    """Send a folder in one commit. If its answer is lost, look for it; if it may come yet, note that as sent."""
     files = _files(folder)
     stale = {file.rfilename for file in info.siblings or ()} & set(MANAGED_FILES) - set(files)
     operations: List[Any] = [CommitOperationAdd(name, str(folder / name)) for name in files]
     operations += [CommitOperationDelete(name) for name in sorted(stale)]
-    commit = api.create_commit(
-        repo,
-        operations,
-        commit_message=message,
-        revision=None if create_pr else revision,
-        parent_commit=info.sha,
-        create_pr=create_pr,
-    )
-    arrived = {file.path: file for file in api.get_paths_info(repo, list(files), revision=commit.oid)}
-    for name, size in files.items():
-        file: Any = arrived.get(name)
-        lfs = getattr(file, 'lfs', None)
-        if file is None or file.size != size or (lfs is not None and lfs.sha256 != _sha256(folder / name)):
-            raise PublishError(f'{name} in {commit.commit_url} is not what was sent; publish again')
-    return commit
+    try:
+        return api.create_commit(
+            repo,
+            operations,
+            commit_message=message,
+            revision=None if create_pr else revision,
+            parent_commit=info.sha,
+            create_pr=create_pr,
+        )
+    except Exception as e:
+        status = status_of(e)
+        if status is not None and status < 500:
+            raise
+        # a gateway's error, too, says nothing of the server behind it
+        unknown = create_pr or status in (None, 502, 504)
+        if not create_pr:
+            try:
+                head: Any = api.model_info(repo, revision=revision).sha
+                if _differing(api, folder, repo, head) is None:
+                    url = f'{api.endpoint}/{repo}/commit/{head}'
+                    return CommitInfo(commit_url=url, commit_message=message, commit_description='', oid=head)
+            except Exception:
+                unknown = True
+        if unknown:
+            page = 'discussions' if create_pr else f'commits/{revision}'
+            sent.append(f'perhaps {folder.name}, look at {api.endpoint}/{repo}/{page}')
+        raise
+
+
+def _check_arrival(api: HfApi, folder: Path, repo: str, commit: CommitInfo) -> None:
+    name = _differing(api, folder, repo, commit.oid)
+    if name is not None:
+        raise PublishError(f'{name} in {commit.commit_url} is not what was sent; publish again')
+
+
+def _git_oid(path: Path) -> str:
+    content = path.read_bytes()
+    return hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
 
 
 def _sha256(path: Path) -> str:
@@ -255,11 +316,12 @@ def _upload(
 
     api = HfApi(token=token, library_name='timm_rep', library_version=__version__)
     sent: List[str] = []
-    with _told(f'logging in to {api.endpoint}', folder, token, sent):
+    told = functools.partial(_told, folder=folder, token=token, sent=sent)
+    with told(f'logging in to {api.endpoint}'):
         api.whoami()
-    with _told(f'creating {repo}', folder, token, sent):
+    with told(f'creating {repo}'):
         api.create_repo(repo, private=private or None, exist_ok=True)
-    with _told(f'reading {repo}', folder, token, sent):
+    with told(f'reading {repo}'):
         info = _info(api, repo, revision)
         if private and not info.private:
             raise PublishError(
@@ -269,18 +331,29 @@ def _upload(
         tags = {ref.name for ref in api.list_repo_refs(repo).tags} if git_tag else ()
         if git_tag in tags:
             raise PublishError(f'{repo} has the tag {git_tag} already. Nothing is published; the folder {folder} stays')
-        _take_over(folder, _old_card(api, repo, info), repo, replace_card)
+        _take_over(folder, _old_card(api, repo, info), _hub_id(repo, revision), replace_card)
+        if training_folder is not None:
+            train_info = _info(api, repo, TRAIN_REVISION)
+            train_card = _old_card(api, repo, train_info)
+            # a new branch starts as a copy of the main one
+            if train_card != _old_card(api, repo, api.model_info(repo, revision=MAIN_REVISION)):
+                _take_over(training_folder, train_card, _hub_id(repo, TRAIN_REVISION), replace_card)
     name = repo.partition('/')[2]
     if training_folder is not None:
-        with _told(f'sending the training form to {repo}@{TRAIN_REVISION}', folder, token, sent):
-            train_info = _info(api, repo, TRAIN_REVISION)
-            _commit(api, training_folder, repo, TRAIN_REVISION, train_info, f'{name} in training form')
-            sent.append(f'the training form in {repo}@{TRAIN_REVISION}')
-    with _told(f'sending {folder.name} to {repo}', folder, token, sent):
-        commit = _commit(api, folder, repo, revision, info, f'{name}, fused by timm_rep {__version__}', create_pr)
-        sent.append(f'{commit.commit_url}')
+        what = f'the training form in {_hub_id(repo, TRAIN_REVISION)}'
+        with told(f'sending {what}'):
+            commit = _commit(
+                api, training_folder, repo, TRAIN_REVISION, train_info, f'{name} in training form', sent)
+        sent.append(what)
+        with told(f'checking {what}'):
+            _check_arrival(api, training_folder, repo, commit)
+    with told(f'sending {folder.name} to {_hub_id(repo, revision)}'):
+        commit = _commit(api, folder, repo, revision, info, f'{name}, fused by timm_rep {__version__}', sent, create_pr)
+    sent.append(str(commit.commit_url))
+    with told(f'checking {commit.commit_url}' + (f', before tagging it {git_tag},' if git_tag else '')):
+        _check_arrival(api, folder, repo, commit)
     if git_tag:
-        with _told(f'tagging {commit.commit_url}', folder, token, sent):
+        with told(f'tagging {commit.commit_url} {git_tag}'):
             api.create_tag(repo, tag=git_tag, revision=commit.oid)
     return commit
 
@@ -316,8 +389,8 @@ def publish(
 
     All is checked before anything is sent: the fused model against the training form, layer by layer and end to end,
     on random inputs and on real images if there are some; that no value is not finite; that nothing claims to be
-    another model's recipe. The folder stays, whatever happens. What stands between the two marks of the model card
-    that is on the Hub is kept.
+    another model's recipe. The folder stays, whatever happens. Of the model card that is on the Hub, what stands
+    between the two marks is kept, and metadata of the owner's; text elsewhere that nobody generated is refused.
 
     Args:
         source: Checkpoint of timm's train.py, or the output folder of the run, of which ``model_best.pth.tar`` (else
@@ -341,7 +414,7 @@ def publish(
         create_pr: Open a pull request instead of writing to the main revision.
         git_tag: Tag the commit, e.g. ``'v1'``, so that ``hf-hub:ORG/NAME@v1`` stays what it is.
         include_training_form: Put the weights in training form on the revision ``train`` as well.
-        replace_card: Replace a model card that was not made by this function.
+        replace_card: Replace a model card that was written or changed by hand outside of the two marks.
         device: Where images are run and speed is measured.
         token: Access token; by default the one that ``hf auth login`` or ``HF_TOKEN`` gives. Never shown or written.
         progress: Show progress bars.
@@ -351,7 +424,7 @@ def publish(
 
     Raises:
         FileNotFoundError: If the source or the folder of images is not there.
-        FileExistsError: If ``out`` is there and not empty.
+        FileExistsError: If ``out``, or ``out`` with ``.train`` for the training form, is there and not empty.
         ValueError: If an argument does not fit, or if the metadata would claim another model's recipe.
         RuntimeError: If the weights are not those of the architecture.
         VerificationError: If the fused model is not the same function, or not finite. Nothing is written or sent.
@@ -366,7 +439,10 @@ def publish(
     dataset = dataset or (None if run is None else run.args.get('dataset')) or None
     tag = tag or _default_tag(model, dataset)
     _check_recipe(checkpoint, architecture, repo, tag)
-    folder = Path(out) if out is not None else _free_folder(repo.partition('/')[2])
+    folder = new_folder(_free_folder(repo.partition('/')[2]) if out is None else out)
+    training_folder = new_folder(_training_folder(folder)) if include_training_form else None
+    revision = revision or MAIN_REVISION
+    hub_id = _hub_id(repo, revision)
 
     fused = fuse(model)
     report = verify(model, fused)
@@ -378,13 +454,12 @@ def publish(
     costs = measure_costs(model, fused, model.pretrained_cfg['input_size'], device=device)
     metrics, metrics_source = _figures(run, images, use_ema)
     common: Dict[str, Any] = dict(
-        tag=tag, license=license, repo=repo, label_names=None if images is None else images.classes)
+        tag=tag, license=license, repo=hub_id, label_names=None if images is None else images.classes)
     folder = export_folder(
         model.cpu(), folder, dataset=dataset, metrics=metrics, metrics_source=metrics_source, run=run, costs=costs,
         images=images, **common)
-    training_folder = None
-    if include_training_form:
-        training_folder = export_training_form(model, folder.with_name(f'{folder.name}.{TRAIN_REVISION}'), **common)
+    if training_folder is not None:
+        export_training_form(model, training_folder, **common)
 
     commit = None
     if not dry_run:
@@ -393,7 +468,7 @@ def publish(
             training_folder,
             repo,
             private=private,
-            revision=revision or MAIN_REVISION,
+            revision=revision,
             create_pr=create_pr,
             git_tag=git_tag,
             replace_card=replace_card,
@@ -404,10 +479,10 @@ def publish(
         _files(folder),
         training_folder,
         repo,
-        revision or MAIN_REVISION,
+        revision,
         None if commit is None else str(commit.commit_url),
         None if commit is None else commit.pr_url,
         report,
         images,
-        _entry(architecture, folder, repo),
+        None if create_pr else _entry(architecture, folder, hub_id),
     )
