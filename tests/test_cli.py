@@ -10,9 +10,11 @@ import timm
 import torch
 from click.testing import CliRunner
 from helpers import assert_near, randomize_, state_of
+from huggingface_hub import constants, file_download
+from huggingface_hub.utils import _http
 
 import timm_rep
-from timm_rep import demo
+from timm_rep import cli, demo
 from timm_rep.cli import main
 from timm_rep.files import load_training_form, read_checkpoint, save_weights
 from timm_rep.surgery import annealed_modules
@@ -258,6 +260,34 @@ def test_expand_bad_input(checkpoint, stock_file, tmp_path):
     assert 'in stock form' in call('expand', checkpoint, out, code=2)
     assert 'must end in .safetensors or .pth' in call('expand', stock_file, tmp_path / 'folder', code=2)
     assert not out.exists()
+
+
+@pytest.mark.parametrize('offline', [False, True])
+def test_expand_tells_the_hub_from_wrong_input(offline, tmp_path, monkeypatch):
+    """Weights are to come from an address where nobody listens."""
+    template = 'http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}'
+    monkeypatch.setattr(constants, 'ENDPOINT', 'http://127.0.0.1:9')
+    monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', template)
+    monkeypatch.setattr(file_download, 'HUGGINGFACE_CO_URL_TEMPLATE', template, raising=False)  # older client
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', offline)
+    monkeypatch.setattr(_http.time, 'sleep', lambda seconds: None)  # between two tries
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
+    out = tmp_path / 'out.pth'
+    assert 'resnet18 is not in the cache, and cannot be fetched' in call('expand', 'resnet18', out, code=3)
+    assert 'no pretrained weights of orepa_resnet18' in call('expand', 'orepa_resnet18', out, code=2)
+    assert not out.exists()
+
+
+def test_a_defect_has_an_exit_code_of_its_own(monkeypatch):
+    """1 says that two forms do not compute the same."""
+    def defect(*args, **kwargs):
+        raise KeyError('mine')
+
+    monkeypatch.setattr(cli, 'verify_checkpoint', defect)
+    result = CliRunner().invoke(main, ['verify', 'x.pth', '--json'])
+    assert result.exit_code == 4
+    assert '{"ok": false, "error": "KeyError: \'mine\'"}\n' in result.output
+    assert 'Traceback' in result.output
 
 
 def test_run_passes_all_arguments_on(tmp_path):

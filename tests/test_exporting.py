@@ -1,3 +1,4 @@
+import copy
 import importlib.util
 
 import pytest
@@ -79,11 +80,34 @@ def test_a_program_that_differs_is_not_kept(model, tmp_path, monkeypatch):
     def wrong(fused, images):
         other = deploy_form(fused)
         with torch.no_grad():
-            other.fc.weight.mul_(1.01)
+            other.fc.weight.mul_(1.001)
         return trace(other, images)
 
     monkeypatch.setattr(exporting, '_trace', wrong)
     with pytest.raises(VerificationError, match='the model is off'):
+        export_program(model, tmp_path / 'model.pt2')
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_onnx
+def test_an_onnx_file_that_differs_is_not_kept(model, tmp_path, monkeypatch):
+    write = exporting._write_onnx
+
+    def wrong(fused, images, path):
+        other = copy.deepcopy(fused)
+        with torch.no_grad():
+            other.fc.weight.mul_(1.001)
+        write(other, images, path)
+
+    monkeypatch.setattr(exporting, '_write_onnx', wrong)
+    with pytest.raises(VerificationError, match='the model is off'):
+        export_onnx(model, tmp_path / 'model.onnx')
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_program_of_one_batch_size_is_not_kept(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, '_trace', lambda fused, images: torch.export.export(fused, (images,)))
+    with pytest.raises((RuntimeError, AssertionError), match=r'(?i)shape|size|guard'):
         export_program(model, tmp_path / 'model.pt2')
     assert list(tmp_path.iterdir()) == []
 

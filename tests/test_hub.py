@@ -9,6 +9,7 @@ import torch
 from helpers import MODEL_RTOL, assert_near, randn, randomize_
 
 import timm_rep
+from timm_rep import hub, selfcheck
 from timm_rep.verification import VerificationError
 
 CLASSES = ['cat', 'dog', 'eel', 'fox', 'gnu']
@@ -74,6 +75,25 @@ def test_stock_timm_loads_it_in_another_process(tmp_path):
             assert_near(load_file(folder + '.outputs')['outputs'], model.eval()(inputs), MODEL_RTOL[torch.float32])
         expected = dict(DATA_CONFIG, num_classes=5, label_names=CLASSES, type='timm.models.resnet')
         assert found[folder] == json.loads(json.dumps(expected))
+
+
+@pytest.mark.parametrize(('room', 'images'), [(60_000, 2), (50_000, 1)])
+def test_self_check_is_small_enough_to_be_read(room, images, tmp_path, monkeypatch):
+    from safetensors.torch import load_file
+    assert selfcheck.MAX_BYTES[hub.SELF_CHECK_FILE] == hub.SELF_CHECK_BYTES
+    monkeypatch.setattr(hub, 'SELF_CHECK_ALLOWANCE', 1000)
+    monkeypatch.setattr(hub, 'SELF_CHECK_BYTES', room)
+    monkeypatch.setitem(selfcheck.MAX_BYTES, hub.SELF_CHECK_FILE, room)
+    folder = timm_rep.export_folder(training_form(), tmp_path / 'export', data_config=DATA_CONFIG)
+    assert load_file(folder / hub.SELF_CHECK_FILE)['input'].shape == (images, 3, 48, 48)
+    assert 'outputs agree' in str(timm_rep.check_export(folder))
+
+
+def test_image_too_large_for_a_self_check(tmp_path):
+    config = dict(DATA_CONFIG, input_size=(3, 4000, 4000))
+    with pytest.raises(ValueError, match=r'an image of input_size \(3, 4000, 4000\) takes 192000000 bytes, too much'):
+        timm_rep.export_folder(training_form(), tmp_path / 'export', data_config=config)
+    assert names_in(tmp_path) == []
 
 
 def test_config_is_our_own(tmp_path):

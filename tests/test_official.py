@@ -18,7 +18,7 @@ from timm.models._efficientnet_builder import decode_arch_def
 from timm.models.resnet import BasicBlock, Bottleneck
 
 import timm_rep
-from timm_rep import fuse, load_official_checkpoint, rep_layers, set_attach_rate
+from timm_rep import fuse, load_official_checkpoint, official, rep_layers, set_attach_rate
 from timm_rep.cli import main
 from timm_rep.models.stock import build_repvgg
 from timm_rep.official import fill_from_official_
@@ -311,6 +311,13 @@ def test_unused_row_of_scales_is_ignored():
     assert all(value.isfinite().all() for value in model.state_dict().values())
 
 
+def test_parts_that_the_authors_have_not_are_refused():
+    model = build('orepa_basic', 'stock')
+    model.layer1[0].extra = nn.Conv2d(2, 2, 1)
+    with pytest.raises(RuntimeError, match=r'nothing for layer1\.0\.extra\.bias, layer1\.0\.extra\.weight'):
+        fill_from_official_(model.double(), golden('orepa_basic')[3])
+
+
 # The whole way, from a file.
 
 PARTS = {'conv_kxk': 'rbr_dense', 'conv_1x1': 'rbr_1x1', 'identity': 'rbr_identity', 'reparam_conv': 'rbr_reparam'}
@@ -339,6 +346,20 @@ def training_file(stock, tmp_path_factory):
     weights = {f'module.{key}': value for key, value in official_names(stock.state_dict()).items()}
     torch.save(dict(epoch=119, arch='RepVGG-A0', state_dict=weights, best_acc1=torch.tensor(70.0)), path)
     return path
+
+
+@torch.no_grad()
+def test_batches_are_counted(stock, tmp_path):
+    weights = official_names(stock.state_dict())
+    counts = [key for key in weights if key.endswith('num_batches_tracked')]
+    weights.update({key: torch.tensor(number) for number, key in enumerate(counts, start=3)})
+    loaded = official_names(load_official_checkpoint(weights, NAME, inference_mode=True).state_dict())
+    assert {key: loaded[key].item() for key in counts} == {key: weights[key].item() for key in counts}
+    old = load_official_checkpoint(without(weights, *counts), NAME, inference_mode=True).state_dict()
+    assert {value.item() for key, value in old.items() if key.endswith('num_batches_tracked')} == {0}
+    for wrong in (torch.tensor(float('inf')), torch.tensor(float('nan')), torch.tensor(-3), torch.tensor([1, 2])):
+        with pytest.raises(RuntimeError, match=rf'{counts[0]} is not a number of batches'):
+            load_official_checkpoint({**weights, counts[0]: wrong}, NAME, inference_mode=True)
 
 
 @pytest.fixture(scope='module')
@@ -436,13 +457,16 @@ def test_bad_arguments_raise(stock, training_file, tmp_path):
         load_official_checkpoint(tmp_path / 'missing.pth', NAME)
     with pytest.raises(ValueError, match="unknown model 'orepa_nothing'"):
         load_official_checkpoint(training_file, 'orepa_nothing')
-    for wrong in ({}, {'epoch': 1}):
+    for wrong in ({}, {'epoch': 1}, {1: torch.ones(1)}):
         with pytest.raises(ValueError, match='a state dict holds tensors only'):
             load_official_checkpoint(wrong, NAME)
     with pytest.raises(RuntimeError, match=r'RepVGG-train.*weights of orepa_repvgg_b0_cifar; missing: '):
         load_official_checkpoint(training_file, 'orepa_repvgg_b0_cifar')
     with pytest.raises(RuntimeError, match=r'weights of orepa_repvgg_a2_cifar; '):
         load_official_checkpoint(training_file, 'orepa_repvgg_a2_cifar')
+    scalar = {**official_names(stock.state_dict()), 'linear.weight': torch.tensor(1.0)}
+    with pytest.raises(RuntimeError, match=r'linear.weight has shape \(\)'):
+        load_official_checkpoint({**scalar, 'linear.bias': torch.zeros(10)}, NAME)
     with pytest.raises(RuntimeError, match=r'missing: .*not expected: '):  # timm's own names
         load_official_checkpoint(stock.state_dict(), NAME)
 
@@ -492,6 +516,43 @@ def test_import_writes_a_hub_folder_in_stock_form(stock, training_file, tmp_path
     model = timm.create_model(f'local-dir:{out}', pretrained=True).eval()
     assert not list(rep_layers(model))
     assert_same_outputs(model, stock)
+
+
+@pytest.mark.parametrize('out', ['weights.safetensors', 'weights.pth', 'hub'])
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_import_writes_no_values_that_are_not_finite(value, out, deploy_file, tmp_path):
+    weights = torch.load(deploy_file)
+    weights['linear.bias'][0] = value
+    torch.save(weights, tmp_path / 'broken.pth')
+    message = call(tmp_path / 'broken.pth', '--model', NAME, '--out', tmp_path / out, code=1)
+    assert 'values that are not finite' in message
+    assert [path.name for path in tmp_path.iterdir()] == ['broken.pth']
+
+
+@pytest.mark.parametrize('value', [float('nan'), -1.0])
+def test_import_writes_no_variance_that_cannot_be(value, stock, tmp_path):
+    """A stock model has no fused form to be compared with."""
+    weights = official_names(stock.state_dict())
+    weights['stage0.rbr_dense.bn.running_var'] = torch.full_like(weights['stage0.rbr_dense.bn.running_var'], value)
+    torch.save(weights, tmp_path / 'broken.pth')
+    out = tmp_path / 'weights.pth'
+    options = ['--model', NAME, '--model-kwargs', 'inference_mode=True', '--out', out]
+    message = call(tmp_path / 'broken.pth', *options, code=1)
+    assert 'stem.conv_kxk.bn.running_var has ' in message
+    assert not out.exists()
+
+
+def test_import_checks_the_fused_model(training_file, tmp_path, monkeypatch):
+    def wrong(model):
+        fused = fuse(model)
+        with torch.no_grad():
+            fused.stem.conv_kxk.conv.weight.mul_(1.01)
+        return fused
+
+    monkeypatch.setattr(official, 'fuse', wrong)
+    assert 'layer stem.conv_kxk.conv is off' in call(
+        training_file, '--model', NAME, '--out', tmp_path / 'weights.pth', code=1)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture(scope='module')

@@ -5,9 +5,10 @@ import fnmatch
 import json
 import logging
 import sys
+import traceback
 from contextlib import contextmanager
 from statistics import median
-from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Tuple, Type
 
 import click
 import timm
@@ -45,19 +46,37 @@ class _HubFailure(click.ClickException):
     exit_code = 3
 
 
+class _Defect(click.ClickException):
+    exit_code = 4
+
+
+# Kinds of errors of the library, the first that fits; other errors are its defects.
+FAILURES: Tuple[Tuple[Type[Exception], Type[click.ClickException]], ...] = (
+    (VerificationError, _Mismatch),
+    (HubError, _HubFailure),
+    (ValueError, _UserError),
+    (RuntimeError, _UserError),
+    (OSError, _UserError),
+    (ImportError, _UserError),
+    (Exception, _Defect),
+)
+
+
 @contextmanager
 def _user_errors(as_json: bool = False) -> Iterator[None]:
     """Turn the errors that the library raises on bad input into one line, in JSON too, and an exit code."""
     try:
         yield
-    except (ValueError, RuntimeError, OSError, ImportError) as e:
-        _logger.debug('traceback of the error', exc_info=True)
+    except Exception as e:
+        failure = next(failure for kind, failure in FAILURES if isinstance(e, kind))
         message = ' '.join(str(e).split())
+        if failure is _Defect:
+            traceback.print_exc()
+            message = f'{type(e).__name__}: {message}'
+        _logger.debug('traceback of the error', exc_info=True)
         if as_json:
             click.echo(json.dumps(dict(ok=False, error=message)))
-        kinds = {VerificationError: _Mismatch, HubError: _HubFailure}
-        error = next((failure for kind, failure in kinds.items() if isinstance(e, kind)), _UserError)
-        raise error(message) from e
+        raise failure(message) from e
 
 
 def _json_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -143,7 +162,7 @@ def main() -> None:
       timm-rep publish output/train/run --repo me/resnet18.orepa_images --dry-run
 
     Exit codes: 0 all well; 1 two forms of a model do not compute the same; 2 wrong input; 3 the Hub could not be
-    reached, or refused.
+    reached, or refused; 4 a defect of timm-rep, with its traceback.
     """
 
 
@@ -234,6 +253,8 @@ def verify(checkpoint: str, fused: Optional[str], as_json: bool, **kwargs: Any) 
     """
     with _user_errors(as_json):
         if fused is None and is_export(checkpoint):
+            if any(kwargs.values()):
+                raise ValueError(f'{checkpoint} is an export, which says what it is: only --json goes with it')
             report = check_export(checkpoint)
         elif checkpoint.startswith(HUB_PREFIX):
             raise ValueError(f'{checkpoint} is compared with what is published with it, not with {fused}')
@@ -361,7 +382,7 @@ def import_official(file: str, out: str, as_json: bool, **kwargs: Any) -> None:
       timm-rep import-official model_epoch_0120.pyth --model repan_mobilenetv1_100 --out mobilenet.pth \\
           --model-kwargs rep_layer=acb --model-kwargs act_layer=relu
     """
-    with _user_errors():
+    with _user_errors(as_json):
         imported = import_checkpoint(file, out, **kwargs)
     if as_json:
         report = imported.report
@@ -444,7 +465,7 @@ def ensemble(run_dir: str, data_dir: str, as_json: bool, **kwargs: Any) -> None:
     Example:
       timm-rep ensemble output/train/run --data-dir images --out average.safetensors
     """
-    with _user_errors():
+    with _user_errors(as_json):
         result = evaluate_snapshots(run_dir, data_dir, progress=_progress_bar, **kwargs)
     if as_json:
         click.echo(_ensemble_json(result))

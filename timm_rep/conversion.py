@@ -9,6 +9,7 @@ from .checkpoints import checkpoint_filter_fn
 from .exporting import export_onnx, export_program
 from .files import (
     PathLike,
+    build_model,
     load_strictly,
     load_training_form,
     model_args_of,
@@ -18,6 +19,8 @@ from .files import (
     take_input_settings,
 )
 from .hub import export_folder
+from .hub_errors import hub_errors
+from .selfcheck import load_export
 from .surgery import TRAINING_PREFIXES, check_layer, fuse
 from .verification import Report, verify
 
@@ -102,7 +105,7 @@ def verify_checkpoint(
     if fused_path is not None:
         fused_path = Path(fused_path)
         if fused_path.is_dir():
-            fused = timm.create_model(f'local-dir:{fused_path}', pretrained=True)
+            fused = load_export(fused_path)
         else:
             weights = read_checkpoint(fused_path).state_dict
             name = model.pretrained_cfg['architecture']
@@ -152,6 +155,7 @@ def expand_checkpoint(
         FileNotFoundError: If the source is neither a file nor a model of timm's.
         ValueError: For an unknown layer or model, or a file that is not safe to read.
         RuntimeError: If the weights are not those of the model in stock form.
+        HubError: If pretrained weights cannot be fetched.
         VerificationError: If the outputs differ.
     """
     output = new_output(output, folder_allowed=False)
@@ -163,17 +167,20 @@ def expand_checkpoint(
             raise ValueError(f'{source} does not say which model it is of; name it')
         target, layer_args = _training_architecture(name, layer)
         args = {**model_args_of(checkpoint, name, overrides), **layer_args}
-        stock = timm.create_model(target, inference_mode=True, **args)
+        stock: Any = build_model(target, inference_mode=True, **args)
         load_strictly(stock, checkpoint.state_dict, checkpoint.path, f'{name} in stock form')
         take_input_settings(stock, checkpoint)
     elif timm.is_model(str(source)):
+        if not timm.models.is_model_pretrained(str(source)):
+            raise ValueError(f'timm has no pretrained weights of {source}')
         target, layer_args = _training_architecture(str(source), layer)
         args = {key: value for key, value in overrides.items() if value is not None}
-        stock = timm.create_model(str(source), pretrained=True, **args)
+        with hub_errors(f'{source}'):
+            stock = build_model(str(source), pretrained=True, **args)
         args.update(layer_args)
     else:
         raise FileNotFoundError(f'{source} is neither a file nor a model of timm')
-    model = timm.create_model(target, **args).eval()
+    model = build_model(target, **args).eval()
     model.load_state_dict(checkpoint_filter_fn(stock.state_dict(), model))
     report = verify(model, stock.eval())
     save_weights(model, output)

@@ -1,25 +1,27 @@
 """Checkpoint files: read safely, as the model that they are of, and written without replacing any."""
 import argparse
-import pickle
+import inspect
 import re
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Union
 
-import safetensors
 import safetensors.torch
 import timm
 import torch
 import torch.nn as nn
 from timm.data import resolve_data_config
-from timm.models import clean_state_dict
+from timm.models import build_model_with_cfg, clean_state_dict
 from torch import Tensor
 
 from .checkpoints import first_names
-from .runs import read_run_args
+from .runs import plain_args, read_run_args
 from .surgery import TRAINING_PREFIXES, annealed_modules
+from .verification import check_values
 
 __all__ = [
+    'FACTORY_ARGS',
     'Checkpoint',
     'build_model',
     'find_checkpoint',
@@ -43,6 +45,14 @@ RUN_CHECKPOINTS = ('model_best.pth.tar', 'last.pth.tar')
 MODEL_ARGS = dict(num_classes='num_classes', in_chans='in_chans', gp='global_pool', bn_eps='bn_eps')
 # What a model must be fed with, as train.py's arguments decide.
 DATA_CONFIG_KEYS = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
+
+# Arguments of timm's factory, not of a network: where weights come from, and where to. No file may give them.
+FACTORY_ARGS = {'device', 'dtype', *(
+    name for function in (timm.create_model, build_model_with_cfg)
+    for name, parameter in inspect.signature(function).parameters.items() if parameter.kind is not parameter.VAR_KEYWORD
+)}
+# Tensors of a file may share their numbers, as tied weights do, but they are not many times what it holds.
+SHARING = 2
 
 PathLike = Union[str, Path]
 
@@ -90,24 +100,47 @@ def find_checkpoint(path: PathLike) -> Path:
     raise FileNotFoundError(f'{path} is not the output folder of a run: it holds neither {wanted}')
 
 
+def _check_records(path: Path) -> None:
+    """Refuse compressed records, which torch.save does not write: they may take many times the file's size."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            unpacked = sum(record.file_size for record in file.infolist())
+        if unpacked > path.stat().st_size:
+            raise ValueError(f'its records take {unpacked} bytes, more than the file')
+
+
 def _read_file(path: Path, allow_pickle: bool) -> Any:
-    if path.suffix == '.safetensors':
-        try:
-            return safetensors.torch.load_file(path)
-        except safetensors.SafetensorError as e:
-            raise ValueError(f'{path} is not a safetensors file: {e}') from None
     try:
+        if path.suffix == '.safetensors':
+            return safetensors.torch.load_file(path)
+        _check_records(path)
         # train.py puts its arguments into the checkpoint
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location='cpu', weights_only=not allow_pickle)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as e:
+    except (OSError, ImportError):
+        raise
+    except Exception as e:  # a damaged file makes the readers raise almost anything
         refused = re.search(r'(?i)unsupported (?:global: )?GLOBAL (\S+)', str(e))
         if refused:
             raise ValueError(
                 f'{path} holds Python objects ({refused[1]}), not only weights; it is not loaded, since that could run '
                 'code (allow_pickle=True or --allow-pickle loads it all the same: only if you trust whoever made it)'
             ) from e
-        raise ValueError(f'{path} is not a PyTorch checkpoint') from e
+        kind = 'safetensors file' if path.suffix == '.safetensors' else 'PyTorch checkpoint'
+        first_line = str(e).partition('\n')[0]
+        raise ValueError(f'{path} is not a {kind} ({type(e).__name__}: {first_line})') from e
+
+
+def _check_tensors(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse tensors that are no plain arrays of real numbers, or that take much more than the file holds."""
+    total = 0
+    for key, value in weights.items():
+        if value.layout != torch.strided or value.device.type != 'cpu' or value.is_quantized or value.is_complex():
+            kind = f'{value.dtype}, {value.layout}, on {value.device}'
+            raise ValueError(f'{path} holds {key} as {kind}; weights are dense tensors of real numbers')
+        total += value.numel() * value.element_size()
+    if total > SHARING * path.stat().st_size:
+        raise ValueError(f'{path} has {path.stat().st_size} bytes, but its tensors take {total}; it is not loaded')
 
 
 def read_checkpoint(path: PathLike, *, use_ema: bool = False, allow_pickle: bool = False) -> Checkpoint:
@@ -123,8 +156,8 @@ def read_checkpoint(path: PathLike, *, use_ema: bool = False, allow_pickle: bool
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is no checkpoint, holds other Python objects than weights and arguments, or has no EMA
-            weights to take.
+        ValueError: If the file is no checkpoint, is damaged, holds other Python objects than weights and arguments, has
+            tensors that take much more than the file, or has no EMA weights to take.
     """
     path = find_checkpoint(path)
     content = _read_file(path, allow_pickle)
@@ -136,10 +169,11 @@ def read_checkpoint(path: PathLike, *, use_ema: bool = False, allow_pickle: bool
         if use_ema:
             raise ValueError(f'{path} has no EMA weights; it was written without --model-ema')
         weights = content
-    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
+    if not weights or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in weights.items()):
         raise ValueError(f'{path} holds no weights; its keys are {", ".join(map(str, list(content)[:5]))}')
+    _check_tensors(weights, path)
     args = content.get('args')
-    args = vars(args) if isinstance(args, argparse.Namespace) else read_run_args(path)
+    args = plain_args(vars(args), path) if isinstance(args, argparse.Namespace) else read_run_args(path)
     architecture = args.get('model') or content.get('arch')
     weights = clean_state_dict(clean_state_dict(weights))  # older timm strips one prefix (compile, DDP) a call
     epoch = content.get('epoch')
@@ -162,7 +196,7 @@ def load_strictly(model: nn.Module, state_dict: Dict[str, Tensor], path: Path, f
         form: What they should be, for the error.
 
     Raises:
-        RuntimeError: If keys or shapes are not those of the model.
+        RuntimeError: If keys or shapes are not those of the model, or an attach rate lies outside [0, 1].
     """
     own = model.state_dict()
     missing, unexpected = own.keys() - state_dict.keys(), state_dict.keys() - own.keys()
@@ -178,6 +212,8 @@ def load_strictly(model: nn.Module, state_dict: Dict[str, Tensor], path: Path, f
                 f'{path} does not hold {form}: {key} has shape {tuple(state_dict[key].shape)}, the model takes '
                 f'{tuple(value.shape)}'
             )
+        if key.endswith('attach_rate') and not 0 <= state_dict[key] <= 1:
+            raise RuntimeError(f'{path} does not hold {form}: {key} must lie in [0, 1], got {state_dict[key].item():g}')
     model.load_state_dict(state_dict)
 
 
@@ -196,7 +232,8 @@ def model_args_of(checkpoint: Checkpoint, architecture: str, overrides: Mapping[
     args = {name: run[key] for key, name in MODEL_ARGS.items() if run.get(key) is not None}
     if 'in_chans' not in args and run.get('input_size'):
         args['in_chans'] = run['input_size'][0]
-    args.update(run.get('model_kwargs') or {})
+    model_kwargs = run.get('model_kwargs') or {}
+    args.update({name: value for name, value in model_kwargs.items() if name not in FACTORY_ARGS})
     args.update({name: value for name, value in overrides.items() if value is not None})
     return args
 
@@ -207,9 +244,15 @@ def take_input_settings(model: Any, checkpoint: Checkpoint) -> None:
     Args:
         model: A model of timm; its ``pretrained_cfg`` is changed if the run was of its architecture.
         checkpoint: A checkpoint of the run.
+
+    Raises:
+        ValueError: If timm does not understand the settings.
     """
     if checkpoint.args.get('model') == model.pretrained_cfg.get('architecture'):
-        config = resolve_data_config(checkpoint.args, model=model)
+        try:
+            config = resolve_data_config(checkpoint.args, model=model)
+        except AssertionError as e:
+            raise ValueError(f'input settings of the run of {checkpoint.path} cannot be used: {e}') from e
         if tuple(config['input_size']) != tuple(model.pretrained_cfg['input_size']):
             model.pretrained_cfg['pool_size'] = None
         model.pretrained_cfg.update({key: config[key] for key in DATA_CONFIG_KEYS})
@@ -232,7 +275,7 @@ def build_model(architecture: str, /, **kwargs: Any) -> nn.Module:
         raise ValueError(f'unknown model {architecture!r}; `timm-rep list` shows the models with rep layers')
     try:
         return timm.create_model(architecture, **kwargs)
-    except (TypeError, KeyError, AssertionError) as e:
+    except (TypeError, LookupError, AttributeError, ArithmeticError, AssertionError) as e:
         given = ', '.join(f'{key}={value!r}' for key, value in kwargs.items())
         raise ValueError(f'{architecture} cannot be built with {given}: {e}') from e
 
@@ -326,12 +369,10 @@ def load_stock_form(path: PathLike) -> nn.Module:
     architecture = checkpoint.architecture
     if architecture is None:
         raise ValueError(f'{checkpoint.path} does not say which model it is of: no args.yaml beside it names it')
-    if not timm.is_model(architecture):
-        raise ValueError(f'unknown model {architecture!r} in the args.yaml beside {checkpoint.path}')
     args = model_args_of(checkpoint, architecture, {})
     if architecture.startswith(TRAINING_PREFIXES):
         args['inference_mode'] = True
-    model = timm.create_model(architecture, **args)
+    model = build_model(architecture, **args)
     load_strictly(model, checkpoint.state_dict, checkpoint.path, f'{architecture} in stock form')
     take_input_settings(model, checkpoint)
     return model.eval()
@@ -370,8 +411,10 @@ def save_weights(model: nn.Module, path: PathLike) -> None:
     Raises:
         ValueError: For another suffix.
         FileExistsError: If the file exists. It then stays as it is.
+        VerificationError: If a value is not finite, or a running variance is negative.
     """
     path = new_output(path, folder_allowed=False)
+    check_values(model)
     path.parent.mkdir(parents=True, exist_ok=True)
     # clones, since safetensors refuses tensors that share memory
     weights = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}

@@ -30,10 +30,10 @@ from .measuring import Costs, ImageCheck
 from .model_card import NOT_MEASURED, PAPERS, model_card, needs_plugin, training_form_card
 from .runs import Run, write_run
 from .surgery import annealed_modules, fuse, image_channels, rep_layers
-from .verification import Report, VerificationError, verify
+from .verification import Report, check_values, verify
 
-__all__ = ['CARD_FILE', 'CONFIG_FILE', 'MANAGED_FILES', 'SELF_CHECK_FILE', 'WEIGHTS_FILE', 'export_folder',
-           'export_training_form', 'methods_of', 'new_folder']
+__all__ = ['CARD_FILE', 'CONFIG_FILE', 'MANAGED_FILES', 'SELF_CHECK_BYTES', 'SELF_CHECK_FILE', 'WEIGHTS_FILE',
+           'export_folder', 'export_training_form', 'methods_of', 'new_folder']
 
 _logger = logging.getLogger(__name__)
 
@@ -43,6 +43,10 @@ CARD_FILE = 'README.md'
 PLOT_FILE = 'training.png'
 # Input and output of the published weights, for anyone to compare with.
 SELF_CHECK_FILE = 'test/rand_tensors.safetensors'
+# What it may weigh, to be read. Besides images it holds a little.
+SELF_CHECK_BYTES = 2 ** 26
+SELF_CHECK_ALLOWANCE = 2 ** 20
+SELF_CHECK_IMAGES = 2
 # All that an export may write: what a new publication may replace or remove.
 MANAGED_FILES = (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, PLOT_FILE, SELF_CHECK_FILE, 'args.yaml', 'summary.csv')
 
@@ -114,12 +118,6 @@ def _check_metrics(metrics: Mapping[str, Optional[float]]) -> None:
             raise ValueError(f'metrics must be finite numbers, or None for {NOT_MEASURED!r}; got {name}={value!r}')
 
 
-def _check_finite(model: nn.Module) -> None:
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise VerificationError(f'{name} has values that are not finite')
-
-
 def _pretrained_cfg(model: Any, data_config: Mapping[str, Any]) -> Dict[str, Any]:
     """Describe a fused model's weights as weights of their own."""
     unknown = set(data_config) - set(DATA_FIELDS)
@@ -164,8 +162,14 @@ def _check_reload(folder: Path, fused: Any, inputs: torch.Tensor) -> None:
 
 
 def _self_check_inputs(model: nn.Module, cfg: Mapping[str, Any]) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(2, *cfg['input_size'], generator=generator).to(next(model.parameters()).dtype)
+    dtype = next(model.parameters()).dtype
+    image_bytes = math.prod(cfg['input_size']) * dtype.itemsize
+    images = min(SELF_CHECK_IMAGES, (SELF_CHECK_BYTES - SELF_CHECK_ALLOWANCE) // image_bytes)
+    if images < 1:
+        raise ValueError(
+            f'an image of input_size {cfg["input_size"]} takes {image_bytes} bytes, too much for the self-check of an '
+            f'export, which takes at most {SELF_CHECK_BYTES - SELF_CHECK_ALLOWANCE}')
+    return torch.randn(images, *cfg['input_size'], generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
 @torch.no_grad()
@@ -270,7 +274,7 @@ def export_folder(
     # safetensors takes contiguous tensors only
     fused: Any = fuse(training_form).to(memory_format=torch.contiguous_format)
     cfg = _pretrained_cfg(fused, data_config or {})
-    _check_finite(fused)
+    check_values(fused)
     inputs = _self_check_inputs(fused, cfg)
     # RepVGG blocks with an attach rate, and rep layers, also those inside such blocks
     modules = {**dict(annealed_modules(training_form)), **dict(rep_layers(training_form))}
@@ -347,7 +351,7 @@ def export_training_form(
     architecture = _architecture(model)
     _check_labels(label_names, model)
     training_form: Any = copy.deepcopy(model).eval().cpu().to(memory_format=torch.contiguous_format)
-    _check_finite(training_form)
+    check_values(training_form)
     cfg = dict(_pretrained_cfg(training_form, {}), tag=tag, license=license)
     training_form.pretrained_cfg = training_form.default_cfg = cfg
     provenance = dict(_versions(), form='training', training_architecture=architecture)

@@ -1,11 +1,12 @@
 """What the client of the Hub raises, in words, and without any token."""
 import re
-from typing import Optional
+from contextlib import contextmanager
+from typing import Iterator, Optional
 
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, LocalTokenNotFoundError
 
-__all__ = ['HubError', 'reason', 'status_of']
+__all__ = ['HubError', 'hub_errors', 'reason', 'status_of']
 
 TOKEN = re.compile(r'\bhf_\w{4,}')
 
@@ -57,3 +58,23 @@ def reason(error: BaseException, token: Optional[str] = None) -> str:
     if status in (409, 412):
         return f'it was changed by somebody else in between ({message})'
     return f'{type(found).__name__}: {message}'
+
+
+@contextmanager
+def hub_errors(what: str) -> Iterator[None]:
+    """Turn what fetching raises into one kind of error; wrong input keeps its own.
+
+    Args:
+        what: What is fetched, for the message.
+
+    Raises:
+        HubError: If the Hub cannot be reached, or refuses.
+    """
+    try:
+        yield
+    except LocalEntryNotFoundError as e:
+        raise HubError(f'{what} is not in the cache, and cannot be fetched: {reason(e)}') from None
+    except (FileNotFoundError, ValueError, HubError):
+        raise
+    except Exception as e:  # those of the HTTP library of huggingface_hub, which is not always the same one
+        raise HubError(f'{what} cannot be fetched: {reason(e)}') from None

@@ -363,9 +363,11 @@ def compare_on_images(
 
     Raises:
         FileNotFoundError: If there is no such folder.
-        ValueError: If the images are not of as many classes as the model knows.
+        ValueError: If the images are not of as many classes as the model knows, or none are to be taken.
         VerificationError: If the outputs differ by more than the tolerance, or are not finite.
     """
+    if max_images is not None and max_images < 1:
+        raise ValueError(f'max_images must be at least 1, got {max_images}')
     if not Path(folder).is_dir():
         raise FileNotFoundError(f'no folder of images at {folder}')
     try:

@@ -138,6 +138,16 @@ class _Source:
         self._left.discard(name)
         return self._tensors.get(name)
 
+    def take_count(self, name: str) -> int:
+        """A number of batches; 0 if it is not there, since old checkpoints do not count."""
+        value = self.take_optional(name)
+        if value is None:
+            return 0
+        if value.numel() == 1 and torch.isfinite(value).all() and value >= 0:
+            return int(value)
+        self._misfits.append(f'{name} is not a number of batches')
+        return 0
+
     def fill(self, tensor: Tensor, name: str) -> None:
         """Overwrite a tensor of the model."""
         tensor.copy_(self.take(name, tensor.shape))
@@ -175,9 +185,8 @@ class _Source:
 def _load_norm(source: _Source, name: str, norm: nn.BatchNorm2d) -> None:
     for kind in ('weight', 'bias', 'running_mean', 'running_var'):
         source.fill(getattr(norm, kind), f'{name}.{kind}')
-    count = source.take_optional(f'{name}.num_batches_tracked')  # old checkpoints do not count
     if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.fill_(0 if count is None else int(count))
+        norm.num_batches_tracked.fill_(source.take_count(f'{name}.num_batches_tracked'))
 
 
 def _mirror_sign(prior: Tensor) -> Optional[Tensor]:
@@ -522,8 +531,9 @@ def _read(source: Union[PathLike, Weights]) -> Tuple[Dict[str, Tensor], str]:
     """Weights and what to call them; prefixes of wrappers are removed."""
     if not isinstance(source, Mapping):
         return read_checkpoint(source).state_dict, str(source)
-    if not source or not all(isinstance(value, Tensor) for value in source.values()):
-        raise ValueError(f'a state dict holds tensors only, got {", ".join(map(str, list(source)[:5])) or "nothing"}')
+    if not source or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in source.items()):
+        found = ', '.join(map(str, list(source)[:5])) or 'nothing'
+        raise ValueError(f'a state dict holds tensors only, by name; got {found}')
     return clean_state_dict(clean_state_dict(dict(source))), 'the state dict'
 
 
@@ -574,7 +584,7 @@ def load_official_checkpoint(
     """
     tensors, label = _read(source)
     for name in HEAD_NAMES:
-        if f'{name}.weight' in tensors:
+        if f'{name}.weight' in tensors and tensors[f'{name}.weight'].ndim == 2:
             kwargs.setdefault('num_classes', len(tensors[f'{name}.weight']))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -642,7 +652,7 @@ def import_checkpoint(
         FileExistsError: If the output exists.
         ValueError: For another suffix of the output, or as :func:`load_official_checkpoint` does.
         RuntimeError: As :func:`load_official_checkpoint` does.
-        VerificationError: If the fused model is not the same function.
+        VerificationError: If the fused model is not the same function, or a value is not finite or not possible.
     """
     output = new_output(output, folder_allowed=True)
     kwargs = dict(model_kwargs or {})

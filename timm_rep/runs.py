@@ -5,11 +5,11 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union
 
 import yaml
 
-__all__ = ['Run', 'complete_rows', 'read_run', 'read_run_args', 'read_summary', 'to_number', 'write_run']
+__all__ = ['Run', 'complete_rows', 'plain_args', 'read_run', 'read_run_args', 'read_summary', 'to_number', 'write_run']
 
 _logger = logging.getLogger(__name__)
 
@@ -25,6 +25,11 @@ SECRET_VALUE = re.compile(r'\bhf_\w{8,}|://[^/\s]*@')
 # By these two the arguments inside a checkpoint and the args.yaml beside it are told to be of one run.
 PathLike = Union[str, Path]
 IDENTITY_ARGS = ('model', 'experiment', 'dataset', 'epochs', 'batch_size', 'opt', 'sched', 'weight_decay', 'seed')
+# What arguments must be that something is built from here, if they are given.
+ARG_TYPES: Dict[str, Tuple[type, ...]] = dict(
+    model=(str,), num_classes=(int,), in_chans=(int,), gp=(str,), bn_eps=(float, int), model_kwargs=(dict,),
+    input_size=(list,), img_size=(int,), interpolation=(str,), mean=(list,), std=(list,), crop_pct=(float, int),
+    dataset=(str,), val_split=(str,), time_steps=(int,))
 # Figures of summary.csv by the name that they have on a model card.
 SUMMARY_METRICS = dict(top1='eval_top1', top5='eval_top5')
 
@@ -51,6 +56,40 @@ class Run:
     metrics: Dict[str, float]
 
 
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    return next((kind(value) for kind in (bool, int, float, str) if isinstance(value, kind)), None)
+
+
+def plain_args(args: Mapping[Any, Any], source: Path) -> Dict[str, Any]:
+    """Arguments of a run as plain numbers, strings, lists and dicts; None for what is none of these.
+
+    Args:
+        args: What a file says.
+        source: The file, for the error.
+
+    Returns:
+        The arguments. Those that are None are left out if something is built from them.
+
+    Raises:
+        ValueError: If something is built from an argument and it is of another type.
+    """
+    plain: Dict[str, Any] = _plain(args)
+    for key, kinds in ARG_TYPES.items():
+        if plain.get(key) is None:
+            plain.pop(key, None)
+            continue
+        value = plain[key]
+        numbers = not isinstance(value, list) or all(isinstance(part, (int, float)) for part in value)
+        if not (isinstance(value, kinds) and numbers):
+            wanted = 'list of numbers' if list in kinds else kinds[0].__name__
+            raise ValueError(f'{source}: the argument {key} must be of type {wanted}, got {value!r}')
+    return plain
+
+
 def read_run_args(path: Path) -> Dict[str, Any]:
     """Arguments of the run that wrote a checkpoint, from the file that train.py puts beside it.
 
@@ -61,16 +100,16 @@ def read_run_args(path: Path) -> Dict[str, Any]:
         The arguments; empty if there is no args.yaml.
 
     Raises:
-        ValueError: If args.yaml is not a YAML file.
+        ValueError: If args.yaml is not a YAML file, or an argument is not what train.py takes.
     """
     args_path = path.parent / 'args.yaml'
     if not args_path.is_file():
         return {}
     try:
         args = yaml.safe_load(args_path.read_text())
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise ValueError(f'{args_path} is not a YAML file: {e}') from e
-    return args if isinstance(args, dict) else {}
+    return plain_args(args, args_path) if isinstance(args, dict) else {}
 
 
 def _is_local(value: Any) -> bool:

@@ -1,27 +1,29 @@
 """Check that an exported model, in a folder or on the Hub, still computes what it did when it was exported."""
 import json
 from pathlib import Path
-from typing import Any, Dict, Optional, Union
+from typing import Dict, Optional, Tuple, Union
 
 import huggingface_hub
-import safetensors
 import safetensors.torch
 import timm
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
-from safetensors import safe_open
+import torch.nn as nn
+from huggingface_hub.errors import OfflineModeIsEnabled
+from torch import Tensor
 
-from .hub import CONFIG_FILE, SELF_CHECK_FILE, WEIGHTS_FILE
-from .hub_errors import HubError, reason
+from .files import FACTORY_ARGS
+from .hub import CONFIG_FILE, SELF_CHECK_BYTES, SELF_CHECK_FILE, WEIGHTS_FILE
+from .hub_errors import HubError, hub_errors
 from .verification import DEFAULT_RTOL, Report, VerificationError, compare_outputs
 
-__all__ = ['HUB_PREFIX', 'check_export', 'is_export']
+__all__ = ['HUB_PREFIX', 'check_export', 'is_export', 'load_export']
 
 HUB_PREFIX = 'hf-hub:'
 # The only files that are fetched: names come from here, never from what is fetched.
 FILES = (CONFIG_FILE, SELF_CHECK_FILE, WEIGHTS_FILE)
-# What a file may weigh before it is fetched or read. Weights: twice what the architecture takes in float32, and this.
-MAX_BYTES = {CONFIG_FILE: 2 ** 20, SELF_CHECK_FILE: 2 ** 26}
+# What a file may weigh before it is fetched or read. Weights: what the architecture takes in half precision, to what it
+# takes in double precision, and this.
+MAX_BYTES = {CONFIG_FILE: 2 ** 20, SELF_CHECK_FILE: SELF_CHECK_BYTES}
 WEIGHTS_ALLOWANCE = 2 ** 24
 # Where weights come from is not for a config.json to say.
 SOURCE_KEYS = ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'state_dict', 'custom_load', 'source')
@@ -39,47 +41,59 @@ def is_export(source: Union[str, Path]) -> bool:
     return str(source).startswith(HUB_PREFIX) or (Path(source) / CONFIG_FILE).is_file()
 
 
-def _check_size(name: str, size: Optional[int], allowed: int) -> None:
-    if size is None or size > allowed:
-        raise ValueError(f'{name} has {size} bytes, allowed are {allowed}; it is not read')
+def _file(folder: Path, name: str) -> Path:
+    path = folder / name
+    if not path.is_file():
+        raise FileNotFoundError(f'{folder} holds no {name}, which an export writes')
+    return path
 
 
-def _read_config(path: Path) -> Dict[str, Any]:
+def _check_size(name: str, size: Optional[int], allowed: int, least: int = 0) -> None:
+    if size is None or not least <= size <= allowed:
+        expected = f'{least} to {allowed}' if least else f'at most {allowed}'
+        raise ValueError(f'{name} has {size} bytes, allowed are {expected}; it is not read')
+
+
+def _check_config(path: Path) -> None:
+    """Refuse a config.json that is not of a timm model, or that would make timm read or fetch anything else."""
     _check_size(path.name, path.stat().st_size, MAX_BYTES[CONFIG_FILE])
     try:
         config = json.loads(path.read_text())
-    except (ValueError, UnicodeDecodeError) as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f'{path} is not a JSON file: {e}') from None
     cfg = config.get('pretrained_cfg') if isinstance(config, dict) else None
     architecture = config.get('architecture') if isinstance(cfg, dict) else None
     if not isinstance(cfg, dict) or not isinstance(architecture, str) or not timm.is_model(architecture):
         raise ValueError(f'{path} does not describe a timm model; its architecture is {architecture!r}')
-    named = [key for key in SOURCE_KEYS if cfg.get(key)]
+    args = config.get('model_args', {})
+    if not isinstance(args, dict):
+        raise ValueError(f'{path}: model_args must be arguments by name, got {type(args).__name__}')
+    named = [key for key in SOURCE_KEYS if cfg.get(key)] + sorted(FACTORY_ARGS & set(args))
     if named:
         raise ValueError(f'{path} names another source of weights ({", ".join(named)}); it is not followed')
-    return config
 
 
-def _weights_bytes(config: Dict[str, Any]) -> int:
-    """What the weights of an architecture take in float32."""
-    args = dict(config.get('model_args') or {}, num_classes=config.get('num_classes'))
-    if args['num_classes'] is None:
-        del args['num_classes']
+def _build(folder: Path, pretrained: bool) -> nn.Module:
+    """Let timm rebuild the model of a checked config.json."""
+    try:
+        return timm.create_model(f'local-dir:{folder}', pretrained=pretrained)
+    except Exception as e:  # whatever the model makes of strange arguments
+        what = f'{CONFIG_FILE} and {WEIGHTS_FILE}' if pretrained else CONFIG_FILE
+        raise ValueError(f'timm cannot rebuild the model from {what} in {folder}: {e}') from e
+
+
+def _check_weights_size(folder: Path, size: Optional[int]) -> None:
+    """Compare the size of the weights with what the model takes, before that is allocated."""
     with torch.device('meta'):
-        model = timm.create_model(config['architecture'], **args)
-    return 4 * sum(value.numel() for value in model.state_dict().values())
+        values = _build(folder, pretrained=False).state_dict().values()
+    numbers = sum(value.numel() for value in values)
+    _check_size(WEIGHTS_FILE, size, 8 * numbers + WEIGHTS_ALLOWANCE, least=2 * numbers)
 
 
 def _fetch(repo: str, revision: Optional[str]) -> Path:
     """Fetch the files of one commit into the cache of huggingface_hub, the small ones first."""
-    try:
+    with hub_errors(repo):
         return _fetch_files(repo, revision)
-    except LocalEntryNotFoundError as e:
-        raise HubError(f'{repo} is not in the cache, and cannot be fetched: {reason(e)}') from None
-    except (FileNotFoundError, ValueError, HubError):
-        raise
-    except Exception as e:  # those of the HTTP library of huggingface_hub, which is not always the same one
-        raise HubError(f'{repo} cannot be fetched: {reason(e)}') from None
 
 
 def _fetch_files(repo: str, revision: Optional[str]) -> Path:
@@ -102,11 +116,47 @@ def _fetch_files(repo: str, revision: Optional[str]) -> Path:
     folder = fetch(CONFIG_FILE, revision).parent  # by its name, so that it is found offline by that name
     if folder.name != info.sha:
         raise HubError(f'{repo} was changed in between; try again')
-    allowed = 2 * _weights_bytes(_read_config(folder / CONFIG_FILE)) + WEIGHTS_ALLOWANCE
-    _check_size(WEIGHTS_FILE, sizes[WEIGHTS_FILE], allowed)
+    _check_config(folder / CONFIG_FILE)
+    _check_weights_size(folder, sizes[WEIGHTS_FILE])
     for name in FILES[1:]:
         fetch(name, info.sha)
     return folder
+
+
+def load_export(folder: Path) -> nn.Module:
+    """Rebuild an exported model with timm.
+
+    Args:
+        folder: Folder of :func:`timm_rep.export_folder`.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        FileNotFoundError: If one of the files is missing.
+        ValueError: If a file is too large, or not what an export writes.
+    """
+    _check_config(_file(folder, CONFIG_FILE))
+    _check_weights_size(folder, _file(folder, WEIGHTS_FILE).stat().st_size)
+    return _build(folder, pretrained=True).eval()
+
+
+def _read_self_check(path: Path) -> Tuple[Tensor, Tensor]:
+    """Input and output that the model was exported with."""
+    _check_size(SELF_CHECK_FILE, path.stat().st_size, MAX_BYTES[SELF_CHECK_FILE])
+    try:
+        tensors: Dict[str, Tensor] = safetensors.torch.load_file(path)
+    except Exception as e:  # of damaged files, more than safetensors' own
+        raise ValueError(f'{path} is a damaged safetensors file: {e}') from None
+    found = {key: f'{value.dtype} {tuple(value.shape)}' for key, value in tensors.items()}
+    if (
+            set(tensors) != {'input', 'output'}
+            or tensors['input'].ndim != 4
+            or 0 in (tensors['input'].numel(), tensors['output'].numel())
+            or not tensors['input'].dtype == tensors['output'].dtype in DEFAULT_RTOL
+    ):
+        raise ValueError(f'{path} must hold an input (b, c, h, w) and an output of real numbers, got {found}')
+    return tensors['input'], tensors['output']
 
 
 def check_export(source: Union[str, Path]) -> Report:
@@ -126,32 +176,21 @@ def check_export(source: Union[str, Path]) -> Report:
         ValueError: If a file is too large, or not what an export writes.
         HubError: If the Hub cannot be reached, or refuses.
         VerificationError: If the outputs differ.
-        RuntimeError: If the weights are not those of the architecture.
     """
     if str(source).startswith(HUB_PREFIX):
         repo, _, revision = str(source)[len(HUB_PREFIX):].partition('@')
         folder = _fetch(repo, revision or None)
     else:
         folder = Path(source)
-    for name in FILES:
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f'{folder} holds no {name}, which an export writes')
-    config = _read_config(folder / CONFIG_FILE)
-    allowed = 2 * _weights_bytes(config) + WEIGHTS_ALLOWANCE
-    _check_size(WEIGHTS_FILE, (folder / WEIGHTS_FILE).stat().st_size, allowed)
-    _check_size(SELF_CHECK_FILE, (folder / SELF_CHECK_FILE).stat().st_size, MAX_BYTES[SELF_CHECK_FILE])
+    model = load_export(folder)
+    inputs, expected = _read_self_check(_file(folder, SELF_CHECK_FILE))
+    rtol = DEFAULT_RTOL[inputs.dtype]
     try:
-        with safe_open(folder / WEIGHTS_FILE, framework='pt'):
-            tensors = safetensors.torch.load_file(folder / SELF_CHECK_FILE)
-    except safetensors.SafetensorError as e:
-        raise ValueError(f'{source} holds a damaged safetensors file: {e}') from None
-    if set(tensors) != {'input', 'output'} or tensors['input'].ndim != 4:
-        raise ValueError(f'{SELF_CHECK_FILE} must hold an input (b, c, h, w) and an output, got {sorted(tensors)}')
-    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval().to(tensors['input'].dtype)
-    rtol = DEFAULT_RTOL.get(tensors['input'].dtype, DEFAULT_RTOL[torch.float32])
-    with torch.inference_mode():
-        output = model(tensors['input'])
+        with torch.inference_mode():
+            output = model.to(inputs.dtype)(inputs)
+    except Exception as e:  # whatever the model makes of strange inputs
+        raise ValueError(f'the model cannot take the input in {folder / SELF_CHECK_FILE}: {e}') from e
     try:
-        return Report((), compare_outputs('', tensors['output'], output, rtol), rtol, 0.0)
+        return Report((), compare_outputs('', expected, output, rtol), rtol, 0.0)
     except VerificationError as e:
         raise VerificationError(f'{source} does not compute what it was published with: {e}') from None

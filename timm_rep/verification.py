@@ -10,7 +10,7 @@ from torch import Tensor
 from .layers import FoldedNorm
 from .surgery import annealed_modules, image_channels, next_sibling
 
-__all__ = ['DEFAULT_RTOL', 'Difference', 'Report', 'VerificationError', 'compare_outputs', 'verify']
+__all__ = ['DEFAULT_RTOL', 'Difference', 'Report', 'VerificationError', 'check_values', 'compare_outputs', 'verify']
 
 # Largest difference allowed, relative to the largest output.
 DEFAULT_RTOL = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -79,6 +79,22 @@ def _eval_mode(*models: nn.Module) -> Iterator[None]:
         for states in training:
             for module, was_training in states:
                 module.training = was_training
+
+
+def check_values(model: nn.Module) -> None:
+    """Check that a model's state can be right at all.
+
+    Args:
+        model: Any model.
+
+    Raises:
+        VerificationError: If a value is not finite, or a running variance is negative.
+    """
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise VerificationError(f'{name} has values that are not finite')
+        if name.endswith('running_var') and (tensor < 0).any():
+            raise VerificationError(f'{name} has negative values')
 
 
 def compare_outputs(name: str, expected: Tensor, actual: Tensor, rtol: float, atol: float = 0.0) -> Difference:
