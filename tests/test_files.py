@@ -2,6 +2,8 @@
 import argparse
 import io
 import random
+import subprocess
+import sys
 import zipfile
 from collections import OrderedDict
 
@@ -13,7 +15,7 @@ import yaml
 from helpers import randomize_
 
 from timm_rep import VerificationError
-from timm_rep.files import load_training_form, model_args_of, read_checkpoint, save_weights
+from timm_rep.files import load_training_form, model_args_of, new_output, read_checkpoint, save_weights
 
 NAME = 'orepa_resnet18_cifar'
 
@@ -211,3 +213,47 @@ def test_impossible_values_are_not_written(name, value, message, tmp_path):
     with pytest.raises(VerificationError, match=rf'{name} has values that are {message}|{name} has {message} values'):
         save_weights(broken, tmp_path / 'x.safetensors')
     assert list(tmp_path.iterdir()) == []
+
+
+FULL_DISK = """
+import resource, signal, sys
+import timm
+from pathlib import Path
+from timm_rep import export_folder
+from timm_rep.exporting import export_program
+from timm_rep.files import save_weights
+
+model = timm.create_model('test_resnet')
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+for write, name in (
+        (save_weights, 'x.safetensors'), (save_weights, 'x.pth'), (export_folder, 'folder'),
+        (export_program, 'x.pt2')):
+    try:
+        write(model, Path(sys.argv[1]) / name)
+    except OSError as e:
+        print(e)
+"""
+
+
+def test_what_cannot_be_written_in_full_is_not_left(tmp_path):
+    pytest.importorskip('resource', reason='limits the size of files')
+    done = subprocess.run([sys.executable, '-c', FULL_DISK, str(tmp_path)], capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert [line.partition(' cannot be written: ')[0] for line in lines] == [
+        str(tmp_path / name) for name in ('x.safetensors', 'x.pth', 'folder', 'x.pt2')], done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(('name', 'allowed'), [
+    ('x.safetensors', True), ('x.pth', True), ('resnet18', True), ('resnet18.orepa_in1k', True), ('x.bin', False),
+    ('x.pt', False), ('x.tar', False)])
+def test_folders_may_have_dots_in_their_names(name, allowed, tmp_path):
+    if allowed:
+        assert new_output(tmp_path / name, folder_allowed=True) == tmp_path / name
+    else:
+        with pytest.raises(ValueError, match=r'must end in \.safetensors or \.pth, or be the name of a Hub folder'):
+            new_output(tmp_path / name, folder_allowed=True)
+    if not name.startswith('x.'):
+        with pytest.raises(ValueError, match=r'must end in \.safetensors or \.pth$'):
+            new_output(tmp_path / name, folder_allowed=False)

@@ -213,7 +213,7 @@ def demo(output: str) -> None:
 def fuse(checkpoint: str, out: Optional[str], **kwargs: Any) -> None:
     """Fuse a trained CHECKPOINT into the stock timm model, check that its outputs are the same, and write it.
 
-    OUT is a file that ends in .safetensors or .pth, for the weights alone; without a suffix it becomes a Hub folder.
+    OUT is a file that ends in .safetensors or .pth, for the weights alone, or the name of a Hub folder.
     CHECKPOINT comes from timm's train.py, which notes the model in it or in args.yaml beside it; the output folder of
     a run stands for its best checkpoint.
 
@@ -372,8 +372,8 @@ def import_official(file: str, out: str, as_json: bool, **kwargs: Any) -> None:
     """Import a checkpoint that the authors of OREPA, DBB, RepVGG or RepAn published, with the outputs of their code.
 
     PATH is a file that ends in .safetensors or .pth, for the weights as they are: in training form, to train on with
-    `--model orepa_resnet50 --initial-checkpoint PATH`, or in stock form if FILE is a deploy file. Without a suffix it
-    becomes a Hub folder in stock form, which timm loads alone. An existing PATH is never overwritten.
+    `--model orepa_resnet50 --initial-checkpoint PATH`, or in stock form if FILE is a deploy file. Any other name
+    is that of a Hub folder in stock form, which timm loads alone. An existing PATH is never overwritten.
 
     \b
     Examples:

@@ -6,10 +6,11 @@ from typing import Any, Dict, Optional, Tuple
 import timm
 
 from .checkpoints import checkpoint_filter_fn
-from .exporting import export_onnx, export_program
+from .exporting import ONNX_SUFFIX, PROGRAM_SUFFIX, export_onnx, export_program, new_export
 from .files import (
     PathLike,
     build_model,
+    is_weights_file,
     load_strictly,
     load_training_form,
     model_args_of,
@@ -40,8 +41,8 @@ def fuse_checkpoint(
 
     Args:
         path: Checkpoint in training form, or the output folder of a run.
-        output: New ``.safetensors`` or ``.pth`` file for the weights alone; without a suffix a Hub folder, which any
-            timm loads without this package.
+        output: New ``.safetensors`` or ``.pth`` file for the weights alone; any other name is that of a Hub folder,
+            which any timm loads without this package.
         architecture: Name of the model, if the checkpoint does not say it.
         onnx: New ONNX file, see :func:`timm_rep.exporting.export_onnx`.
         program: New file for a ``torch.export`` program, see :func:`timm_rep.exporting.export_program`.
@@ -60,9 +61,9 @@ def fuse_checkpoint(
     if output is None and onnx is None and program is None:
         raise ValueError('no output is given: neither weights or a folder, nor ONNX, nor a torch.export program')
     output = None if output is None else new_output(output, folder_allowed=True)
-    for exported in (onnx, program):
-        if exported is not None and Path(exported).exists():
-            raise FileExistsError(f'output {exported} exists already; nothing was written')
+    for exported, suffix in ((onnx, ONNX_SUFFIX), (program, PROGRAM_SUFFIX)):
+        if exported is not None:
+            new_export(exported, suffix)
     model = load_training_form(path, architecture, **kwargs)
     fused = fuse(model)
     report = verify(model, fused)
@@ -70,7 +71,7 @@ def fuse_checkpoint(
         dataclasses.replace(export(fused, file), name=str(file))
         for export, file in ((export_onnx, onnx), (export_program, program)) if file is not None
     ]
-    if output is not None and output.suffix:
+    if output is not None and is_weights_file(output):
         save_weights(fused, output)
     elif output is not None:
         export_folder(model, output)  # takes the training form, to note where the weights come from

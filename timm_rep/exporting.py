@@ -1,20 +1,22 @@
 """Fused models in the formats of other runtimes, each compared with PyTorch before it gets its name."""
 import copy
 import importlib.util
-import uuid
+import io
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Union
+from typing import Any, Dict, List, Union
 
 import torch
 import torch.nn as nn
 from timm.utils import reparameterize_model
 
+from .files import appearing
 from .surgery import fuse, image_channels
 from .verification import Difference, compare_outputs
 
-__all__ = ['ONNX_PACKAGES', 'export_onnx', 'export_program']
+__all__ = ['ONNX_PACKAGES', 'ONNX_SUFFIX', 'PROGRAM_SUFFIX', 'export_onnx', 'export_program', 'new_export']
+
+ONNX_SUFFIX, PROGRAM_SUFFIX = '.onnx', '.pt2'
 
 # The exporter that builds on torch.export is torch's own choice from 2.9 on; before, it fails on batch norms.
 NEW_EXPORTER = tuple(int(part) for part in torch.__version__.split('.')[:2]) >= (2, 9)
@@ -32,19 +34,26 @@ def _check_extra() -> None:
         raise ImportError(f'ONNX export also needs {", ".join(missing)}: pip install "timm_rep[export]"')
 
 
-@contextmanager
-def _appearing(path: Union[str, Path]) -> Iterator[Path]:
-    """A file to write to, which gets its name only when all went well."""
+def new_export(path: Union[str, Path], suffix: str) -> Path:
+    """Check the place for an export before work is done for it.
+
+    Args:
+        path: New file.
+        suffix: What it must end in.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: For another suffix.
+        FileExistsError: If it exists.
+    """
     path = Path(path)
+    if path.suffix != suffix:
+        raise ValueError(f'output {path} must end in {suffix}')
     if path.exists():
         raise FileExistsError(f'output {path} exists already; nothing was written')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{uuid.uuid4().hex[:8]}.{path.name}')
-    try:
-        yield temporary
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    return path
 
 
 def _deploy_form(model: nn.Module) -> nn.Module:
@@ -78,26 +87,25 @@ def export_program(model: nn.Module, path: Union[str, Path]) -> Difference:
 
     Args:
         model: Model in training or stock form; not changed.
-        path: New file, usually ``.pt2``.
+        path: New ``.pt2`` file.
 
     Returns:
         Largest difference of the outputs of the program, read back, over batches of several sizes.
 
     Raises:
         FileExistsError: If the file exists.
-        ValueError: If the model does not say its input size.
+        ValueError: For another suffix, or if the model does not say its input size.
         VerificationError: If the program does not compute the same. No file is left then.
     """
+    path = new_export(path, PROGRAM_SUFFIX)
     fused = _deploy_form(model)
     images = _images(model)
-    with _appearing(path) as temporary:
-        temporary_program = temporary.with_name(f'{temporary.name}.pt2')  # torch takes no other suffix
-        try:
-            torch.export.save(_trace(fused, images[0]), temporary_program)
-            difference = _compare(fused, torch.export.load(temporary_program).module(), images)
-            temporary_program.rename(temporary)
-        finally:
-            temporary_program.unlink(missing_ok=True)
+    program = io.BytesIO()  # torch ends the process where it cannot write a file
+    torch.export.save(_trace(fused, images[0]), program)
+    program.seek(0)
+    difference = _compare(fused, torch.export.load(program).module(), images)
+    with appearing(path) as temporary:
+        temporary.write_bytes(program.getvalue())
     return difference
 
 
@@ -118,7 +126,7 @@ def export_onnx(model: nn.Module, path: Union[str, Path]) -> Difference:
 
     Args:
         model: Model in training or stock form; not changed.
-        path: New file.
+        path: New ``.onnx`` file.
 
     Returns:
         Largest difference of the outputs of onnxruntime, over batches of several sizes.
@@ -126,16 +134,17 @@ def export_onnx(model: nn.Module, path: Union[str, Path]) -> Difference:
     Raises:
         ImportError: If packages of the extra ``export`` are missing.
         FileExistsError: If the file exists.
-        ValueError: If the model does not say its input size.
+        ValueError: For another suffix, or if the model does not say its input size.
         VerificationError: If onnxruntime does not compute the same. No file is left then.
     """
     _check_extra()
     import onnx
     import onnxruntime
 
+    path = new_export(path, ONNX_SUFFIX)
     fused = _deploy_form(model)
     images = _images(model)
-    with _appearing(path) as temporary:
+    with appearing(path) as temporary:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # of the exporter, about its own workings
             _write_onnx(fused, images[0], temporary)

@@ -1,12 +1,17 @@
 """Checkpoint files: read safely, as the model that they are of, and written without replacing any."""
 import argparse
 import inspect
+import io
 import re
+import shutil
+import uuid
 import zipfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Union
+from typing import Any, Dict, Iterator, Mapping, Optional, Union
 
+import safetensors
 import safetensors.torch
 import timm
 import torch
@@ -23,8 +28,10 @@ from .verification import check_values
 __all__ = [
     'FACTORY_ARGS',
     'Checkpoint',
+    'appearing',
     'build_model',
     'find_checkpoint',
+    'is_weights_file',
     'load_stock_form',
     'load_strictly',
     'load_training_form',
@@ -39,6 +46,8 @@ __all__ = [
 WEIGHTS_KEYS = ('state_dict', 'model', 'model_state')  # the last is RepAn's
 EMA_KEYS = ('state_dict_ema', 'model_ema')
 WEIGHTS_SUFFIXES = ('.safetensors', '.pth')
+# Of files that somebody may take for a format of weights that is written here.
+OTHER_SUFFIXES = ('.bin', '.ckpt', '.h5', '.onnx', '.pkl', '.pt', '.pt2', '.pyth', '.tar')
 # What train.py leaves in its output folder: which checkpoint speaks for the run, best first.
 RUN_CHECKPOINTS = ('model_best.pth.tar', 'last.pth.tar')
 # Arguments of timm's train.py that go into the model, by the name that create_model knows.
@@ -383,7 +392,7 @@ def new_output(path: PathLike, folder_allowed: bool) -> Path:
 
     Args:
         path: New file, ``.safetensors`` or ``.pth``.
-        folder_allowed: Whether it may be a folder, without a suffix.
+        folder_allowed: Whether it may be a folder: what has no suffix of a file, such as ``resnet18.orepa_in1k``.
 
     Returns:
         The path.
@@ -393,12 +402,46 @@ def new_output(path: PathLike, folder_allowed: bool) -> Path:
         FileExistsError: If it exists.
     """
     path = Path(path)
-    if path.suffix not in WEIGHTS_SUFFIXES and (path.suffix or not folder_allowed):
-        allowed = ' or '.join(WEIGHTS_SUFFIXES) + (', or have no suffix for a Hub folder' if folder_allowed else '')
+    if path.suffix not in WEIGHTS_SUFFIXES and (path.suffix in OTHER_SUFFIXES or not folder_allowed):
+        allowed = ' or '.join(WEIGHTS_SUFFIXES) + (', or be the name of a Hub folder' if folder_allowed else '')
         raise ValueError(f'output {path} must end in {allowed}')
     if path.exists():
         raise FileExistsError(f'output {path} exists already; nothing was written')
     return path
+
+
+def is_weights_file(path: Path) -> bool:
+    """Whether a name is that of a file of weights that is written here, not of a Hub folder."""
+    return path.suffix in WEIGHTS_SUFFIXES
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """A file or folder to write, which gets its name only when all went well.
+
+    Args:
+        path: New file or folder, or an empty folder; those around it are made.
+
+    Yields:
+        Where to write it.
+
+    Raises:
+        OSError: If it cannot be written. Nothing is left then.
+    """
+    temporary = path.with_name(f'.{uuid.uuid4().hex[:8]}.{path.name}')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        if path.is_dir():
+            path.rmdir()  # on Windows a folder cannot be renamed onto it
+        temporary.rename(path)
+    except (OSError, safetensors.SafetensorError) as e:
+        raise OSError(f'{path} cannot be written: {e}') from e
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
 
 
 def save_weights(model: nn.Module, path: PathLike) -> None:
@@ -411,15 +454,19 @@ def save_weights(model: nn.Module, path: PathLike) -> None:
     Raises:
         ValueError: For another suffix.
         FileExistsError: If the file exists. It then stays as it is.
+        OSError: If it cannot be written. None is left then.
         VerificationError: If a value is not finite, or a running variance is negative.
     """
     path = new_output(path, folder_allowed=False)
     check_values(model)
-    path.parent.mkdir(parents=True, exist_ok=True)
     # clones, since safetensors refuses tensors that share memory
     weights = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
     if path.suffix == '.safetensors':
         # save_file() would write a file that only its owner can read
-        path.write_bytes(safetensors.torch.save(weights, metadata=dict(format='pt')))
+        content = safetensors.torch.save(weights, metadata=dict(format='pt'))
     else:
-        torch.save(weights, path)
+        buffer = io.BytesIO()
+        torch.save(weights, buffer)
+        content = buffer.getvalue()
+    with appearing(path) as temporary:
+        temporary.write_bytes(content)

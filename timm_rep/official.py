@@ -33,7 +33,7 @@ from torch import Tensor
 
 from . import kernels
 from .checkpoints import first_names
-from .files import PathLike, build_model, new_output, read_checkpoint, save_weights
+from .files import PathLike, build_model, is_weights_file, new_output, read_checkpoint, save_weights
 from .hub import export_folder
 from .layers import (
     AsymmetricConv2d,
@@ -639,7 +639,7 @@ def import_checkpoint(
     Args:
         source: File, as :func:`load_official_checkpoint` takes it.
         output: New ``.safetensors`` or ``.pth`` file, for the weights in the form that they have: training form, or
-            stock form of a deploy file. Without a suffix a Hub folder, in stock form.
+            stock form of a deploy file. Any other name is that of a Hub folder, in stock form.
         architecture: Model that it is of.
         license: Licence of the weights, for the folder's model card.
         attach_rate: As in :func:`load_official_checkpoint`.
@@ -660,12 +660,13 @@ def import_checkpoint(
     fused: Any = fuse(model)
     training = any(annealed_modules(model))
     report = verify(model, fused) if training else None
-    written = model if output.suffix else fused
-    if output.suffix:
+    weights_alone = is_weights_file(output)
+    written = model if weights_alone else fused
+    if weights_alone:
         save_weights(model, output)
     else:
         export_folder(model, output, license=license)  # takes the training form, to note where the weights come from
-    in_stock_form = not (training and output.suffix)
+    in_stock_form = not (training and weights_alone)
     return ImportedCheckpoint(
         output=output,
         architecture=written.pretrained_cfg['architecture'],
