@@ -3,6 +3,7 @@ import torch
 import torch.nn as nn
 from timm.models import ByoBlockCfg, ByobNet, ByoModelCfg, ResNet
 from timm.models.resnet import BasicBlock, Bottleneck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_rep.layers import RepLayer
 
@@ -53,6 +54,35 @@ def assert_same_state(actual, expected):
 
 def randn(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+class EmulatedTF32(TorchDispatchMode):
+    """A GPU on which products may run in TF32: while that is allowed, they see ten bits of the mantissa."""
+
+    products = ('mm', 'addmm', 'bmm', 'baddbmm', 'baddbmm_')
+
+    def __enter__(self):
+        self.before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = True  # as timm's train.py and validate.py do
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        torch.backends.cuda.matmul.allow_tf32 = self.before
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in self.products and torch.backends.cuda.matmul.allow_tf32:
+            first = 0 if name in ('mm', 'bmm') else 1
+            args = (*args[:first], *map(self.rounded, args[first:]))
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def rounded(tensor):
+        if tensor.dtype != torch.float32:
+            return tensor
+        bits = tensor.contiguous().view(torch.int32)
+        return ((bits + (1 << 12)) & -(1 << 13)).view(torch.float32)
 
 
 def tiny_resnet(block='basic', **kwargs):

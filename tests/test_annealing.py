@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from helpers import (
@@ -116,9 +117,11 @@ def test_attach_rate_is_the_smaller_not_the_larger():
             assert (rate < 1) == (epoch < warmup_epochs)
 
 
-@pytest.mark.parametrize(('epoch', 'warmup_epochs'), [(-1, 0), (0, -1)])
-def test_attach_rate_of_negative_epochs_raises(epoch, warmup_epochs):
-    with pytest.raises(ValueError, match=f'must not be negative, got epoch={epoch}, warmup_epochs={warmup_epochs}'):
+@pytest.mark.parametrize(('epoch', 'warmup_epochs'), [
+    (-1, 0), (0, -1), (float('nan'), 3), (0, float('nan')), (float('inf'), 3), (0, float('inf'))])
+def test_attach_rate_of_impossible_epochs_raises(epoch, warmup_epochs):
+    message = f'must be finite and not negative, got epoch={epoch}, warmup_epochs={warmup_epochs}'
+    with pytest.raises(ValueError, match=message):
         attach_rate(epoch, warmup_epochs)
 
 
@@ -559,6 +562,38 @@ def test_all_processes_begin_a_time_step_with_the_same_weights(ranks, name, seed
     assert any(not torch.equal(trained[key], begun[key]) for key in trained.keys() - statistics)
     for key in trained.keys() - statistics:
         assert torch.equal(trained[key], other_trained[key]), key
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    """A group of one process whose backends were left to torch, as `init_process_group()` does."""
+    dist.init_process_group(init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@torch.no_grad()
+def test_backends_may_be_left_to_torch(process_group):
+    model = make('mixed').eval()
+    expected = model(images())
+    begin_time_step(model, seeded())
+    assert time_step_of(model) == 1
+    assert_near(model(images()), expected, MODEL_RTOL[torch.float64])
+
+
+@pytest.mark.filterwarnings('ignore:Casting complex values to real')
+def test_averaged_copy_on_the_cpu_is_shared_through_the_accelerator(process_group, monkeypatch):
+    """Where processes exchange tensors of GPUs only. Here another dtype stands for another device."""
+    def broadcast(tensor, src):
+        assert tensor.is_complex()
+        tensor.mul_(2)  # what the first process holds
+
+    monkeypatch.setattr(dist, 'get_backend_config', lambda: 'cuda:nccl')
+    monkeypatch.setattr(torch.accelerator, 'current_accelerator', lambda: torch.complex128)
+    monkeypatch.setattr(dist, 'broadcast', broadcast)
+    model = make('repvgg')
+    begin_time_step(model, seeded())
+    assert time_step_of(model) == 2
 
 
 # Statistics of the origin branch after a transition

@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from helpers import LINEAR_RTOL, MODEL_RTOL, assert_near, assert_same_state, randn, randomize_, state_of
+from timm.layers import freeze_batch_norm_2d
 from torch._dynamo.testing import CompileCounter
 
 from timm_rep import AsymmetricConv2d, DiverseBranchConv2d, RepConv2d
@@ -87,7 +88,7 @@ def cropped(padded, rows, columns):
 
 
 def norm_then_pad(padded, x):
-    """The border is what the norm makes of zeros by the statistics it has kept before this batch."""
+    """The border is what the norm makes of zeros by the statistics it has kept before this batch, a constant."""
     norm = padded.norm
     zeros = torch.zeros(1, norm.num_features, 1, 1, dtype=x.dtype)
     image = copy.deepcopy(norm).eval()(zeros)
@@ -140,7 +141,12 @@ def test_forward_is_the_block_of_the_paper(case, training):
     sides = dict(dbb=dbb_sides, acb=acb_sides, rep=rep_sides)[case.partition('-')[0]]
     expected = layer.norm_kxk(convolve(layer, padded, layer.conv_kxk.weight))
     expected = expected + layer.attach_rate * sides(layer, x, padded, centre)
-    assert_near(other(x), expected, 1e-12)
+    outputs = other(x)
+    assert_near(outputs, expected, 1e-12)
+    direction = randn(*outputs.shape, seed=6)
+    gradients = torch.autograd.grad((outputs * direction).sum(), list(other.parameters()))
+    for actual, exact in zip(gradients, torch.autograd.grad((expected * direction).sum(), list(layer.parameters()))):
+        torch.testing.assert_close(actual, exact, rtol=1e-10, atol=1e-10)
     for name, buffer in other.named_buffers():
         torch.testing.assert_close(buffer, layer.get_buffer(name), rtol=1e-12, atol=1e-12)
 
@@ -241,6 +247,18 @@ def test_restored_layer_computes_exactly_the_kernel(case, dtype, rate):
         assert_near(layer(x), plain_conv(layer, x, kernel, bias), MODEL_RTOL[dtype])
         changed = {name for name, tensor in state_of(layer).items() if not torch.equal(tensor, before[name])}
         assert changed == {'conv_kxk.weight', 'norm_kxk.weight', 'norm_kxk.bias'}
+
+
+@all_cases
+def test_restoring_takes_up_its_own_rounding(case):
+    """The gain of the origin's norm is one up to rounding, and its mean may be large."""
+    layer = make(case, 0.0)
+    layer.norm_kxk.running_mean.mul_(1000)
+    kernel, bias = torch.ones(layer.weight_shape), torch.ones(layer.out_channels)
+    layer.restore_(kernel, bias)
+    folded_kernel, folded_bias = layer.compose_weight_bias()
+    assert (folded_kernel - kernel).abs().max() < 1e-7  # one less than the next float
+    assert (folded_bias - bias).abs().max() < 1e-6
 
 
 @all_cases
@@ -396,6 +414,39 @@ def test_time_step_changes_the_function_in_training_mode(case):
     layer.begin_time_step_(torch.Generator().manual_seed(7))
     with pytest.raises(AssertionError, match='largest difference'):
         assert_near(layer(x), expected, 1e-2)
+
+
+@all_cases
+@pytest.mark.parametrize('rate', [0.3, 1.0])
+def test_implied_statistics_are_the_sums_over_all_branches(case, rate):
+    layer = make(case, rate, torch.float64)
+    gains = {name: layer.attach_rate.double() for name in norms_of(layer) if 'inner' not in name}
+    gains['norm_kxk'] = 1.0
+    mean = sum(gain * layer.get_submodule(name).bias for name, gain in gains.items())
+    var = sum((gain * layer.get_submodule(name).weight) ** 2 for name, gain in gains.items())
+    mean = mean - layer.compose_weight_bias()[1]
+    _, norm = layer.fuse_conv_norm()
+    layer.imply_statistics_()
+    for implied in (layer.norm_kxk, norm):
+        assert_near(implied.running_mean, mean, 1e-12)
+        assert_near(implied.running_var, var, 1e-12)
+
+
+@all_cases
+def test_frozen_norms(case):
+    live = make(case, 0.3, torch.float64)
+    layer = freeze_batch_norm_2d(copy.deepcopy(live))
+    assert not norms_of(layer)
+    x = images(layer)
+    expected = layer(x)
+    conv, norm = layer.fuse_conv_norm()
+    assert type(norm) is type(layer.norm_kxk)
+    assert_near(norm(conv(x)), expected, 1e-10)
+    layer.begin_time_step_(torch.Generator().manual_seed(7), 0.4, compensate=True)
+    assert_near(layer.train()(x), expected, 1e-10)  # nothing else to go by in training mode
+    live.begin_time_step_(torch.Generator().manual_seed(7), 0.4, compensate=True)
+    for name, tensor in layer.state_dict().items():
+        assert torch.equal(tensor, live.state_dict()[name]), name
 
 
 # Training

@@ -243,14 +243,31 @@ def test_weights_of_a_layer_with_bias_load():
     assert_near(model(x), stock(x), 1e-6)
 
 
-@pytest.mark.parametrize(('name', 'kwargs'), [
+ROUND_TRIPS = [
     ('orepa_resnet18_cifar', {}),
     ('orepa_repvgg_a0_cifar', {}),
     ('dbb_resnet18_cifar', {}),
     ('repan_resnet18_cifar', dict(rep_layer='acb')),
     ('repan_repvgg_a0_cifar', {}),
     ('repan_repvgg_a0_cifar', dict(rep_layer='orepa')),
-])
+    ('repan_repvgg_a0_cifar', dict(rep_layer='dbb')),
+]
+
+
+@pytest.mark.parametrize(('name', 'kwargs'), ROUND_TRIPS)
+@pytest.mark.parametrize('in_chans', [3, 1])
+@pytest.mark.filterwarnings('ignore:.*copying from a non-meta parameter')
+def test_weights_on_the_cpu_load_into_a_model_on_another_device(name, kwargs, in_chans):
+    model = timm.create_model(name, **kwargs)
+    other = timm.create_model(name, in_chans=in_chans, **kwargs).to('meta')
+    for state in (state_of(model), state_of(fuse(model.eval()))):
+        loaded = checkpoint_filter_fn(state, other)
+        assert loaded.keys() == other.state_dict().keys()
+        assert {key: value.shape for key, value in loaded.items()} == {
+            key: value.shape for key, value in other.state_dict().items()}
+
+
+@pytest.mark.parametrize(('name', 'kwargs'), ROUND_TRIPS)
 def test_training_form_to_stock_form_and_back_twice(name, kwargs):
     model = randomize_(timm.create_model(name, **kwargs)).double().eval()
     set_attach_rate(model, 0.6)

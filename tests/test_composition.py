@@ -4,16 +4,17 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import LINEAR_RTOL, assert_near, randn, randomize_
+from helpers import LINEAR_RTOL, EmulatedTF32, assert_near, assert_same_state, randn, randomize_
 
 from timm_rep.composition import (
     compose_orepa,
     compose_orepa_plain,
     compose_pointwise,
     compose_pointwise_plain,
+    full_float32,
     spread_scale,
 )
-from timm_rep.layers import OrepaConv2d, OrepaPointwiseConv2d, OrepaStemConv2d
+from timm_rep.layers import DiverseBranchConv2d, OrepaConv2d, OrepaPointwiseConv2d, OrepaStemConv2d
 
 # input and output channels, kernel size, arguments; more than four groups double the inner channels
 KXK = [
@@ -254,3 +255,109 @@ def test_gains_are_scales_times_the_attach_rate_but_for_the_origin():
         for name, scale in zip(layer.branch_names, layer.scale)
     ]
     assert_near(gains, torch.cat(rows, dim=1), LINEAR_RTOL[torch.float64])
+
+
+# Precision
+
+
+def older_precision():
+    return torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+
+def newer_precision():
+    backends = torch.backends
+    holders = (backends.cuda.matmul, backends.mkldnn.matmul, backends.cudnn.conv, backends.cudnn.rnn)
+    return [holder.fp32_precision for holder in holders]
+
+
+@pytest.fixture
+def precision():
+    """Leaves the process with the precision that it had."""
+    before = older_precision()
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[2]
+
+
+@pytest.mark.parametrize('allowed', ['highest', 'high', 'medium'])
+@pytest.mark.parametrize('convolutions', [False, True])
+def test_full_float32_is_the_precision_inside_only(precision, allowed, convolutions):
+    torch.set_float32_matmul_precision(allowed)
+    torch.backends.cudnn.allow_tf32 = convolutions
+    before = older_precision()
+    with full_float32():
+        assert older_precision() == ('highest', False, False)
+        with full_float32():
+            pass
+        assert older_precision() == ('highest', False, False)
+    assert older_precision() == before
+    with pytest.raises(RuntimeError), full_float32():
+        torch.ones(2) @ torch.ones(3)
+    assert older_precision() == before
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, 'fp32_precision'), reason='torch 2.9 and newer')
+@pytest.mark.parametrize('older', ['highest', 'high'])
+@pytest.mark.parametrize('newer', ['none', 'ieee', 'tf32'])
+def test_full_float32_goes_with_both_ways_to_set_it(precision, older, newer):
+    """Torch refuses to tell the older setting once the newer one says something else."""
+    torch.set_float32_matmul_precision(older)
+    torch.backends.cuda.matmul.fp32_precision = newer
+    torch.backends.cudnn.conv.fp32_precision = newer
+    before = newer_precision()
+    with full_float32():
+        assert newer_precision() == ['ieee'] * 4
+        assert older_precision() == ('highest', False, False)
+    assert newer_precision() == before
+
+
+FOLDED = dict(LAYERS, dbb=lambda **dd: DiverseBranchConv2d(6, 8, 3, padding=1, **dd))
+folded = pytest.mark.parametrize('make', FOLDED.values(), ids=FOLDED)
+
+
+@folded
+def test_folding_runs_in_full_float32_where_tf32_is_allowed(make):
+    layer = randomize_(make()).eval()
+    layer.set_attach_rate_(0.5)
+    expected, branches = layer.fuse(), layer.branch_kernels()
+    with EmulatedTF32():
+        actual, actual_branches = layer.fuse(), layer.branch_kernels()
+        assert torch.backends.cuda.matmul.allow_tf32
+    assert_same_state(actual.state_dict(), expected.state_dict())
+    assert_same_state(actual_branches, branches)
+
+
+@folded
+def test_a_time_step_runs_in_full_float32_where_tf32_is_allowed(make):
+    layer = randomize_(make()).eval()
+    expected = layer.weight
+    with EmulatedTF32():
+        layer.begin_time_step_(torch.Generator().manual_seed(0), 0.5, compensate=True)
+    assert_near(layer.weight, expected, 5e-6)
+
+
+@layers
+def test_a_training_step_composes_as_the_user_allows(make):
+    """Proves that the tests above can fail."""
+    layer = randomize_(make())
+    x = randn(2, layer.in_channels, 9, 9, dtype=torch.float32)
+    expected = layer(x)
+    with EmulatedTF32(), pytest.raises(AssertionError, match='largest difference'):
+        assert_near(layer(x), expected, 1e-5)
+
+
+@folded
+def test_a_compiled_graph_folds(make):
+    torch._dynamo.reset()
+    layer = randomize_(make()).eval()
+    kernel = torch.compile(layer.compose_weight, fullgraph=True, backend='eager')()
+    assert_near(kernel, layer.compose_weight(), 1e-6)
+
+
+@folded
+def test_branch_kernels_under_autocast(make):
+    layer = randomize_(make()).eval()
+    expected = layer.branch_kernels()
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        actual = layer.branch_kernels()
+    assert_same_state(actual, expected)

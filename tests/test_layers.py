@@ -165,6 +165,13 @@ def test_restored_layer_computes_exactly_the_kernel(case, dtype, rate):
         assert not layer.bias.any()
 
 
+def test_restoring_takes_up_its_own_rounding():
+    layer = randomize_(OrepaConv2d(32, 32, 3))
+    kernel = randn(*layer.weight_shape, seed=1, dtype=torch.float32)
+    layer.restore_(kernel)
+    assert (layer.weight == kernel).double().mean() > 0.65  # half of them after one pass
+
+
 @all_cases
 def test_restoring_what_does_not_fit_raises_and_changes_nothing(case):
     layer = make(case)

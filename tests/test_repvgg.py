@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from helpers import DEPLOY_RTOL, MODEL_RTOL, assert_near, assert_same_state, randn, randomize_, state_of
+from timm.layers import freeze_batch_norm_2d
 from timm.models.byobnet import RepVggBlock
 from timm.utils import reparameterize_model
 from torch._dynamo.testing import CompileCounter
@@ -283,6 +284,52 @@ def test_time_step_keeps_the_eval_outputs(case, dtype, rate, compensate, trainin
     assert_near(before_activation(block.eval(), images(block)), expected, MODEL_RTOL[dtype])
     block.set_attach_rate_(0.9)
     assert (before_activation(block, images(block)) - expected).abs().max() > 1e-3  # there are side branches
+
+
+@pytest.mark.parametrize('case', [case for case in CASES if case.endswith('orepa')])
+@pytest.mark.parametrize('rate', [1 / 6, 1.0])
+def test_linear_layer_in_the_block_is_held_at_every_attach_rate(case, rate):
+    """What the time step adds to the outputs is the block's own 1x1 and identity, which have norms."""
+    block = make(case, 0.3, torch.float64)
+    expected = before_activation(block, images(block))
+    block.begin_time_step_(torch.Generator().manual_seed(7), rate)
+    block.attach_rate.zero_()
+    assert_near(before_activation(block, images(block)), expected, 1e-10)
+    block.conv_kxk.conv.set_attach_rate_(0.0)
+    assert (before_activation(block, images(block)) - expected).abs().max() > 1e-3  # it has side branches
+
+
+@all_cases
+@pytest.mark.parametrize('rate', [0.3, 1.0])
+def test_implied_statistics_are_the_sums_over_all_branches(case, rate):
+    block = make(case, rate, torch.float64)
+    conv = block.conv_kxk.conv
+    origin, inner = block.conv_kxk.bn, []
+    if isinstance(conv, BranchedRepLayer):
+        names = dict(dbb=('norm_1x1', 'avg_norm', 'seq_norm'), acb=('norm_1xk', 'norm_kx1'))[CASES[case][1]]
+        origin, inner = conv.norm_kxk, [conv.get_submodule(name) for name in names if getattr(conv, name) is not None]
+    sides = [*inner, block.conv_1x1.bn, *([] if block.identity is None else [block.identity])]
+    mean = origin.bias + rate * sum(norm.bias for norm in sides) - block.compose_weight_bias()[1]
+    var = origin.weight ** 2 + sum((rate * norm.weight) ** 2 for norm in sides)
+    before = state_of(block)
+    block.imply_statistics_()
+    assert_near(origin.running_mean, mean, 1e-6)  # the rate is in float32
+    assert_near(origin.running_var, var, 1e-6)
+    changed = {name for name, tensor in state_of(block).items() if not torch.equal(tensor, before[name])}
+    assert {name.rpartition('.')[2] for name in changed} == {'running_mean', 'running_var'}
+    assert len(changed) == 2
+
+
+@all_cases
+def test_frozen_norms(case):
+    block = freeze_batch_norm_2d(nn.Sequential(make(case, 0.3, torch.float64)))[0]
+    x = images(block)
+    expected = before_activation(block, x)
+    plain = block.stock_block()
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in plain.modules())
+    assert_near(before_activation(plain, x), expected, 1e-10)
+    block.begin_time_step_(torch.Generator().manual_seed(7), 0.4, compensate=True)
+    assert_near(before_activation(block.train(), x), expected, 1e-10)
 
 
 @all_cases

@@ -456,8 +456,11 @@ def test_setting_the_attach_rate_reaches_every_layer():
     model = rep_model('basic', 'orepa')
     set_attach_rate(model, 0.25)
     assert {layer.attach_rate.item() for _, layer in rep_layers(model)} == {0.25}
-    with pytest.raises(ValueError, match='attach rate must lie in'):
-        set_attach_rate(model, 2.0)
+    for rate in (2.0, -0.1, float('nan')):
+        for some_model in (model, tiny_resnet()):
+            with pytest.raises(ValueError, match=r'attach rate must lie in \[0, 1\], got'):
+                set_attach_rate(some_model, rate)
+    assert {layer.attach_rate.item() for _, layer in rep_layers(model)} == {0.25}
     other = copy.deepcopy(model)
     set_attach_rate(other, 1.0)
     other.load_state_dict(model.state_dict())

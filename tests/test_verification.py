@@ -4,7 +4,7 @@ import copy
 import pytest
 import timm
 import torch
-from helpers import TINY_MODELS, randn, randomize_
+from helpers import TINY_MODELS, EmulatedTF32, randn, randomize_
 from timm.utils import reparameterize_model
 
 from timm_rep import VerificationError, expand, fuse, rep_layers, set_attach_rate, verify
@@ -44,6 +44,14 @@ def test_default_inputs_and_modes_are_kept():
     assert report.rtol == 1e-5
     assert all(module.training for module in model.modules())
     assert not any(module.training for module in fused.modules())
+
+
+@pytest.mark.parametrize('layer', ['orepa', 'dbb'])
+def test_right_fusion_passes_where_tf32_is_allowed(layer):
+    model, _ = pair('basic', layer, torch.float32)
+    with EmulatedTF32():
+        report = verify(model, fuse(model), inputs=images())
+    assert report.model.relative <= 1e-5
 
 
 def test_deploy_form_is_compared_end_to_end():

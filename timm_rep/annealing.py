@@ -60,10 +60,11 @@ def attach_rate(epoch: int, warmup_epochs: int) -> float:
         Rate in (0, 1].
 
     Raises:
-        ValueError: For a negative number.
+        ValueError: For a number that is negative or not finite.
     """
-    if epoch < 0 or warmup_epochs < 0:
-        raise ValueError(f'epochs must not be negative, got epoch={epoch}, warmup_epochs={warmup_epochs}')
+    if not (0 <= epoch < math.inf and 0 <= warmup_epochs < math.inf):
+        raise ValueError(
+            f'epochs must be finite and not negative, got epoch={epoch}, warmup_epochs={warmup_epochs}')
     return min((epoch + 1) / (warmup_epochs + 1), 1.0)
 
 
@@ -230,9 +231,10 @@ def reset_optimizer(optimizer: Any) -> None:
 
 def _share_from_first_rank(module: AnnealedModule) -> None:
     """Take over the state of the first process: kept statistics may differ, and then so do folded kernels."""
+    backends = torch.distributed.get_backend_config()  # such as 'cpu:gloo,cuda:nccl'
     for tensor in module.state_dict().values():
         shared = tensor
-        if tensor.device.type == 'cpu' and 'gloo' not in torch.distributed.get_backend():  # an averaged copy on the CPU
+        if tensor.device.type == 'cpu' and 'cpu:' not in backends:  # an averaged copy on the CPU
             shared = tensor.to(torch.accelerator.current_accelerator())
         torch.distributed.broadcast(shared, src=0)
         tensor.copy_(shared)
@@ -254,9 +256,10 @@ def begin_time_step(
     averaged copy of the model (EMA). In a distributed training call it on every process: all end up with the first
     one's weights.
 
-    Outputs in eval mode stay the same at every attach rate for linear (OREPA) layers. For layers with norms in their
-    branches and RepVGG blocks they stay the same at rate zero, and with ``compensate`` at every rate. In training mode
-    they stay the same for linear layers only: elsewhere batch statistics take the place of the kept ones.
+    Outputs in eval mode stay the same at every attach rate for linear (OREPA) layers, also inside RepVGG blocks. For
+    layers with norms in their branches, and the 1x1 and identity of RepVGG blocks, they stay the same at rate zero, and
+    with ``compensate`` at every rate. In training mode they stay the same for linear layers only: elsewhere batch
+    statistics take the place of the kept ones.
 
     Source: RepAn, Rep - expansion - restoration.
 

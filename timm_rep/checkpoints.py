@@ -63,7 +63,7 @@ def _restore_from_stock(layer: RepLayer, weights: Dict[str, Tensor]) -> None:
         norm = layer.norm_kxk
         if 'norm_weight' in weights:
             norm.load_state_dict({key[5:]: value for key, value in weights.items() if key.startswith('norm_')})
-            weight, bias = fold_batch_norm(weight, bias, norm)
+            weight, bias = fold_batch_norm(weight.to(norm.weight.device), None, norm)
     in_per_group = layer.in_channels // layer.groups
     layer.restore_(_adapted(weight, in_per_group), bias)
 
@@ -72,8 +72,8 @@ def _readapt_training_form(layer: RepLayer, weights: Dict[str, Tensor], in_chann
     """Restore a layer from the training form of one with another number of input channels."""
     source = layer.like(in_channels=in_channels).eval()
     source.load_state_dict(weights)
-    layer.set_attach_rate_(source.attach_rate.item())
-    layer.time_step.copy_(source.time_step)
+    layer.set_attach_rate_(weights['attach_rate'].item())
+    layer.time_step.copy_(weights['time_step'])
     fused = source.fuse()
     layer.restore_(_adapted(fused.weight, layer.in_channels // layer.groups), fused.bias)
 

@@ -109,7 +109,7 @@ def merge_sequential(first: Tensor, second: Tensor, groups: int = 1) -> Tensor:
         merged = torch.matmul(mixer, first.reshape(groups, inner_per_group, in_per_group * h1 * w1))
         return merged.reshape(out_channels, in_per_group, h1, w1)
     # Each input channel is an image whose channels are the inner ones; the second kernel slides over it, flipped. As a
-    # matrix product, since a convolution may run in TF32 by default.
+    # matrix product: TF32 is on by default for convolutions, not for products.
     images = first.reshape(groups, inner_per_group, in_per_group, h1, w1)
     images = images.permute(0, 2, 1, 3, 4).reshape(groups * in_per_group, inner_per_group, h1, w1)
     patches = F.unfold(images, (h2, w2), padding=(h2 - 1, w2 - 1))

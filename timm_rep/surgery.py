@@ -23,6 +23,7 @@ from .layers import (
     RepConv2d,
     RepLayer,
 )
+from .layers.base import check_attach_rate
 
 __all__ = [
     'BRANCHED_LAYERS',
@@ -108,6 +109,7 @@ def set_attach_rate(model: nn.Module, rate: float) -> None:
     Raises:
         ValueError: For a rate outside [0, 1].
     """
+    check_attach_rate(rate)
     for _, module in annealed_modules(model):
         module.set_attach_rate_(rate)
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from .composition import full_float32
 from .layers import FoldedNorm
 from .surgery import annealed_modules, image_channels, next_sibling
 
@@ -164,6 +165,8 @@ def verify(
 ) -> Report:
     """Compare a rep model with its fused form, in eval mode, layer by layer and end to end.
 
+    Both compute in full float32 here, also where TF32 is allowed.
+
     Args:
         model: Model in training form.
         fused: The same model in stock or deploy form.
@@ -190,7 +193,7 @@ def verify(
         inputs = inputs.to(device=reference.device, dtype=reference.dtype)
 
     differences: List[Difference] = []
-    with _eval_mode(model, fused):
+    with _eval_mode(model, fused), full_float32():
         for name, layer in annealed_modules(model):
             forms = _counterparts(model, fused, name)
             if forms is not None:

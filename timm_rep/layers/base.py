@@ -7,7 +7,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ['AnnealedModule', 'LinearRepLayer', 'RepLayer', 'kaiming_uniform_', 'prefers_channels_last']
+from ..composition import full_float32
+
+__all__ = [
+    'AnnealedModule',
+    'LinearRepLayer',
+    'RepLayer',
+    'check_attach_rate',
+    'kaiming_uniform_',
+    'prefers_channels_last',
+]
 
 # What a convolution is made with, besides its bias.
 GEOMETRY = (
@@ -51,6 +60,12 @@ def kaiming_uniform_(
         return tensor.copy_(drawn.uniform_(-bound, bound, generator=generator))
 
 
+def check_attach_rate(rate: float) -> None:
+    """Raise a ValueError if this is no attach rate."""
+    if not 0.0 <= rate <= 1.0:
+        raise ValueError(f'attach rate must lie in [0, 1], got {rate}')
+
+
 def prefers_channels_last(x: Tensor) -> bool:
     """Whether a convolution of ``x`` wants its kernel in channels-last memory format."""
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
@@ -67,8 +82,6 @@ class AnnealedModule(nn.Module):
         time_step: 0-dim buffer, how many time steps have begun before the one in force; saved in the state_dict.
     """
 
-    # Whether a time step begins with the same function at every attach rate, asked for or not.
-    always_compensates = False
     attach_rate: Tensor
     time_step: Tensor
 
@@ -85,9 +98,17 @@ class AnnealedModule(nn.Module):
         Raises:
             ValueError: For a rate outside [0, 1].
         """
-        if not 0.0 <= rate <= 1.0:
-            raise ValueError(f'attach rate must lie in [0, 1], got {rate}')
+        check_attach_rate(rate)
         self.attach_rate.fill_(rate)
+
+    def set_restoring_rate_(self, rate: float, compensate: bool) -> None:
+        """Set the attach rate at which a time step begins with the same function.
+
+        Args:
+            rate: Attach rate that will be in force, in [0, 1].
+            compensate: Whether the origin branch shall make up for the side branches at that rate, or at zero.
+        """
+        self.set_attach_rate_(rate if compensate else 0.0)
 
     def compose_weight_bias(self) -> Tuple[Tensor, Optional[Tensor]]:
         """Kernel ``(o, i/g, kh, kw)`` and bias ``(o,)`` at the attach rate in force, in the parameters' dtype."""
@@ -138,7 +159,7 @@ class AnnealedModule(nn.Module):
         if imply_statistics:
             self.imply_statistics_()
         self.redraw_side_branches_(generator)
-        self.set_attach_rate_(attach_rate if compensate or self.always_compensates else 0.0)
+        self.set_restoring_rate_(attach_rate, compensate)
         self.restore_(weight, bias)
         self.set_attach_rate_(attach_rate)
         self.time_step.add_(1)
@@ -220,7 +241,7 @@ class RepLayer(AnnealedModule):
         """Compose the kernel at the attach rate in force, differentiably.
 
         Returns:
-            ``(o, i/g, kh, kw)`` in the parameters' dtype; composed in float32, or float64 for float64 parameters.
+            ``(o, i/g, kh, kw)`` in the parameters' dtype; composed in full float32, or float64 for float64 parameters.
         """
         raise NotImplementedError(f'{type(self).__name__} must define compose_weight')
 
@@ -320,10 +341,10 @@ class RepLayer(AnnealedModule):
 class LinearRepLayer(RepLayer):
     """A rep layer without norms in its branches: every step composes one kernel and convolves once.
 
-    Fusing and restoring are exact in training mode too, since nothing in it depends on batch statistics.
+    Fusing and restoring are exact in training mode too, since nothing in it depends on batch statistics. They compose
+    in full float32; the forward composes in TF32 where that is allowed.
     """
 
-    always_compensates = True
     bias: Optional[nn.Parameter]
 
     def _init_bias(self, bias: bool, device: Optional[torch.device], dtype: Optional[torch.dtype]) -> None:
@@ -343,7 +364,8 @@ class LinearRepLayer(RepLayer):
         raise NotImplementedError(f'{type(self).__name__} must define _compose')
 
     def compose_weight(self) -> Tensor:
-        return self._compose(False)
+        with full_float32():
+            return self._compose(False)
 
     def compose_weight_bias(self) -> Tuple[Tensor, Optional[Tensor]]:
         return self.compose_weight(), self.bias
@@ -351,6 +373,9 @@ class LinearRepLayer(RepLayer):
     def forward(self, x: Tensor) -> Tensor:
         weight = self._compose(prefers_channels_last(x))
         return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def set_restoring_rate_(self, rate: float, compensate: bool) -> None:
+        self.set_attach_rate_(rate)  # without norms, the origin branch can always make up for the others
 
     def clear_origin_(self) -> Tensor:
         """Set the origin branch to zero with scale one, and return its kernel to write to."""

@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Any, Dict, Iterable, Optional, Tuple, Type, Ty
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, freeze_batch_norm_2d
 from timm.models import register_notrace_module
 from torch import Tensor
 
 from .. import kernels
-from ..composition import without_autocast
+from ..composition import full_float32, without_autocast
 from .base import RepLayer, kaiming_uniform_
 
 __all__ = [
@@ -63,6 +63,23 @@ def fold_batch_norm(kernel: Tensor, bias: Optional[Tensor], norm: nn.BatchNorm2d
         kernel.to(dtype), None if bias is None else bias.to(dtype), mean, var, gamma, beta, norm.eps)
 
 
+def is_frozen(norm: nn.Module) -> bool:
+    """Whether this is what timm's ``freeze_batch_norm_2d`` leaves of a batch norm: its values, none to be trained."""
+    return not isinstance(norm, nn.modules.batchnorm._BatchNorm)
+
+
+@torch.no_grad()
+def reset_norm_(norm: nn.BatchNorm2d) -> None:
+    """Set a batch norm, also a frozen one, to gain one, bias zero, mean zero and variance one."""
+    if not is_frozen(norm):
+        norm.reset_parameters()
+        return
+    mean, var = kept_statistics(norm)
+    for zero, one in ((norm.bias, norm.weight), (mean, var)):
+        zero.zero_()
+        one.fill_(1.0)
+
+
 @torch.no_grad()
 def redraw_branch_(
         weights: Iterable[Tensor],
@@ -82,7 +99,7 @@ def redraw_branch_(
         # with a = 0 the bound is sqrt(6 / fan)
         kaiming_uniform_(weight, 6 * out_channels / REDRAW_BOUND ** 2, generator=generator)
     for norm in norms:
-        norm.reset_parameters()
+        reset_norm_(norm)
 
 
 BranchedT = TypeVar('BranchedT', bound='BranchedRepLayer')
@@ -93,6 +110,9 @@ class NormPad2d(nn.Module):
 
     So the border holds what a convolution of the zero-padded input would have put there, and a KxK convolution or an
     average pooling behind it folds exactly.
+
+    As in the authors' code, each pass in training mode moves the statistics that the next one's border is made of. So
+    gradient checkpointing, which passes twice, gives gradients that are off a little: it recomputes another border.
     """
 
     def __init__(self, channels: int, padding: Tuple[int, int], **kwargs: Any) -> None:
@@ -149,7 +169,10 @@ class FoldedNorm(nn.Module):
         if self.act is None:
             return norm
         norm_act: Any = BatchNormAct2d(norm.num_features, norm.eps, apply_act=False).to(norm.weight)
-        norm_act.momentum = norm.momentum
+        if is_frozen(norm):
+            norm_act = freeze_batch_norm_2d(norm_act)
+        else:
+            norm_act.momentum = norm.momentum
         norm_act.load_state_dict(norm.state_dict())
         norm_act.drop, norm_act.act = copy.deepcopy(self.drop), copy.deepcopy(self.act)
         return norm_act.train(norm.training)
@@ -252,7 +275,7 @@ class BranchedRepLayer(RepLayer):
 
     def _side_kernel_bias(self) -> Tuple[Tensor, Tensor]:
         """Kernel ``(o, i/g, kh, kw)`` and bias ``(o,)`` of the sum of the side branches, without the attach rate."""
-        with without_autocast(self.conv_kxk.weight):
+        with without_autocast(self.conv_kxk.weight), full_float32():
             sides = list(self._fold_sides().values())
             kernel = self._pad(kernels.merge_parallel([kernel for kernel, _ in sides]))
             bias = sides[0][1]
@@ -274,7 +297,7 @@ class BranchedRepLayer(RepLayer):
         for conv in (self.conv_kxk, *self._side_convs().values()):
             kaiming_uniform_(conv.weight, conv.weight[0].numel(), 5 ** 0.5, generator)
         for norm in (self.norm_kxk, *self._side_norms(), *self._inner_norms()):
-            norm.reset_parameters()
+            reset_norm_(norm)
         self._reset_annealing()
 
     @torch.no_grad()
@@ -305,7 +328,7 @@ class BranchedRepLayer(RepLayer):
         Returns:
             A kernel ``(o, i/g, kh, kw)`` for each branch; they add up to :meth:`compose_weight`.
         """
-        with without_autocast(self.conv_kxk.weight):
+        with without_autocast(self.conv_kxk.weight), full_float32():
             folded = self._fold_sides()
         sides = {name: self.attach_rate * self._pad(kernel) for name, (kernel, _) in folded.items()}
         return dict(origin=fold_batch_norm(self.conv_kxk.weight, None, self.norm_kxk)[0], **sides)
@@ -359,10 +382,11 @@ class BranchedRepLayer(RepLayer):
 
     @torch.no_grad()
     def fuse_conv_norm(self) -> Tuple[nn.Conv2d, nn.BatchNorm2d]:
-        """The stock pair: a convolution without bias and a live batch norm that have the layer's outputs in eval mode.
+        """The stock pair: a convolution without bias and a batch norm that have the layer's outputs in eval mode.
 
         Any statistics would do for that. The norm gets those that the branches' norms imply for further training: the
-        sum of their means, and of their variances as if the branches were uncorrelated.
+        sum of their means, and of their variances as if the branches were uncorrelated. It is frozen if the origin's
+        is.
 
         Returns:
             Convolution and batch norm.
@@ -374,10 +398,14 @@ class BranchedRepLayer(RepLayer):
         kernel, bias = self.compose_weight_bias()
         mean, var = self._implied_statistics(bias)
         origin = self.norm_kxk
-        norm = nn.BatchNorm2d(self.out_channels, origin.eps, origin.momentum, device=mean.device, dtype=mean.dtype)
+        norm = nn.BatchNorm2d(self.out_channels, origin.eps, device=mean.device, dtype=mean.dtype)
         kernel, gamma, beta = kernels.unfold_norm(kernel, bias, mean, var, norm.eps)
-        norm.load_state_dict(dict(
-            origin.state_dict(), weight=gamma, bias=beta, running_mean=mean, running_var=var))
+        values = dict(origin.state_dict(), weight=gamma, bias=beta, running_mean=mean, running_var=var)
+        if is_frozen(origin):
+            norm = freeze_batch_norm_2d(norm)
+        else:
+            norm.momentum = origin.momentum
+        norm.load_state_dict(values)
         return self._plain_conv(kernel, None), norm.train(self.training)
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ from ..composition import (
     compose_orepa_plain,
     compose_pointwise,
     compose_pointwise_plain,
+    full_float32,
     spread_scale,
     without_autocast,
 )
@@ -217,16 +218,17 @@ class OrepaConv2d(LinearRepLayer):
         Returns:
             A kernel ``(o, i/g, kh, kw)`` for each branch; they add up to :meth:`compose_weight`.
         """
-        kernels_of: Dict[str, Tensor] = {}
         dtype = self.filters.dtype
-        gains = spread_scale(self.scale.to(dtype), self.attach_rate.to(dtype), self.row_branch)
         branches, seq_1x1, dw_conv = (p.to(dtype) for p in (self.branches, self.seq_1x1, self.dw_conv))
-        start = 0
-        for name, entries in self._entries.items():
-            only = torch.zeros_like(gains)
-            only[:, start:start + entries] = gains[:, start:start + entries]
-            start += entries
-            kernels_of[name] = compose_orepa_plain(branches, only, seq_1x1, dw_conv, self.filters, self.groups)
+        kernels_of: Dict[str, Tensor] = {}
+        with without_autocast(branches), full_float32():
+            gains = spread_scale(self.scale.to(dtype), self.attach_rate.to(dtype), self.row_branch)
+            start = 0
+            for name, entries in self._entries.items():
+                only = torch.zeros_like(gains)
+                only[:, start:start + entries] = gains[:, start:start + entries]
+                start += entries
+                kernels_of[name] = compose_orepa_plain(branches, only, seq_1x1, dw_conv, self.filters, self.groups)
         return kernels_of
 
     def branch_gradients(self) -> Dict[str, Tensor]:

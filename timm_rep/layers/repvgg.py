@@ -85,6 +85,11 @@ class AnnealedRepVggBlock(RepVggBlock, AnnealedModule):
         if isinstance(self.conv_kxk.conv, RepLayer):
             self.conv_kxk.conv.set_attach_rate_(rate)
 
+    def set_restoring_rate_(self, rate: float, compensate: bool) -> None:
+        super().set_restoring_rate_(rate, compensate)
+        if isinstance(self.conv_kxk.conv, RepLayer):
+            self.conv_kxk.conv.set_restoring_rate_(rate, compensate)
+
     def _fold_kxk(self) -> Tuple[Tensor, Tensor]:
         conv = self.conv_kxk.conv
         if isinstance(conv, BranchedRepLayer):  # has the norm in it
