@@ -264,9 +264,10 @@ def _published_json(published: Published) -> str:
 @click.option('--repo', metavar='ORG/NAME', required=True, help='Repository on the Hub; made if it is not there.')
 @click.option('--data', metavar='DIR', type=click.Path(), help='Real images to compare both forms on.')
 @click.option('--max-images', metavar='N', type=click.IntRange(min=1), help='Take only so many of them.')
+@click.option('--split', metavar='NAME', help="Split of them to take; the run's, else validation, by default.")
 @click.option('--dataset', metavar='NAME', help='Data set, if the run does not say.')
 @click.option('--tag', metavar='TAG', help='Recipe and data set in timm\'s sense; by default method and data set.')
-@click.option('--license', metavar='ID', default='apache-2.0', show_default=True, help='Licence of the weights.')
+@click.option('--license', metavar='ID', default='unknown', show_default=True, help='Licence of the weights.')
 @click.option('--out', metavar='DIR', type=click.Path(), help='Folder to write; by default NAME, NAME-2 ... here.')
 @click.option('--dry-run', is_flag=True, help='Write the folder, send nothing.')
 @click.option('--private', is_flag=True, help='Make a new repository private.')
@@ -307,8 +308,9 @@ def publish(source: str, repo: str, as_json: bool, dry_run: bool, **kwargs: Any)
     else:
         click.echo(f'Published: {published.pull_request or published.commit}')
         click.echo(f"Load it with timm.create_model('{HUB_PREFIX}{published.repo}', pretrained=True)")
-    click.echo('To let pretrained=True find the weights, add to timm_rep/pretrained.json:')
-    click.echo(json.dumps(published.entry, indent=2))
+    if published.entry:
+        click.echo('To let pretrained=True find the weights, add to timm_rep/pretrained.json:')
+        click.echo(json.dumps(published.entry, indent=2))
 
 
 @main.command()
