@@ -178,7 +178,7 @@ def _training(run: Optional[Run]) -> str:
     annealed = (run.args.get('time_steps') or 1) > 1 or (run.args.get('attach_warmup_epochs') or 0) > 0
     script = 'python train_scripts/train.py' if annealed else 'timm-rep run train'
     source = ' (`train_scripts/train.py` is in the source of timm_rep)' if annealed else ''
-    text = f"""`args.yaml` holds all arguments of the run. The same again, with your own folder of the images{source}:
+    text = f"""`args.yaml` holds the arguments of the run. The same again, with your own folder of the images{source}:
 
 ```sh
 {script} --config args.yaml --data-dir IMAGES{start}

@@ -47,8 +47,8 @@ UNSET: Tuple[Any, ...] = (None, '', False, 0, [], {})
 SECRET_NAME = re.compile(r'token|secret|passw|credential|auth|key', re.IGNORECASE)
 # A path of a machine, an address, or what access keys begin with, anywhere in a text.
 PRIVATE_VALUE = re.compile(
-    r'(?<![\w.-])[/\\~]|(?<!\w)(?:\.{1,2}|[a-z]:)[/\\]|://|local-dir:'
-    r'|(?:hf_|gh[opsur]_|github_pat_|glpat-|xox[abp]-|(?<![a-z])sk-|AKIA|AIza)\w{8}', re.IGNORECASE)
+    r'(?<!\w)[/\\~]|local-dir:|(?:hf_|gh[opsur]_|github_pat_|glpat-|xox[abp]-|(?<![a-z])sk-|AKIA|AIza)\w{8}',
+    re.IGNORECASE)
 PathLike = Union[str, Path]
 # By the arguments inside a checkpoint and in the args.yaml beside it the two are told to be of one run: by all but
 # those that train.py changes itself, and those that may differ when a run is resumed.
