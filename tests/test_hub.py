@@ -240,3 +240,67 @@ def test_model_without_architecture(tmp_path):
     model.pretrained_cfg['architecture'] = 'my_net'
     with pytest.raises(ValueError, match="unknown architecture 'my_net'"):
         timm_rep.export_folder(model, tmp_path / 'model')
+
+
+def test_what_is_fused_wrongly_is_not_exported(tmp_path, monkeypatch):
+    fuse = timm_rep.hub.fuse
+
+    def wrong(model):
+        fused = fuse(model)
+        with torch.no_grad():
+            fused.layer2[0].conv1.weight[0] *= 1.01
+        return fused
+
+    monkeypatch.setattr(timm_rep.hub, 'fuse', wrong)
+    with pytest.raises(VerificationError, match=r'layer layer2\.0\.conv1 is off'):
+        timm_rep.export_folder(training_form(), tmp_path / 'model')
+    assert names_in(tmp_path) == []
+
+
+def test_other_image_size_has_no_known_size_of_features(tmp_path):
+    for size, pool_size in ((160, [5, 5]), (48, None)):
+        folder = timm_rep.export_folder(
+            training_form(), tmp_path / str(size), data_config=dict(input_size=(3, size, size)))
+        assert config_of(folder)['pretrained_cfg'].get('pool_size') == pool_size
+
+
+def test_training_form_is_checked_as_well(tmp_path):
+    import tiny_architecture
+    model = randomize_(timm.create_model(tiny_architecture.NAME, num_classes=5, act_layer='silu'))
+
+    def export():
+        return timm_rep.hub.export_training_form(model, tmp_path / 'model', repo='me/net')
+
+    model._model_args = {}
+    with pytest.raises(RuntimeError, match='not what timm builds as orepa_test_resnet'):
+        export()
+    model._model_args = dict(num_classes=5, act_layer='silu')
+    with torch.no_grad():
+        model.fc.bias[0] = float('inf')
+    with pytest.raises(VerificationError, match=r'fc\.bias has values that are not finite'):
+        export()
+    assert names_in(tmp_path) == []
+    with torch.no_grad():
+        model.fc.bias[0] = 0
+    assert config_of(export())['model_args']['act_layer'] == 'silu'
+
+
+@pytest.mark.parametrize(('args', 'why'), [
+    (dict(act_layer='silu'), 'is off'), (dict(act_layer=torch.nn.ReLU), 'written down'), (dict(no_such=1), 'no_such')])
+def test_training_form_that_the_arguments_do_not_build(tmp_path, monkeypatch, caplog, args, why):
+    """The card then says how to expand the stock form, which is always right."""
+    import tiny_architecture
+    model = randomize_(timm.create_model(tiny_architecture.NAME, num_classes=5)).eval()
+    monkeypatch.setattr(timm_rep.hub, '_training_args', lambda model, architecture: args)
+    folder = timm_rep.export_folder(model, tmp_path / 'model')
+    assert why in caplog.text
+    assert config_of(folder)['timm_rep']['training_args'] is None
+    assert 'timm_rep.expand(' in (folder / 'README.md').read_text()
+
+
+def test_other_image_channels_are_restored(tmp_path):
+    import tiny_architecture
+    model = randomize_(timm.create_model(tiny_architecture.NAME, num_classes=5, in_chans=1)).eval()
+    folder = timm_rep.export_folder(model, tmp_path / 'model')
+    assert config_of(folder)['timm_rep']['training_args'] == dict(in_chans=1)
+    assert '--in-chans 1 --num-classes N' in (folder / 'README.md').read_text()

@@ -1,5 +1,6 @@
 """Publishing and loading, against a Hub on loopback: real HTTP, the real client, and faults."""
 import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -28,6 +29,7 @@ import timm_rep
 from timm_rep import publishing
 from timm_rep.cli import main
 from timm_rep.hub_errors import reason
+from timm_rep.measuring import ImageCheck
 from timm_rep.model_card import OWN_TEXT_BEGIN, OWN_TEXT_END, lost_text
 from timm_rep.pretrained import published_weights, with_published
 
@@ -36,6 +38,8 @@ REPO = 'me/test_resnet.orepa_pets'
 CLASSES = 6
 SECRET = 'hf_' + 'S3cret' * 5
 
+# It does not note what a model was built with, so that an export of another network than the default is refused.
+OLD_TIMM = not hasattr(timm.create_model('test_resnet'), '_model_args')
 OLD_CLIENT = Version(huggingface_hub.__version__) < Version('1.0')
 
 RUN_ARGS = dict(
@@ -278,7 +282,8 @@ def test_folder_and_commit(server, full_run, run_folder):
     cfg = json.loads(on_hub['config.json'])['pretrained_cfg']
     assert (cfg['tag'], cfg['license'], cfg['interpolation']) == ('orepa_pets', 'mit', 'bicubic')
     assert published['registry_entry'] == {f'{ARCHITECTURE}.orepa_pets': dict(
-        hf_hub_id=REPO, num_classes=CLASSES, license='mit', interpolation='bicubic', mean=[0.5, 0.5, 0.5])}
+        hf_hub_id=REPO, num_classes=CLASSES, license='mit', input_size=[3, 32, 32], interpolation='bicubic',
+        mean=[0.5, 0.5, 0.5], std=[0.229, 0.224, 0.225], crop_pct=0.875, crop_mode='center')}
     # a second folder does not overwrite the first
     assert Path(publish_json(run_folder, '--repo', REPO)['folder']).name == 'test_resnet.orepa_pets-2'
 
@@ -300,14 +305,15 @@ def test_model_card(server, full_run, images):
     card = card_of(server)
     data = huggingface_hub.ModelCard(card).data
     results = {result.metric_args['k']: result for result in data.eval_results}
-    assert (data.license, data.library_name, results[1].dataset_name) == ('apache-2.0', 'timm', 'Pets')
+    assert (data.license, data.library_name, results[1].dataset_name) == ('unknown', 'timm', 'Pets')
     config = json.loads(server.files(REPO)['config.json'])
     top1 = config['timm_rep']['metrics']['top1']
     assert results[1].metric_value == pytest.approx(top1, abs=1e-4)
     assert config['label_names'] == [f'class{label}' for label in range(CLASSES)]
     for text in (
             'timm-rep run train --config args.yaml --data-dir IMAGES --initial-checkpoint start.pth', '| `lr` | 0.1 |',
-            'after epoch 1, counted from 0', 'measured with the fused model on 12 images', 'OREPA composes the kernel',
+            'after epoch 1, counted from 0', 'OREPA composes the kernel',
+            'measured with the fused model on 12 images, of the split `test`, when it was published',
             f"timm.create_model('hf-hub:{REPO}', pretrained=True, features_only=True)",
             f"hf_hub_id='{REPO}'", 'num_classes=0', f'timm-rep verify hf-hub:{REPO}', '![Accuracy, loss',
             'Measured on ', 'Online Convolutional Re-parameterization', 'Enhanced Annealing'):
@@ -346,6 +352,91 @@ def test_accuracy_on_a_part_of_the_images_is_not_the_models(full_run, images, tm
     assert (published.images.images, published.images.complete) == (5, False)
     metrics = json.loads((published.folder / 'config.json').read_text())['timm_rep']['metrics']
     assert metrics == dict(top1=41.5, top5=97.25)  # the run's own
+
+
+def exported(run_folder, tmp_path, **kwargs):
+    """Publish without sending; config.json's provenance, and the card."""
+    folder = timm_rep.publish(run_folder, REPO, dry_run=True, out=tmp_path / 'out', **kwargs).folder
+    return json.loads((folder / 'config.json').read_text()), (folder / 'README.md').read_text()
+
+
+def other_run(run_folder, folder, summary=False, **args):
+    """A run of the same weights with other arguments."""
+    content = torch.load(run_folder / 'model_best.pth.tar', weights_only=False)
+    folder.mkdir()
+    args = dict(RUN_ARGS, **args)
+    torch.save(dict(content, args=argparse.Namespace(**args), metric=41.5), folder / 'model_best.pth.tar')
+    (folder / 'args.yaml').write_text(yaml.safe_dump(args))
+    if summary:
+        (folder / 'summary.csv').write_text(SUMMARY)
+    return folder
+
+
+@pytest.mark.parametrize(('top5', 'metrics'), [((3.0, 4.0), dict(top1=2.0, top5=4.0)), (None, dict(top1=2.0))])
+def test_accuracies_are_those_of_the_fused_model(full_run, monkeypatch, tmp_path, top5, metrics):
+    check = ImageCheck(9, True, (1.0, 2.0), top5, 0.0, tuple('abcdef'), 'the split `test`')
+    monkeypatch.setattr(publishing, 'compare_on_images', lambda *args, **kwargs: check)
+    config, card = exported(full_run, tmp_path, data=tmp_path)
+    assert config['timm_rep']['metrics'] == metrics
+    assert '| Top-1 accuracy (%) on 9 images | 1.00 | 2.00 |' in card
+
+
+@pytest.mark.parametrize(('args', 'kwargs', 'expected'), [
+    ({}, {}, ('test', '')),
+    (dict(val_split='val', class_map='names.txt'), {}, ('val', 'names.txt')),
+    (dict(val_split=''), {}, ('validation', '')),
+    ({}, dict(split='dev'), ('dev', ''))])
+def test_images_are_read_as_the_run_read_them(run_folder, monkeypatch, tmp_path, args, kwargs, expected):
+    seen = []
+
+    def compare(*args, split, class_map, **kwargs):
+        seen.append((split, class_map))
+        raise ValueError('far enough')
+
+    monkeypatch.setattr(publishing, 'compare_on_images', compare)
+    with pytest.raises(ValueError, match='far enough'):
+        exported(other_run(run_folder, tmp_path / 'run', **args), tmp_path, data=tmp_path, **kwargs)
+    assert seen == [expected]
+
+
+def test_images_of_no_known_split_are_refused(run_folder, images, tmp_path):
+    (images / 'test').rename(images / 'train')
+    options = [run_folder, '--repo', REPO, '--data', images, '--dry-run', '--out', tmp_path / 'out']
+    assert "has no split 'test' but train" in call('publish', *options, code=2)
+    assert 'of the split `train`' in call('publish', *options, '--split', 'train') + (
+        tmp_path / 'out' / 'README.md').read_text()
+
+
+def test_images_need_a_name_of_their_own_if_the_run_has_one(run_folder, images, tmp_path):
+    folder = other_run(run_folder, tmp_path / 'run', dataset='torch/cifar10')
+    with pytest.raises(ValueError, match='trained on torch/cifar10; say with dataset'):
+        exported(folder, tmp_path, data=images)
+    config, card = exported(folder, tmp_path, data=images, dataset='Cute\nPets')
+    assert config['timm_rep']['dataset'] == 'Cute Pets'
+    assert '- **Data set:** Cute Pets\n' in card
+    assert huggingface_hub.ModelCard(card).data.eval_results[0].dataset_name == 'Cute Pets'
+
+
+def test_figures_of_another_network_are_not_taken(run_folder, tmp_path, caplog):
+    folder = other_run(run_folder, tmp_path / 'run', summary=True)
+    config, _ = exported(folder, tmp_path, model_kwargs=dict(global_pool='max'))
+    assert config['timm_rep']['metrics'] == {}
+    assert 'it trained another model (global_pool)' in caplog.text
+    shutil.rmtree(tmp_path / 'out')
+    assert exported(folder, tmp_path, num_classes=CLASSES)[0]['timm_rep']['metrics'] == dict(top1=41.5, top5=97.25)
+    (folder / 'summary.csv').write_text(SUMMARY.replace('41.5', '99.9'))
+    assert 'top1 of epoch 1 is 99.9 in the one and 41.5' in call('publish', folder, '--repo', REPO, code=2)
+
+
+def test_default_tag_has_the_letters_of_the_name(model):
+    names = ('Café-1k', '花', None)
+    assert [publishing._default_tag(model, name) for name in names] == ['orepa_cafe1k', 'orepa', 'orepa']
+
+
+def test_five_answers_of_five_classes_are_no_figure(tmp_path):
+    run = timm_rep.runs.Run({}, (), {}, 1, (), 1, dict(top1=50.0, top5=100.0))
+    assert publishing._figures(run, None, False, 5)[0] == dict(top1=50.0)
+    assert publishing._figures(run, None, False, 6)[0] == dict(top1=50.0, top5=100.0)
 
 
 def test_weights_alone(server, model, tmp_path):
@@ -791,6 +882,78 @@ def test_offline_from_the_cache(server, run_folder, monkeypatch):
     getattr(_http, 'reset_sessions', lambda: None)()
 
 
+# Models with arguments of their own, and those that came from somewhere.
+
+
+def python_of(card, heading):
+    return card.split(f'## {heading}')[1].split('```python\n')[1].split('```')[0]
+
+
+@pytest.mark.skipif(OLD_TIMM, reason='this timm cannot export such a model')
+def test_the_cards_own_lines_build_the_same_network(server, tmp_path, caplog):
+    model = randomize_(timm.create_model(ARCHITECTURE, num_classes=CLASSES, act_layer='silu', global_pool='max')).eval()
+    with torch.no_grad():
+        model.fc.weight.div_(1e4)
+    timm_rep.files.save_weights(model, tmp_path / 'weights.safetensors')
+    published = timm_rep.publish(
+        tmp_path / 'weights.safetensors', REPO, architecture=ARCHITECTURE, num_classes=CLASSES,
+        model_kwargs=dict(act_layer='silu', global_pool='max'))
+    names = {}
+    exec(python_of(card_of(server), 'How to train it on'), names)
+    inputs = randn(2, 3, 32, 32, dtype=torch.float32)
+    with torch.no_grad():
+        assert_near(names['model'].eval()(inputs), model(inputs), MODEL_RTOL[torch.float32])
+    assert list(timm_rep.rep_layers(names['model']))
+    assert published.entry == {}  # which has no place for the activation
+    assert 'no entry for the registry: the model is off' in caplog.text
+    assert '--gp max --model-kwargs act_layer=silu' in card_of(server)
+
+
+def test_entry_of_arguments_that_change_nothing(run_folder, tmp_path):
+    kwargs = dict(model_kwargs=dict(act_layer='relu'), dry_run=True, out=tmp_path / 'out')
+    assert list(timm_rep.publish(run_folder, REPO, **kwargs).entry) == [f'{ARCHITECTURE}.orepa']
+
+
+def test_taken_names_of_our_own_registry(run_folder, monkeypatch, tmp_path):
+    entry = {f'{ARCHITECTURE}.orepa_pets': dict(hf_hub_id='org/test_resnet.orepa_pets')}
+    monkeypatch.setattr(publishing, 'published_weights', lambda: entry)
+    with pytest.raises(ValueError, match=r'claims test_resnet\.orepa_pets, a recipe of org/test_resnet\.orepa_pets'):
+        exported(run_folder, tmp_path)
+    entry[f'{ARCHITECTURE}.orepa_pets']['hf_hub_id'] = REPO  # the same again
+    exported(run_folder, tmp_path)
+
+
+@pytest.mark.parametrize('named', [True, False])
+def test_run_of_a_model_with_a_tag(run_folder, monkeypatch, tmp_path, named):
+    cfg = timm.models._registry._model_pretrained_cfgs[ARCHITECTURE]
+    monkeypatch.setitem(
+        timm.models._registry._model_pretrained_cfgs, f'{ARCHITECTURE}.pets', dataclasses.replace(cfg, crop_pct=0.5))
+    folder = other_run(
+        run_folder, tmp_path / 'run', model=f'{ARCHITECTURE}.pets', img_size=48, input_size=None, mean=[0.1] * 3)
+    config, _ = exported(folder, tmp_path, **(dict(architecture=ARCHITECTURE) if named else {}))
+    cfg = config['pretrained_cfg']
+    assert (cfg['input_size'], cfg['mean'], cfg['crop_pct']) == ([3, 48, 48], [0.1] * 3, 0.5)
+    call('fuse', folder, tmp_path / 'fused')
+    assert json.loads((tmp_path / 'fused' / 'config.json').read_text())['pretrained_cfg']['input_size'] == [3, 48, 48]
+    with pytest.raises(ValueError, match=f'says that it trained {ARCHITECTURE}, not orepa_resnet18'):
+        publishing._check_recipe(timm_rep.files.read_checkpoint(folder), 'orepa_resnet18', REPO, 'x')
+
+
+def test_run_of_a_model_from_the_hub(server, run_folder, tmp_path):
+    timm_rep.publish(run_folder, REPO, include_training_form=True)
+    args = dict(model=f'hf-hub:{REPO}@train', img_size=48, input_size=None, mean=[0.1] * 3)
+    folder = other_run(run_folder, tmp_path / 'again', **args)
+    config, _ = exported(folder, tmp_path)
+    cfg = config['pretrained_cfg']
+    assert (config['architecture'], cfg['input_size'], cfg['mean']) == (STOCK, [3, 48, 48], [0.1] * 3)
+    shutil.rmtree(tmp_path / 'out')
+    del server.repos[REPO]
+    shutil.rmtree(tmp_path / 'cache')
+    assert 'name its architecture' in call('publish', folder, '--repo', REPO, '--dry-run', code=3)
+    config, _ = exported(folder, tmp_path, architecture=ARCHITECTURE)
+    assert config['pretrained_cfg']['input_size'] == [3, 48, 48]
+
+
 # What is refused.
 
 
@@ -824,8 +987,13 @@ def test_a_folder_is_free_if_that_of_the_training_form_is(run_folder, tmp_path, 
     (dict(repo='../x'), 'repo must be ORG/NAME'),
     (dict(repo='a/b/c'), 'repo must be ORG/NAME'),
     (dict(tag='a b'), 'letters, digits and _'),
-    (dict(tag='r160_in1k'), "one of timm's own recipes of test_resnet"),
-    (dict(repo='me/test_resnet.r160_in1k'), "one of timm's own recipes"),
+    (dict(tag='r160_in1k'), "tag 'r160_in1k' claims test_resnet.r160_in1k, a recipe of timm"),
+    (dict(tag='R160_in1k'), 'a recipe of timm'),
+    (dict(repo='me/test_resnet.r160_in1k'), "name 'test_resnet.r160_in1k' claims"),
+    (dict(repo='me/test_resnet.R160_in1k'), 'a recipe of timm'),
+    (dict(repo='me/test_resnet-r160_in1k'), 'a recipe of timm'),
+    (dict(repo='me/test_resnet.r160_in1k.v2'), 'a recipe of timm'),
+    (dict(repo='me/ResNet50.a1_in1k'), 'says resnet50, but the model is'),
     (dict(repo='me/resnet50.orepa'), 'says resnet50, but the model is'),
     (dict(architecture='orepa_resnet18'), 'does not hold orepa_resnet18|says that it trained'),
     (dict(create_pr=True, revision='x'), 'besides it'),

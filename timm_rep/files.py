@@ -17,10 +17,11 @@ import timm
 import torch
 import torch.nn as nn
 from timm.data import resolve_data_config
-from timm.models import build_model_with_cfg, clean_state_dict
+from timm.models import build_model_with_cfg, clean_state_dict, split_model_name_tag
 from torch import Tensor
 
 from .checkpoints import first_names
+from .hub_errors import HubError, reason
 from .runs import plain_args, read_run_args
 from .surgery import TRAINING_PREFIXES, annealed_modules
 from .verification import check_values
@@ -40,6 +41,7 @@ __all__ = [
     'read_checkpoint',
     'save_weights',
     'take_input_settings',
+    'trained_architecture',
     'training_form',
 ]
 
@@ -62,6 +64,7 @@ FACTORY_ARGS = {'device', 'dtype', *(
 )}
 # Tensors of a file may share their numbers, as tied weights do, but they are not many times what it holds.
 SHARING = 2
+HUB_PREFIX = 'hf-hub:'
 
 PathLike = Union[str, Path]
 
@@ -76,6 +79,7 @@ class Checkpoint:
         args: Arguments of the training run, from the checkpoint or args.yaml beside it; empty if there are none.
         architecture: Name of the model, if the file or its run says it.
         epoch: Epoch after which it was written, counted from 0, if the file says it.
+        metric: Figure by which train.py ranked it, if the file says it.
     """
 
     path: Path
@@ -83,6 +87,7 @@ class Checkpoint:
     args: Dict[str, Any]
     architecture: Optional[str]
     epoch: Optional[int] = None
+    metric: Optional[float] = None
 
 
 def find_checkpoint(path: PathLike) -> Path:
@@ -185,13 +190,14 @@ def read_checkpoint(path: PathLike, *, use_ema: bool = False, allow_pickle: bool
     args = plain_args(vars(args), path) if isinstance(args, argparse.Namespace) else read_run_args(path)
     architecture = args.get('model') or content.get('arch')
     weights = clean_state_dict(clean_state_dict(weights))  # older timm strips one prefix (compile, DDP) a call
-    epoch = content.get('epoch')
+    epoch, metric = content.get('epoch'), content.get('metric')
     return Checkpoint(
         path,
         weights,
         args,
         architecture if isinstance(architecture, str) else None,
         epoch if isinstance(epoch, int) else None,
+        metric if isinstance(metric, (int, float)) else None,
     )
 
 
@@ -226,6 +232,27 @@ def load_strictly(model: nn.Module, state_dict: Dict[str, Tensor], path: Path, f
     model.load_state_dict(state_dict)
 
 
+def trained_architecture(checkpoint: Checkpoint) -> Optional[str]:
+    """The architecture that a run trained, without the tag of the weights that it started from.
+
+    Args:
+        checkpoint: A checkpoint of the run.
+
+    Returns:
+        Its name; None if the arguments of the run do not say it, be it because it took the model from the Hub.
+    """
+    name = checkpoint.args.get('model')
+    if not isinstance(name, str) or ':' in name:
+        return None
+    return split_model_name_tag(name)[0]
+
+
+def _is_of(checkpoint: Checkpoint, architecture: str) -> bool:
+    """Whether a run was of an architecture, as far as it says; what it took from the Hub can be of any."""
+    return bool(checkpoint.args.get('model')) and trained_architecture(checkpoint) in (
+        None, split_model_name_tag(architecture)[0])
+
+
 def model_args_of(checkpoint: Checkpoint, architecture: str, overrides: Mapping[str, Any]) -> Dict[str, Any]:
     """Arguments of ``timm.create_model`` that build the model of a checkpoint.
 
@@ -237,7 +264,7 @@ def model_args_of(checkpoint: Checkpoint, architecture: str, overrides: Mapping[
     Returns:
         The arguments by name.
     """
-    run = checkpoint.args if checkpoint.args.get('model') == architecture else {}
+    run = checkpoint.args if _is_of(checkpoint, architecture) else {}
     args = {name: run[key] for key, name in MODEL_ARGS.items() if run.get(key) is not None}
     if 'in_chans' not in args and run.get('input_size'):
         args['in_chans'] = run['input_size'][0]
@@ -257,7 +284,7 @@ def take_input_settings(model: Any, checkpoint: Checkpoint) -> None:
     Raises:
         ValueError: If timm does not understand the settings.
     """
-    if checkpoint.args.get('model') == model.pretrained_cfg.get('architecture'):
+    if _is_of(checkpoint, model.pretrained_cfg.get('architecture', '')):
         try:
             config = resolve_data_config(checkpoint.args, model=model)
         except AssertionError as e:
@@ -271,22 +298,31 @@ def build_model(architecture: str, /, **kwargs: Any) -> nn.Module:
     """``timm.create_model`` with errors that say what the user can do.
 
     Args:
-        architecture: Registered name.
+        architecture: Registered name, or ``'hf-hub:ORG/NAME'`` for one that is described on the Hub.
         **kwargs: Of the model.
 
     Returns:
-        The model.
+        The model, which knows its arguments.
 
     Raises:
         ValueError: If there is no such model, or it does not take the arguments.
+        HubError: If the description of the model cannot be had from the Hub.
     """
-    if not timm.is_model(architecture):
+    on_hub = architecture.startswith(HUB_PREFIX)
+    if not on_hub and not timm.is_model(architecture):
         raise ValueError(f'unknown model {architecture!r}; `timm-rep list` shows the models with rep layers')
     try:
-        return timm.create_model(architecture, **kwargs)
+        model: Any = timm.create_model(architecture, **kwargs)
     except (TypeError, LookupError, AttributeError, ArithmeticError, AssertionError) as e:
         given = ', '.join(f'{key}={value!r}' for key, value in kwargs.items())
         raise ValueError(f'{architecture} cannot be built with {given}: {e}') from e
+    except OSError as e:
+        if not on_hub:
+            raise
+        raise HubError(f'{architecture} cannot be looked up, name its architecture: {reason(e)}') from None
+    if not hasattr(model, '_model_args'):  # older timm
+        model._model_args = kwargs
+    return model
 
 
 def load_training_form(
@@ -350,6 +386,8 @@ def training_form(
     architecture = architecture or checkpoint.architecture
     if architecture is None:
         raise ValueError(f'{checkpoint.path} does not say which model it is of; name it')
+    if architecture == trained_architecture(checkpoint):
+        architecture = str(checkpoint.args['model'])  # with its tag, which may have input settings of its own
     overrides = dict(num_classes=num_classes, in_chans=in_chans)
     args = model_args_of(checkpoint, architecture, {**overrides, **(model_kwargs or {})})
     model = build_model(architecture, **args)

@@ -1,4 +1,5 @@
 """Export a model as a folder for the Hugging Face Hub, in stock form: any timm loads it without this package."""
+import ast
 import copy
 import dataclasses
 import importlib.util
@@ -27,13 +28,21 @@ from .layers import (
     RepConv2d,
 )
 from .measuring import Costs, ImageCheck
-from .model_card import NOT_MEASURED, PAPERS, model_card, needs_plugin, training_form_card
+from .model_card import (
+    NOT_MEASURED,
+    PAPERS,
+    UNKNOWN_LICENSE,
+    model_card,
+    needs_plugin,
+    restoring_args,
+    training_form_card,
+)
 from .runs import Run, write_run
 from .surgery import annealed_modules, fuse, image_channels, rep_layers
 from .verification import Report, check_values, verify
 
 __all__ = ['CARD_FILE', 'CONFIG_FILE', 'MANAGED_FILES', 'SELF_CHECK_BYTES', 'SELF_CHECK_FILE', 'WEIGHTS_FILE',
-           'export_folder', 'export_training_form', 'methods_of', 'new_folder']
+           'export_folder', 'export_training_form', 'methods_of', 'new_folder', 'why_not_restored']
 
 _logger = logging.getLogger(__name__)
 
@@ -53,6 +62,8 @@ MANAGED_FILES = (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, PLOT_FILE, SELF_CHECK_FIL
 # What an exported pretrained_cfg takes over from the model's own: how to build and feed the network. All the rest (tag,
 # url, test sizes, notes ...) may be about other weights, of which the model was once made.
 STRUCTURE_FIELDS = ('architecture', 'fixed_input_size', 'min_input_size', 'pool_size', 'first_conv', 'classifier')
+# Of restored weights in float32, to tell another network: side branches are large against what they cancel to.
+RESTORED_RTOL = 1e-4
 DATA_FIELDS = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
 
 
@@ -149,27 +160,31 @@ def _difference(report: Optional[Report]) -> Optional[Dict[str, Any]]:
     )
 
 
+def _check_same_network(model: nn.Module, other: nn.Module, inputs: torch.Tensor, rtol: Optional[float] = None) -> None:
+    # large inputs tell ReLU from ReLU6, but may overflow in half precision
+    for gain in (1.0, 100.0) if inputs.element_size() >= 4 else (1.0,):
+        verify(model, other, inputs=gain * inputs, rtol=rtol)
+
+
 def _check_reload(folder: Path, fused: Any, inputs: torch.Tensor) -> None:
     """Check that timm rebuilds from the folder alone the network that was written there."""
     architecture = fused.pretrained_cfg['architecture']
     try:
-        reloaded = timm.create_model(f'local-dir:{folder}', pretrained=True).to(inputs.dtype)
-        # large inputs tell ReLU from ReLU6, but may overflow in half precision
-        for gain in (1.0, 100.0) if inputs.element_size() >= 4 else (1.0,):
-            verify(fused, reloaded, inputs=gain * inputs)
+        _check_same_network(fused, timm.create_model(f'local-dir:{folder}', pretrained=True).to(inputs.dtype), inputs)
     except RuntimeError as e:
         raise RuntimeError(f'the fused model is not what timm builds as {architecture}: {e}') from e
 
 
 def _self_check_inputs(model: nn.Module, cfg: Mapping[str, Any]) -> torch.Tensor:
     dtype = next(model.parameters()).dtype
-    image_bytes = math.prod(cfg['input_size']) * dtype.itemsize
+    size = (image_channels(model), *cfg['input_size'][1:])
+    image_bytes = math.prod(size) * dtype.itemsize
     images = min(SELF_CHECK_IMAGES, (SELF_CHECK_BYTES - SELF_CHECK_ALLOWANCE) // image_bytes)
     if images < 1:
         raise ValueError(
-            f'an image of input_size {cfg["input_size"]} takes {image_bytes} bytes, too much for the self-check of an '
+            f'an image of {"x".join(map(str, size))} takes {image_bytes} bytes, too much for the self-check of an '
             f'export, which takes at most {SELF_CHECK_BYTES - SELF_CHECK_ALLOWANCE}')
-    return torch.randn(images, *cfg['input_size'], generator=torch.Generator().manual_seed(0)).to(dtype)
+    return torch.randn(images, *size, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
 @torch.no_grad()
@@ -194,9 +209,53 @@ def _draw(run: Run, name: str, folder: Path) -> Optional[str]:
     return PLOT_FILE
 
 
-def _training_args(model: nn.Module) -> Dict[str, Any]:
-    """What builds the training form besides the name of its architecture."""
-    return {key: value for key, value in getattr(model, '_model_args', {}).items() if key == 'rep_layer'}
+def _training_args(model: nn.Module, architecture: str) -> Dict[str, Any]:
+    """What builds the training form besides the name of its architecture and the number of classes."""
+    args = {
+        key: value for key, value in getattr(model, '_model_args', {}).items()
+        if key not in ('num_classes', 'in_chans', 'inference_mode')
+        and not key.endswith(('drop_rate', 'drop_path_rate', 'drop_block_rate'))  # no part of the network
+    }
+    own: Any = timm.get_pretrained_cfg(architecture)
+    if image_channels(model) != own.input_size[0]:
+        args['in_chans'] = image_channels(model)
+    return args
+
+
+def why_not_restored(
+        fused: Any,
+        architecture: str,
+        args: Mapping[str, Any],
+        overlay: Mapping[str, Any],
+) -> Optional[str]:
+    """Put fused weights into the training form as timm does it, and compare.
+
+    Args:
+        fused: Stock form, on the CPU.
+        architecture: Name of the training form.
+        args: Of ``timm.create_model``.
+        overlay: What its ``pretrained_cfg_overlay`` says, besides where the weights are.
+
+    Returns:
+        None if the training form has the same outputs, else what is wrong.
+    """
+    if not _is_literal(args):
+        return f'not all of its arguments can be written down: {args}'
+    fused = copy.deepcopy(fused).float()
+    weights = dict(overlay, state_dict=fused.state_dict())
+    try:
+        model = timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=weights, **args).eval()
+        _check_same_network(fused, model, _self_check_inputs(fused, fused.pretrained_cfg), RESTORED_RTOL)
+    except (RuntimeError, TypeError, ValueError) as e:
+        return str(e)
+    return None
+
+
+def _is_literal(args: Mapping[str, Any]) -> bool:
+    try:
+        return bool(ast.literal_eval(repr(dict(args))) == args)
+    except (SyntaxError, ValueError):
+        return False
 
 
 @contextmanager
@@ -226,7 +285,7 @@ def export_folder(
         tag: str = 'timm_rep',
         label_names: Optional[Sequence[str]] = None,
         data_config: Optional[Mapping[str, Any]] = None,
-        license: str = 'apache-2.0',
+        license: str = UNKNOWN_LICENSE,
         repo: Optional[str] = None,
         run: Optional[Run] = None,
         costs: Optional[Costs] = None,
@@ -249,7 +308,7 @@ def export_folder(
         label_names: Names of the classes, in the order of the classifier.
         data_config: What the images go through, as ``timm.data.resolve_data_config`` gives it; by default what the
             model's ``pretrained_cfg`` says.
-        license: Licence of the weights, as an identifier of the Hub.
+        license: Licence of the weights, as an identifier of the Hub; by default none is claimed.
         repo: Repository on the Hub where the folder will be, for the model card.
         run: The training run.
         costs: What both forms cost.
@@ -266,6 +325,7 @@ def export_folder(
     """
     path = new_folder(path)
     architecture = _architecture(model)
+    dataset = ' '.join((dataset or '').split()) or None
     metrics = dict(metrics or {})
     _check_metrics(metrics)
     _check_labels(label_names, model)
@@ -290,7 +350,7 @@ def export_folder(
     provenance = dict(
         _versions(),
         training_architecture=architecture if layers else None,
-        training_args=_training_args(model),
+        training_args=_training_args(model, architecture),
         rep_layers=dict(layers),
         methods=methods,
         fused_difference=_difference(report),
@@ -302,6 +362,11 @@ def export_folder(
     )
     if images is not None:
         provenance['images'] = {k: v for k, v in dataclasses.asdict(images).items() if k != 'classes'}
+    if layers and needs_plugin(architecture):
+        why = why_not_restored(fused, architecture, *restoring_args(provenance, cfg, fused.num_classes))
+        if why is not None:
+            _logger.warning('the card does not say how to restore %s from these weights: %s', architecture, why)
+            provenance['training_args'] = None
     model_args = dict(inference_mode=True) if needs_plugin(cfg['architecture']) else None
     with _appearing(path) as temporary:
         config = dict(_label_config(label_names), timm_rep=provenance)
@@ -326,7 +391,7 @@ def export_training_form(
         repo: str,
         tag: str = 'timm_rep',
         label_names: Optional[Sequence[str]] = None,
-        license: str = 'apache-2.0',
+        license: str = UNKNOWN_LICENSE,
 ) -> Path:
     """Write a model in training form as a folder that timm loads once this package is imported.
 
@@ -359,7 +424,12 @@ def export_training_form(
     with _appearing(path) as temporary:
         config = dict(_label_config(label_names), timm_rep=provenance)
         save_for_hf(
-            training_form, str(temporary), config, model_args=_training_args(model) or None, safe_serialization=True)
+            training_form,
+            str(temporary),
+            config,
+            model_args=_training_args(model, architecture) or None,
+            safe_serialization=True,
+        )
         _write_self_check(training_form, inputs, temporary)
         training_form_card(repo, architecture, license).save(temporary / CARD_FILE)
         _check_reload(temporary, training_form, inputs)

@@ -1,13 +1,13 @@
 """What the two forms of a model cost, and what they make of real images."""
 import contextlib
 import platform
+import re
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, Callable, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Iterable, List, Mapping, Optional, Pattern, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from timm.data import create_dataset, create_loader, resolve_data_config
 from torch.utils.flop_counter import FlopCounterMode
 
+from .composition import full_float32
 from .surgery import image_channels
 from .verification import DEFAULT_RTOL, VerificationError, compare_outputs
 
@@ -95,6 +96,7 @@ class ImageCheck:
         top5: The same for the first five answers; None with fewer than six classes.
         relative: Largest difference of the outputs, relative to the largest output of its batch.
         classes: Names of the classes, in the order of the classifier.
+        source: Which images, in words without the name of any folder but the split's.
     """
 
     images: int
@@ -103,6 +105,7 @@ class ImageCheck:
     top5: Optional[Tuple[float, float]]
     relative: float
     classes: Tuple[str, ...]
+    source: str
 
 
 def processor_name() -> str:
@@ -132,17 +135,6 @@ def hardware_name(device: Union[str, torch.device] = 'cpu') -> str:
         return device.type
     threads = torch.get_num_threads()
     return f'{processor_name()}, {threads} thread{"s" if threads != 1 else ""}'
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """No TF32: it alone makes a difference of 1e-3."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 def seconds_of(call: Callable[[], Any], device: torch.device, repeats: int = 1) -> float:
@@ -327,7 +319,8 @@ def measure_costs(
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, *input_size, generator=generator).to(device, next(fused.parameters()).dtype)
     parameters, gmacs = zip(*((sum(p.numel() for p in form.parameters()), _gmacs(form, images[:1])) for form in forms))
-    speeds = images_per_second(forms, images)
+    with full_float32():
+        speeds = images_per_second(forms, images)
     return Costs(
         (parameters[0], parameters[1]), (gmacs[0], gmacs[1]), (speeds[0], speeds[1]), batch, hardware_name(device),
         torch.__version__)
@@ -337,12 +330,48 @@ def _correct(outputs: torch.Tensor, targets: torch.Tensor, k: int) -> int:
     return int((outputs.topk(k, dim=1).indices == targets[:, None]).any(dim=1).sum())
 
 
+def _word_in_name(words: str) -> Pattern[str]:
+    return re.compile(rf'(?<![a-z])(?:{words})(?![a-z])', re.IGNORECASE)
+
+
+TRAIN_NAME = _word_in_name('train|training')
+SPLIT_NAME = _word_in_name('train|training|val|valid|validation|eval|evaluation|test|testing|dev')
+
+
+def _check_split(folder: Path, found: Path, split: str) -> str:
+    """Raise a ValueError if timm took the images of several splits, or those of a training split unasked.
+
+    Args:
+        folder: Folder that was given.
+        found: Folder whose images timm took: that of the split, or the one that was given.
+        split: Name of the split.
+
+    Returns:
+        What images they are, in words.
+    """
+    if found == folder:
+        splits = sorted(
+            path.name for path in folder.iterdir()
+            if SPLIT_NAME.search(path.name) and path.is_dir() and any(inner.is_dir() for inner in path.iterdir()))
+        if splits:
+            raise ValueError(
+                f'{folder} has no split {split!r} but {", ".join(splits)}; give one of them as split (--split)')
+    name = found.name
+    if TRAIN_NAME.search(name) and not TRAIN_NAME.search(split):
+        raise ValueError(
+            f'{found} are training images by its name, on which no accuracy is that of the model; give the folder of '
+            f'others, or split={name!r} (--split {name}) if that is what you want'
+        )
+    return f'the split `{name}`' if found != folder or SPLIT_NAME.fullmatch(name) else 'a folder without splits'
+
+
 def compare_on_images(
         model: Any,
         fused: nn.Module,
         folder: Union[str, Path],
         *,
         split: str = 'validation',
+        class_map: Optional[str] = None,
         max_images: Optional[int] = None,
         device: Union[str, torch.device] = 'cpu',
         progress: bool = False,
@@ -353,7 +382,8 @@ def compare_on_images(
         model: Training form, in eval mode; moved to the device.
         fused: Stock form, in eval mode; moved to the device.
         folder: Folder with one folder of images for each class, or one that holds such a folder for the split.
-        split: Name of that split.
+        split: Name of that split, or what timm takes for the same (``val``, ``validation`` ...).
+        class_map: Text file with the names of the classes in order, if they are not in that of their names.
         max_images: Take the first so many of a fixed shuffle instead of all.
         device: Where to run.
         progress: Show a progress bar.
@@ -362,20 +392,32 @@ def compare_on_images(
         What was found.
 
     Raises:
-        FileNotFoundError: If there is no such folder.
-        ValueError: If the images are not of as many classes as the model knows, or none are to be taken.
+        FileNotFoundError: If there is no such folder or class map.
+        ValueError: If the images are not of as many classes as the model knows, none are to be taken, or the folder
+            holds other splits than the one asked for.
         VerificationError: If the outputs differ by more than the tolerance, or are not finite.
     """
     if max_images is not None and max_images < 1:
         raise ValueError(f'max_images must be at least 1, got {max_images}')
-    if not Path(folder).is_dir():
+    folder = Path(folder).absolute()
+    if not folder.is_dir():
         raise FileNotFoundError(f'no folder of images at {folder}')
+    if class_map and not class_map.lower().endswith('.txt'):  # older timm unpickles others without a check
+        raise ValueError(f'no images can be compared for a run whose class map is not a text file, got {class_map}')
     try:
         mode = 'L' if image_channels(model) == 1 else 'RGB'
-        dataset = create_dataset('', root=str(folder), split=split, input_img_mode=mode)
+        reading: Any = dict(class_map=class_map or '', input_img_mode=mode)
+        dataset = create_dataset('', root=str(folder), split=split, **reading)
     except RuntimeError as e:
         raise ValueError(f'{folder} holds no images that timm reads: {e}') from None
-    classes = sorted(dataset.reader.class_to_idx, key=dataset.reader.class_to_idx.get)
+    except AssertionError:
+        raise FileNotFoundError(
+            f'the run took its classes from the class map {class_map}, which is not there: without it no images can be '
+            'compared'
+        ) from None
+    source = _check_split(folder, Path(dataset.reader.root), split)
+    index_of = dataset.reader.class_to_idx
+    classes = sorted(index_of, key=index_of.get)
     if len(classes) != model.num_classes:
         raise ValueError(
             f'{folder} holds images of {len(classes)} classes, the model knows {model.num_classes}; give the folder '
@@ -403,7 +445,7 @@ def compare_on_images(
     model, fused = model.to(device), fused.to(device)
     correct = [[0, 0], [0, 0]]
     relative, rtol = 0.0, DEFAULT_RTOL[next(model.parameters()).dtype]
-    with torch.inference_mode(), _full_precision():
+    with torch.inference_mode(), full_float32():
         for images, targets in loader:
             images, targets = images.to(device), targets.to(device)
             outputs = model(images), fused(images)
@@ -415,4 +457,4 @@ def compare_on_images(
                 counts[0] += _correct(output, targets, 1)
                 counts[1] += _correct(output, targets, top_k) if top_k else 0
     top1, top5 = ((100 * correct[0][k] / count, 100 * correct[1][k] / count) for k in (0, 1))
-    return ImageCheck(count, count == found, top1, top5 if top_k else None, relative, tuple(classes))
+    return ImageCheck(count, count == found, top1, top5 if top_k else None, relative, tuple(classes), source)

@@ -2,6 +2,7 @@
 import hashlib
 import json
 import re
+import shlex
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import huggingface_hub
@@ -9,14 +10,16 @@ import timm
 import yaml
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
+from .files import MODEL_ARGS
 from .measuring import Costs, ImageCheck
-from .runs import Run
+from .runs import WHY_LEFT_OUT, Run
 from .verification import Report
 
-__all__ = ['NOT_MEASURED', 'OWN_TEXT_BEGIN', 'OWN_TEXT_END', 'PAPERS', 'lost_text', 'model_card', 'needs_plugin',
-           'training_form_card', 'update_card']
+__all__ = ['NOT_MEASURED', 'OWN_TEXT_BEGIN', 'OWN_TEXT_END', 'PAPERS', 'UNKNOWN_LICENSE', 'lost_text', 'model_card',
+           'needs_plugin', 'restoring_args', 'training_form_card', 'update_card']
 
 NOT_MEASURED = 'not measured'
+UNKNOWN_LICENSE = 'unknown'  # the Hub's own identifier
 # Rows that every model card has.
 METRICS = dict(top1='Top-1 accuracy (%)', top5='Top-5 accuracy (%)')
 # What stands between these lines is its owner's, and survives the next publication.
@@ -190,6 +193,10 @@ def _name(repo: str) -> str:
     return repo.partition('/')[2].partition('@')[0]
 
 
+def _license(license: str) -> str:
+    return 'not stated' if license == UNKNOWN_LICENSE else license
+
+
 def _figure(value: Optional[float], spec: str = '.4g') -> str:
     if value is None:
         return NOT_MEASURED
@@ -197,7 +204,7 @@ def _figure(value: Optional[float], spec: str = '.4g') -> str:
 
 
 def _slug(dataset: str) -> str:
-    return re.sub(r'[^a-z0-9]+', '-', dataset.lower()).strip('-')
+    return re.sub(r'[\W_]+', '-', dataset.lower()).strip('-') or 'unknown'
 
 
 def _eval_results(dataset: Optional[str], metrics: Mapping[str, Any]) -> Optional[List[huggingface_hub.EvalResult]]:
@@ -222,17 +229,19 @@ def _training(run: Optional[Run]) -> str:
     if run is None or not run.args:
         return 'Not stated: the model was exported without the arguments of its training run.'
     start = ''.join(f' {option} {name}' for option, name in run.start_files.items())
-    annealed = run.args.get('time_steps', 1) > 1
+    annealed = (run.args.get('time_steps') or 1) > 1 or (run.args.get('attach_warmup_epochs') or 0) > 0
     script = 'python train_scripts/train.py' if annealed else 'timm-rep run train'
     source = ' (`train_scripts/train.py` is in the source of timm_rep)' if annealed else ''
-    text = f"""`args.yaml` holds all arguments of the run. The same again, with your own folder of the images{source}:
+    text = f"""`args.yaml` holds the arguments of the run. The same again, with your own folder of the images{source}:
 
 ```sh
 {script} --config args.yaml --data-dir IMAGES{start}
 ```
 """
+    if run.processes > 1:
+        text += f'\nThe run was on {run.processes} processes at once, each with batches of `batch_size` images.\n'
     if run.left_out:
-        text += f'\nLeft out of `args.yaml`, since about the machine it ran on: {", ".join(run.left_out)}.\n'
+        text += f'\nLeft out of `args.yaml`, {WHY_LEFT_OUT}: {", ".join(run.left_out)}.\n'
     recipe = {key: run.args[key] for key in RECIPE_ARGS if run.args.get(key) not in (None, '', False)}
     table = '\n'.join(f'| `{key}` | {value} |' for key, value in recipe.items())
     text += f'\n| Argument | Value |\n|---|---|\n{table}\n'
@@ -283,10 +292,39 @@ output in `test/rand_tensors.safetensors`.
 """
 
 
+def restoring_args(
+        provenance: Mapping[str, Any],
+        cfg: Mapping[str, Any],
+        classes: int,
+) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+    """What puts fused weights back into the training form, besides where they are.
+
+    Args:
+        provenance: What config.json says under ``timm_rep``.
+        cfg: The ``pretrained_cfg`` of the export.
+        classes: Number of classes.
+
+    Returns:
+        Arguments of ``timm.create_model``, and its ``pretrained_cfg_overlay``.
+    """
+    keys = ('input_size', 'mean', 'std', 'crop_pct', 'interpolation')
+    overlay = {key: cfg[key] for key in keys if cfg.get(key) is not None}
+    return dict(provenance['training_args'], num_classes=classes), dict(num_classes=classes, **overlay)
+
+
+def _train_options(args: Mapping[str, Any]) -> str:
+    """Arguments of a model as options of timm's train.py, which has some of its own."""
+    own = {name: f'--{option.replace("_", "-")}' for option, name in MODEL_ARGS.items()}
+    options = [f' {own[key]} {shlex.quote(str(value))}' for key, value in args.items() if key in own]
+    others = [shlex.quote(f'{key}={value}') for key, value in args.items() if key not in own]
+    return ''.join(options) + (f' --model-kwargs {" ".join(others)}' if others else '')
+
+
 def _continue_training(repo: str, cfg: Mapping[str, Any], provenance: Mapping[str, Any], classes: int) -> str:
     """How to get the weights into the training form, if one of our models is that form."""
     training_architecture = provenance['training_architecture']
-    if training_architecture is None or not needs_plugin(training_architecture):
+    training_args = provenance['training_args']
+    if training_architecture is None or training_args is None or not needs_plugin(training_architecture):
         return f"""`timm_rep.expand` puts rep layers into the model, with the same outputs:
 
 ```python
@@ -296,11 +334,10 @@ import timm_rep
 model = timm_rep.expand(timm.create_model('hf-hub:{repo}', pretrained=True))
 ```
 """
-    keys = ('input_size', 'mean', 'std', 'crop_pct', 'interpolation')
-    overlay = ''.join(f'        {key}={cfg[key]!r},\n' for key in keys if cfg.get(key) is not None)
-    args = ''.join(f'    {key}={value!r},\n' for key, value in provenance['training_args'].items())
-    options = ''.join(f' {key}={value}' for key, value in provenance['training_args'].items())
-    options = f' --model-kwargs{options}' if options else ''
+    args, overlay = restoring_args(provenance, cfg, classes)
+    arg_lines = ''.join(f'    {key}={value!r},\n' for key, value in args.items())
+    overlay_lines = ''.join(f'        {key}={value!r},\n' for key, value in overlay.items())
+    options = _train_options(training_args)
     return f"""With timm_rep installed, the weights go back into the branches, with the same outputs:
 
 ```python
@@ -309,12 +346,10 @@ import timm_rep
 
 model = timm.create_model(
     '{training_architecture}',
-{args}    pretrained=True,
-    num_classes={classes},
-    pretrained_cfg_overlay=dict(
+    pretrained=True,
+{arg_lines}    pretrained_cfg_overlay=dict(
         hf_hub_id='{repo}',
-        num_classes={classes},
-{overlay}    ),
+{overlay_lines}    ),
 )
 ```
 
@@ -437,7 +472,7 @@ several branches for each convolution and folds them into one afterwards.
 - **Data set:** {dataset or 'not stated'}
 - **Classes:** {model.num_classes}
 - **Images:** {' x '.join(map(str, cfg['input_size']))} (channels, height, width)
-- **Licence:** weights {cfg['license']}; the code that trained and loads them, timm_rep and timm, apache-2.0
+- **Licence:** weights {_license(cfg['license'])}; the code that trained and loads them, timm_rep and timm, apache-2.0
 - **Versions:** timm_rep {provenance['version']}, timm {provenance['timm']}, torch {provenance['torch']}
 
 ## How to use it

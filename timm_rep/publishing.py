@@ -1,10 +1,13 @@
 """Publish a trained model on the Hugging Face Hub: fuse, verify, measure, write the folder, send it in one commit."""
+import dataclasses
 import functools
 import hashlib
 import itertools
 import json
+import logging
 import re
 import tempfile
+import unicodedata
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +19,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from .files import Checkpoint, read_checkpoint, training_form
+from .files import Checkpoint, model_args_of, read_checkpoint, trained_architecture, training_form
 from .hub import (
     CARD_FILE,
     CONFIG_FILE,
@@ -26,15 +29,19 @@ from .hub import (
     export_training_form,
     methods_of,
     new_folder,
+    why_not_restored,
 )
 from .hub_errors import HubError, reason, status_of
-from .measuring import ImageCheck, compare_on_images, measure_costs
-from .model_card import OWN_TEXT_BEGIN, OWN_TEXT_END, lost_text, needs_plugin, update_card
+from .measuring import TOP_K, ImageCheck, compare_on_images, measure_costs
+from .model_card import OWN_TEXT_BEGIN, OWN_TEXT_END, UNKNOWN_LICENSE, lost_text, needs_plugin, update_card
+from .pretrained import published_weights
 from .runs import Run, read_run
 from .surgery import fuse, stock_architecture
 from .verification import Report, verify
 
 __all__ = ['PublishError', 'Published', 'publish']
+
+_logger = logging.getLogger(__name__)
 
 MAIN_REVISION = 'main'
 TRAIN_REVISION = 'train'
@@ -61,7 +68,7 @@ class Published:
         report: Comparison of the fused model with the training form, layer by layer and end to end.
         images: Comparison on real images, if there were any.
         entry: Entry to add to ``timm_rep/pretrained.json``, so that ``pretrained=True`` finds the weights; None of a
-            pull request.
+            pull request, and if it would build another network.
     """
 
     folder: Path
@@ -114,7 +121,7 @@ def _check_arguments(
 
 def _check_recipe(checkpoint: Checkpoint, architecture: str, repo: str, tag: str) -> None:
     """Refuse what would claim to be another model, or one of timm's own recipes."""
-    trained = checkpoint.args.get('model')
+    trained = trained_architecture(checkpoint)
     if trained not in (None, architecture):
         raise ValueError(
             f'the run of {checkpoint.path} says that it trained {trained}, not {architecture}; its arguments and '
@@ -122,18 +129,28 @@ def _check_recipe(checkpoint: Checkpoint, architecture: str, repo: str, tag: str
         )
     stock = stock_architecture(architecture)
     name = repo.partition('/')[2]
-    claimed, _, claimed_tag = name.partition('.')
-    taken = [] if needs_plugin(stock) else timm.list_models(f'{stock}.*', pretrained=True)
-    for what, own in (('tag', tag), (f'name {name!r}: tag', claimed_tag)):
-        if f'{stock}.{own}' in taken:
-            raise ValueError(f"{what} {own!r} is one of timm's own recipes of {stock}; these weights are not of it")
+    recipes = {} if needs_plugin(stock) else dict.fromkeys(timm.list_models(f'{stock}.*', pretrained=True), 'timm')
+    for published, entry in published_weights().items():
+        if published.partition('.')[0] == architecture and entry['hf_hub_id'] != repo:
+            recipes[f'{stock}.{published.partition(".")[2]}'] = entry['hf_hub_id']
+    for recipe, owner in recipes.items():
+        for what, own in ((f'tag {tag!r}', f'{stock}.{tag}'), (f'name {name!r}', name)):
+            if f'{_plain(own)}-'.startswith(f'{_plain(recipe)}-'):
+                raise ValueError(f'{what} claims {recipe}, a recipe of {owner}; these weights are not of it')
+    claimed = re.split(r'[^a-z0-9_]', name.lower())[0]
     if timm.is_model(claimed) and claimed not in (stock, architecture):
         raise ValueError(f'name {name!r} says {claimed}, but the model is {architecture}, whose stock form is {stock}')
 
 
+def _plain(name: str) -> str:
+    """A name without what readers overlook: case, and which mark separates its parts."""
+    return re.sub(r'[^a-z0-9]+', '-', name.lower())
+
+
 def _default_tag(model: nn.Module, dataset: Optional[str]) -> str:
     """Method and data set, in timm's manner."""
-    data = re.sub(r'[^a-z0-9]+', '', (dataset or '').lower())
+    letters = unicodedata.normalize('NFKD', dataset or '').lower()  # without accents, which become marks of their own
+    data = re.sub(r'[^a-z0-9]+', '', letters)
     return '_'.join(part for part in (*map(str.lower, methods_of(model)), data) if part) or 'timm_rep'
 
 
@@ -147,29 +164,50 @@ def _training_folder(folder: Path) -> Path:
     return folder.with_name(f'{folder.name}.{TRAIN_REVISION}')
 
 
-def _figures(run: Optional[Run], images: Optional[ImageCheck], use_ema: bool) -> Tuple[Dict[str, float], Optional[str]]:
+def _figures(
+        run: Optional[Run],
+        images: Optional[ImageCheck],
+        use_ema: bool,
+        num_classes: int,
+) -> Tuple[Dict[str, float], Optional[str]]:
     """The accuracies to publish, and who measured them; none rather than one of other weights."""
     if images is not None and images.complete:
         figures = dict(top1=images.top1[1]) if images.top5 is None else dict(top1=images.top1[1], top5=images.top5[1])
-        return figures, f'measured with the fused model on {images.images} images when it was published'
+        return figures, (
+            f'measured with the fused model on {images.images} images, of {images.source}, when it was published')
     if run is not None and run.metrics:
         split = run.args.get('val_split') or 'validation'
         weights = 'averaged weights' if use_ema else 'trained weights'
-        return run.metrics, f'measured by the training run on its split `{split}`, with the {weights} in training form'
+        figures = {name: value for name, value in run.metrics.items() if name != 'top5' or num_classes > TOP_K}
+        return figures, f'measured by the training run on its split `{split}`, with the {weights} in training form'
     return {}, None
 
 
-def _entry(architecture: str, folder: Path, hub_id: str) -> Dict[str, Dict[str, Any]]:
-    """What to add to the registry of published weights: where they are, what differs from the architecture's own."""
+def _without_figures_of_another(run: Run, checkpoint: Checkpoint, model_kwargs: Mapping[str, Any]) -> Run:
+    """The run; without its figures if arguments are given that make its model another."""
+    trained = model_args_of(checkpoint, checkpoint.args.get('model') or '', {})
+    changed = [key for key, value in model_kwargs.items() if trained.get(key) != value]
+    if not (run.metrics and checkpoint.args and changed):
+        return run
+    _logger.warning('the figures of the run are not stated: it trained another model (%s)', ', '.join(changed))
+    return dataclasses.replace(run, metrics={})
+
+
+def _entry(architecture: str, folder: Path, hub_id: str, fused: nn.Module) -> Optional[Dict[str, Dict[str, Any]]]:
+    """What to add to the registry of published weights: where they are, and what they must be fed with.
+
+    None if the architecture with its own arguments is not the network that these weights are of.
+    """
     config = json.loads((folder / CONFIG_FILE).read_text())
     cfg: Dict[str, Any] = dict(config['pretrained_cfg'], num_classes=config['num_classes'])
-    own: Any = timm.get_pretrained_cfg(architecture)
-    entry: Dict[str, Any] = dict(hf_hub_id=hub_id)
-    for key in ('num_classes', 'license', *DATA_FIELDS):
-        before = getattr(own, key, None)
-        if key in cfg and cfg[key] != (list(before) if isinstance(before, tuple) else before):
-            entry[key] = cfg[key]
-    return {f'{architecture}.{cfg["tag"]}': entry}
+    entry = {key: cfg[key] for key in ('num_classes', 'license', *DATA_FIELDS) if key in cfg}
+    args = config['timm_rep']['training_args']
+    # without arguments the export has tried it already
+    why = why_not_restored(fused, architecture, {}, entry) if args else None
+    if args is None or why is not None:
+        _logger.warning('no entry for the registry: %s', why or f'{architecture} is not restored from these weights')
+        return None
+    return {f'{architecture}.{cfg["tag"]}': dict(hf_hub_id=hub_id, **entry)}
 
 
 def _files(folder: Path) -> Dict[str, int]:
@@ -370,9 +408,10 @@ def publish(
         allow_pickle: bool = False,
         data: Optional[PathLike] = None,
         max_images: Optional[int] = None,
+        split: Optional[str] = None,
         dataset: Optional[str] = None,
         tag: Optional[str] = None,
-        license: str = 'apache-2.0',
+        license: str = UNKNOWN_LICENSE,
         out: Optional[PathLike] = None,
         dry_run: bool = False,
         private: bool = False,
@@ -403,10 +442,11 @@ def publish(
         model_kwargs: More arguments of ``timm.create_model``, beside those that the run was given.
         allow_pickle: Load Python objects in the checkpoint too, which can run any code.
         data: Folder of real images to compare both forms on, and to measure the accuracy with.
+        split: Split of them to take; by default that on which the run validated, else ``validation``.
         max_images: Take only so many of them; then no accuracy is stated as the model's.
-        dataset: Name of the data set; by default as the run was told.
+        dataset: Name of the data set; by default as the run was told. Needed if the run was told and ``data`` is given.
         tag: Recipe and data set, in timm's sense of a tag; by default method and data set.
-        license: Licence of the weights, as an identifier of the Hub.
+        license: Licence of the weights, as an identifier of the Hub; by default none is claimed.
         out: New folder to write; by default NAME in the current folder, or the first free of NAME-2, NAME-3 ...
         dry_run: Write the folder and send nothing.
         private: Make a new repository private. One that exists and is public is refused.
@@ -435,8 +475,14 @@ def publish(
     model: Any = training_form(
         checkpoint, architecture, num_classes=num_classes, in_chans=in_chans, model_kwargs=model_kwargs)
     architecture = str(model.pretrained_cfg['architecture'])
-    run = read_run(checkpoint.path, checkpoint.args, checkpoint.epoch, use_ema=use_ema)
-    dataset = dataset or (None if run is None else run.args.get('dataset')) or None
+    run = read_run(
+        checkpoint.path, checkpoint.args, checkpoint.epoch, metric=checkpoint.metric, use_ema=use_ema)
+    if run is not None:
+        run = _without_figures_of_another(run, checkpoint, model_kwargs or {})
+        if data is not None and not dataset and run.args.get('dataset'):
+            raise ValueError(
+                f'the run trained on {run.args["dataset"]}; say with dataset (--dataset) what images those of data are')
+        dataset = dataset or run.args.get('dataset') or None
     tag = tag or _default_tag(model, dataset)
     _check_recipe(checkpoint, architecture, repo, tag)
     folder = new_folder(_free_folder(repo.partition('/')[2]) if out is None else out)
@@ -448,11 +494,18 @@ def publish(
     report = verify(model, fused)
     images = None
     if data is not None:
-        split = str(checkpoint.args.get('val_split') or 'validation')
         images = compare_on_images(
-            model, fused, data, split=split, max_images=max_images, device=device, progress=progress)
+            model,
+            fused,
+            data,
+            split=split or str(checkpoint.args.get('val_split') or 'validation'),
+            class_map=checkpoint.args.get('class_map'),
+            max_images=max_images,
+            device=device,
+            progress=progress,
+        )
     costs = measure_costs(model, fused, model.pretrained_cfg['input_size'], device=device)
-    metrics, metrics_source = _figures(run, images, use_ema)
+    metrics, metrics_source = _figures(run, images, use_ema, model.num_classes)
     common: Dict[str, Any] = dict(
         tag=tag, license=license, repo=hub_id, label_names=None if images is None else images.classes)
     folder = export_folder(
@@ -461,6 +514,7 @@ def publish(
     if training_folder is not None:
         export_training_form(model, training_folder, **common)
 
+    entry = None if create_pr else _entry(architecture, folder, hub_id, fused.cpu())
     commit = None
     if not dry_run:
         commit = _upload(
@@ -484,5 +538,5 @@ def publish(
         None if commit is None else commit.pr_url,
         report,
         images,
-        None if create_pr else _entry(architecture, folder, hub_id),
+        entry,
     )

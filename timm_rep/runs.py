@@ -1,11 +1,13 @@
 """What a run of timm's train.py leaves beside its checkpoint, made fit to be shown to others."""
 import csv
+import json
 import logging
 import math
 import re
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PureWindowsPath
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -13,18 +15,50 @@ __all__ = ['Run', 'complete_rows', 'plain_args', 'read_run', 'read_run_args', 'r
 
 _logger = logging.getLogger(__name__)
 
-# Arguments about the machine that a run was on and about what it was called there, not about what it trained.
-LOCAL_ARGS = frozenset((
-    'data', 'data_dir', 'output', 'experiment', 'resume', 'initial_checkpoint', 'pretrained_path', 'class_map',
-    'local_rank', 'timm_scripts', 'log_wandb', 'wandb_project', 'wandb_resume_id', 'wandb_tags',
-))
-START_ARGS = ('initial_checkpoint', 'pretrained_path', 'resume')
-UNSET: Tuple[Any, ...] = (None, '', False, 0, [])
-SECRET_NAME = re.compile(r'(token|secret|password|passwd|credentials?|api_?key)s?$', re.IGNORECASE)
-SECRET_VALUE = re.compile(r'\bhf_\w{8,}|://[^/\s]*@')
-# By these two the arguments inside a checkpoint and the args.yaml beside it are told to be of one run.
+# Arguments of timm's train.py and of this package's that say what was trained and how. No others are published: they
+# say where and by whom, or may be anything.
+SHARED_ARGS = frozenset("""
+    dataset train_split val_split train_num_samples val_num_samples dataset_download input_img_mode input_key
+    target_key dataset_trust_remote_code model pretrained no_resume_opt num_classes gp img_size in_chans input_size
+    crop_pct mean std interpolation batch_size validation_batch_size channels_last fuser grad_accum_steps
+    grad_checkpointing fast_norm model_kwargs head_init_scale head_init_bias torchcompile_mode torchscript
+    torchcompile device amp amp_dtype model_dtype no_ddp_bb synchronize_step device_modules opt opt_eps opt_betas
+    momentum weight_decay clip_grad clip_mode layer_decay layer_decay_min_scale layer_decay_no_opt_scale opt_kwargs
+    sched sched_on_updates lr lr_base lr_base_size lr_base_scale lr_noise lr_noise_pct lr_noise_std lr_cycle_mul
+    lr_cycle_decay lr_cycle_limit lr_k_decay warmup_lr min_lr epochs epoch_repeats start_epoch decay_milestones
+    decay_epochs warmup_epochs warmup_prefix cooldown_epochs patience_epochs decay_rate no_aug train_crop_mode scale
+    ratio hflip vflip color_jitter color_jitter_prob grayscale_prob gaussian_blur_prob aa aug_repeats aug_splits
+    jsd_loss bce_loss bce_sum bce_target_thresh bce_pos_weight reprob remode recount resplit mixup cutmix
+    cutmix_minmax mixup_prob mixup_switch_prob mixup_mode mixup_off_epoch smoothing train_interpolation drop
+    drop_connect drop_path drop_block bn_momentum bn_eps sync_bn dist_bn split_bn model_ema model_ema_force_cpu
+    model_ema_decay model_ema_warmup seed worker_seeding log_interval val_interval recovery_interval checkpoint_hist
+    workers save_images pin_mem no_prefetcher eval_metric tta use_multi_epochs_loader train_img_sizes
+    train_batch_sizes train_size_probs train_size_schedule train_size_schedule_spread train_size_random_mix
+    train_batches_per_epoch variable_batch_loss_scale naflex_loader naflex_train_seq_lens naflex_max_seq_len
+    naflex_patch_sizes naflex_patch_size_probs naflex_loss_scale naflex_patchify_channels_first kd_model_name
+    kd_distill_type kd_loss_type distill_loss_weight task_loss_weight kd_temperature kd_student_feature_dim
+    kd_teacher_feature_dim kd_token_distill_type
+    time_steps attach_warmup_epochs compensate imply_statistics log_branches
+""".split())
+# What train.py adds to its arguments for itself, once it runs.
+DERIVED_ARGS = frozenset(('distributed', 'local_rank', 'prefetcher', 'rank', 'world_size'))
+START_ARGS = ('initial_checkpoint', 'pretrained_path')
+UNSET: Tuple[Any, ...] = (None, '', False, 0, [], {})
+SECRET_NAME = re.compile(r'token|secret|passw|credential|auth|key', re.IGNORECASE)
+# A path of a machine, an address, or what access keys begin with, anywhere in a text.
+PRIVATE_VALUE = re.compile(
+    r'(?<!\w)[/\\~]|local-dir:|(?:hf_|gh[opsur]_|github_pat_|glpat-|xox[abp]-|(?<![a-z])sk-|AKIA|AIza)\w{8}',
+    re.IGNORECASE)
 PathLike = Union[str, Path]
-IDENTITY_ARGS = ('model', 'experiment', 'dataset', 'epochs', 'batch_size', 'opt', 'sched', 'weight_decay', 'seed')
+# By the arguments inside a checkpoint and in the args.yaml beside it the two are told to be of one run: by all but
+# those that train.py changes itself, and those that may differ when a run is resumed.
+IDENTITY_ARGS = (SHARED_ARGS | {'experiment'}) - {
+    'checkpoint_hist', 'device', 'dist_bn', 'log_interval', 'pin_mem', 'recovery_interval', 'save_images',
+    'start_epoch', 'workers'}
+# Where args.yaml leaves them open, train.py decides once it runs.
+DECIDED_LATER = ('lr', 'lr_base_scale', 'num_classes')
+WHY_LEFT_OUT = "since about the machine it ran on, or not train.py's own"
+DEFAULT_EVAL_METRIC = 'top1'
 # What arguments must be that something is built from here, if they are given.
 ARG_TYPES: Dict[str, Tuple[type, ...]] = dict(
     model=(str,), num_classes=(int,), in_chans=(int,), gp=(str,), bn_eps=(float, int), model_kwargs=(dict,),
@@ -39,9 +73,10 @@ class Run:
     """A training run.
 
     Attributes:
-        args: Arguments of train.py, without those of the machine it ran on.
+        args: Arguments of train.py that say what was trained and how.
         left_out: Names of the arguments that are left out, of those that were given.
         start_files: Files that the weights started from, by the option that names them, without their folders.
+        processes: On how many processes it ran at once, each with batches of its own.
         history: Figures of every epoch, from summary.csv; empty if there is none.
         epoch: Epoch of the checkpoint, counted from 0, if known.
         metrics: Figures of the checkpoint's weights that the run measured on its validation split: ``top1``, ``top5``
@@ -51,6 +86,7 @@ class Run:
     args: Dict[str, Any]
     left_out: Tuple[str, ...]
     start_files: Dict[str, str]
+    processes: int
     history: Tuple[Dict[str, float], ...]
     epoch: Optional[int]
     metrics: Dict[str, float]
@@ -112,16 +148,40 @@ def read_run_args(path: Path) -> Dict[str, Any]:
     return plain_args(args, args_path) if isinstance(args, dict) else {}
 
 
-def _is_local(value: Any) -> bool:
-    """Whether an argument holds a path of a machine, or something secret."""
+def _is_private(value: Any) -> bool:
+    """Whether a value holds a path of a machine, an address or something secret, or is no plain value."""
     if isinstance(value, dict):
-        return any(SECRET_NAME.search(str(key)) or _is_local(part) for key, part in value.items())
+        return bool(_without_private(value)[1])
     if isinstance(value, (list, tuple)):
-        return any(map(_is_local, value))
+        return any(map(_is_private, value))
     if not isinstance(value, str):
         return not isinstance(value, (bool, int, float, type(None)))
-    absolute = PurePosixPath(value).is_absolute() or bool(PureWindowsPath(value).drive) or value.startswith('~')
-    return absolute or SECRET_VALUE.search(value) is not None
+    return PRIVATE_VALUE.search(value) is not None
+
+
+def _without_private(args: Mapping[Any, Any], inside: str = '') -> Tuple[Dict[Any, Any], List[str]]:
+    """Arguments without what is private in them, and the names of that; ``inside`` names the one they are a part of."""
+    kept: Dict[Any, Any] = {}
+    left_out: List[str] = []
+    for key, value in args.items():
+        if _is_private(str(key)):
+            left_out.append(f'{inside}...')
+        elif inside and SECRET_NAME.search(str(key)):  # of train.py's own arguments all names are known
+            left_out.append(f'{inside}{key}')
+        elif isinstance(value, dict):
+            kept[key], names = _without_private(value, f'{inside}{key}.')
+            left_out += names
+        elif _is_private(value):
+            left_out.append(f'{inside}{key}')
+        else:
+            kept[key] = value
+    return kept, left_out
+
+
+def _file_name(path: str) -> str:
+    """The last part of a path of any system, or of an address."""
+    name = PureWindowsPath(urlsplit(path).path if '://' in path else path).name
+    return 'FILE' if _is_private(name) else name
 
 
 def complete_rows(path: Path) -> Iterator[Dict[str, str]]:
@@ -185,15 +245,39 @@ def read_summary(path: PathLike) -> List[Dict[str, float]]:
     return rows
 
 
-def _metrics(history: Tuple[Dict[str, float], ...], args: Dict[str, Any], epoch: Optional[int], use_ema: bool) -> Any:
+def _check_same_run(path: Path, beside: Mapping[str, Any], args: Mapping[str, Any]) -> None:
+    """Raise a ValueError if args.yaml is of another run than the checkpoint beside it."""
+    for key in sorted(IDENTITY_ARGS & beside.keys() & args.keys()):
+        if key in DECIDED_LATER and beside[key] in (None, ''):
+            continue
+        # YAML has no tuples
+        if json.dumps(beside[key], default=str) != json.dumps(args[key], default=str):
+            raise ValueError(
+                f'{path.parent / "args.yaml"} is of another run than {path.name}: {key} is {beside[key]!r} in the one '
+                f'and {args[key]!r} in the other'
+            )
+
+
+def _check_metric(path: Path, row: Mapping[str, float], epoch: Any, name: str, metric: Optional[float]) -> None:
+    """Raise a ValueError if summary.csv notes another figure than the checkpoint, which holds one of its own."""
+    noted = row.get(f'eval_{name}', row.get(f'train_{name}'))  # without validation, train.py goes by the training's
+    if metric is None or noted is None or math.isclose(noted, metric, rel_tol=1e-4):
+        return
+    if math.isfinite(noted) or math.isfinite(metric):
+        raise ValueError(
+            f'{path.parent / "summary.csv"} is of another run than {path.name}: {name} of epoch {epoch} is {noted:g} '
+            f'in the one and {metric:g} in the other'
+        )
+
+
+def _metrics(row: Optional[Mapping[str, float]], args: Mapping[str, Any], use_ema: bool) -> Dict[str, float]:
     """The figures of one epoch, if they are of the weights in question.
 
     With ``--model-ema`` train.py notes the figures of the averaged weights, else those of the trained ones.
     """
     noted_ema = bool(args.get('model_ema')) and not args.get('model_ema_force_cpu')
-    if history and noted_ema and not use_ema:
+    if row is not None and noted_ema and not use_ema:
         _logger.warning('the run noted figures of its averaged weights, not of these; use_ema (--use-ema) takes those')
-    row = next((row for row in reversed(history) if row.get('epoch') == epoch), None)
     if row is None or use_ema != noted_ema:
         return {}
     found = {name: row.get(column, math.nan) for name, column in SUMMARY_METRICS.items()}
@@ -205,45 +289,48 @@ def read_run(
         args: Dict[str, Any],
         epoch: Optional[int] = None,
         *,
+        metric: Optional[float] = None,
         use_ema: bool = False,
 ) -> Optional[Run]:
     """Read what is beside a checkpoint, and leave out what is nobody else's business.
 
-    Left out are the arguments that name folders, files and accounts (``data_dir``, ``output``, ``wandb_project`` ...),
-    and any other whose value is an absolute path or looks secret.
+    Of the arguments only those in ``SHARED_ARGS`` are kept, without any path, address or secret in their values.
 
     Args:
         checkpoint: Path of the checkpoint.
         args: Arguments that the checkpoint holds; empty if none.
         epoch: Epoch of the checkpoint, counted from 0, if known.
+        metric: Figure that the checkpoint holds, to compare with the summary's.
         use_ema: Whether the averaged weights were taken.
 
     Returns:
         The run, or None if neither the checkpoint nor a file beside it tells of one.
 
     Raises:
-        ValueError: If args.yaml is of another run than the checkpoint, or a file is not what train.py writes.
+        ValueError: If args.yaml or summary.csv is of another run than the checkpoint, or a file is not what train.py
+            writes.
     """
     beside = read_run_args(checkpoint)
-    for key in IDENTITY_ARGS:
-        if key in beside and key in args and beside[key] != args[key]:
-            raise ValueError(
-                f'{checkpoint.parent / "args.yaml"} is of another run than {checkpoint.name}: {key} is '
-                f'{beside[key]!r} in the one and {args[key]!r} in the other'
-            )
+    _check_same_run(checkpoint, beside, args)
+    processes = args.get('world_size')
     args = beside or args
     summary = checkpoint.parent / 'summary.csv'
     history = tuple(read_summary(summary)) if summary.is_file() else ()
     if not args and not history:
         return None
-    left_out = {key for key, value in args.items() if key in LOCAL_ARGS or SECRET_NAME.search(key) or _is_local(value)}
+    row = next((row for row in history if row.get('epoch') == epoch), None)
+    if row is not None:
+        _check_metric(checkpoint, row, epoch, args.get('eval_metric') or DEFAULT_EVAL_METRIC, metric)
+    shared, left_out = _without_private({key: value for key, value in args.items() if key in SHARED_ARGS})
+    left_out += [str(key) for key in args if key not in SHARED_ARGS | DERIVED_ARGS and args[key] not in UNSET]
     return Run(
-        {key: value for key, value in args.items() if key not in left_out},
-        tuple(sorted(key for key in left_out if args[key] not in UNSET)),
-        {f'--{key.replace("_", "-")}': Path(str(args[key])).name for key in START_ARGS if args.get(key)},
+        shared,
+        tuple(sorted(left_out)),
+        {f'--{key.replace("_", "-")}': _file_name(str(args[key])) for key in START_ARGS if args.get(key)},
+        processes if isinstance(processes, int) else 1,
         history,
         epoch,
-        _metrics(history, args, epoch, use_ema),
+        _metrics(row, args, use_ema),
     )
 
 
@@ -256,7 +343,7 @@ def write_run(run: Run, folder: Union[str, Path]) -> None:
     """
     folder = Path(folder)
     if run.args:
-        note = f'# Left out, since about the machine it ran on: {", ".join(run.left_out)}\n' if run.left_out else ''
+        note = f'# Left out, {WHY_LEFT_OUT}: {", ".join(run.left_out)}\n' if run.left_out else ''
         (folder / 'args.yaml').write_text(note + yaml.safe_dump(run.args))
     if run.history:
         with (folder / 'summary.csv').open('w', newline='') as file:

@@ -11,14 +11,13 @@ import torch.nn as nn
 from huggingface_hub.errors import OfflineModeIsEnabled
 from torch import Tensor
 
-from .files import FACTORY_ARGS
+from .files import FACTORY_ARGS, HUB_PREFIX
 from .hub import CONFIG_FILE, SELF_CHECK_BYTES, SELF_CHECK_FILE, WEIGHTS_FILE
 from .hub_errors import HubError, hub_errors
 from .verification import DEFAULT_RTOL, Report, VerificationError, compare_outputs
 
 __all__ = ['HUB_PREFIX', 'check_export', 'is_export', 'load_export']
 
-HUB_PREFIX = 'hf-hub:'
 # The only files that are fetched: names come from here, never from what is fetched.
 FILES = (CONFIG_FILE, SELF_CHECK_FILE, WEIGHTS_FILE)
 # What a file may weigh before it is fetched or read. Weights: what the architecture takes in half precision, to what it
