@@ -200,7 +200,7 @@ def test_time_steps_begin_where_timm_restarts_the_learning_rate(time_steps, epoc
     (dict(time_steps=1, epochs=0), 'needs at least 1 epoch, got 0'),
     (dict(time_steps=1, epochs=3, warmup_epochs=3), 'less than the 3 epochs of a time step .*, got 3'),
     (dict(time_steps=1, epochs=3, warmup_epochs=-1), r'warm up .*, got -1'),
-    (dict(time_steps=1, epochs=3, epochs_mul=0.5), 'epochs_mul must be at least 1, got 0.5'),
+    (dict(time_steps=1, epochs=3, epochs_mul=0.5), 'epochs_mul must be a number of at least 1, got 0.5'),
     (dict(time_steps=4, epochs=1, epochs_mul=1.1), 'leaves one without an epoch of its own'),
     (dict(time_steps=1, epochs=3, prefix_epochs=-1), 'must not be negative, got -1 and 0'),
     (dict(time_steps=1, epochs=3, cooldown_epochs=-2), 'must not be negative, got 0 and -2'),

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from helpers import LINEAR_RTOL, MODEL_RTOL, assert_near, assert_same_state, randn, randomize_, state_of
+from helpers import LINEAR_RTOL, MODEL_RTOL, TINY_MODELS, assert_near, assert_same_state, randn, randomize_, state_of
 from timm.layers import freeze_batch_norm_2d
 from torch._dynamo.testing import CompileCounter
 
-from timm_rep import AsymmetricConv2d, DiverseBranchConv2d, RepConv2d
+from timm_rep import AsymmetricConv2d, DiverseBranchConv2d, RepConv2d, expand, fuse, verify
 
 LAYERS = dict(dbb=DiverseBranchConv2d, acb=AsymmetricConv2d, rep=RepConv2d)
 GEOMETRIES = dict(
@@ -200,9 +200,9 @@ def test_folding_goes_by_the_attach_rate():
 def test_training_mode_refuses_to_fuse(case):
     layer = make(case).train()
     before = state_of(layer)
-    for fuse in (layer.fuse, layer.fuse_conv_norm):
+    for fold in (layer.fuse, layer.fuse_conv_norm):
         with pytest.raises(RuntimeError, match=rf'{type(layer).__name__} in training mode.*model\.eval\(\)'):
-            fuse()
+            fold()
     assert_same_state(state_of(layer), before)
 
 
@@ -299,8 +299,9 @@ def test_layer_from_a_convolution_has_its_function(case, dtype, with_norm):
     assert_near(layer(x), norm(conv(x)) if with_norm else conv(x), MODEL_RTOL[dtype])
     assert_same_state(state_of(layer), state_of(again))
     if with_norm:
-        assert torch.equal(layer.norm_kxk.running_mean, norm.running_mean)
-        assert torch.equal(layer.norm_kxk.running_var, norm.running_var)
+        gain = norm.weight * torch.rsqrt(norm.running_var + norm.eps)  # it is in the origin's kernel
+        assert_near(layer.norm_kxk.running_mean, gain * norm.running_mean, LINEAR_RTOL[dtype])
+        assert_near(layer.norm_kxk.running_var, gain.square() * norm.running_var, LINEAR_RTOL[dtype])
         assert {(own.eps, own.momentum) for own in norms_of(layer).values()} == {(1e-3, 0.2)}
 
 
@@ -600,3 +601,17 @@ def test_attach_rate_outside_its_range_raises(cls, rate):
 def test_norm_that_cannot_be_folded_raises(cls, norm, message):
     with pytest.raises(ValueError, match=message):
         cls.from_conv(nn.Conv2d(4, 4, 3), norm=nn.BatchNorm2d(4, **norm))
+
+
+@pytest.mark.parametrize('layer', ['dbb', 'acb', 'rep'])
+@pytest.mark.parametrize('gain', [1.0, 1e-6, 0.0])
+def test_expanded_layer_behind_a_norm_of_any_gain(layer, gain):
+    """timm starts the last norm of every residual branch at gain zero, and trains it from there."""
+    stock = randomize_(TINY_MODELS['basic']()).eval()
+    with torch.no_grad():
+        stock.layer1[0].bn2.weight.mul_(gain)
+        stock.layer1[0].bn2.bias.mul_(gain)
+    model = expand(stock, layer)
+    x = randn(2, 3, 64, 64, dtype=torch.float32)
+    assert verify(model, stock, inputs=x).model.relative < 1e-5
+    assert verify(model, fuse(model), inputs=x).model.relative < 1e-5

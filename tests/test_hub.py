@@ -1,4 +1,6 @@
 import json
+import os
+import stat
 import subprocess
 import sys
 
@@ -94,6 +96,16 @@ def test_image_too_large_for_a_self_check(tmp_path):
     with pytest.raises(ValueError, match=r'an image of 3x4000x4000 takes 192000000 bytes, too much'):
         timm_rep.export_folder(training_form(), tmp_path / 'export', data_config=config)
     assert names_in(tmp_path) == []
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='files have no such modes on Windows')
+def test_all_files_may_be_read_as_the_user_has_it(tmp_path):
+    before = os.umask(0o022)
+    try:
+        folder = timm_rep.export_folder(training_form(), tmp_path / 'export')
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in folder.rglob('*') if file.is_file()} == {0o644}
 
 
 def test_config_is_our_own(tmp_path):

@@ -7,7 +7,6 @@ from timm.models import adapt_input_conv
 from torch import Tensor
 
 from .layers import BranchedRepLayer, FoldedNorm, RepLayer
-from .layers.branched import fold_batch_norm
 from .surgery import annealed_modules, image_channels, next_sibling, rep_layers
 
 __all__ = ['checkpoint_filter_fn']
@@ -58,14 +57,13 @@ def _same_shapes(layer: RepLayer, weights: Dict[str, Tensor]) -> bool:
 
 
 def _restore_from_stock(layer: RepLayer, weights: Dict[str, Tensor]) -> None:
-    weight, bias = weights['weight'], weights.get('bias')
-    if isinstance(layer, BranchedRepLayer):
+    weight = _adapted(weights['weight'], layer.in_channels // layer.groups)
+    if isinstance(layer, BranchedRepLayer) and 'norm_weight' in weights:
         norm = layer.norm_kxk
-        if 'norm_weight' in weights:
-            norm.load_state_dict({key[5:]: value for key, value in weights.items() if key.startswith('norm_')})
-            weight, bias = fold_batch_norm(weight.to(norm.weight.device), None, norm)
-    in_per_group = layer.in_channels // layer.groups
-    layer.restore_(_adapted(weight, in_per_group), bias)
+        norm.load_state_dict({key[5:]: value for key, value in weights.items() if key.startswith('norm_')})
+        layer.take_norm_(weight.to(norm.weight.device))
+    else:
+        layer.restore_(weight, weights.get('bias'))
 
 
 def _readapt_training_form(layer: RepLayer, weights: Dict[str, Tensor], in_channels: int) -> None:

@@ -5,8 +5,6 @@ import dataclasses
 import importlib.util
 import logging
 import math
-import shutil
-import uuid
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +17,7 @@ import torch.nn as nn
 from timm.models import save_for_hf
 
 from .figures import draw_annealing
+from .files import appearing
 from .layers import (
     AnnealedModule,
     AnnealedRepVggBlock,
@@ -260,15 +259,12 @@ def _is_literal(args: Mapping[str, Any]) -> bool:
 
 @contextmanager
 def _appearing(path: Path) -> Iterator[Path]:
-    """A folder to write to, which gets its name only when all went well."""
-    temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}')
-    try:
-        yield temporary
-        if path.exists():
-            path.rmdir()  # empty; on Windows a folder cannot be renamed onto it
-        temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    """A folder to write, which appears complete or not at all, with files that all may read who may read the card."""
+    with appearing(path) as folder:
+        yield folder
+        for file in folder.rglob('*'):
+            if file.is_file():  # safetensors writes files that only their owner can read
+                file.chmod((folder / CARD_FILE).stat().st_mode)
 
 
 def _label_config(label_names: Optional[Sequence[str]]) -> Dict[str, Any]:

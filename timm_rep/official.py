@@ -45,7 +45,6 @@ from .layers import (
     OrepaStemConv2d,
     RepConv2d,
 )
-from .layers.branched import fold_batch_norm
 from .surgery import annealed_modules, fuse, set_attach_rate
 from .verification import Report, verify
 
@@ -319,10 +318,8 @@ def _load_plain(source: _Source, conv_name: str, norm_name: str, layer: Any, nor
     """Fill a convolution and its norm; where we have a rep layer, restore it."""
     weight_name = f'{conv_name}.weight'
     if isinstance(layer, BranchedRepLayer):  # has the norm in it
-        norm = layer.norm_kxk
-        _load_norm(source, norm_name, norm)
-        weight = source.take(weight_name, layer.weight_shape).to(norm.weight)
-        layer.restore_(*fold_batch_norm(weight, None, norm))
+        _load_norm(source, norm_name, layer.norm_kxk)
+        layer.take_norm_(source.take(weight_name, layer.weight_shape).to(layer.norm_kxk.weight))
         return
     if isinstance(layer, LinearRepLayer):
         layer.restore_(source.take(weight_name, layer.weight_shape))

@@ -439,6 +439,28 @@ class BranchedRepLayer(RepLayer):
         self.conv_kxk.weight.add_(weight.to(kernel) - kernel)
         norm.bias.add_(bias - composed_bias)
 
+    @torch.no_grad()
+    def take_norm_(self, weight: Tensor, bias: Optional[Tensor] = None) -> None:
+        """Make the layer compute, in eval mode, a convolution and the norm behind it, whose values ``norm_kxk`` holds.
+
+        The gain of that norm goes into the origin's kernel, and into the statistics that the origin's norm keeps.
+
+        Args:
+            weight: Kernel of the convolution ``(o, i/g, kh, kw)``.
+            bias: Bias of the convolution ``(o,)``, or None for zeros.
+
+        Raises:
+            ValueError: For another shape. The layer is then unchanged.
+        """
+        self._check_kernel(weight, bias)
+        norm = self.norm_kxk
+        kernel, folded_bias = fold_batch_norm(weight, bias, norm)
+        mean, var = kept_statistics(norm)
+        gain = norm.weight * torch.rsqrt(var + norm.eps)
+        mean.sub_(torch.zeros_like(mean) if bias is None else bias.to(mean)).mul_(gain)
+        var.mul_(gain.square())
+        self.restore_(kernel, folded_bias)
+
     @classmethod
     @torch.no_grad()
     def from_conv(
@@ -453,7 +475,7 @@ class BranchedRepLayer(RepLayer):
         Args:
             conv: The convolution; it stays as it is.
             generator: Source of the side branches' draw.
-            norm: Batch norm behind it; the origin branch keeps its statistics. None for a convolution alone.
+            norm: Batch norm behind it, see :meth:`take_norm_`. None for a convolution alone.
             **kwargs: More arguments of the layer's constructor.
 
         Returns:
@@ -463,11 +485,11 @@ class BranchedRepLayer(RepLayer):
             ValueError: If this layer cannot stand for the pair.
         """
         layer = cls.for_conv(conv, generator, norm, **kwargs)
-        weight, bias = conv.weight, conv.bias
-        if norm is not None:
+        if norm is None:
+            layer.restore_(conv.weight, conv.bias)
+        else:
             layer.norm_kxk.load_state_dict(norm.state_dict())
-            weight, bias = fold_batch_norm(weight, bias, norm)
-        layer.restore_(weight, bias)
+            layer.take_norm_(conv.weight, conv.bias)
         return layer
 
     @classmethod
