@@ -34,6 +34,7 @@ import torch
 import torch.nn as nn
 
 from .layers import AnnealedModule
+from .layers.base import check_attach_rate
 from .surgery import annealed_modules
 
 __all__ = [
@@ -275,8 +276,7 @@ def begin_time_step(
         ValueError: If the model has no rep layers, or for a rate outside [0, 1]. The model is then unchanged.
     """
     time_step_of(model)
-    if not 0.0 <= attach_rate <= 1.0:
-        raise ValueError(f'attach rate must lie in [0, 1], got {attach_rate}')
+    check_attach_rate(attach_rate)
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     for _, module in annealed_modules(model):
         module.begin_time_step_(generator, attach_rate, compensate, imply_statistics)

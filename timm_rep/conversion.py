@@ -165,7 +165,7 @@ def expand_checkpoint(
         checkpoint = read_checkpoint(source)
         name = architecture or checkpoint.architecture
         if name is None:
-            raise ValueError(f'{source} does not say which model it is of; name it')
+            raise ValueError(f'{source} does not say which model it is of; name it (--model)')
         target, layer_args = _training_architecture(name, layer)
         args = {**model_args_of(checkpoint, name, overrides), **layer_args}
         stock: Any = build_model(target, inference_mode=True, **args)

@@ -385,7 +385,7 @@ def training_form(
     """
     architecture = architecture or checkpoint.architecture
     if architecture is None:
-        raise ValueError(f'{checkpoint.path} does not say which model it is of; name it')
+        raise ValueError(f'{checkpoint.path} does not say which model it is of; name it (--model)')
     if architecture == trained_architecture(checkpoint):
         architecture = str(checkpoint.args['model'])  # with its tag, which may have input settings of its own
     overrides = dict(num_classes=num_classes, in_chans=in_chans)
