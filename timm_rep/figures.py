@@ -476,9 +476,10 @@ def _numbered(folder: Path, pattern: str) -> List[Path]:
 
 def _newest_training_form(run_dir: Path) -> Tuple[nn.Module, str]:
     """The model of a run with its newest weights that can be read, and the name of their file."""
-    last, best = ([path] if path.is_file() else [] for path in (run_dir / 'last.pth.tar', run_dir / 'model_best.pth.tar'))
     snapshots = _numbered(run_dir, r'time_step-(\d+)\.safetensors')
-    files = [*last, *snapshots, *_numbered(run_dir, r'checkpoint-(\d+)\.pth\.tar'), *best]
+    checkpoints = _numbered(run_dir, r'checkpoint-(\d+)\.pth\.tar')
+    files = [run_dir / 'last.pth.tar', *snapshots, *checkpoints, run_dir / 'model_best.pth.tar']
+    files = [path for path in files if path.is_file()]
     if not files:
         raise FileNotFoundError(f'no weights in training form in {run_dir}')
     reasons = []
