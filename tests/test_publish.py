@@ -651,13 +651,22 @@ def test_pull_request_branch_and_tag(server, run_folder):
 # Faults.
 
 
-@pytest.mark.parametrize(('token', 'message'), [
-    ('', 'not logged in'), ('hf_wrongwrong', 'not logged in'), (READER, 'the token may not do that')])
-def test_no_right_to_write(server, run_folder, monkeypatch, token, message):
+@pytest.mark.parametrize('token', ['', 'hf_wrongwrong'])
+def test_nothing_is_done_for_who_is_not_logged_in(server, run_folder, monkeypatch, token):
     monkeypatch.setenv('HF_TOKEN', token)
     error = call('publish', run_folder, '--repo', REPO, code=3)
-    assert message in error
+    assert 'not logged in' in error
+    assert 'Nothing was done; a dry run (--dry-run) writes the folder without' in error
     assert not token or token not in error
+    assert REPO not in server.repos
+    assert not Path(REPO.partition('/')[2]).exists()
+
+
+def test_no_right_to_write(server, run_folder, monkeypatch):
+    monkeypatch.setenv('HF_TOKEN', READER)
+    error = call('publish', run_folder, '--repo', REPO, code=3)
+    assert 'the token may not do that' in error
+    assert READER not in error
     assert_not_published(server, error)
     assert REPO not in server.repos
 
@@ -842,8 +851,8 @@ def test_server_that_is_gone(server, run_folder):
     for real in server.servers:
         real.shutdown()
         real.server_close()
-    error = call('publish', run_folder, '--repo', REPO, code=3)
-    assert_not_published(server, error)
+    assert 'Nothing was done' in call('publish', run_folder, '--repo', REPO, code=3)
+    assert not Path(REPO.partition('/')[2]).exists()
     assert 'cannot be fetched' in call('verify', f'hf-hub:{REPO}', code=3)
 
 
@@ -1050,7 +1059,7 @@ def test_what_does_not_verify_is_refused(server, run_folder, monkeypatch, tmp_pa
     result = CliRunner().invoke(main, ['publish', str(run_folder), '--repo', REPO, '--json'])
     assert result.exit_code == 1
     assert 'layer layer2.0.conv1 is off' in json.loads(result.output.splitlines()[0])['error']
-    assert server.requests == []
+    assert {path for _, path, _ in server.requests} == {'/api/whoami-v2'}  # is asked first
     assert not (tmp_path / 'test_resnet.orepa_pets').exists()
 
 
@@ -1060,7 +1069,7 @@ def test_images_of_other_classes_are_refused(server, run_folder, images):
     with pytest.raises(ValueError, match='max_images must be at least 1'):
         timm_rep.publish(run_folder, REPO, data=images, max_images=0)
     assert 'no folder of images' in call('publish', run_folder, '--repo', REPO, '--data', 'nowhere', code=2)
-    assert server.requests == []
+    assert {path for _, path, _ in server.requests} == {'/api/whoami-v2'}  # is asked first
 
 
 class Payload:

@@ -338,7 +338,22 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _log_in(token: Optional[str]) -> HfApi:
+    """The client of the Hub, once the token is known to be good: before the work whose result it is to send."""
+    from . import __version__  # not known yet when the package imports this module
+
+    api = HfApi(token=token, library_name='timm_rep', library_version=__version__)
+    try:
+        api.whoami()
+    except Exception as e:  # those of the HTTP library of huggingface_hub, which is not always the same one
+        raise PublishError(
+            f'logging in to {api.endpoint} failed: {reason(e, token)}. '
+            'Nothing was done; a dry run (--dry-run) writes the folder without') from None
+    return api
+
+
 def _upload(
+        api: HfApi,
         folder: Path,
         training_folder: Optional[Path],
         repo: str,
@@ -352,11 +367,8 @@ def _upload(
 ) -> Any:
     from . import __version__  # not known yet when the package imports this module
 
-    api = HfApi(token=token, library_name='timm_rep', library_version=__version__)
     sent: List[str] = []
     told = functools.partial(_told, folder=folder, token=token, sent=sent)
-    with told(f'logging in to {api.endpoint}'):
-        api.whoami()
     with told(f'creating {repo}'):
         api.create_repo(repo, private=private or None, exist_ok=True)
     with told(f'reading {repo}'):
@@ -489,6 +501,7 @@ def publish(
     training_folder = new_folder(_training_folder(folder)) if include_training_form else None
     revision = revision or MAIN_REVISION
     hub_id = _hub_id(repo, revision)
+    api = None if dry_run else _log_in(token)
 
     fused = fuse(model)
     report = verify(model, fused)
@@ -516,8 +529,9 @@ def publish(
 
     entry = None if create_pr else _entry(architecture, folder, hub_id, fused.cpu())
     commit = None
-    if not dry_run:
+    if api is not None:
         commit = _upload(
+            api,
             folder,
             training_folder,
             repo,
