@@ -114,9 +114,16 @@ def main():
     parser.add_argument('--output', help='folder to export the fused model to, in the format of the Hugging Face Hub')
     args = parser.parse_args()
 
+    if not timm.is_model(args.model):
+        parser.error(f'--model: timm knows no {args.model}')
+    try:
+        train_set, eval_set, classes = create_datasets(args.data)
+        timm_rep.AnnealingSchedule(args.time_steps, args.epochs, args.attach_warmup_epochs)
+    except (FileNotFoundError, ValueError) as e:
+        parser.error(str(e))
+
     random_seed(args.seed)
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    train_set, eval_set, classes = create_datasets(args.data)
     model = timm.create_model(args.model, num_classes=len(classes)).to(device)
     data_config = resolve_data_config(dict(img_size=args.img_size), model=model)
     train_loader, eval_loader = create_loaders(

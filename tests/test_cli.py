@@ -290,6 +290,30 @@ def test_a_defect_has_an_exit_code_of_its_own(monkeypatch):
     assert 'Traceback' in result.output
 
 
+def test_an_interrupted_command_has_an_exit_code_of_its_own(monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, 'verify_checkpoint', interrupted)
+    assert call('verify', 'x.pth', code=130) == 'Error: interrupted\n'
+    result = CliRunner().invoke(main, ['verify', 'x.pth', '--json'])
+    assert result.output.startswith('{"ok": false, "error": "interrupted"}\n')
+
+
+def test_verify_with_an_export(checkpoint, stock_file, tmp_path):
+    other = timm_rep.export_folder(timm.create_model('test_resnet'), tmp_path / 'other')
+    stock = timm_rep.surgery.stock_architecture(NAME)
+    message = f'is an export of test_resnet, not of {stock}, the stock form of {NAME}'
+    assert message in call('verify', checkpoint, other, code=2)
+    message = f'other is compared with what is published with it, not with {stock_file}'
+    assert message in call('verify', other, stock_file, code=2)
+
+
+def test_list_says_if_it_finds_nothing():
+    result = CliRunner().invoke(main, ['list', 'nothing'])
+    assert (result.exit_code, result.output) == (0, "no model with rep layers has 'nothing' in its name\n")
+
+
 def test_run_passes_all_arguments_on(tmp_path):
     (tmp_path / 'train.py').write_text("import sys; print('script got', sys.argv[1:])")
     printed = call('run', '--timm-scripts', tmp_path, 'train', '--help', '--json', '-b', '4', '--', 'x')

@@ -144,6 +144,20 @@ def test_own_loop_anneals_models_with_rep_layers_only(digits, kwargs):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize(('args', 'message'), [
+    (['nowhere'], 'nowhere must hold the folders train and'),
+    (['DIGITS', '--model', 'resnet19'], 'timm knows no resnet19'),
+    (['DIGITS', '--epochs', '1', '--attach-warmup-epochs', '1'], 'must warm up in less than the 1 epochs'),
+])
+def test_own_loop_says_what_is_wrong(digits, monkeypatch, capsys, args, message):
+    own_loop = demo._load_own_loop()
+    monkeypatch.setattr(sys, 'argv', ['own_loop.py', *(str(digits) if arg == 'DIGITS' else arg for arg in args)])
+    with pytest.raises(SystemExit) as exit_info:
+        own_loop.main()
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_own_loop_needs_an_image_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match='must hold the folders train and val or validation or test'):
         demo._load_own_loop().create_datasets(tmp_path)

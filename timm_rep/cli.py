@@ -50,6 +50,10 @@ class _Defect(click.ClickException):
     exit_code = 4
 
 
+class _Interrupted(click.ClickException):
+    exit_code = 130  # as shells have it
+
+
 # Kinds of errors of the library, the first that fits; other errors are its defects.
 FAILURES: Tuple[Tuple[Type[Exception], Type[click.ClickException]], ...] = (
     (VerificationError, _Mismatch),
@@ -67,6 +71,10 @@ def _user_errors(as_json: bool = False) -> Iterator[None]:
     """Turn the errors that the library raises on bad input into one line, in JSON too, and an exit code."""
     try:
         yield
+    except KeyboardInterrupt:
+        if as_json:
+            click.echo(json.dumps(dict(ok=False, error='interrupted')))
+        raise _Interrupted('interrupted') from None
     except Exception as e:
         failure = next(failure for kind, failure in FAILURES if isinstance(e, kind))
         message = ' '.join(str(e).split())
@@ -162,7 +170,7 @@ def main() -> None:
       timm-rep publish output/train/run --repo me/resnet18.orepa_images --dry-run
 
     Exit codes: 0 all well; 1 two forms of a model do not compute the same; 2 wrong input; 3 the Hub could not be
-    reached, or refused; 4 a defect of timm-rep, with its traceback.
+    reached, or refused; 4 a defect of timm-rep, with its traceback; 130 interrupted.
     """
 
 
@@ -185,6 +193,8 @@ def list_command(pattern: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(models, indent=2))
         return
+    if not models:
+        click.echo(f'no model with rep layers has {pattern!r} in its name', err=True)
     for model in models:
         own = model['stock'] == model['name']
         click.echo(f'{model["name"]:24} {"own stock form (inference_mode=True)" if own else model["stock"]}')
@@ -256,7 +266,7 @@ def verify(checkpoint: str, fused: Optional[str], as_json: bool, **kwargs: Any) 
             if any(kwargs.values()):
                 raise ValueError(f'{checkpoint} is an export, which says what it is: only --json goes with it')
             report = check_export(checkpoint)
-        elif checkpoint.startswith(HUB_PREFIX):
+        elif is_export(checkpoint):
             raise ValueError(f'{checkpoint} is compared with what is published with it, not with {fused}')
         else:
             report = verify_checkpoint(checkpoint, fused, **kwargs)

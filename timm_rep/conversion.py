@@ -22,7 +22,7 @@ from .files import (
 from .hub import export_folder
 from .hub_errors import hub_errors
 from .selfcheck import load_export
-from .surgery import TRAINING_PREFIXES, check_layer, fuse
+from .surgery import TRAINING_PREFIXES, check_layer, fuse, stock_architecture
 from .verification import Report, verify
 
 __all__ = ['expand_checkpoint', 'fuse_checkpoint', 'verify_checkpoint']
@@ -102,14 +102,17 @@ def verify_checkpoint(
         VerificationError: If the two are not the same function.
     """
     model: Any = load_training_form(path, architecture, **kwargs)
-    fused = fuse(model)
+    fused: Any = fuse(model)
+    name = model.pretrained_cfg['architecture']
     if fused_path is not None:
         fused_path = Path(fused_path)
         if fused_path.is_dir():
             fused = load_export(fused_path)
+            found, expected = fused.pretrained_cfg['architecture'], stock_architecture(name)
+            if found != expected:
+                raise ValueError(f'{fused_path} is an export of {found}, not of {expected}, the stock form of {name}')
         else:
             weights = read_checkpoint(fused_path).state_dict
-            name = model.pretrained_cfg['architecture']
             load_strictly(fused, weights, fused_path, f'{name} in stock form')
     return verify(model, fused)
 
