@@ -228,7 +228,7 @@ def _eval_results(dataset: Optional[str], metrics: Mapping[str, Any]) -> Optiona
 def _training(run: Optional[Run]) -> str:
     if run is None or not run.args:
         return 'Not stated: the model was exported without the arguments of its training run.'
-    start = ''.join(f' {option} {name}' for option, name in run.start_files.items())
+    start = ''.join(f' {option} {shlex.quote(name)}' for option, name in run.start_files.items())
     annealed = (run.args.get('time_steps') or 1) > 1 or (run.args.get('attach_warmup_epochs') or 0) > 0
     script = 'python train_scripts/train.py' if annealed else 'timm-rep run train'
     source = ' (`train_scripts/train.py` is in the source of timm_rep)' if annealed else ''
