@@ -117,7 +117,7 @@ def test_bench_table():
 ])
 def test_bench_with_wrong_input(args, error):
     result = bench(*args, code=2)
-    assert error in result.stderr
+    assert error in result.output
     assert 'Traceback' not in result.output
 
 
