@@ -291,6 +291,16 @@ def test_snapshots_are_of_whole_time_steps(tmp_path):
     assert list(tmp_path.glob('time_step-*')) == []
 
 
+def test_diverged_training_ends_with_its_time_step(scripts, tmp_path):
+    code, log = run(tmp_path, arguments(scripts, '--lr', 1e20))
+    assert code == 1, log
+    assert re.search(r'train\.py: the training has diverged in time step 0 or before: \S+ has values', log)
+    assert 'Traceback' not in log
+    folder = tmp_path / 'output/train/run'
+    assert not list(folder.glob('time_step-*'))
+    assert (folder / 'last.pth.tar').is_file()
+
+
 # Killed and resumed
 
 KILLS = [

@@ -37,6 +37,7 @@ from timm_rep.files import build_model, load_training_form, read_checkpoint, sav
 from timm_rep.runs import complete_rows
 from timm_rep.surgery import annealed_modules
 from timm_rep.timm_scripts import find_script
+from timm_rep.verification import check_values
 
 _logger = logging.getLogger('train')
 
@@ -67,6 +68,10 @@ MAX_SEED = 2 ** 32
 
 class UsageError(Exception):
     """What the user asked for cannot be done; nothing has been written."""
+
+
+class DivergedError(Exception):
+    """The training has come to weights that cannot be gone on with."""
 
 
 # Arguments
@@ -432,8 +437,15 @@ def save_snapshots(folder, time_step, forms):
         folder: Output folder of the run.
         time_step: The time step that has ended.
         forms: Models in training form by what goes behind the name: '' and '-ema'.
+
+    Raises:
+        DivergedError: If the weights are not finite.
     """
     for suffix, model in forms.items():
+        try:
+            check_values(model)
+        except timm_rep.VerificationError as e:
+            raise DivergedError(f'the training has diverged in time step {time_step} or before: {e}') from None
         model = copy.deepcopy(model).eval()
         _save_snapshot(model, folder / f'time_step-{time_step}{suffix}.safetensors')
         fused = timm_rep.fuse(model, inplace=True)
@@ -624,9 +636,9 @@ def main():
             add_arguments(script.parser)
             script.parser.set_defaults(lr_cycle_decay=1.0)
         AnnealedTraining(script).run()
-    except UsageError as e:
+    except (UsageError, DivergedError) as e:
         print(f'train.py: {e}', file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(e, UsageError) else 1)
 
 
 if __name__ == '__main__':
