@@ -282,6 +282,14 @@ def test_random_numbers_follow_from_the_epoch():
     assert resumed.draws[3] == run_epochs.draws[3]
 
 
+def test_nothing_stays_of_a_snapshot_that_was_interrupted(tmp_path):
+    wrapper, path = load_wrapper(), tmp_path / 'time_step-0.safetensors'
+    for name in ('time_step-0.tmp.safetensors', '.0a1b2c3d.time_step-0.tmp.safetensors'):
+        (tmp_path / name).write_bytes(b'half')
+    wrapper._save_snapshot(timm.create_model('test_resnet'), path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_snapshots_are_of_whole_time_steps(tmp_path):
     model = timm.create_model('orepa_resnet18_cifar')
     interrupted = Epochs(model, folder=tmp_path)

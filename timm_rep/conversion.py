@@ -6,7 +6,7 @@ from typing import Any, Dict, Optional, Tuple
 import timm
 
 from .checkpoints import checkpoint_filter_fn
-from .exporting import ONNX_SUFFIX, PROGRAM_SUFFIX, export_onnx, export_program, new_export
+from .exporting import ONNX_SUFFIX, PROGRAM_SUFFIX, export_onnx, export_program
 from .files import (
     PathLike,
     build_model,
@@ -63,7 +63,7 @@ def fuse_checkpoint(
     output = None if output is None else new_output(output, folder_allowed=True)
     for exported, suffix in ((onnx, ONNX_SUFFIX), (program, PROGRAM_SUFFIX)):
         if exported is not None:
-            new_export(exported, suffix)
+            new_output(exported, suffixes=(suffix,))
     model = load_training_form(path, architecture, **kwargs)
     fused = fuse(model)
     report = verify(model, fused)
@@ -162,7 +162,7 @@ def expand_checkpoint(
         HubError: If pretrained weights cannot be fetched.
         VerificationError: If the outputs differ.
     """
-    output = new_output(output, folder_allowed=False)
+    output = new_output(output)
     overrides = dict(num_classes=num_classes, in_chans=in_chans)
     if Path(source).is_file():
         checkpoint = read_checkpoint(source)

@@ -246,7 +246,7 @@ def evaluate_snapshots(
         RuntimeError: If the snapshots are not all of the run's model, or there are no images.
     """
     if output is not None:
-        output = new_output(output, folder_allowed=False)
+        output = new_output(output)
     for name, value, least in (('bn_images', bn_images, 2), ('batch_size', batch_size, 1), ('workers', workers, 0)):
         if value is not None and value < least:
             raise ValueError(f'{name} must be at least {least}, got {value}')

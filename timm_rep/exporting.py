@@ -10,11 +10,11 @@ import torch
 import torch.nn as nn
 from timm.utils import reparameterize_model
 
-from .files import appearing
+from .files import appearing, new_output
 from .surgery import fuse, image_channels
 from .verification import Difference, compare_outputs
 
-__all__ = ['ONNX_PACKAGES', 'ONNX_SUFFIX', 'PROGRAM_SUFFIX', 'export_onnx', 'export_program', 'new_export']
+__all__ = ['ONNX_PACKAGES', 'ONNX_SUFFIX', 'PROGRAM_SUFFIX', 'export_onnx', 'export_program']
 
 ONNX_SUFFIX, PROGRAM_SUFFIX = '.onnx', '.pt2'
 
@@ -32,28 +32,6 @@ def _check_extra() -> None:
     missing = [package for package in ONNX_PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
         raise ImportError(f'ONNX export also needs {", ".join(missing)}: pip install "timm_rep[export]"')
-
-
-def new_export(path: Union[str, Path], suffix: str) -> Path:
-    """Check the place for an export before work is done for it.
-
-    Args:
-        path: New file.
-        suffix: What it must end in.
-
-    Returns:
-        The path.
-
-    Raises:
-        ValueError: For another suffix.
-        FileExistsError: If it exists.
-    """
-    path = Path(path)
-    if path.suffix != suffix:
-        raise ValueError(f'output {path} must end in {suffix}')
-    if path.exists():
-        raise FileExistsError(f'output {path} exists already; nothing was written')
-    return path
 
 
 def _deploy_form(model: nn.Module) -> nn.Module:
@@ -97,7 +75,7 @@ def export_program(model: nn.Module, path: Union[str, Path]) -> Difference:
         ValueError: For another suffix, or if the model does not say its input size.
         VerificationError: If the program does not compute the same. No file is left then.
     """
-    path = new_export(path, PROGRAM_SUFFIX)
+    path = new_output(path, suffixes=(PROGRAM_SUFFIX,))
     fused = _deploy_form(model)
     images = _images(model)
     program = io.BytesIO()  # torch ends the process where it cannot write a file
@@ -141,7 +119,7 @@ def export_onnx(model: nn.Module, path: Union[str, Path]) -> Difference:
     import onnx
     import onnxruntime
 
-    path = new_export(path, ONNX_SUFFIX)
+    path = new_output(path, suffixes=(ONNX_SUFFIX,))
     fused = _deploy_form(model)
     images = _images(model)
     with appearing(path) as temporary:

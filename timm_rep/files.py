@@ -9,7 +9,7 @@ import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, Mapping, Optional, Union
+from typing import Any, Dict, Iterator, Mapping, Optional, Tuple, Union
 
 import safetensors
 import safetensors.torch
@@ -425,12 +425,18 @@ def load_stock_form(path: PathLike) -> nn.Module:
     return model.eval()
 
 
-def new_output(path: PathLike, folder_allowed: bool) -> Path:
+def new_output(
+        path: PathLike,
+        *,
+        folder_allowed: bool = False,
+        suffixes: Tuple[str, ...] = WEIGHTS_SUFFIXES,
+) -> Path:
     """Check the place for new weights before work is done for them.
 
     Args:
-        path: New file, ``.safetensors`` or ``.pth``.
+        path: New file.
         folder_allowed: Whether it may be a folder: what has no suffix of a file, such as ``resnet18.orepa_in1k``.
+        suffixes: What a file must end in.
 
     Returns:
         The path.
@@ -440,8 +446,8 @@ def new_output(path: PathLike, folder_allowed: bool) -> Path:
         FileExistsError: If it exists.
     """
     path = Path(path)
-    if path.suffix not in WEIGHTS_SUFFIXES and (path.suffix in OTHER_SUFFIXES or not folder_allowed):
-        allowed = ' or '.join(WEIGHTS_SUFFIXES) + (', or be the name of a Hub folder' if folder_allowed else '')
+    if path.suffix not in suffixes and (path.suffix in OTHER_SUFFIXES or not folder_allowed):
+        allowed = ' or '.join(suffixes) + (', or be the name of a Hub folder' if folder_allowed else '')
         raise ValueError(f'output {path} must end in {allowed}')
     if path.exists():
         raise FileExistsError(f'output {path} exists already; nothing was written')
@@ -495,7 +501,7 @@ def save_weights(model: nn.Module, path: PathLike) -> None:
         OSError: If it cannot be written. None is left then.
         VerificationError: If a value is not finite, or a running variance is negative.
     """
-    path = new_output(path, folder_allowed=False)
+    path = new_output(path)
     check_values(model)
     # clones, since safetensors refuses tensors that share memory
     weights = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}

@@ -1,7 +1,6 @@
 """Publish a trained model on the Hugging Face Hub: fuse, verify, measure, write the folder, send it in one commit."""
 import dataclasses
 import functools
-import hashlib
 import itertools
 import json
 import logging
@@ -18,6 +17,7 @@ import torch.nn as nn
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 from .files import Checkpoint, model_args_of, read_checkpoint, trained_architecture, training_form
 from .hub import (
@@ -272,7 +272,10 @@ def _differing(api: HfApi, folder: Path, repo: str, revision: str) -> Optional[s
 def _is_copy(file: Any, path: Path) -> bool:
     if file is None:
         return False
-    return bool(file.blob_id == _git_oid(path) if file.lfs is None else file.lfs.sha256 == _sha256(path))
+    if file.lfs is None:
+        return bool(file.blob_id == git_hash(path.read_bytes()))
+    with path.open('rb') as content:
+        return bool(file.lfs.sha256 == sha_fileobj(content).hex())
 
 
 def _commit(
@@ -325,19 +328,6 @@ def _check_arrival(api: HfApi, folder: Path, repo: str, commit: CommitInfo) -> N
         raise PublishError(f'{name} in {commit.commit_url} is not what was sent; publish again')
 
 
-def _git_oid(path: Path) -> str:
-    content = path.read_bytes()
-    return hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open('rb') as file:
-        for block in iter(functools.partial(file.read, 2 ** 20), b''):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _log_in(token: Optional[str]) -> HfApi:
     """The client of the Hub, once the token is known to be good: before the work whose result it is to send."""
     from . import __version__  # not known yet when the package imports this module
@@ -365,8 +355,6 @@ def _upload(
         replace_card: bool,
         token: Optional[str],
 ) -> Any:
-    from . import __version__  # not known yet when the package imports this module
-
     sent: List[str] = []
     told = functools.partial(_told, folder=folder, token=token, sent=sent)
     with told(f'creating {repo}'):
@@ -398,7 +386,8 @@ def _upload(
         with told(f'checking {what}'):
             _check_arrival(api, training_folder, repo, commit)
     with told(f'sending {folder.name} to {_hub_id(repo, revision)}'):
-        commit = _commit(api, folder, repo, revision, info, f'{name}, fused by timm_rep {__version__}', sent, create_pr)
+        message = f'{name}, fused by timm_rep {api.library_version}'
+        commit = _commit(api, folder, repo, revision, info, message, sent, create_pr)
     sent.append(str(commit.commit_url))
     with told(f'checking {commit.commit_url}' + (f', before tagging it {git_tag},' if git_tag else '')):
         _check_arrival(api, folder, repo, commit)

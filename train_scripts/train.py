@@ -37,7 +37,6 @@ from timm_rep.files import build_model, load_training_form, read_checkpoint, sav
 from timm_rep.runs import complete_rows
 from timm_rep.surgery import annealed_modules
 from timm_rep.timm_scripts import find_script
-from timm_rep.verification import check_values
 
 _logger = logging.getLogger('train')
 
@@ -425,7 +424,8 @@ def drop_rows(path, epoch):
 def _save_snapshot(model, path):
     """Write one file of a snapshot, whole or not at all; one that an interrupted run left is replaced."""
     temporary = path.with_suffix('.tmp.safetensors')
-    temporary.unlink(missing_ok=True)
+    for left_behind in path.parent.glob(f'*{temporary.name}'):
+        left_behind.unlink()
     save_weights(model, temporary)
     os.replace(temporary, path)
 
@@ -442,12 +442,11 @@ def save_snapshots(folder, time_step, forms):
         DivergedError: If the weights are not finite.
     """
     for suffix, model in forms.items():
+        model = copy.deepcopy(model).eval()
         try:
-            check_values(model)
+            _save_snapshot(model, folder / f'time_step-{time_step}{suffix}.safetensors')
         except timm_rep.VerificationError as e:
             raise DivergedError(f'the training has diverged in time step {time_step} or before: {e}') from None
-        model = copy.deepcopy(model).eval()
-        _save_snapshot(model, folder / f'time_step-{time_step}{suffix}.safetensors')
         fused = timm_rep.fuse(model, inplace=True)
         _save_snapshot(fused, folder / f'time_step-{time_step}{suffix}-stock.safetensors')
     _logger.info(f'Snapshot of time step {time_step} in {folder}')
