@@ -37,8 +37,8 @@ import torch.nn as nn
 from train_cost import output_files
 
 import timm_rep
-from timm_rep.measuring import processor_name
-from timm_rep.surgery import annealed_modules
+from timm_rep.core.walk import annealed_modules
+from timm_rep.report.cost import processor_name
 
 BATCH = 4
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-9}

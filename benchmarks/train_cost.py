@@ -33,7 +33,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import timm_rep
-from timm_rep.measuring import TrainingStep, processor_name, seconds_of
+from timm_rep.report.cost import TrainingStep, processor_name, seconds_of
 
 MIB = 2 ** 20
 DTYPES = dict(fp32=None, bf16=torch.bfloat16)

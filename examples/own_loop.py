@@ -21,7 +21,7 @@ from timm.utils import AverageMeter, accuracy, random_seed
 from tqdm import tqdm
 
 import timm_rep
-from timm_rep.annealing import time_step_of
+from timm_rep.core.annealing import time_step_of
 
 EVAL_SPLITS = ('val', 'validation', 'test')
 

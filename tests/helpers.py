@@ -5,7 +5,7 @@ from timm.models import ByoBlockCfg, ByobNet, ByoModelCfg, ResNet
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from timm_rep.layers import RepLayer
+from timm_rep.core.layers import RepLayer
 
 # Relative to the largest expected value: one linear layer, a whole model, a model whose norms are folded too.
 LINEAR_RTOL = {torch.float64: 1e-12, torch.float32: 1e-6}

@@ -68,8 +68,8 @@ def _arm(wrapper, point, count, folder, optimizer):
     import timm.utils
     import torch
 
-    import timm_rep.annealing
-    from timm_rep.layers import AnnealedModule
+    import timm_rep.core.annealing
+    from timm_rep.core.layers import AnnealedModule
 
     def patch(owner, name, **kwargs):
         setattr(owner, name, _at_call(count, **kwargs)(getattr(owner, name)))

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import timm_rep
-from timm_rep.surgery import annealed_modules
+from timm_rep.core.walk import annealed_modules
 
 SCRIPT = Path(timm_rep.__file__).parents[1] / 'experiments' / 'cifar10' / 'run.py'
 pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason='the experiments are in a checkout only')

@@ -2,10 +2,10 @@
 import timm
 from timm.models import generate_default_cfgs, register_model
 
-from timm_rep.checkpoints import checkpoint_filter_fn
+from timm_rep.core.expand import expand_fresh_
+from timm_rep.models.checkpoint_filter import checkpoint_filter_fn
+from timm_rep.models.published import build_model
 from timm_rep.models.stock import imagenet_cfg
-from timm_rep.pretrained import build_model
-from timm_rep.surgery import expand_fresh_
 
 NAME = 'orepa_test_resnet'
 default_cfgs = generate_default_cfgs({NAME: imagenet_cfg(input_size=(3, 32, 32), pool_size=(1, 1))})

@@ -32,11 +32,12 @@ import yaml
 from timm.utils import is_primary, random_seed, unwrap_model
 
 import timm_rep
-from timm_rep.annealing import set_time_step, time_step_of
-from timm_rep.files import build_model, load_training_form, read_checkpoint, save_weights
-from timm_rep.runs import complete_rows
-from timm_rep.surgery import annealed_modules
-from timm_rep.timm_scripts import find_script
+from timm_rep.core.annealing import set_time_step, time_step_of
+from timm_rep.core.walk import annealed_modules
+from timm_rep.io.checkpoint import build_model, load_training_form, read_checkpoint
+from timm_rep.io.output import save_weights
+from timm_rep.io.runs import complete_rows
+from timm_rep.train.scripts import find_script
 
 _logger = logging.getLogger('train')
 

@@ -38,9 +38,9 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 
 import timm_rep
-from timm_rep.measuring import processor_name
+from timm_rep.core.expand import expand_fresh_
 from timm_rep.models.stock import reset_repvgg_norms_
-from timm_rep.surgery import expand_fresh_
+from timm_rep.report.cost import processor_name
 
 NETWORKS = dict(repvgg_a1='repvgg_a1_cifar', resnet18='resnet18_cifar')
 EVAL_BATCH_SIZE = 1000

@@ -17,7 +17,7 @@ from run import METHODS, read_data, train_batches, versions
 from timm.scheduler import CosineLRScheduler
 
 import timm_rep
-from timm_rep.layers import AnnealedRepVggBlock
+from timm_rep.core.layers import AnnealedRepVggBlock
 
 BATCH_SIZE = 32
 EVAL_BATCH_SIZE = 250

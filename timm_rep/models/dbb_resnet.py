@@ -8,12 +8,12 @@ from typing import Any
 
 from timm.models import ResNet, generate_default_cfgs, register_model
 
-from ..checkpoints import checkpoint_filter_fn
-from ..pretrained import build_model, with_published
-from ..surgery import expand_fresh_
+from ..core.expand import expand_fresh_
+from .checkpoint_filter import checkpoint_filter_fn
+from .published import build_model, with_published
 from .stock import RESNETS, build_resnet, imagenet_cfg, small_image_cfg
 
-__all__ = []  # model entry points are added by register_model
+__all__ = []
 
 
 def _build_dbb_resnet(inference_mode: bool = False, **kwargs: Any) -> ResNet:

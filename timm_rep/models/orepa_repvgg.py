@@ -11,12 +11,13 @@ from typing import Any
 
 from timm.models import ByobNet, ByoModelCfg, generate_default_cfgs, register_model
 
-from ..checkpoints import checkpoint_filter_fn
-from ..pretrained import build_model, with_published
-from ..surgery import expand_fresh_
+from ..core.expand import expand_fresh_
+from .checkpoint_filter import checkpoint_filter_fn
+from .published import build_model, with_published
 from .stock import build_repvgg, imagenet_cfg, repvgg_kwargs, reset_repvgg_norms_, small_image_cfg
 
-__all__ = []  # model entry points are added by register_model
+__all__ = []
+
 
 def _build_orepa_repvgg(cfg: ByoModelCfg, inference_mode: bool = False, **kwargs: Any) -> ByobNet:
     model = build_repvgg(cfg, **kwargs)

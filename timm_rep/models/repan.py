@@ -12,9 +12,10 @@ from typing import Any, cast
 import timm
 from timm.models import ByobNet, ByoModelCfg, EfficientNet, ResNet, generate_default_cfgs, register_model
 
-from ..checkpoints import checkpoint_filter_fn
-from ..pretrained import build_model, with_published
-from ..surgery import anneal_repvgg_blocks_, check_layer, expand_fresh_
+from ..core.expand import anneal_repvgg_blocks_, expand_fresh_
+from ..core.methods import as_method
+from .checkpoint_filter import checkpoint_filter_fn
+from .published import build_model, with_published
 from .stock import (
     RESNETS,
     build_repvgg,
@@ -25,17 +26,17 @@ from .stock import (
     small_image_cfg,
 )
 
-__all__ = []  # model entry points are added by register_model
+__all__ = []
 
 
 def _build_resnet(rep_layer: str = 'dbb', inference_mode: bool = False, **kwargs: Any) -> ResNet:
-    check_layer(rep_layer)
+    as_method(rep_layer)
     model = build_resnet(**kwargs)
     return model if inference_mode else expand_fresh_(model, rep_layer)
 
 
 def _build_repvgg(cfg: ByoModelCfg, rep_layer: str = 'rep', inference_mode: bool = False, **kwargs: Any) -> ByobNet:
-    check_layer(rep_layer)
+    as_method(rep_layer)
     model = build_repvgg(cfg, **kwargs)
     if inference_mode:
         return model
@@ -44,7 +45,7 @@ def _build_repvgg(cfg: ByoModelCfg, rep_layer: str = 'rep', inference_mode: bool
 
 
 def _build_mobilenetv1(rep_layer: str = 'dbb', inference_mode: bool = False, **kwargs: Any) -> EfficientNet:
-    check_layer(rep_layer)
+    as_method(rep_layer)
     model = cast(EfficientNet, timm.create_model('mobilenetv1_100', **kwargs))
     return model if inference_mode else expand_fresh_(model, rep_layer)
 

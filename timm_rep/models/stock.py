@@ -10,14 +10,8 @@ from timm.models.byobnet import model_cfgs as byobnet_cfgs
 from timm.models.resnet import BasicBlock, Bottleneck
 
 __all__ = [
-    'RESNETS',
-    'build_repvgg',
-    'build_resnet',
-    'imagenet_cfg',
-    'repvgg_cifar_cfg',
-    'repvgg_kwargs',
-    'reset_repvgg_norms_',
-    'small_image_cfg',
+    'RESNETS', 'build_repvgg', 'build_resnet', 'imagenet_cfg', 'repvgg_cifar_cfg', 'repvgg_kwargs',
+    'reset_repvgg_norms_', 'small_image_cfg',
 ]
 
 # Arguments of build_resnet by name of the stock network.

@@ -1,0 +1,331 @@
+import argparse
+import json
+import pickle
+import re
+import sys
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from click.testing import CliRunner
+from helpers import assert_near, randomize_, state_of
+from huggingface_hub import constants, file_download
+from huggingface_hub.utils import _http
+
+import timm_rep
+from timm_rep.cli import demo
+from timm_rep.cli import main as cli
+from timm_rep.cli.main import main
+from timm_rep.core.walk import annealed_modules
+from timm_rep.io.checkpoint import load_training_form, read_checkpoint
+from timm_rep.io.output import save_weights
+
+NAME = 'orepa_repvgg_a0_cifar'
+DBB_NAME = 'dbb_resnet18_cifar'
+
+
+def call(*args, code=0):
+    """Run a command and return what it printed; errors are one line without traceback."""
+    result = CliRunner().invoke(main, [str(arg) for arg in args])
+    assert result.exit_code == code, (result.output, result.exception)
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    if code:
+        assert result.output.startswith('Error: ')
+        assert result.output.count('\n') == 1
+        return result.output
+    return result.output
+
+
+@pytest.fixture(scope='module')
+def model():
+    return randomize_(timm.create_model(NAME, num_classes=3)).eval()
+
+
+@pytest.fixture(scope='module')
+def checkpoint(model, tmp_path_factory):
+    """A checkpoint as timm's train.py writes it; the averaged weights are others."""
+    path = tmp_path_factory.mktemp('run') / 'last.pth.tar'
+    args = argparse.Namespace(
+        model=NAME, num_classes=3, in_chans=None, gp=None, bn_eps=None, model_kwargs={}, img_size=24, input_size=None,
+        mean=[0.5, 0.5, 0.5], std=None, crop_pct=None, interpolation='')
+    ema = {key: value * 0.5 if value.is_floating_point() else value for key, value in model.state_dict().items()}
+    torch.save(dict(arch=NAME, args=args, epoch=1, state_dict=model.state_dict(), state_dict_ema=ema), path)
+    return path
+
+
+@pytest.fixture
+def stock_file(model, tmp_path):
+    path = tmp_path / 'stock.safetensors'
+    save_weights(timm_rep.fuse(model), path)
+    return path
+
+
+@pytest.mark.parametrize('command', [[], *([name] for name in sorted(main.commands))])
+def test_help_has_an_example(command):
+    printed = call(*command, '--help')
+    assert re.search(r'\n  Examples?:\n    timm-rep ', printed), printed  # the lines are kept as they are
+
+
+def test_list():
+    lines = call('list').splitlines()
+    assert 'orepa_resnet18           resnet18' in lines
+    assert 'repan_mobilenetv1_100    mobilenetv1_100' in lines
+    assert 'repan_repvgg_b0_cifar    own stock form (inference_mode=True)' in lines
+    assert len(lines) == len(timm.list_models(['orepa_*', 'dbb_*', 'repan_*']))
+    assert all('repvgg' in line for line in call('list', 'repvgg').splitlines())
+    models = json.loads(call('list', 'resnet18*cifar', '--json'))
+    assert [model['name'] for model in models] == [
+        'dbb_resnet18_cifar', 'orepa_resnet18_cifar', 'repan_resnet18_cifar']
+    assert models[0] == dict(
+        name='dbb_resnet18_cifar', stock='dbb_resnet18_cifar', input_size=[3, 32, 32], num_classes=10)
+    assert json.loads(call('list', 'nothing', '--json')) == []
+
+
+def test_demo_is_one_call(monkeypatch):
+    outputs = []
+    monkeypatch.setattr(demo, 'run_demo', outputs.append)
+    call('demo', '--output', 'there')
+    assert outputs == ['there']
+
+
+@pytest.mark.parametrize('suffix', ['.safetensors', '.pth'])
+def test_fuse_writes_the_stock_state_dict(suffix, model, checkpoint, tmp_path):
+    out = tmp_path / 'new' / f'fused{suffix}'
+    assert 'outputs agree' in call('fuse', checkpoint, out)
+    weights = safetensors.torch.load_file(out) if suffix == '.safetensors' else torch.load(out, weights_only=True)
+    stock = timm.create_model(NAME, num_classes=3, inference_mode=True).eval()
+    stock.load_state_dict(weights)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert_near(stock(x), model(x), 1e-5)
+
+
+def test_fuse_writes_a_hub_folder(model, checkpoint, tmp_path):
+    out = tmp_path / 'hub'
+    call('fuse', checkpoint, out)
+    config = json.loads((out / 'config.json').read_text())
+    assert config['num_classes'] == 3
+    assert config['pretrained_cfg']['input_size'] == [3, 24, 24]  # as the run was told
+    assert config['pretrained_cfg']['mean'] == [0.5, 0.5, 0.5]
+    reloaded = timm.create_model(f'local-dir:{out}', pretrained=True).eval()
+    x = torch.randn(2, 3, 24, 24)
+    with torch.no_grad():
+        assert_near(reloaded(x), model(x), 1e-5)
+    assert 'outputs agree' in call('verify', checkpoint, out)
+
+
+def test_fuse_takes_the_averaged_weights(checkpoint, tmp_path):
+    call('fuse', checkpoint, tmp_path / 'ema.pth', '--use-ema')
+    call('fuse', checkpoint, tmp_path / 'raw.pth')
+    heads = [torch.load(tmp_path / name, weights_only=True)['head.fc.weight'] for name in ('ema.pth', 'raw.pth')]
+    assert torch.equal(heads[0], heads[1] * 0.5)
+    plain = tmp_path / 'plain.pth'
+    torch.save(dict(state_dict=read_checkpoint(checkpoint).state_dict, arch=NAME), plain)
+    assert 'no EMA weights' in call('fuse', plain, tmp_path / 'x.pth', '--use-ema', code=2)
+
+
+def test_model_and_classes_from_args_yaml_or_options(checkpoint, model, tmp_path):
+    weights = tmp_path / 'weights.safetensors'
+    save_weights(model, weights)
+    assert 'does not say which model' in call('verify', weights, code=2)
+    assert 'head.fc' in call('verify', weights, '--model', NAME, code=2)
+    call('verify', weights, '--model', NAME, '--num-classes', 3)
+    (tmp_path / 'args.yaml').write_text(f'model: {NAME}\nnum_classes: 3\n')
+    call('verify', weights)
+
+
+def test_arguments_of_the_model(tmp_path):
+    model = randomize_(timm.create_model('repan_resnet18_cifar', rep_layer='acb', num_classes=3)).eval()
+    weights = tmp_path / 'weights.safetensors'
+    save_weights(model, weights)
+    options = ['--model', 'repan_resnet18_cifar', '--num-classes', 3]
+    assert 'in training form; missing' in call('verify', weights, *options, code=2)
+    options += ['--model-kwargs', 'rep_layer=acb', '--model-kwargs', 'drop_rate=0.1']
+    assert 'outputs agree' in call('fuse', weights, tmp_path / 'stock.pth', *options)
+    assert 'outputs agree' in call('verify', weights, tmp_path / 'stock.pth', *options)
+    message = call('verify', weights, *options, '--model-kwargs', 'nonsense=1', code=2)
+    assert 'repan_resnet18_cifar cannot be built with ' in message
+
+
+def test_compiled_and_distributed_prefixes_are_removed(model, tmp_path):
+    path = tmp_path / 'compiled.pth'
+    torch.save({f'_orig_mod.module.{key}': value for key, value in model.state_dict().items()}, path)
+    assert read_checkpoint(path).state_dict.keys() == model.state_dict().keys()
+
+
+def test_fuse_refuses_an_existing_output_and_other_suffixes(checkpoint, tmp_path):
+    out = tmp_path / 'fused.pth'
+    out.write_text('mine')
+    assert 'exists already' in call('fuse', checkpoint, out, code=2)
+    assert out.read_text() == 'mine'
+    assert '.safetensors or .pth' in call('fuse', checkpoint, tmp_path / 'fused.onnx', code=2)
+    assert 'exists already' in call('fuse', checkpoint, tmp_path, code=2)
+    assert [path.name for path in tmp_path.iterdir()] == ['fused.pth']
+
+
+def test_bad_checkpoints_are_one_line_and_write_nothing(checkpoint, stock_file, tmp_path):
+    out = tmp_path / 'out' / 'fused.pth'
+    assert 'no checkpoint file at' in call('fuse', tmp_path / 'missing.pth', out, code=2)
+    for name in ('garbage.pth', 'garbage.safetensors', 'empty.pth'):
+        (tmp_path / name).write_bytes(b'' if name.startswith('empty') else b'not a checkpoint')
+        assert 'is not a' in call('fuse', tmp_path / name, out, '--model', NAME, code=2)
+    torch.save(dict(epoch=1), tmp_path / 'other.pth')
+    assert 'holds no weights; its keys are epoch' in call('fuse', tmp_path / 'other.pth', out, code=2)
+    torch.save([1, 2], tmp_path / 'list.pth')
+    assert 'holds a list' in call('fuse', tmp_path / 'list.pth', out, code=2)
+    assert 'unknown model' in call('fuse', checkpoint, out, '--model', 'orepa_nothing', code=2)
+    assert 'has no rep layers' in call('fuse', checkpoint, out, '--model', 'resnet18', code=2)
+    assert 'does not hold orepa_repvgg_a1_cifar in training form' in call(
+        'fuse', checkpoint, out, '--model', 'orepa_repvgg_a1_cifar', '--num-classes', 3, code=2)
+    assert 'in training form; missing' in call(
+        'fuse', stock_file, out, '--model', NAME, '--num-classes', 3, code=2)
+    assert not out.parent.exists()
+
+
+class Payload:
+    """What a pickle from a stranger may hold: unpickling calls a function."""
+
+    def __reduce__(self):
+        return sys.setrecursionlimit, (1234,)
+
+
+@pytest.mark.parametrize('save', [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
+def test_pickles_with_other_objects_are_not_run(save, tmp_path):
+    path = tmp_path / 'evil.pth'
+    save(dict(state_dict=Payload()), path)
+    limit = sys.getrecursionlimit()
+    message = call('fuse', path, tmp_path / 'fused.pth', code=2)
+    assert 'setrecursionlimit' in message or 'is not a PyTorch checkpoint' in message
+    assert sys.getrecursionlimit() == limit
+
+
+def test_verify_reports_and_finds_a_mismatch(checkpoint, stock_file, tmp_path):
+    assert 'outputs agree' in call('verify', checkpoint)
+    report = json.loads(call('verify', checkpoint, stock_file, '--json'))
+    assert report['ok']
+    assert report['model']['relative'] <= report['rtol']
+    assert len(report['layers']) == len(list(timm_rep.rep_layers(timm.create_model(NAME))))
+
+    weights = safetensors.torch.load_file(stock_file)
+    weights['stages.1.0.conv_kxk.conv.weight'] *= 1.01
+    wrong = tmp_path / 'wrong.safetensors'
+    safetensors.torch.save_file(weights, wrong)
+    assert 'layer stages.1.0.conv_kxk.conv is off' in call('verify', checkpoint, wrong, code=1)
+    result = CliRunner().invoke(main, ['verify', str(checkpoint), str(wrong), '--json'])
+    assert result.exit_code == 1
+    report = json.loads(result.output.splitlines()[0])
+    assert not report['ok']
+    assert 'stages.1.0' in report['error']
+
+    assert 'does not hold orepa_repvgg_a0_cifar in stock form' in call('verify', checkpoint, checkpoint, code=2)
+    assert 'no checkpoint file' in call('verify', checkpoint, tmp_path / 'missing.pth', code=2)
+
+
+def test_run_settings_reach_the_model(checkpoint):
+    loaded = load_training_form(checkpoint)
+    assert not loaded.training
+    assert loaded.pretrained_cfg['input_size'] == (3, 24, 24)
+    assert tuple(loaded.pretrained_cfg['mean']) == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(('layer', 'stock_name', 'name', 'kwargs'), [
+    ('orepa', NAME, NAME, {}),
+    ('dbb', DBB_NAME, DBB_NAME, {}),
+    ('acb', DBB_NAME, 'repan_resnet18_cifar', dict(rep_layer='acb')),
+    ('rep', 'orepa_repvgg_a0_cifar', 'repan_repvgg_a0_cifar', dict(rep_layer='rep')),
+])
+def test_expand_keeps_the_outputs(layer, stock_name, name, kwargs, tmp_path):
+    stock = randomize_(timm.create_model(stock_name, inference_mode=True, num_classes=4, in_chans=1)).eval()
+    source, out = tmp_path / 'stock.pth', tmp_path / 'training.safetensors'
+    save_weights(stock, source)
+    options = ['--model', stock_name, '--layer', layer, '--num-classes', 4, '--in-chans', 1]
+    assert 'outputs agree' in call('expand', source, out, *options)
+    expanded = timm.create_model(name, num_classes=4, in_chans=1, checkpoint_path=str(out), **kwargs).eval()
+    assert list(annealed_modules(expanded))
+    x = torch.randn(2, 1, 32, 32)
+    with torch.no_grad():
+        assert_near(expanded(x), stock(x), 1e-5)
+    before = state_of(expanded)
+    assert 'exists already' in call('expand', source, out, *options, code=2)
+    expanded.load_state_dict(safetensors.torch.load_file(out))
+    assert all(torch.equal(value, before[key]) for key, value in expanded.state_dict().items())
+
+
+def test_expand_bad_input(checkpoint, stock_file, tmp_path):
+    out = tmp_path / 'out.pth'
+    assert 'neither a file nor a model' in call('expand', 'resnet999', out, code=2)
+    assert "layer 'orepa' stands for the stock models mobilenetv1_100, rep" in call('expand', 'vgg16', out, code=2)
+    options = ['--model', 'resnext50_32x4d', '--layer', 'dbb']
+    assert "got 'resnext50_32x4d'" in call('expand', stock_file, out, *options, code=2)
+    assert 'does not say which model' in call('expand', stock_file, out, code=2)
+    assert 'in stock form' in call('expand', checkpoint, out, code=2)
+    assert 'must end in .safetensors or .pth' in call('expand', stock_file, tmp_path / 'folder', code=2)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize('offline', [False, True])
+def test_expand_tells_the_hub_from_wrong_input(offline, tmp_path, monkeypatch):
+    """Weights are to come from an address where nobody listens."""
+    template = 'http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}'
+    monkeypatch.setattr(constants, 'ENDPOINT', 'http://127.0.0.1:9')
+    monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', template)
+    monkeypatch.setattr(file_download, 'HUGGINGFACE_CO_URL_TEMPLATE', template, raising=False)  # older client
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', offline)
+    monkeypatch.setattr(_http.time, 'sleep', lambda seconds: None)  # between two tries
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
+    out = tmp_path / 'out.pth'
+    assert 'resnet18 is not in the cache, and cannot be fetched' in call('expand', 'resnet18', out, code=3)
+    assert 'no pretrained weights of orepa_resnet18' in call('expand', 'orepa_resnet18', out, code=2)
+    assert not out.exists()
+
+
+def test_a_defect_has_an_exit_code_of_its_own(monkeypatch):
+    """1 says that two forms do not compute the same."""
+    def defect(*args, **kwargs):
+        raise KeyError('mine')
+
+    monkeypatch.setattr(cli, 'verify_checkpoint', defect)
+    result = CliRunner().invoke(main, ['verify', 'x.pth', '--json'])
+    assert result.exit_code == 4
+    assert '{"ok": false, "error": "KeyError: \'mine\'"}\n' in result.output
+    assert 'Traceback' in result.output
+
+
+def test_an_interrupted_command_has_an_exit_code_of_its_own(monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, 'verify_checkpoint', interrupted)
+    assert call('verify', 'x.pth', code=130) == 'Error: interrupted\n'
+    result = CliRunner().invoke(main, ['verify', 'x.pth', '--json'])
+    assert result.output.startswith('{"ok": false, "error": "interrupted"}\n')
+
+
+def test_verify_with_an_export(checkpoint, stock_file, tmp_path):
+    other = timm_rep.export_folder(timm.create_model('test_resnet'), tmp_path / 'other')
+    stock = timm_rep.models.names.stock_architecture(NAME)
+    message = f'is an export of test_resnet, not of {stock}, the stock form of {NAME}'
+    assert message in call('verify', checkpoint, other, code=2)
+    message = f'other is compared with what is published with it, not with {stock_file}'
+    assert message in call('verify', other, stock_file, code=2)
+
+
+def test_list_says_if_it_finds_nothing():
+    result = CliRunner().invoke(main, ['list', 'nothing'])
+    assert (result.exit_code, result.output) == (0, "no model with rep layers has 'nothing' in its name\n")
+
+
+def test_run_passes_all_arguments_on(tmp_path):
+    (tmp_path / 'train.py').write_text("import sys; print('script got', sys.argv[1:])")
+    printed = call('run', '--timm-scripts', tmp_path, 'train', '--help', '--json', '-b', '4', '--', 'x')
+    assert "script got ['--help', '--json', '-b', '4', '--', 'x']" in printed
+    assert 'Run one of timm' in call('run', '--help')
+    assert 'unknown timm script' in call('run', '--timm-scripts', tmp_path, 'publish', code=2)
+    assert 'git clone' in call('run', '--timm-scripts', tmp_path, 'validate', code=2)
+
+
+def test_errors_of_a_script_keep_their_traceback(tmp_path):
+    (tmp_path / 'train.py').write_text('raise ValueError("mine")')
+    result = CliRunner().invoke(main, ['run', '--timm-scripts', str(tmp_path), 'train'])
+    assert isinstance(result.exception, ValueError)

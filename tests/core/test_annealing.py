@@ -1,0 +1,672 @@
+"""Attach rate, schedule, and the step from one time step to the next, on models and all that wraps them."""
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from helpers import (
+    MODEL_RTOL,
+    assert_near,
+    assert_same_state,
+    randn,
+    randomize_,
+    state_of,
+    tiny_repvgg,
+    tiny_resnet,
+)
+from timm.models.byobnet import RepVggBlock
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch._dynamo.testing import CompileCounter
+
+import timm_rep
+from timm_rep import AnnealingSchedule, attach_rate, begin_time_step, expand, fuse, set_attach_rate
+from timm_rep.core.annealing import time_step_of
+from timm_rep.core.expand import anneal_repvgg_blocks_
+from timm_rep.core.layers import NormedRepLayer
+from timm_rep.core.methods import registered_methods
+from timm_rep.core.walk import annealed_modules
+
+TESTS = Path(__file__).parents[1]
+
+
+def mixed():
+    """A small network with a layer of every kind."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 7, stride=2, padding=3, bias=False), nn.BatchNorm2d(6),
+        nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6),
+        nn.Conv2d(6, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8),
+        nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6),
+        RepVggBlock(6, 6), RepVggBlock(6, 8, stride=2),
+    )
+    for layer, select in dict(orepa=['0', '2', '4', '14.conv_kxk.conv'], dbb='7', acb='9', rep='12').items():
+        expand(model, layer, select=select, inplace=True)
+    return anneal_repvgg_blocks_(model)
+
+
+LINEAR = dict(
+    orepa=lambda: expand(tiny_resnet(), 'orepa'),
+    bottleneck=lambda: expand(tiny_resnet('bottleneck'), 'orepa'),
+    repvgg_convs=lambda: expand(tiny_repvgg(), 'orepa'),  # the blocks' own branches stay as they are
+)
+NORMED = dict(
+    dbb=lambda: expand(tiny_resnet(), 'dbb'),
+    acb=lambda: expand(tiny_resnet('bottleneck'), 'acb'),
+    rep=lambda: expand(tiny_resnet(), 'rep'),
+    repvgg=lambda: expand(tiny_repvgg(), 'rep'),
+    repvgg_orepa=lambda: anneal_repvgg_blocks_(expand(tiny_repvgg(), 'orepa')),
+    repvgg_dbb=lambda: anneal_repvgg_blocks_(expand(tiny_repvgg(), 'dbb')),
+    mixed=mixed,
+)
+MODELS = dict(LINEAR, **NORMED)
+
+linear = pytest.mark.parametrize('name', LINEAR)
+normed = pytest.mark.parametrize('name', NORMED)
+models = pytest.mark.parametrize('name', MODELS)
+dtypes = pytest.mark.parametrize('dtype', [torch.float64, torch.float32], ids=str)
+
+
+def make(name, dtype=torch.float64, rate=0.3):
+    """A model in eval mode with wide random values."""
+    model = randomize_(MODELS[name]()).to(dtype).eval()
+    set_attach_rate(model, rate)
+    return model
+
+
+def seeded(seed=7):
+    return torch.Generator().manual_seed(seed)
+
+
+def images(dtype=torch.float64, batch=2, size=32, seed=5):
+    return randn(batch, 3, size, size, seed=seed, dtype=dtype)
+
+
+def largest_difference(actual, expected):
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+# Attach rate
+
+
+@pytest.mark.parametrize(('warmup_epochs', 'expected'), [
+    (0, [1, 1, 1]),
+    (1, [0.5, 1, 1]),
+    (3, [0.25, 0.5, 0.75, 1, 1, 1]),
+    (4, [0.2, 0.4, 0.6, 0.8, 1, 1]),
+    (9, [0.1, 0.2, 0.3]),
+])
+def test_attach_rate_warms_up_to_one(warmup_epochs, expected):
+    assert [attach_rate(epoch, warmup_epochs) for epoch in range(len(expected))] == pytest.approx(expected)
+
+
+def test_attach_rate_is_the_smaller_not_the_larger():
+    """Equation 5 prints max((e + 1) / (w + 1), 1), which would never be below one and grow without end."""
+    for warmup_epochs in range(6):
+        for epoch in range(20):
+            rate = attach_rate(epoch, warmup_epochs)
+            assert rate == min((epoch + 1) / (warmup_epochs + 1), 1)
+            assert 0 < rate <= 1
+            assert (rate < 1) == (epoch < warmup_epochs)
+
+
+@pytest.mark.parametrize(('epoch', 'warmup_epochs'), [
+    (-1, 0), (0, -1), (float('nan'), 3), (0, float('nan')), (float('inf'), 3), (0, float('inf'))])
+def test_attach_rate_of_impossible_epochs_raises(epoch, warmup_epochs):
+    message = f'must be finite and not negative, got epoch={epoch}, warmup_epochs={warmup_epochs}'
+    with pytest.raises(ValueError, match=message):
+        attach_rate(epoch, warmup_epochs)
+
+
+# Schedule
+
+
+def columns(schedule):
+    """Time steps, epochs, rates, and the epochs at which a time step begins and ends."""
+    positions = [schedule.position(epoch) for epoch in range(schedule.total_epochs)]
+    begins = [epoch for epoch, p in enumerate(positions) if p.begins]
+    return (
+        [p.time_step for p in positions],
+        [p.epoch for p in positions],
+        pytest.approx([p.attach_rate for p in positions]),
+        begins,
+        [*(epoch - 1 for epoch in begins[1:]), len(positions) - 1],
+    )
+
+
+@pytest.mark.parametrize(('kwargs', 'time_steps', 'epochs', 'rates', 'begins', 'ends'), [
+    (dict(time_steps=1, epochs=1), [0], [0], [1], [0], [0]),
+    (dict(time_steps=1, epochs=3, warmup_epochs=2), [0, 0, 0], [0, 1, 2], [1 / 3, 2 / 3, 1], [0], [2]),
+    (dict(time_steps=3, epochs=1), [0, 1, 2], [0, 0, 0], [1, 1, 1], [0, 1, 2], [0, 1, 2]),
+    (dict(time_steps=2, epochs=3, warmup_epochs=1), [0, 0, 0, 1, 1, 1], [0, 1, 2] * 2, [0.5, 1, 1] * 2, [0, 3], [2, 5]),
+    (dict(time_steps=2, epochs=2, epochs_mul=2, warmup_epochs=1),
+     [0, 0, 1, 1, 1, 1], [0, 1, 0, 1, 2, 3], [0.5, 1, 0.5, 1, 1, 1], [0, 2], [1, 5]),
+    (dict(time_steps=2, epochs=3, epochs_mul=1.5),  # 3 and 4.5 epochs, of which the last is half
+     [0, 0, 0, 1, 1, 1, 1], [0, 1, 2, 0, 1, 2, 3], [1] * 7, [0, 3], [2, 6]),
+    (dict(time_steps=2, epochs=2, warmup_epochs=1, prefix_epochs=1, cooldown_epochs=2),
+     [0, 0, 0, 1, 1, 1, 1], [0, 1, 2, 0, 1, 2, 3], [0.5, 1, 1, 0.5, 1, 1, 1], [0, 3], [2, 6]),
+], ids=str)
+def test_positions(kwargs, time_steps, epochs, rates, begins, ends):
+    schedule = AnnealingSchedule(**kwargs)
+    assert columns(schedule) == (time_steps, epochs, rates, begins, ends)
+    assert schedule.total_epochs == len(time_steps)
+
+
+@pytest.mark.parametrize('cooldown', [0, 3])
+@pytest.mark.parametrize(('warmup', 'prefix'), [(0, False), (2, False), (2, True)])
+@pytest.mark.parametrize(('time_steps', 'epochs', 'mul'), [
+    (1, 7, 1.0),
+    (5, 30, 1.0),
+    (3, 4, 2),
+    (4, 5, 2.0),
+    (3, 5, 3.0),
+    (4, 10, 1.5),
+    (5, 7, 1.1),
+    (4, 3, 1.3),
+    (4, 6, 2.5),
+    (3, 5, 1.4),  # 12 epochs, where timm's logarithm rounds down and restarts with the 13th
+    (4, 25, 1.2),
+    (2, 30, 1.7),  # 81 epochs, of which timm's sum loses one
+])
+def test_time_steps_begin_where_timm_restarts_the_learning_rate(time_steps, epochs, mul, warmup, prefix, cooldown):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler, total = create_scheduler_v2(
+        optimizer, 'cosine', num_epochs=epochs, warmup_epochs=warmup, warmup_prefix=prefix, warmup_lr=1e-5, min_lr=0.0,
+        cooldown_epochs=cooldown, cycle_mul=mul, cycle_decay=0.9, cycle_limit=time_steps)
+    schedule = AnnealingSchedule(
+        time_steps, epochs, epochs_mul=mul, prefix_epochs=warmup if prefix else 0, cooldown_epochs=cooldown)
+    assert schedule.total_epochs == total
+
+    rates = []
+    for epoch in range(total):
+        scheduler.step(epoch)
+        rates.append(optimizer.param_groups[0]['lr'])
+    restarts = [epoch for epoch in range(1, total) if epoch > warmup and rates[epoch] > rates[epoch - 1]]
+    assert len(restarts) == time_steps - 1
+    _, _, _, begins, ends = columns(schedule)
+    assert begins == [0, *restarts]
+    assert ends == [*(epoch - 1 for epoch in restarts), total - 1]
+
+
+@pytest.mark.parametrize(('kwargs', 'message'), [
+    (dict(time_steps=0, epochs=3), 'time_steps must be at least 1, got 0'),
+    (dict(time_steps=1, epochs=0), 'needs at least 1 epoch, got 0'),
+    (dict(time_steps=1, epochs=3, warmup_epochs=3), 'less than the 3 epochs of a time step .*, got 3'),
+    (dict(time_steps=1, epochs=3, warmup_epochs=-1), r'warm up .*, got -1'),
+    (dict(time_steps=1, epochs=3, epochs_mul=0.5), 'epochs_mul must be a number of at least 1, got 0.5'),
+    (dict(time_steps=4, epochs=1, epochs_mul=1.1), 'leaves one without an epoch of its own'),
+    (dict(time_steps=1, epochs=3, prefix_epochs=-1), 'must not be negative, got -1 and 0'),
+    (dict(time_steps=1, epochs=3, cooldown_epochs=-2), 'must not be negative, got 0 and -2'),
+])
+def test_impossible_schedule_raises(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        AnnealingSchedule(**kwargs)
+
+
+@pytest.mark.parametrize('epoch', [-1, 6])
+def test_epoch_outside_the_training_raises(epoch):
+    with pytest.raises(ValueError, match=f'epoch must lie in 0 to 5, got {epoch}'):
+        AnnealingSchedule(2, 3).position(epoch)
+
+
+# From one time step to the next
+
+
+@normed
+@dtypes
+@torch.no_grad()
+def test_eval_outputs_stay_at_rate_zero(name, dtype):
+    model = make(name, dtype)
+    expected = model(images(dtype))
+    training = dtype == torch.float64
+    begin_time_step(model.train(training), seeded())
+    assert all(module.training == training for module in model.modules())
+    assert_near(model.eval()(images(dtype)), expected, 2 * MODEL_RTOL[dtype])
+    set_attach_rate(model, 0.5)
+    assert largest_difference(model(images(dtype)), expected) > 1e-2  # there are side branches
+
+
+@linear
+@pytest.mark.parametrize(('dtype', 'rate'), [(torch.float64, 0.0), (torch.float64, 0.4), (torch.float32, 1.0)], ids=str)
+@pytest.mark.parametrize('training', [True, False])
+def test_outputs_of_linear_layers_stay_at_every_rate_and_in_both_modes(name, dtype, rate, training):
+    model = make(name, dtype).train(training)
+    other = copy.deepcopy(model)
+    begin_time_step(model, seeded(), attach_rate=rate)
+    x = images(dtype, batch=4, size=64)
+    assert_near(model(x), other(x), 1e-9 if dtype == torch.float64 else 1e-3 if training else 2e-5)
+    for _, module in annealed_modules(model):
+        assert module.attach_rate == torch.tensor(rate, dtype=module.attach_rate.dtype)
+
+
+@normed
+@pytest.mark.parametrize(('dtype', 'rate'), [(torch.float64, 0.4), (torch.float32, 0.4), (torch.float64, 1.0)], ids=str)
+@torch.no_grad()
+def test_eval_outputs_stay_at_every_rate_with_compensation(name, dtype, rate):
+    model = make(name, dtype)
+    expected = model(images(dtype))
+    begin_time_step(model, seeded(), attach_rate=rate, compensate=True)
+    assert_near(model(images(dtype)), expected, 2 * MODEL_RTOL[dtype])
+
+
+@normed
+@torch.no_grad()
+def test_without_compensation_fresh_branches_with_norms_change_the_outputs(name):
+    model = make(name)
+    expected = model(images())
+    begin_time_step(model, seeded(), attach_rate=0.4)
+    assert largest_difference(model(images()), expected) > 1e-2
+
+
+@normed
+@pytest.mark.parametrize('compensate', [True, False])
+def test_outputs_of_normed_layers_change_in_training_mode(name, compensate):
+    """Not a promise but a limit: batch statistics take the place of the kept ones, by which the fold went."""
+    model = make(name).train()
+    expected = copy.deepcopy(model)(images())
+    begin_time_step(model, seeded(), compensate=compensate)
+    assert largest_difference(model(images()), expected) > 1e-2
+
+
+@torch.no_grad()
+def test_a_fold_that_ignores_the_attach_rate_would_be_caught(monkeypatch):
+    """As RepAn's published code folds."""
+    fold = NormedRepLayer.compose_weight_bias
+
+    def fold_as_if_attached(layer):
+        attached = copy.deepcopy(layer)
+        attached.set_attach_rate_(1.0)
+        return fold(attached)
+
+    model = make('dbb')
+    expected = model(images())
+    with monkeypatch.context() as patch:
+        patch.setattr(NormedRepLayer, 'compose_weight_bias', fold_as_if_attached)
+        begin_time_step(model, seeded())
+    with pytest.raises(AssertionError, match='largest difference'):
+        assert_near(model(images()), expected, 1e-2)
+
+
+@models
+def test_parameters_keep_their_identity(name):
+    model = make(name)
+    before = {key: (id(p), p.data_ptr(), p.shape, p.requires_grad) for key, p in model.named_parameters()}
+    buffers = {key: (id(b), b.data_ptr(), b.shape, b.dtype) for key, b in model.named_buffers()}
+    begin_time_step(model)
+    assert before == {key: (id(p), p.data_ptr(), p.shape, p.requires_grad) for key, p in model.named_parameters()}
+    assert buffers == {key: (id(b), b.data_ptr(), b.shape, b.dtype) for key, b in model.named_buffers()}
+    assert all(p.grad is None and p.is_leaf for p in model.parameters())
+
+
+@models
+def test_draw_is_deterministic(name):
+    model = make(name)
+    others = [copy.deepcopy(model) for _ in range(2)]
+    torch.manual_seed(1)
+    begin_time_step(model, seeded())
+    torch.manual_seed(2)
+    begin_time_step(others[0], seeded())
+    begin_time_step(others[1], seeded(8))
+    assert_same_state(state_of(others[0]), state_of(model))
+    drawn = [key for key, p in model.named_parameters() if not torch.equal(p, others[1].get_parameter(key))]
+    assert drawn
+
+
+@models
+def test_what_has_no_branches_stays_as_it_is(name):
+    model = make(name)
+    before = state_of(model)
+    begin_time_step(model)
+    inside = tuple(f'{key}.' for key, _ in annealed_modules(model))
+    outside = [key for key in before if not key.startswith(inside)]
+    assert outside
+    for key in outside:
+        assert torch.equal(model.state_dict()[key], before[key]), key
+
+
+@models
+def test_time_step_is_counted_and_saved(name):
+    model = make(name)
+    assert time_step_of(model) == 0
+    for expected in (1, 2):
+        begin_time_step(model, attach_rate=0.5)
+        assert time_step_of(model) == expected
+    other = make(name)
+    other.load_state_dict(model.state_dict())
+    assert time_step_of(other) == 2
+    assert {float(module.attach_rate) for _, module in annealed_modules(other)} == {0.5}
+    steps = {int(value) for key, value in other.state_dict().items() if key.endswith('time_step')}
+    assert steps == {2}  # in stacks and blocks, too
+
+
+def test_mixed_time_steps_raise_and_change_nothing():
+    model = make('dbb')
+    model.layer2[0].conv1.time_step.fill_(3)
+    before = state_of(model)
+    for call in (time_step_of, begin_time_step):
+        with pytest.raises(ValueError, match=r'in different time steps: \[0, 3\]'):
+            call(model)
+    assert_same_state(state_of(model), before)
+
+
+def test_model_without_rep_layers_raises():
+    for model in (tiny_resnet(), fuse(make('repvgg'))):
+        before = state_of(model)
+        with pytest.raises(ValueError, match='has no rep layers, so no side branches to anneal'):
+            begin_time_step(model)
+        assert_same_state(state_of(model), before)
+
+
+@pytest.mark.parametrize('rate', [-0.1, 1.5, float('nan')])
+def test_bad_rate_raises_and_changes_nothing(rate):
+    model = make('repvgg_dbb')
+    before = state_of(model)
+    with pytest.raises(ValueError, match=r'attach rate must lie in \[0, 1\], got'):
+        begin_time_step(model, attach_rate=rate)
+    assert_same_state(state_of(model), before)
+
+
+@models
+@torch.no_grad()
+def test_fused_model_has_the_outputs_in_every_time_step(name):
+    model = make(name)
+    for seed, rate in enumerate((0.25, 1.0)):
+        begin_time_step(model, seeded(seed), attach_rate=rate)
+        randomize_(model, seed)  # as training would
+        set_attach_rate(model, rate)
+        assert_near(fuse(model)(images()), model(images()), 1e-10)
+
+
+# In a training
+
+
+def train_step(model, optimizer, x):
+    optimizer.zero_grad()
+    model(x).square().mean().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize('name', ['orepa', 'mixed'])
+def test_a_loop_of_ones_own(name):
+    torch.manual_seed(0)
+    model = MODELS[name]().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    schedule = AnnealingSchedule(time_steps=3, epochs=2, warmup_epochs=1)
+    seen = []
+    for epoch in range(schedule.total_epochs):
+        position = schedule.position(epoch)
+        if position.begins and position.time_step > 0:
+            begin_time_step(model)
+            optimizer.state.clear()
+        set_attach_rate(model, position.attach_rate)
+        assert time_step_of(model) == position.time_step
+        train_step(model, optimizer, images(torch.float32, seed=epoch))
+        seen.append({module.attach_rate.item() for _, module in annealed_modules(model)})
+    assert seen == [{0.5}, {1.0}] * 3
+    assert all(p.isfinite().all() for p in model.parameters())
+    with torch.no_grad():
+        assert_near(fuse(model.eval())(images(torch.float32)), model(images(torch.float32)), 1e-4)
+
+
+@models
+@torch.no_grad()
+def test_averaged_copy_follows(name):
+    model = make(name)
+    ema = ModelEmaV3(model, decay=0.75)
+    randomize_(model, seed=1)  # as training would
+    for parameter in model.parameters():
+        parameter.add_(0.01)
+    ema.update(model)
+    expected = [form(images()) for form in (model, ema.module)]
+    assert largest_difference(*expected) > 1e-3
+    for form in (model, ema.module):
+        begin_time_step(form, seeded())
+    for form, before in zip((model, ema.module), expected):
+        assert_near(form(images()), before, 1e-9)
+
+    for form in (model, ema.module):
+        set_attach_rate(form, 0.4)
+    sides = {key: value.clone() for key, value in ema.module.state_dict().items()}
+    drawn = ('dw_conv', 'avg_conv.weight', 'conv_1x1.weight', 'conv_1xk.weight')
+    if name.startswith('repvgg') and name != 'repvgg_convs':
+        drawn += ('conv_1x1.conv.weight',)
+    for key, value in model.state_dict().items():
+        if key.endswith(drawn):
+            assert torch.equal(value, sides[key]), key  # the same draw
+    before = state_of(model)
+    for parameter in model.parameters():
+        parameter.add_(0.01)
+    ema.update(model)
+    for key, value in ema.module.state_dict().items():
+        if key.endswith(('attach_rate', 'time_step')):
+            assert torch.equal(value, before[key]), key
+        elif key.endswith(drawn):
+            assert_near(value, sides[key] + 0.0025, 1e-9)
+    assert time_step_of(ema.module) == 1
+    assert_near(fuse(ema.module)(images()), ema.module(images()), 1e-10)
+
+
+def test_wrapped_models():
+    model = make('mixed')
+    begin_time_step(nn.DataParallel(model))
+    assert time_step_of(model) == time_step_of(nn.DataParallel(model)) == 1
+
+
+def test_nothing_recompiles():
+    torch._dynamo.reset()
+    model = make('mixed').train()
+    other = copy.deepcopy(model)
+    counter = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    x = images()
+    for time_step in range(3):
+        if time_step > 0:
+            begin_time_step(compiled, seeded(time_step))
+            begin_time_step(other, seeded(time_step))
+        for epoch in range(3):
+            for form in (compiled, other):
+                set_attach_rate(form, attach_rate(epoch, 2))
+            actual, expected = compiled(x), other(x)
+            assert_near(actual, expected, 1e-10)
+            actual.pow(3).mean().backward()
+            expected.pow(3).mean().backward()
+    assert time_step_of(compiled) == time_step_of(other) == 2
+    for parameter, expected in zip(model.parameters(), other.parameters()):
+        torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-7, atol=1e-10)
+    assert sum(parameter.grad.abs().sum() for parameter in model.parameters()) > 1
+    assert counter.frame_count == 1
+
+
+# Distributed
+
+WORKER = """
+import datetime, sys
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from helpers import state_of
+from test_annealing import MODELS, images, seeded, train_step
+from timm_rep import begin_time_step, set_attach_rate
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+dist.init_process_group(
+    'gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60))
+states = {}
+for name in ('mixed', 'orepa'):
+    for seed in (7, None):
+        torch.manual_seed(0)
+        model = MODELS[name]().train()
+        wrapped = DistributedDataParallel(model, broadcast_buffers=False)
+        optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.01, momentum=0.9)
+        torch.manual_seed(100 + rank)
+        set_attach_rate(wrapped, 0.5)
+        train_step(wrapped, optimizer, images(torch.float32, seed=rank))
+        before = state_of(model)
+        begin_time_step(wrapped, None if seed is None else seeded(seed))
+        optimizer.state.clear()
+        begun = state_of(model)
+        set_attach_rate(wrapped, 0.5)
+        train_step(wrapped, optimizer, images(torch.float32, seed=10 + rank))
+        states[f'{name}-{seed}'] = before, begun, state_of(model)
+torch.save(states, f'{folder}/{rank}.pt')
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope='module')
+def ranks(tmp_path_factory):
+    """States of two processes before and after a transition and after one more training step, by case."""
+    folder = tmp_path_factory.mktemp('ranks')
+    package = Path(timm_rep.__file__).parents[1]
+    path = os.pathsep.join([str(package), str(TESTS), str(TESTS / 'core'), os.environ.get('PYTHONPATH', '')])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, '-c', WORKER, str(rank), str(folder)], env=dict(os.environ, PYTHONPATH=path),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs):
+        assert process.returncode == 0, output
+    return [torch.load(folder / f'{rank}.pt', weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize('seed', [7, None])
+@pytest.mark.parametrize('name', ['mixed', 'orepa'])
+def test_all_processes_begin_a_time_step_with_the_same_weights(ranks, name, seed):
+    (before, begun, trained), (other_before, other_begun, other_trained) = (rank[f'{name}-{seed}'] for rank in ranks)
+    statistics = {key for key in before if 'running' in key}
+    assert all(torch.equal(before[key], other_before[key]) for key in before.keys() - statistics)
+    assert not any(torch.equal(before[key], other_before[key]) for key in statistics)  # what folding goes by
+
+    inside = tuple(f'{key}.' for key, _ in annealed_modules(MODELS[name]()))
+    for key in begun:
+        if key.startswith(inside) or key not in statistics:
+            assert torch.equal(begun[key], other_begun[key]), key
+    assert {int(value) for key, value in begun.items() if key.endswith('time_step')} == {1}
+    assert any(not torch.equal(begun[key], before[key]) for key in begun.keys() - statistics)
+
+    assert any(not torch.equal(trained[key], begun[key]) for key in trained.keys() - statistics)
+    for key in trained.keys() - statistics:
+        assert torch.equal(trained[key], other_trained[key]), key
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    """A group of one process whose backends were left to torch, as `init_process_group()` does."""
+    dist.init_process_group(init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@torch.no_grad()
+def test_backends_may_be_left_to_torch(process_group):
+    model = make('mixed').eval()
+    expected = model(images())
+    begin_time_step(model, seeded())
+    assert time_step_of(model) == 1
+    assert_near(model(images()), expected, MODEL_RTOL[torch.float64])
+
+
+@pytest.mark.filterwarnings('ignore:Casting complex values to real')
+def test_averaged_copy_on_the_cpu_is_shared_through_the_accelerator(process_group, monkeypatch):
+    """Where processes exchange tensors of GPUs only. Here another dtype stands for another device."""
+    def broadcast(tensor, src):
+        assert tensor.is_complex()
+        tensor.mul_(2)  # what the first process holds
+
+    monkeypatch.setattr(dist, 'get_backend_config', lambda: 'cuda:nccl')
+    monkeypatch.setattr(torch.accelerator, 'current_accelerator', lambda: torch.complex128)
+    monkeypatch.setattr(dist, 'broadcast', broadcast)
+    model = make('repvgg')
+    begin_time_step(model, seeded())
+    assert time_step_of(model) == 2
+
+
+# Statistics of the origin branch after a transition
+
+
+def trained_layer(rep_layer, x):
+    """A layer whose norms have wide random values, and for kept statistics those of the images."""
+    generator = torch.Generator().manual_seed(1)
+    layer = registered_methods()[rep_layer].layers[0](4, 4, 3, momentum=1.0, dtype=torch.float64, generator=generator)
+    for norm in (layer.norm_kxk, *layer._side_norms()):
+        nn.init.normal_(norm.weight, generator=generator)
+        nn.init.normal_(norm.bias, generator=generator)
+    layer(x)
+    return layer
+
+
+@pytest.mark.parametrize('rep_layer', ['dbb', 'acb', 'rep'])
+@pytest.mark.parametrize('rate', [0.3, 1.0])
+def test_implied_mean_is_that_of_the_folded_convolution(rep_layer, rate):
+    x = randn(16, 4, 12, 12, seed=3)
+    layer = trained_layer(rep_layer, x)
+    layer.set_attach_rate_(rate)
+    outputs = F.conv2d(x, layer.compose_weight())
+    layer.imply_statistics_()
+    assert_near(layer.norm_kxk.running_mean, outputs.mean((0, 2, 3)), 1e-2)  # kept variances are unbiased
+    assert (layer.norm_kxk.running_var > 0).all()
+
+
+@pytest.mark.parametrize('rep_layer', ['dbb', 'acb', 'rep'])
+def test_implied_statistics_keep_eval_mode_and_bring_training_mode_closer(rep_layer):
+    x = randn(16, 4, 12, 12, seed=3)
+    layer = trained_layer(rep_layer, x)
+    expected = dict(eval=copy.deepcopy(layer).eval()(x), train=copy.deepcopy(layer).train()(x))
+    off = {}
+    for imply in (False, True):
+        begun = copy.deepcopy(layer)
+        begun.begin_time_step_(torch.Generator().manual_seed(0), imply_statistics=imply)
+        assert_near(copy.deepcopy(begun).eval()(x), expected['eval'], MODEL_RTOL[torch.float64])
+        off[imply] = (begun.train()(x) - expected['train']).square().mean().sqrt().item()
+    assert off[True] < off[False] / 4
+
+
+@pytest.mark.parametrize('rep_layer', ['rep', 'orepa', 'dbb', 'acb'])
+def test_implied_statistics_of_repvgg_blocks_keep_eval_mode(rep_layer):
+    model = randomize_(timm.create_model('repan_repvgg_a0_cifar', rep_layer=rep_layer, num_classes=5)).double().eval()
+    set_attach_rate(model, 0.7)
+    x = randn(2, 3, 16, 16)
+    expected = model(x)
+    begin_time_step(model, torch.Generator().manual_seed(0), imply_statistics=True)
+    assert_near(model(x), expected, MODEL_RTOL[torch.float64])
+
+
+# The optimizer
+
+
+@pytest.mark.parametrize('name', ['sgd', 'adamw', 'lamb', 'adan', 'lookahead_momentum', 'lookahead_lamb'])
+def test_reset_optimizer_steps_like_a_new_one(name):
+    """After a reset the next updates are those of an optimizer that was never used."""
+    def step(model, optimizer, seed):
+        optimizer.zero_grad()
+        model(randn(4, 6, seed=seed)).pow(2).sum().backward()
+        optimizer.step()
+
+    used = nn.Linear(6, 3, dtype=torch.float64)
+    used_optimizer = create_optimizer_v2(used, opt=name, lr=0.01)
+    for seed in range(5):
+        step(used, used_optimizer, seed)
+    new = copy.deepcopy(used)
+    new_optimizer = create_optimizer_v2(new, opt=name, lr=0.01)
+    timm_rep.reset_optimizer(used_optimizer)
+    for seed in range(8):
+        step(used, used_optimizer, seed)
+        step(new, new_optimizer, seed)
+        assert_same_state(used.state_dict(), new.state_dict())

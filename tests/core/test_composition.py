@@ -1,0 +1,363 @@
+"""Composed kernels against the formula, against branches on feature maps, and their explicit backward."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import LINEAR_RTOL, EmulatedTF32, assert_near, assert_same_state, randn, randomize_
+
+from timm_rep.core.composition import (
+    compose_orepa,
+    compose_orepa_plain,
+    compose_pointwise,
+    compose_pointwise_plain,
+    spread_scale,
+)
+from timm_rep.core.layers import DiverseBranchConv2d, OrepaConv2d, OrepaPointwiseConv2d, OrepaStemConv2d
+from timm_rep.core.precision import full_float32
+
+# input and output channels, kernel size, arguments; more than four groups double the inner channels
+KXK = [
+    (4, 6, 3, {}),
+    (4, 6, 3, dict(branch_1x1=False)),
+    (3, 4, (3, 5), {}),
+    (3, 5, 7, {}),
+    (3, 4, (1, 3), {}),
+    (4, 8, 5, dict(groups=2)),
+    (12, 12, 3, dict(groups=6)),
+    (8, 16, 3, dict(groups=8)),
+    (8, 8, 3, dict(groups=8)),
+]
+POINTWISE = [(4, 6, 1), (6, 4, 1), (5, 5, 1), (4, 8, 2), (12, 6, 6)]
+
+kxk = pytest.mark.parametrize(('c_in', 'c_out', 'size', 'kwargs'), KXK, ids=str)
+pointwise = pytest.mark.parametrize(('c_in', 'c_out', 'groups'), POINTWISE)
+rates = pytest.mark.parametrize('rate', [0.0, 0.3, 1.0])
+
+
+def kxk_layer(c_in, c_out, size, kwargs, rate=1.0, dtype=torch.float64):
+    layer = randomize_(OrepaConv2d(c_in, c_out, size, bias=False, **kwargs, dtype=dtype))
+    layer.set_attach_rate_(rate)
+    return layer
+
+
+def pointwise_layer(c_in, c_out, groups, rate=1.0):
+    layer = randomize_(OrepaPointwiseConv2d(c_in, c_out, groups=groups, bias=False, dtype=torch.float64))
+    layer.set_attach_rate_(rate)
+    return layer
+
+
+def parameters_of(layer):
+    return [p.detach().clone().requires_grad_() for p in layer.parameters()]
+
+
+def composed(layer, parameters, plain=False, **kwargs):
+    """The layer's kernel from other values of its parameters, in their order."""
+    if isinstance(layer, OrepaPointwiseConv2d):
+        compose = compose_pointwise_plain if plain else compose_pointwise
+        return compose(*parameters, layer.attach_rate.double(), layer.groups)
+    branches, seq_1x1, dw_conv, scale = parameters
+    gains = spread_scale(scale, layer.attach_rate.double(), layer.row_branch)
+    compose = compose_orepa_plain if plain else compose_orepa
+    return compose(branches, gains, seq_1x1, dw_conv, layer.filters, layer.groups, **kwargs)
+
+
+def prior_filters(channels, height, width):
+    """The table of FACTS: the first half of the channels varies along the height, the second along the width."""
+    prior = torch.empty(channels, 1, height, width, dtype=torch.float64)
+    for o in range(channels):
+        for h in range(height):
+            for w in range(width):
+                first_half = o < channels / 2
+                prior[o, 0, h, w] = (
+                    math.cos(math.pi * (h + 0.5) * (o + 1) / height) if first_half
+                    else math.cos(math.pi * (w + 0.5) * (o + 1 - channels / 2) / width)
+                )
+    return prior
+
+
+def kxk_on_feature_maps(layer, x):
+    """The block as the paper draws it: every branch a sequence of convolutions, scaled, then summed."""
+    groups, size = layer.groups, layer.kernel_size
+    padding = (size[0] // 2, size[1] // 2)
+    c_in, c_out = layer.in_channels, layer.out_channels
+    views = layer.branch_views()
+
+    def conv_1x1(weight):
+        return F.conv2d(x, weight.reshape(c_out, c_in // groups, 1, 1), groups=groups)
+
+    branches = dict(
+        origin=F.conv2d(x, views['origin'], padding=padding, groups=groups),
+        average=F.avg_pool2d(conv_1x1(views['average']), size, stride=1, padding=padding),
+        prior=F.conv2d(conv_1x1(views['prior']), prior_filters(c_out, *size), padding=padding, groups=c_out),
+    )
+    if 'conv_1x1' in views:
+        branches['conv_1x1'] = conv_1x1(views['conv_1x1'])
+    filtered = F.conv2d(x, layer.dw_conv, padding=padding, groups=c_in)
+    separable = views['separable'].reshape(c_out, -1, 1, 1)
+    branches['separable'] = F.conv2d(filtered, separable, groups=groups)
+    # Inner channels of a group: all its inputs once, or twice; each starts as the identity.
+    ratio = layer.seq_1x1.shape[0] // c_in
+    by_group = x.unflatten(1, (groups, 1, -1)).expand(-1, -1, ratio, -1, -1, -1).flatten(1, 3)
+    mixed = by_group + F.conv2d(x, layer.seq_1x1, groups=groups)
+    inner = views['sequential'].transpose(1, 2).flatten(1, 2)
+    branches['sequential'] = F.conv2d(mixed, inner, padding=padding, groups=groups)
+
+    total = torch.zeros(())
+    for scale, name in zip(layer.scale, layer.branch_names):
+        rate = 1.0 if name == 'origin' else layer.attach_rate.double()
+        total = total + branches.pop(name) * (rate * scale).reshape(1, -1, 1, 1)
+    assert not branches, 'a branch without a scale'
+    return total
+
+
+@kxk
+@rates
+def test_kxk_equals_formula_and_branches_on_feature_maps(c_in, c_out, size, kwargs, rate):
+    layer = kxk_layer(c_in, c_out, size, kwargs, rate)
+    x = randn(2, c_in, 9, 8)
+    kernel = composed(layer, parameters_of(layer))
+    assert_near(kernel, composed(layer, parameters_of(layer), plain=True), 1e-12)
+    assert_near(kernel, layer.compose_weight(), 1e-12)
+    padding = (layer.kernel_size[0] // 2, layer.kernel_size[1] // 2)
+    assert_near(F.conv2d(x, kernel, padding=padding, groups=layer.groups), kxk_on_feature_maps(layer, x), 1e-12)
+    assert_near(sum(layer.branch_kernels().values()), kernel, 1e-12)
+
+
+@pointwise
+@rates
+def test_pointwise_equals_formula_and_branches_on_feature_maps(c_in, c_out, groups, rate):
+    layer = pointwise_layer(c_in, c_out, groups, rate)
+    x = randn(2, c_in, 5, 4)
+    kernel = composed(layer, parameters_of(layer))
+    assert_near(kernel, composed(layer, parameters_of(layer), plain=True), 1e-12)
+    sequential = F.conv2d(F.conv2d(x, layer.seq_first, groups=groups), layer.seq_second, groups=groups)
+    expected = (
+        F.conv2d(x, layer.conv_1x1, groups=groups) * layer.scale[0].reshape(1, -1, 1, 1)
+        + sequential * (layer.attach_rate.double() * layer.scale[1]).reshape(1, -1, 1, 1)
+    )
+    assert_near(layer(x), expected, 1e-12)
+    assert_near(sum(layer.branch_kernels().values()), kernel, 1e-12)
+
+
+@kxk
+@pytest.mark.parametrize('channels_last', [False, True])
+def test_kxk_gradients_equal_autograd_of_the_formula(c_in, c_out, size, kwargs, channels_last):
+    layer = kxk_layer(c_in, c_out, size, kwargs, rate=0.3)
+    parameters = parameters_of(layer)
+    kernel = composed(layer, parameters, channels_last=channels_last)
+    grad = randn(*kernel.shape, seed=1)
+    if channels_last:
+        grad = grad.contiguous(memory_format=torch.channels_last)
+    actual = torch.autograd.grad(kernel, parameters, grad)
+    expected = torch.autograd.grad(composed(layer, parameters, plain=True), parameters, grad)
+    for a, e in zip(actual, expected):
+        assert_near(a, e, 1e-12)
+
+
+@pointwise
+def test_pointwise_gradients_equal_autograd_of_the_formula(c_in, c_out, groups):
+    layer = pointwise_layer(c_in, c_out, groups, rate=0.3)
+    parameters = parameters_of(layer)
+    grad = randn(*layer.weight_shape, seed=1)
+    actual = torch.autograd.grad(composed(layer, parameters), parameters, grad)
+    expected = torch.autograd.grad(composed(layer, parameters, plain=True), parameters, grad)
+    for a, e in zip(actual, expected):
+        assert_near(a, e, 1e-12)
+
+
+@pytest.mark.parametrize('layer', [
+    kxk_layer(2, 2, 3, {}, 0.3),
+    kxk_layer(4, 4, (1, 3), dict(groups=2), 0.3),
+    kxk_layer(5, 5, (3, 1), dict(groups=5), 0.3),
+    pointwise_layer(2, 3, 1, 0.3),
+    pointwise_layer(4, 2, 2, 0.3),
+], ids=['kxk', 'grouped', 'depthwise', 'pointwise', 'grouped pointwise'])
+def test_first_and_second_derivative(layer):
+    parameters = parameters_of(layer)
+    assert torch.autograd.gradcheck(lambda *values: composed(layer, values), parameters)
+    assert torch.autograd.gradgradcheck(lambda *values: composed(layer, values), parameters)
+
+
+@kxk
+def test_channels_last_kernel_has_the_format_and_the_values(c_in, c_out, size, kwargs):
+    layer = kxk_layer(c_in, c_out, size, kwargs)
+    kernel = composed(layer, parameters_of(layer), channels_last=True)
+    assert kernel.is_contiguous(memory_format=torch.channels_last)
+    assert_near(kernel, composed(layer, parameters_of(layer), plain=True), 1e-12)
+
+
+LAYERS = dict(
+    kxk=lambda **dd: OrepaConv2d(6, 8, 3, padding=1, **dd),
+    grouped=lambda **dd: OrepaConv2d(12, 12, 3, padding=1, groups=6, **dd),
+    pointwise=lambda **dd: OrepaPointwiseConv2d(6, 8, **dd),
+    stem=lambda **dd: OrepaStemConv2d(3, 8, 7, padding=3, **dd),
+)
+layers = pytest.mark.parametrize('make', LAYERS.values(), ids=LAYERS)
+
+
+@layers
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_half_precision_parameters_are_composed_in_float32(make, dtype):
+    half = randomize_(make()).to(dtype)
+    full = make()
+    full.load_state_dict(half.state_dict())
+    assert half.compose_weight().dtype == dtype
+    # One rounding at the end; a stem rounds the kernels of its blocks too.
+    depth = 4 if isinstance(half, OrepaStemConv2d) else 1
+    assert_near(half.compose_weight().float(), full.compose_weight(), depth * torch.finfo(dtype).eps)
+    if depth == 1:
+        assert torch.equal(half.compose_weight(), full.compose_weight().to(dtype))
+
+
+@layers
+def test_autocast_keeps_the_composition_in_float32(make):
+    layer = randomize_(make())
+    x = randn(2, layer.in_channels, 9, 9, dtype=torch.float32)
+    outside = layer.compose_weight()
+    grad = randn(*outside.shape, seed=1, dtype=torch.float32)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        inside = layer.compose_weight()
+        assert layer(x).dtype == torch.bfloat16
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, outside)
+    parameters = [p for p in layer.parameters() if p is not layer.bias]
+    expected = torch.autograd.grad(outside, parameters, grad)
+    for a, e in zip(torch.autograd.grad(inside, parameters, grad), expected):
+        assert torch.equal(a, e)
+
+
+@pytest.mark.parametrize('name', ['kxk', 'grouped', 'pointwise'])
+def test_only_parameters_are_saved_for_backward(name):
+    layer = LAYERS[name]()
+    own = {t.data_ptr() for t in (*layer.parameters(), *layer.buffers())}
+    extra = []
+
+    def pack(tensor):
+        if tensor.data_ptr() not in own:
+            extra.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kernel = layer.compose_weight()
+    assert kernel.requires_grad
+    # The gains, a vector for each output channel, are all that is computed and kept.
+    assert sum(extra) <= layer.out_channels * 64
+
+
+def test_gains_are_scales_times_the_attach_rate_but_for_the_origin():
+    layer = kxk_layer(4, 6, 3, {}, rate=0.5)
+    gains = spread_scale(layer.scale, layer.attach_rate.double(), layer.row_branch)
+    taps = 9
+    lengths = dict(origin=taps, average=1, prior=1, conv_1x1=1, separable=8, sequential=taps)
+    rows = [
+        scale.unsqueeze(1).expand(-1, lengths[name]) * (1.0 if name == 'origin' else 0.5)
+        for name, scale in zip(layer.branch_names, layer.scale)
+    ]
+    assert_near(gains, torch.cat(rows, dim=1), LINEAR_RTOL[torch.float64])
+
+
+# Precision
+
+
+def older_precision():
+    return torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+
+def newer_precision():
+    backends = torch.backends
+    holders = (backends.cuda.matmul, backends.mkldnn.matmul, backends.cudnn.conv, backends.cudnn.rnn)
+    return [holder.fp32_precision for holder in holders]
+
+
+@pytest.fixture
+def precision():
+    """Leaves the process with the precision that it had."""
+    before = older_precision()
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[2]
+
+
+@pytest.mark.parametrize('allowed', ['highest', 'high', 'medium'])
+@pytest.mark.parametrize('convolutions', [False, True])
+def test_full_float32_is_the_precision_inside_only(precision, allowed, convolutions):
+    torch.set_float32_matmul_precision(allowed)
+    torch.backends.cudnn.allow_tf32 = convolutions
+    before = older_precision()
+    with full_float32():
+        assert older_precision() == ('highest', False, False)
+        with full_float32():
+            pass
+        assert older_precision() == ('highest', False, False)
+    assert older_precision() == before
+    with pytest.raises(RuntimeError), full_float32():
+        torch.ones(2) @ torch.ones(3)
+    assert older_precision() == before
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, 'fp32_precision'), reason='torch 2.9 and newer')
+@pytest.mark.parametrize('older', ['highest', 'high'])
+@pytest.mark.parametrize('newer', ['none', 'ieee', 'tf32'])
+def test_full_float32_goes_with_both_ways_to_set_it(precision, older, newer):
+    """Torch refuses to tell the older setting once the newer one says something else."""
+    torch.set_float32_matmul_precision(older)
+    torch.backends.cuda.matmul.fp32_precision = newer
+    torch.backends.cudnn.conv.fp32_precision = newer
+    before = newer_precision()
+    with full_float32():
+        assert newer_precision() == ['ieee'] * 4
+        assert older_precision() == ('highest', False, False)
+    assert newer_precision() == before
+
+
+FOLDED = dict(LAYERS, dbb=lambda **dd: DiverseBranchConv2d(6, 8, 3, padding=1, **dd))
+folded = pytest.mark.parametrize('make', FOLDED.values(), ids=FOLDED)
+
+
+@folded
+def test_folding_runs_in_full_float32_where_tf32_is_allowed(make):
+    layer = randomize_(make()).eval()
+    layer.set_attach_rate_(0.5)
+    expected, branches = layer.fuse(), layer.branch_kernels()
+    with EmulatedTF32():
+        actual, actual_branches = layer.fuse(), layer.branch_kernels()
+        assert torch.backends.cuda.matmul.allow_tf32
+    assert_same_state(actual.state_dict(), expected.state_dict())
+    assert_same_state(actual_branches, branches)
+
+
+@folded
+def test_a_time_step_runs_in_full_float32_where_tf32_is_allowed(make):
+    layer = randomize_(make()).eval()
+    expected = layer.weight
+    with EmulatedTF32():
+        layer.begin_time_step_(torch.Generator().manual_seed(0), 0.5, compensate=True)
+    assert_near(layer.weight, expected, 5e-6)
+
+
+@layers
+def test_a_training_step_composes_as_the_user_allows(make):
+    """Proves that the tests above can fail."""
+    layer = randomize_(make())
+    x = randn(2, layer.in_channels, 9, 9, dtype=torch.float32)
+    expected = layer(x)
+    with EmulatedTF32(), pytest.raises(AssertionError, match='largest difference'):
+        assert_near(layer(x), expected, 1e-5)
+
+
+@folded
+def test_a_compiled_graph_folds(make):
+    torch._dynamo.reset()
+    layer = randomize_(make()).eval()
+    kernel = torch.compile(layer.compose_weight, fullgraph=True, backend='eager')()
+    assert_near(kernel, layer.compose_weight(), 1e-6)
+
+
+@folded
+def test_branch_kernels_under_autocast(make):
+    layer = randomize_(make()).eval()
+    expected = layer.branch_kernels()
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        actual = layer.branch_kernels()
+    assert_same_state(actual, expected)

@@ -1,0 +1,100 @@
+"""Every figure on the card stands where it belongs, and what the run was is what the card says."""
+import dataclasses
+
+import huggingface_hub
+import pytest
+import timm
+
+from timm_rep.core.verify import Difference, Report
+from timm_rep.hub.card import model_card
+from timm_rep.io.runs import Run
+from timm_rep.report.cost import Costs
+from timm_rep.report.images import ImageCheck
+
+COSTS = Costs((2_000_000, 1_000_000), (0.5, 0.25), (10.0, 40.0), 8, 'an abacus', '2.6')
+IMAGES = ImageCheck(12, True, (50.0, 51.0), (90.0, 91.0), 3e-6, tuple('abcdef'), 'the split `test`')
+REPORT = Report((Difference('a', 4e-6, 2.0), Difference('b', 1e-6, 2.0)), Difference('', 5e-6, 1.0), 1e-5, 0.0)
+RUN = Run(dict(epochs=3, batch_size=32), (), {}, 1, (), 2, {})
+PROVENANCE = dict(
+    version='0', timm='1', torch='2', training_architecture='repan_mobilenetv1_100', training_args={},
+    rep_layers=dict(DiverseBranchConv2d=2), methods=['DBB'], dataset=None, metrics={}, metrics_source=None)
+
+
+@pytest.fixture(scope='module')
+def model():
+    model = timm.create_model('test_resnet', num_classes=6)
+    model.pretrained_cfg.update(license='unknown', input_size=(3, 32, 32))
+    return model
+
+
+def text_of(model, report=None, run=None, costs=None, images=None, **provenance):
+    return str(model_card(
+        'net', model, dict(PROVENANCE, **provenance), report, repo='me/net', run=run, costs=costs, images=images))
+
+
+def training_of(model, **changes):
+    return text_of(model, run=dataclasses.replace(RUN, **changes)).split('## Training\n')[1]
+
+
+def test_figures_stand_where_they_belong(model):
+    text = text_of(model, REPORT, RUN, COSTS, IMAGES)
+    for row in (
+            '| | Training form | Stock form (this) |',
+            '| Parameters (M) | 2.00 | 1.00 |',
+            '| GMACs of an image | 0.500 | 0.250 |',
+            '| Images per second, batches of 8, float32 | 10.0 | 40.0 |',
+            '| Top-1 accuracy (%) on 12 images | 50.00 | 51.00 |',
+            '| Top-5 accuracy (%) on 12 images | 90.00 | 91.00 |',
+            'Measured on an abacus, torch 2.6.',
+            '| whole model, random inputs | 5.0e-06 |',
+            '| whole model, real images | 3.0e-06 |',
+            '| worst layer, random inputs | 2.0e-06 |',
+            '- **Licence:** weights not stated; the code'):
+        assert row in text.splitlines() or row in text, row
+    # results, both forms but for the size of the stock form, hardware, differences
+    assert text_of(model).count('not measured') == 2 + 9 + 1 + 3
+
+
+@pytest.mark.parametrize(('dataset', 'slug'), [
+    ('Café', 'café'), ('花', '花'), ('ImageNet-1k', 'imagenet-1k'), ('torch/cifar10', 'torch-cifar10'),
+    ('!', 'unknown')])
+def test_data_sets_of_any_name_have_a_type(model, dataset, slug):
+    card = huggingface_hub.ModelCard(text_of(model, dataset=dataset, metrics=dict(top1=50.0)))
+    assert (card.data.eval_results[0].dataset_name, card.data.eval_results[0].dataset_type) == (dataset, slug)
+
+
+@pytest.mark.parametrize(('args', 'script'), [
+    ({}, 'timm-rep run train'), (dict(time_steps=1, attach_warmup_epochs=0), 'timm-rep run train'),
+    (dict(time_steps=2), 'python train_scripts/train.py'),
+    (dict(time_steps=1, attach_warmup_epochs=5), 'python train_scripts/train.py')])
+def test_command_is_that_of_the_script_that_anneals(model, args, script):
+    text = training_of(model, args=dict(RUN.args, **args))
+    assert f'```sh\n{script} --config args.yaml --data-dir IMAGES\n```' in text
+
+
+def test_what_the_run_started_from(model):
+    assert 'Started from random weights.' in training_of(model)
+    text = training_of(model, args=dict(RUN.args, pretrained=True))
+    assert 'Started from the pretrained weights of that name.' in text
+    text = training_of(model, start_files={'--initial-checkpoint': 'start.pth'})
+    assert '--data-dir IMAGES --initial-checkpoint start.pth\n' in text
+    assert 'Started from start.pth, which is not part' in text
+
+
+def test_processes_and_what_is_left_out_are_stated(model):
+    text = training_of(model, processes=8, left_out=('data_dir', 'model_kwargs.file'))
+    assert 'on 8 processes at once, each with batches of `batch_size` images' in text
+    assert "not train.py's own: data_dir, model_kwargs.file." in text
+    assert 'processes' not in training_of(model)
+
+
+def test_training_on_takes_all_arguments_of_the_model(model):
+    args = dict(act_layer='relu', in_chans=1, global_pool='max', stem=(1, 2))
+    text = text_of(model, training_args=args)
+    for line in ("    act_layer='relu',", '    in_chans=1,', "    global_pool='max',", '    num_classes=6,'):
+        assert line in text.splitlines(), line
+    # train.py refuses to be told twice
+    assert "_100 --in-chans 1 --gp max --model-kwargs act_layer=relu 'stem=(1, 2)' --num-classes" in text
+    text = text_of(model, training_args=None)
+    assert 'timm_rep.expand' in text
+    assert 'repan_mobilenetv1_100 --' not in text

@@ -1,0 +1,319 @@
+import json
+import os
+import stat
+import subprocess
+import sys
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+from helpers import MODEL_RTOL, assert_near, randn, randomize_
+
+import timm_rep
+from timm_rep.core.verify import VerificationError
+from timm_rep.hub import check as selfcheck
+from timm_rep.hub import export as hub
+
+CLASSES = ['cat', 'dog', 'eel', 'fox', 'gnu']
+DATA_CONFIG = dict(
+    input_size=(3, 48, 48), interpolation='bilinear', mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), crop_pct=0.9,
+    crop_mode='center')
+# Metadata of timm's test_resnet, from which the models of these tests are made.
+SOURCE_FIELDS = ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'source', 'origin_url', 'paper_name', 'notes',
+                 'description', 'test_input_size', 'test_crop_pct', 'label_offset')
+
+RELOAD = """
+import json, sys
+sys.modules['timm_rep'] = None  # its import fails
+import timm, torch
+from safetensors.torch import load_file, save_file
+result = {}
+inputs = load_file(sys.argv[1])['inputs']
+for folder in sys.argv[2:]:
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    with torch.no_grad():
+        save_file(dict(outputs=model(inputs)), folder + '.outputs')
+    result[folder] = dict(
+        timm.data.resolve_data_config(model=model), num_classes=model.num_classes,
+        label_names=model.pretrained_cfg['label_names'], type=type(model).__module__)
+assert not [name for name in sys.modules if name.startswith('timm_rep.')]
+print(json.dumps(result))
+"""
+
+
+def training_form(layer='orepa', **kwargs):
+    stock = timm.create_model('test_resnet', num_classes=len(CLASSES), **kwargs)
+    return randomize_(timm_rep.expand(stock, layer), seed=1)
+
+
+def config_of(folder):
+    return json.loads((folder / 'config.json').read_text())
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_stock_timm_loads_it_in_another_process(tmp_path):
+    from safetensors.torch import load_file, save_file
+    models = dict(
+        orepa=training_form('orepa').to(memory_format=torch.channels_last),
+        dbb=training_form('dbb'),
+        stock=timm_rep.fuse(training_form('orepa')),
+    )
+    for name, model in models.items():
+        timm_rep.export_folder(
+            model.train(), tmp_path / name, label_names=CLASSES, data_config=DATA_CONFIG, tag='test')
+    inputs = randn(2, 3, 48, 48, dtype=torch.float32)
+    save_file(dict(inputs=inputs), tmp_path / 'inputs')
+    folders = [str(tmp_path / name) for name in models]
+    done = subprocess.run(
+        [sys.executable, '-I', '-c', RELOAD, str(tmp_path / 'inputs'), *folders], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    for folder, model in zip(folders, models.values()):
+        assert model.training
+        with torch.no_grad():
+            assert_near(load_file(folder + '.outputs')['outputs'], model.eval()(inputs), MODEL_RTOL[torch.float32])
+        expected = dict(DATA_CONFIG, num_classes=5, label_names=CLASSES, type='timm.models.resnet')
+        assert found[folder] == json.loads(json.dumps(expected))
+
+
+@pytest.mark.parametrize(('room', 'images'), [(60_000, 2), (50_000, 1)])
+def test_self_check_is_small_enough_to_be_read(room, images, tmp_path, monkeypatch):
+    from safetensors.torch import load_file
+    assert selfcheck.MAX_BYTES[hub.SELF_CHECK_FILE] == hub.SELF_CHECK_BYTES
+    monkeypatch.setattr(hub, 'SELF_CHECK_ALLOWANCE', 1000)
+    monkeypatch.setattr(hub, 'SELF_CHECK_BYTES', room)
+    monkeypatch.setitem(selfcheck.MAX_BYTES, hub.SELF_CHECK_FILE, room)
+    folder = timm_rep.export_folder(training_form(), tmp_path / 'export', data_config=DATA_CONFIG)
+    assert load_file(folder / hub.SELF_CHECK_FILE)['input'].shape == (images, 3, 48, 48)
+    assert 'outputs agree' in str(timm_rep.check_export(folder))
+
+
+def test_image_too_large_for_a_self_check(tmp_path):
+    config = dict(DATA_CONFIG, input_size=(3, 4000, 4000))
+    with pytest.raises(ValueError, match=r'an image of 3x4000x4000 takes 192000000 bytes, too much'):
+        timm_rep.export_folder(training_form(), tmp_path / 'export', data_config=config)
+    assert names_in(tmp_path) == []
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='files have no such modes on Windows')
+def test_all_files_may_be_read_as_the_user_has_it(tmp_path):
+    before = os.umask(0o022)
+    try:
+        folder = timm_rep.export_folder(training_form(), tmp_path / 'export')
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in folder.rglob('*') if file.is_file()} == {0o644}
+
+
+def test_config_is_our_own(tmp_path):
+    model = training_form()
+    model.pretrained_cfg.update(dict.fromkeys(SOURCE_FIELDS, 'of other weights'), tag='other')
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    cfg_before = dict(model.pretrained_cfg)
+    folder = timm_rep.export_folder(model, tmp_path / 'new' / 'model', tag='orepa_test', license='mit')
+    assert names_in(folder) == ['README.md', 'config.json', 'model.safetensors', 'test']
+    assert names_in(tmp_path / 'new') == ['model']
+
+    config = config_of(folder)
+    assert config['architecture'] == 'test_resnet'
+    cfg = config['pretrained_cfg']
+    assert not set(SOURCE_FIELDS) & set(cfg)
+    assert (cfg['tag'], cfg['license'], cfg['paper_ids']) == ('orepa_test', 'mit', ['arXiv:2204.00826'])
+    assert 'of other weights' not in json.dumps(config)
+    provenance = config['timm_rep']
+    assert provenance['version'] == timm_rep.__version__
+    assert provenance['training_architecture'] == 'test_resnet'
+    assert sum(provenance['rep_layers'].values()) == len(list(timm_rep.rep_layers(model)))
+    assert 0 <= provenance['fused_difference']['outputs_relative'] <= MODEL_RTOL[torch.float32]
+
+    assert model.pretrained_cfg == cfg_before
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_dbb_model_names_its_paper(tmp_path):
+    folder = timm_rep.export_folder(training_form('dbb'), tmp_path / 'model')
+    assert config_of(folder)['pretrained_cfg']['paper_ids'] == ['arXiv:2103.13425']
+
+
+def test_other_image_channels(tmp_path):
+    model = training_form(in_chans=1)
+    folder = timm_rep.export_folder(model, tmp_path / 'model')
+    reloaded = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    assert reloaded.conv1[0].in_channels == 1
+    assert tuple(timm.data.resolve_data_config(model=reloaded)['input_size']) == (1, 160, 160)
+
+
+def test_architecture_that_timm_lacks(tmp_path):
+    model = randomize_(timm.create_model('orepa_repvgg_a0_cifar', num_classes=3)).eval()
+    folder = timm_rep.export_folder(model, tmp_path / 'model')
+    config = config_of(folder)
+    assert config['architecture'] == 'orepa_repvgg_a0_cifar'
+    assert config['model_args']['inference_mode'] is True
+    card = (folder / 'README.md').read_text()
+    assert 'timm has no `orepa_repvgg_a0_cifar`' in card
+    assert 'import timm_rep' in card
+    reloaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    assert not list(timm_rep.rep_layers(reloaded))
+    inputs = randn(2, 3, 32, 32, dtype=torch.float32)
+    with torch.no_grad():
+        assert_near(reloaded(inputs), model(inputs), MODEL_RTOL[torch.float32])
+
+
+def test_model_card(tmp_path):
+    model = training_form()
+    metrics = dict(top1=71.25, top5=None, throughput=1234.0)
+    card = huggingface_hub.ModelCard.load(
+        timm_rep.export_folder(model, tmp_path / 'net', dataset='pets', metrics=metrics) / 'README.md')
+    assert card.data.library_name == 'timm'
+    assert card.data.eval_results[0].metric_value == 71.25
+    assert '| Top-1 accuracy (%) | 71.25 |' in card.content
+    assert '| Top-5 accuracy (%) | not measured |' in card.content
+    assert '| throughput | 1234 |' in card.content
+    assert "timm.create_model('hf-hub:ORGANISATION/net', pretrained=True)" in card.content
+    assert "timm.create_model('local-dir:net', pretrained=True)" in card.content
+    usage, training = card.content.split('## How to train it on')
+    assert 'import timm_rep' not in usage
+    assert 'import timm_rep' in training
+    assert 'Online Convolutional Re-parameterization' in card.content
+
+    # without a training form there is nothing to compare with
+    stock = timm_rep.export_folder(timm_rep.fuse(model), tmp_path / 'stock')
+    content = (stock / 'README.md').read_text()
+    assert '| Top-1 accuracy (%) | not measured |' in content
+    assert '| whole model, random inputs | not measured |' in content
+    assert config_of(stock)['timm_rep']['fused_difference'] is None
+
+
+def test_existing_path_stays(tmp_path):
+    model = training_form()
+    full = tmp_path / 'full'
+    full.mkdir()
+    (full / 'mine').write_text('mine')
+    for path, kind in ((full, 'a folder that is not empty'), (full / 'mine', 'a file')):
+        with pytest.raises(FileExistsError, match=kind) as error:
+            timm_rep.export_folder(model, path)
+        assert str(path) in str(error.value)
+    assert names_in(tmp_path) == ['full']
+    assert (full / 'mine').read_text() == 'mine'
+
+    empty = tmp_path / 'empty'
+    empty.mkdir()
+    assert timm_rep.export_folder(model, empty) == empty
+    assert 'config.json' in names_in(empty)
+
+
+def test_failure_leaves_nothing(tmp_path):
+    model = training_form()
+    with torch.no_grad():
+        model.fc.weight[0, 0] = float('nan')
+    with pytest.raises(VerificationError, match=r'fc\.weight'):
+        timm_rep.export_folder(model, tmp_path / 'model')
+
+    # Norms folded too: convolutions with bias, which timm's constructor does not build.
+    deploy = timm.utils.reparameterize_model(timm_rep.fuse(timm.create_model('orepa_repvgg_a0_cifar').eval()))
+    with pytest.raises(ValueError, match='not what timm builds as orepa_repvgg_a0_cifar'):
+        timm_rep.export_folder(deploy, tmp_path / 'model')
+    assert names_in(tmp_path) == []
+
+
+def test_another_activation_is_noticed(tmp_path):
+    """Where a folder does not say which activation a model was built with, the network that timm builds is another."""
+    model = timm.create_model('mobilenetv1_100', num_classes=2, act_layer='relu').eval()
+    other = timm.create_model('mobilenetv1_100', num_classes=2).eval()
+    other.load_state_dict(model.state_dict())
+    x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    timm_rep.verify(model, other, inputs=x)  # no activation is above 6
+    model._model_args = {}
+    with pytest.raises(ValueError, match='is not what timm builds as mobilenetv1_100'):
+        timm_rep.export_folder(model, tmp_path / 'folder')
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(('kwargs', 'message'), [
+    (dict(label_names=['cat']), 'the 5 classes of the model, got 1 names'),
+    (dict(metrics=dict(top1=float('nan'))), 'top1=nan'),
+    (dict(metrics=dict(top1='good')), "top1='good'"),
+    (dict(data_config=dict(size=3)), 'unknown in data_config: size; allowed are input_size'),
+    (dict(data_config=dict(input_size=(1, 32, 32))), 'takes 3 channels'),
+])
+def test_bad_arguments(tmp_path, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        timm_rep.export_folder(training_form(), tmp_path / 'model', **kwargs)
+    assert names_in(tmp_path) == []
+
+
+def test_model_without_architecture(tmp_path):
+    with pytest.raises(ValueError, match='got a Sequential without architecture'):
+        timm_rep.export_folder(torch.nn.Sequential(), tmp_path / 'model')
+    model = training_form()
+    model.pretrained_cfg['architecture'] = 'my_net'
+    with pytest.raises(ValueError, match="unknown architecture 'my_net'"):
+        timm_rep.export_folder(model, tmp_path / 'model')
+
+
+def test_what_is_fused_wrongly_is_not_exported(tmp_path, monkeypatch):
+    fuse = timm_rep.hub.export.fuse
+
+    def wrong(model):
+        fused = fuse(model)
+        with torch.no_grad():
+            fused.layer2[0].conv1.weight[0] *= 1.01
+        return fused
+
+    monkeypatch.setattr(timm_rep.hub.export, 'fuse', wrong)
+    with pytest.raises(VerificationError, match=r'layer layer2\.0\.conv1 is off'):
+        timm_rep.export_folder(training_form(), tmp_path / 'model')
+    assert names_in(tmp_path) == []
+
+
+def test_other_image_size_has_no_known_size_of_features(tmp_path):
+    for size, pool_size in ((160, [5, 5]), (48, None)):
+        folder = timm_rep.export_folder(
+            training_form(), tmp_path / str(size), data_config=dict(input_size=(3, size, size)))
+        assert config_of(folder)['pretrained_cfg'].get('pool_size') == pool_size
+
+
+def test_training_form_is_checked_as_well(tmp_path):
+    import tiny_architecture
+    model = randomize_(timm.create_model(tiny_architecture.NAME, num_classes=5, act_layer='silu'))
+
+    def export():
+        return timm_rep.hub.export.export_training_form(model, tmp_path / 'model', repo='me/net')
+
+    model._model_args = {}
+    with pytest.raises(ValueError, match='not what timm builds as orepa_test_resnet'):
+        export()
+    model._model_args = dict(num_classes=5, act_layer='silu')
+    with torch.no_grad():
+        model.fc.bias[0] = float('inf')
+    with pytest.raises(VerificationError, match=r'fc\.bias has values that are not finite'):
+        export()
+    assert names_in(tmp_path) == []
+    with torch.no_grad():
+        model.fc.bias[0] = 0
+    assert config_of(export())['model_args']['act_layer'] == 'silu'
+
+
+@pytest.mark.parametrize(('args', 'why'), [
+    (dict(act_layer='silu'), 'is off'), (dict(act_layer=torch.nn.ReLU), 'written down'), (dict(no_such=1), 'no_such')])
+def test_training_form_that_the_arguments_do_not_build(tmp_path, monkeypatch, caplog, args, why):
+    """The card then says how to expand the stock form, which is always right."""
+    import tiny_architecture
+    model = randomize_(timm.create_model(tiny_architecture.NAME, num_classes=5)).eval()
+    monkeypatch.setattr(timm_rep.hub.export, '_training_args', lambda model, architecture: args)
+    folder = timm_rep.export_folder(model, tmp_path / 'model')
+    assert why in caplog.text
+    assert config_of(folder)['timm_rep']['training_args'] is None
+    assert 'timm_rep.expand(' in (folder / 'README.md').read_text()
+
+
+def test_other_image_channels_are_restored(tmp_path):
+    import tiny_architecture
+    model = randomize_(timm.create_model(tiny_architecture.NAME, num_classes=5, in_chans=1)).eval()
+    folder = timm_rep.export_folder(model, tmp_path / 'model')
+    assert config_of(folder)['timm_rep']['training_args'] == dict(in_chans=1)
+    assert '--in-chans 1 --num-classes N' in (folder / 'README.md').read_text()

@@ -1,0 +1,331 @@
+"""The registered architectures, and timm's own checks that are limited to timm's module names."""
+import copy
+import math
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from helpers import MODEL_RTOL, assert_near, randn, randomize_
+from packaging.version import Version
+from timm.models import FeatureInfo
+from timm.models.byobnet import RepVggBlock
+
+from timm_rep import (
+    AsymmetricConv2d,
+    DiverseBranchConv2d,
+    OrepaConv2d,
+    OrepaPointwiseConv2d,
+    RepConv2d,
+    fuse,
+    rep_layers,
+    set_attach_rate,
+)
+from timm_rep.core.layers import AnnealedRepVggBlock
+from timm_rep.core.walk import annealed_modules
+
+NAMES = timm.list_models(['orepa_*', 'dbb_*', 'repan_*'])
+# One network of each module and kind.
+ONE_OF_EACH = [
+    'orepa_resnet18', 'orepa_repvgg_a0', 'dbb_resnet18', 'repan_resnet18', 'repan_repvgg_a0', 'repan_mobilenetv1_100']
+OWN_SHAPES = [
+    'orepa_resnet18_cifar', 'orepa_wide_resnet18_2', 'orepa_repvgg_a0_cifar', 'dbb_resnet18_cifar',
+    'repan_resnet18_cifar', 'repan_repvgg_a0_cifar']
+# What is annealed in a repan_* network with each kind of layer.
+REP_LAYERS = ('dbb', 'acb', 'rep', 'orepa')
+REPAN = ('resnet18_cifar', 'resnet50', 'repvgg_a0_cifar', 'mobilenetv1_100')
+
+one_of_each = pytest.mark.parametrize('name', ONE_OF_EACH)
+
+
+def millions(model):
+    return sum(parameter.numel() for parameter in model.parameters()) / 1e6
+
+
+def images(size=64, batch=2):
+    return randn(batch, 3, size, size, seed=5, dtype=torch.float32)
+
+
+def test_the_promised_names_are_registered():
+    resnets = ('resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet18_cifar')
+    repvggs = ('a0', 'a1', 'a2', 'b0', 'b1', 'b1g4', 'a0_cifar', 'a1_cifar', 'a2_cifar', 'b0_cifar')
+    assert set(NAMES) >= {
+        *(f'{layer}_{name}' for layer in ('orepa', 'dbb', 'repan') for name in resnets),
+        *(f'{layer}_repvgg_{name}' for layer in ('orepa', 'repan') for name in repvggs),
+        'repan_mobilenetv1_100',
+        'orepa_wide_resnet18_2',
+        'orepa_resnext50_32x4d',
+    }
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_training_form_fuses_into_the_stock_form(name):
+    """On the meta device: names and shapes only."""
+    model = timm.create_model(name, device='meta').eval()
+    small = name.endswith('_cifar')
+    size = 32 if small else 320 if name.endswith('_d2se') else 224
+    assert model.pretrained_cfg['input_size'] == (3, size, size)
+    assert model.num_classes == model.pretrained_cfg['num_classes'] == (10 if small else 1000)
+    stock_name = name.partition('_')[2]
+    if timm.is_model(stock_name):
+        stock = timm.create_model(stock_name, device='meta')
+    else:
+        stock = timm.create_model(name, device='meta', inference_mode=True)
+    assert list(annealed_modules(model))
+    assert not list(annealed_modules(stock))
+    assert type(model) is type(stock)
+    assert model.feature_info == stock.feature_info
+    assert (millions(model) > millions(stock)) == bool(list(rep_layers(model)))  # else RepVGG's own branches
+    fused = fuse(model)
+    shapes = {key: value.shape for key, value in fused.state_dict().items()}
+    assert shapes == {key: value.shape for key, value in stock.state_dict().items()}
+    assert [(key, type(m)) for key, m in fused.named_modules()] == [(key, type(m)) for key, m in stock.named_modules()]
+
+
+@pytest.mark.parametrize(('name', 'expected'), [
+    ('orepa_resnet18', 37.8), ('orepa_resnet50', 68.6), ('dbb_resnet18', 26.3), ('dbb_resnet50', 40.7)])
+def test_parameter_count(name, expected):
+    assert millions(timm.create_model(name, device='meta')) == pytest.approx(expected, abs=0.05)
+
+
+@pytest.mark.parametrize('name', [
+    *ONE_OF_EACH, 'orepa_resnet18_cifar', 'orepa_repvgg_a0_cifar', 'repan_repvgg_a0_cifar'])
+def test_training_step_gives_every_parameter_a_gradient(name):
+    model = randomize_(timm.create_model(name, num_classes=5)).train()
+    model(images(32, batch=4)).square().sum().backward()
+    missing = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not missing
+    model.eval()
+    with torch.no_grad():
+        assert_near(fuse(model)(images(32)), model(images(32)), MODEL_RTOL[torch.float32])
+
+
+@pytest.mark.parametrize('name', [*ONE_OF_EACH, *OWN_SHAPES])
+def test_feature_maps_are_those_of_feature_info(name):
+    model = timm.create_model(name, features_only=True, device='meta').eval()
+    maps = model(torch.empty(2, 3, 64, 64, device='meta'))
+    assert [m.shape[1] for m in maps] == model.feature_info.channels()
+    assert [m.shape[2] for m in maps] == [64 // reduction for reduction in model.feature_info.reduction()]
+
+
+def test_small_image_shapes():
+    resnet = timm.create_model('orepa_resnet18_cifar', device='meta')
+    assert (resnet.conv1.kernel_size, resnet.conv1.stride) == ((3, 3), (1, 1))
+    assert type(resnet.maxpool) is nn.Identity
+
+
+@pytest.mark.parametrize(('variant', 'stem', 'widths'), [
+    ('a0', 12, [12, 24, 48, 160]),  # the first stage is no multiple of 8, as timm would have it
+    ('a1', 16, [16, 32, 64, 160]),
+    ('a2', 16, [24, 48, 96, 176]),
+    ('b0', 16, [16, 32, 64, 160]),
+])
+def test_small_image_repvgg_shapes(variant, stem, widths):
+    repvgg = timm.create_model(f'orepa_repvgg_{variant}_cifar', device='meta')
+    stem_conv = repvgg.stem.conv_kxk.conv
+    assert (stem_conv.out_channels, stem_conv.stride) == (stem, (1, 1))
+    first = [stage[0].conv_kxk.conv for stage in repvgg.stages]
+    assert [conv.stride[0] for conv in first] == [1, 2, 2, 1]
+    assert [conv.out_channels for conv in first] == widths
+
+
+def test_wide_resnet_doubles_all_widths():
+    wide = timm.create_model('orepa_wide_resnet18_2', device='meta')
+    plain = timm.create_model('orepa_resnet18', device='meta')
+    assert (wide.conv1.kernel_size, wide.conv1.stride) == (plain.conv1.kernel_size, plain.conv1.stride)
+    pairs = zip(wide.named_modules(), plain.named_modules())
+    widths = [(key, a.num_features, b.num_features) for (key, a), (_, b) in pairs if isinstance(a, nn.BatchNorm2d)]
+    assert all(a == 2 * b for _, a, b in widths)
+    assert [key for key, _, _ in widths] == [key for key, m in plain.named_modules() if isinstance(m, nn.BatchNorm2d)]
+
+
+def test_norms_start_as_the_papers_do():
+    for block in (m for m in timm.create_model('orepa_repvgg_a0').modules() if isinstance(m, RepVggBlock)):
+        for norm in (m for m in block.modules() if isinstance(m, nn.BatchNorm2d)):
+            assert (norm.weight == 1).all()
+            assert not norm.bias.any()
+    # A residual block starts as its shortcut: timm's zero_init_last, carried over to the branches.
+    block = timm.create_model('dbb_resnet18_cifar').layer1[0].eval()
+    x = randn(1, 64, 8, 8, dtype=torch.float32)
+    assert torch.equal(block(x), x.relu())
+    block = timm.create_model('orepa_resnet18_cifar').layer1[0].eval()
+    assert torch.equal(block(x), x.relu())
+
+
+@one_of_each
+@pytest.mark.parametrize('kwargs', [
+    dict(output_stride=16), dict(in_chans=1, num_classes=0), dict(drop_path_rate=0.1, global_pool='max')], ids=str)
+@torch.no_grad()
+def test_timms_arguments_reach_the_model(name, kwargs):
+    model = randomize_(timm.create_model(name, **kwargs)).eval()
+    set_attach_rate(model, 0.5)
+    x = images(64)[:, :kwargs.get('in_chans', 3)]
+    stock = timm.create_model(name.partition('_')[2], **kwargs).eval()
+    stock.load_state_dict(fuse(model).state_dict())
+    assert_near(stock.forward_features(x), model.forward_features(x), MODEL_RTOL[torch.float32])
+    assert_near(stock(x), model(x), MODEL_RTOL[torch.float32])
+
+
+# The kinds of layers of the repan_* models
+
+
+def own_modules(model):
+    return {type(module) for _, module in annealed_modules(model)}
+
+
+@pytest.mark.parametrize('rep_layer', REP_LAYERS)
+@pytest.mark.parametrize('stock', REPAN)
+def test_every_kind_of_layer(stock, rep_layer):
+    """On the meta device: names and shapes only."""
+    model = timm.create_model(f'repan_{stock}', rep_layer=rep_layer, device='meta').eval()
+    convs = dict(
+        dbb={DiverseBranchConv2d}, acb={AsymmetricConv2d}, rep={RepConv2d}, orepa={OrepaConv2d, OrepaPointwiseConv2d})
+    found = own_modules(model)
+    in_blocks = {type(layer) for _, layer in rep_layers(model)}
+    if stock.startswith('repvgg'):
+        assert found == {AnnealedRepVggBlock}
+        assert in_blocks == (set() if rep_layer == 'rep' else convs[rep_layer] - {OrepaPointwiseConv2d})
+    elif rep_layer == 'orepa':
+        assert found <= {*convs['orepa'], type(model.conv1) if stock == 'resnet50' else OrepaConv2d}
+        assert OrepaConv2d in found
+    else:
+        assert found == convs[rep_layer]
+    plain = timm.create_model(f'repan_{stock}', device='meta', inference_mode=True)
+    assert not own_modules(plain)
+    fused = fuse(model)
+    assert {key: value.shape for key, value in fused.state_dict().items()} == {
+        key: value.shape for key, value in plain.state_dict().items()}
+
+
+def test_kinds_that_are_taken_if_none_is_given():
+    def same(name, rep_layer):
+        model, other = (timm.create_model(name, device='meta', **kw) for kw in ({}, dict(rep_layer=rep_layer)))
+        return model.state_dict().keys() == other.state_dict().keys()
+
+    assert same('repan_resnet18', 'dbb')
+    assert same('repan_repvgg_a0', 'rep')
+    assert same('repan_mobilenetv1_100', 'dbb')
+    assert not same('repan_resnet18', 'acb')
+
+
+@pytest.mark.parametrize('inference_mode', [False, True])
+@pytest.mark.parametrize('stock', REPAN)
+def test_unknown_kind_of_layer_raises(stock, inference_mode):
+    with pytest.raises(ValueError, match="unknown method 'acnet'; allowed are 'orepa', 'dbb', 'acb', 'rep'"):
+        timm.create_model(f'repan_{stock}', rep_layer='acnet', inference_mode=inference_mode)
+
+
+@pytest.mark.parametrize('rep_layer', REP_LAYERS)
+@pytest.mark.parametrize('stock', ['resnet18', 'repvgg_a0', 'mobilenetv1_100'])
+@torch.no_grad()
+def test_fused_model_is_timms(stock, rep_layer):
+    model = randomize_(timm.create_model(f'repan_{stock}', rep_layer=rep_layer, num_classes=5)).eval()
+    set_attach_rate(model, 0.3)
+    fused = fuse(model)
+    expected = timm.create_model(stock, num_classes=5).eval()
+    assert type(fused) is type(expected)
+    assert [(key, type(m)) for key, m in fused.named_modules()] == [
+        (key, type(m)) for key, m in expected.named_modules()]
+    expected.load_state_dict(fused.state_dict(), strict=True)
+    assert list(fused.state_dict()) == list(expected.state_dict())
+    assert_near(fused(images()), model(images()), MODEL_RTOL[torch.float32])
+    assert torch.equal(expected(images()), fused(images()))
+    assert model.pretrained_cfg['architecture'] == f'repan_{stock}'
+    assert fused.pretrained_cfg['architecture'] == stock
+    assert fused.pretrained_cfg['first_conv'] == expected.pretrained_cfg['first_conv']
+    assert 'rep_layer' not in getattr(fused, '_model_args', {})
+
+
+@pytest.mark.parametrize('rep_layer', REP_LAYERS)
+@torch.no_grad()
+def test_fused_network_of_our_own_loads_into_its_stock_form(rep_layer):
+    model = randomize_(timm.create_model('repan_repvgg_a0_cifar', rep_layer=rep_layer)).eval()
+    fused = fuse(model)
+    assert fused.pretrained_cfg['architecture'] == 'repan_repvgg_a0_cifar'
+    assert getattr(fused, '_model_args', dict(inference_mode=True)) == dict(inference_mode=True)
+    other = timm.create_model('repan_repvgg_a0_cifar', inference_mode=True).eval()
+    other.load_state_dict(fused.state_dict(), strict=True)
+    assert_near(other(images(32)), model(images(32)), MODEL_RTOL[torch.float32])
+
+
+@pytest.mark.parametrize('rep_layer', ['dbb', 'acb', 'rep'])
+@torch.no_grad()
+def test_norms_with_activation_are_taken_in_and_given_back(rep_layer):
+    """MobileNet's are timm's BatchNormAct2d: the activation stays where it was."""
+    model = randomize_(timm.create_model('repan_mobilenetv1_100', rep_layer=rep_layer)).eval()
+    stock = timm.create_model('mobilenetv1_100')
+    pairs = [key for key, _ in rep_layers(model)]
+    assert 'blocks.0.0.conv_dw' in pairs
+    x = images()
+    activated = model.bn1(model.conv_stem(x))
+    assert not activated.lt(0).any()
+    assert activated.eq(0).any()
+    fused = fuse(model)
+    norm = fused.bn1
+    assert type(norm) is type(stock.bn1)
+    assert (type(norm.act), type(norm.drop)) == (type(stock.bn1.act), type(stock.bn1.drop))
+    assert (norm.eps, norm.momentum) == (stock.bn1.eps, stock.bn1.momentum)
+    assert_near(norm(fused.conv_stem(x)), activated, MODEL_RTOL[torch.float32])
+
+
+# Copies of timm's checks (tests/test_models.py), which it runs for its own modules only.
+
+
+@one_of_each
+def test_model_forward_intermediates_features(name):
+    model = timm.create_model(name, features_only=True, feature_cls='getter').eval()
+    with torch.no_grad():
+        maps = model(images(96))
+    assert len(maps) == len(model.feature_info.channels())
+    for channels, reduction, feature in zip(model.feature_info.channels(), model.feature_info.reduction(), maps):
+        assert feature.shape[:2] == (2, channels)
+        assert all(size <= math.ceil(96 / reduction) + 1 for size in feature.shape[2:])
+        assert not feature.isnan().any()
+
+
+@one_of_each
+def test_model_forward_intermediates(name):
+    model = timm.create_model(name).eval()
+    info = FeatureInfo(model.feature_info, len(model.feature_info))
+    assert len(info.channels()) >= 3
+    output, intermediates = model.forward_intermediates(images(96), output_fmt='NCHW')
+    assert len(intermediates) == len(info.channels())
+    for channels, reduction, feature in zip(info.channels(), info.reduction(), intermediates):
+        assert feature.shape[:2] == (2, channels)
+        assert all(size <= math.ceil(96 / reduction) + 1 for size in feature.shape[2:])
+        assert not feature.isnan().any()
+    torch.testing.assert_close(output, model.forward_features(images(96)), rtol=1e-5, atol=1e-8)
+    model.set_grad_checkpointing()
+    checkpointed, _ = model.forward_intermediates(images(96), output_fmt='NCHW')
+    torch.testing.assert_close(output, checkpointed, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(
+    Version(timm.__version__) < Version('1.0.31'), reason='older timm keeps the pooling behind a pruned stem')
+@one_of_each
+def test_prune_intermediate_layers_contract(name):
+    model = timm.create_model(name).eval()
+    x = images(64)
+    last = len(model.feature_info) - 1
+    with torch.no_grad():
+        taps = model.forward_intermediates(x, intermediates_only=True)
+        pruned = copy.deepcopy(model)
+        pruned.prune_intermediate_layers([last], prune_head=False)
+        torch.testing.assert_close(pruned(x), model(x))
+    for i in range(last + 1):
+        with torch.no_grad():
+            selected = model.forward_intermediates(x, indices=[i], stop_early=True, intermediates_only=True)
+            torch.testing.assert_close(selected[0], taps[i])
+            pruned = copy.deepcopy(model)
+            take_indices = pruned.prune_intermediate_layers([i])
+            selected = pruned.forward_intermediates(x, indices=take_indices, intermediates_only=True)
+            torch.testing.assert_close(selected[0], taps[i])
+            pruned = copy.deepcopy(model)
+            take_indices = pruned.prune_intermediate_layers([i], prune_norm=True)
+            if i < last:
+                torch.testing.assert_close(pruned.forward_features(x), taps[i])
+        pruned.train()
+        selected = pruned.forward_intermediates(x, indices=take_indices, intermediates_only=True)
+        sum(feature.sum() for feature in [*selected, pruned.forward_features(x)]).backward()
+        unused = [key for key, parameter in pruned.named_parameters() if parameter.grad is None]
+        assert not unused, f'pruned to {i}'

@@ -1,0 +1,359 @@
+import csv
+import importlib.util
+import math
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from click.testing import CliRunner
+from helpers import tiny_resnet
+
+import timm_rep
+from timm_rep.cli.main import main
+from timm_rep.io.output import save_weights
+from timm_rep.report.plots import (
+    TimeStep,
+    branch_similarities,
+    draw_annealing,
+    draw_branch_gradients,
+    draw_branch_similarity,
+    plot_run,
+    read_branch_gradients,
+    read_summary,
+    time_steps,
+)
+
+pytest.importorskip('matplotlib')
+
+NAME = 'repan_repvgg_a0_cifar'
+FIGURES = ['annealing.png', 'branch_gradients.png', 'branch_similarity.png']
+EPOCHS, STEP = 6, 3  # two time steps
+LAYERS = ('stem', 'stages.0', 'stages.1')
+BRANCHES = ('origin', 'conv_1x1', 'conv_1xk')
+TOP1 = (50, 60, 70, 65, 90, 80)
+
+
+def summary_row(epoch, annealed=True):
+    columns = dict(train_time_step=epoch // STEP, train_attach_rate=min((epoch % STEP + 1) / 2, 1)) if annealed else {}
+    return dict(
+        epoch=epoch, train_loss=2 - epoch / 10, **columns, eval_loss=1.5 - epoch / 10, eval_top1=TOP1[epoch],
+        eval_top5=95, lr=0.1 / (epoch % STEP + 1))
+
+
+def rms(epoch, depth, branch):
+    """Gradients of the side branches: larger than the origin's early in a time step, and in the last layer."""
+    if branch == 'origin':
+        return 1e-3
+    return 1e-3 * (1 + depth) * (4, 1, 0.25)[epoch % STEP] * (0.5 if branch == 'conv_1x1' else 1.5)
+
+
+def write_csv(path, rows):
+    with path.open('w', newline='') as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def gradient_rows(epochs):
+    return [
+        dict(epoch=epoch, depth=depth, layer=layer, branch=branch, rms=rms(epoch, depth, branch))
+        for epoch in epochs for depth, layer in enumerate(LAYERS) for branch in BRANCHES
+    ]
+
+
+@pytest.fixture(scope='module')
+def snapshot(tmp_path_factory):
+    path = tmp_path_factory.mktemp('weights') / 'time_step-0.safetensors'
+    save_weights(timm.create_model(NAME, num_classes=3), path)
+    return path
+
+
+@pytest.fixture
+def run(tmp_path, snapshot):
+    """The folder of a run that has everything to draw."""
+    folder = tmp_path / 'run'
+    folder.mkdir()
+    (folder / 'args.yaml').write_text(f'model: {NAME}\nnum_classes: 3\n')
+    write_csv(folder / 'summary.csv', [summary_row(epoch) for epoch in range(EPOCHS)])
+    write_csv(folder / 'branch_gradients.csv', gradient_rows(range(EPOCHS)))
+    (folder / snapshot.name).symlink_to(snapshot)
+    return folder
+
+
+def call(*args, code=0):
+    result = CliRunner().invoke(main, [str(arg) for arg in args])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.output
+
+
+def drawn(axes, label):
+    """The values of the line with a label."""
+    line = next(line for line in axes.lines if line.get_label() == label)
+    return list(line.get_xdata()), list(line.get_ydata())
+
+
+def panels(figure):
+    return {axes.get_ylabel(): axes for axes in figure.axes}
+
+
+def test_plot_writes_the_figures_and_nothing_else(run, tmp_path):
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    out = tmp_path / 'new' / 'figures'
+    assert plot_run(run, out) == [out / name for name in FIGURES]
+    assert sorted(path.name for path in out.iterdir()) == FIGURES
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    for name in FIGURES:
+        assert (out / name).read_bytes().startswith(b'\x89PNG')
+
+
+def test_command_replaces_own_figures_only(run):
+    (run / 'branch_gradients.csv').unlink()
+    (run / 'time_step-0.safetensors').unlink()
+    assert call('plot', run).split() == [str(run / 'annealing.png')]
+    first = (run / 'annealing.png').read_bytes()
+    write_csv(run / 'summary.csv', [summary_row(epoch) for epoch in range(2)])
+    call('plot', run)
+    assert (run / 'annealing.png').read_bytes() != first
+
+    (run / 'annealing.png').write_text('mine')
+    assert 'is not a figure of timm_rep' in call('plot', run, code=2)
+    assert (run / 'annealing.png').read_text() == 'mine'
+    printed = call('plot', '--help')
+    assert 'Earlier figures of the same names are replaced' in ' '.join(printed.split())
+    assert '\n  Example:\n    timm-rep plot output/train/run\n' in printed
+
+
+def test_annealing_draws_what_the_run_noted(run):
+    summary = read_summary(run / 'summary.csv')
+    figure = draw_annealing(summary, NAME)
+    assert figure.get_suptitle() == f'{NAME}: top-1 80.00% at the end, best 90.00% (epoch 4)'
+    axes = panels(figure)
+    assert list(axes) == ['accuracy (%)', 'loss', 'learning rate', 'attach rate']
+    assert drawn(axes['accuracy (%)'], 'held-out top-1') == (list(range(EPOCHS)), list(TOP1))
+    assert drawn(axes['loss'], 'training')[1] == [2 - epoch / 10 for epoch in range(EPOCHS)]
+    assert list(axes['attach rate'].lines[0].get_ydata()) == [0.5, 1, 1, 0.5, 1, 1]
+    assert list(axes['learning rate'].lines[0].get_ydata()) == [0.1 / n for n in (1, 2, 3, 1, 2, 3)]
+    labels = {text.get_text(): text.get_position()[0] for text in axes['accuracy (%)'].texts}
+    assert labels == {'time step 0': 1.0, 'time step 1': 4.0}
+    band = axes['loss'].patches[0]
+    extent = band.get_path().get_extents(band.get_patch_transform())
+    assert (extent.x0, extent.x1) == (-0.5, 2.5)
+
+
+def test_annealing_of_a_plain_run(tmp_path):
+    write_csv(tmp_path / 'summary.csv', [dict(epoch=0, train_loss=2.5, lr=0.1), dict(epoch=1, train_loss=60, lr=0)])
+    summary = read_summary(tmp_path / 'summary.csv')
+    assert time_steps(summary) == []
+    figure = draw_annealing(summary, 'resnet18')
+    assert figure.get_suptitle() == 'resnet18'
+    axes = panels(figure)
+    assert list(axes) == ['loss', 'learning rate']
+    assert not axes['loss'].texts
+    assert axes['loss'].get_yscale() == 'log'  # 2.5 to 60
+    figure = draw_annealing([summary_row(epoch, annealed=False) for epoch in range(EPOCHS)])
+    assert list(panels(figure)) == ['accuracy (%)', 'loss', 'learning rate']
+    with pytest.raises(ValueError, match='none of accuracy, loss and learning rate is noted; there is epoch, other'):
+        draw_annealing([dict(epoch=0, other=1.0)])
+
+
+def test_columns_may_come_later():
+    rows = [dict(epoch=0, train_loss=2.0), dict(epoch=1, train_loss=1.5, eval_top1=40.0)]
+    figure = draw_annealing(rows)
+    assert figure.get_suptitle() == 'training run: top-1 40.00% at the end (the best)'
+
+
+def test_published_epoch_is_marked(run):
+    axes = panels(draw_annealing(read_summary(run / 'summary.csv'), published=4))
+    assert drawn(axes['accuracy (%)'], 'published')[0] == [4, 4]
+    assert all(list(panel.lines[-1].get_xdata()) == [4, 4] for name, panel in axes.items() if name != 'accuracy (%)')
+    legend = axes['accuracy (%)'].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ['held-out top-1', 'held-out top-5', 'published']
+
+
+def test_many_time_steps_are_numbered():
+    summary = [dict(summary_row(0), epoch=epoch, train_time_step=epoch // 2) for epoch in range(20)]
+    texts = [text.get_text() for text in draw_annealing(summary).axes[0].texts]
+    assert texts == ['time step ', *map(str, range(10))]
+
+
+def test_summary_of_a_resumed_run(tmp_path):
+    path = tmp_path / 'summary.csv'
+    header = 'epoch,train_loss,eval_top1,lr\n'
+    path.write_text(
+        header + '0,2.0,10,0.1\n1,1.9,20,0.1\n2,1.8,30,0.1\n3,1.7,40,0.1\n4,1.6'  # killed while it wrote epoch 4
+        + header  # lost behind the cut line
+        + '2,1.5,35,0.1\n'
+        + 'epoch,train_loss,train_time_step,eval_top1,lr,note\n'  # resumed once more, with more columns
+        + '3,1.4,1,45,0.1,text\n4,1.3,1,55,0.1,\n5,1.2,1,6')
+    summary = read_summary(path)
+    assert [row['epoch'] for row in summary] == [0, 1, 2, 3, 4]
+    assert [row['eval_top1'] for row in summary] == [10, 20, 35, 45, 55]
+    assert [row['train_loss'] for row in summary] == [2.0, 1.9, 1.5, 1.4, 1.3]
+    assert math.isnan(summary[-1]['note'])
+    assert time_steps(summary) == [TimeStep(1, 3, 4)]
+
+    # what came after the checkpoint that a run was resumed from is undone, though not overwritten yet
+    path.write_text(header + '0,2.0,10,0.1\n1,1.9,20,0.1\n2,1.8,30,0.1\n' + header + '1,1.7,25,0.1\n')
+    assert [(row['epoch'], row['eval_top1']) for row in read_summary(path)] == [(0, 10), (1, 25)]
+
+    path.write_text(header + '0,2.0')
+    with pytest.raises(ValueError, match=r'summary\.csv holds no complete epoch'):
+        read_summary(path)
+
+
+def test_gradients_are_read_by_depth_and_epoch(run):
+    gradients = read_branch_gradients(run / 'branch_gradients.csv')
+    assert gradients.epochs == list(range(EPOCHS))
+    assert (gradients.depths, gradients.layers) == ([0, 1, 2], list(LAYERS))
+    assert torch.equal(gradients.origin, torch.full((3, EPOCHS), 1e-3, dtype=torch.float64))
+    for epoch in range(EPOCHS):
+        for depth in range(len(LAYERS)):
+            mean = (rms(epoch, depth, 'conv_1x1') + rms(epoch, depth, 'conv_1xk')) / 2
+            assert gradients.sides[depth, epoch].item() == pytest.approx(mean)
+
+
+def test_gradients_of_a_resumed_run(run):
+    path = run / 'branch_gradients.csv'
+    rows = gradient_rows(range(4))
+    write_csv(path, rows)
+    with path.open('a', newline='') as file:
+        file.write('epoch,depth,layer,branch,rms\r\n')
+        for row in gradient_rows([2]):
+            file.write(f'2,{row["depth"]},{row["layer"]},{row["branch"]},{row["rms"] * 10}\r\n')
+        file.write('3,0,stem,origin,0.0')  # cut off
+    gradients = read_branch_gradients(path)
+    assert gradients.epochs == [0, 1, 2]
+    assert torch.allclose(gradients.origin[:, 2], torch.tensor(1e-2, dtype=torch.float64))
+    assert torch.allclose(gradients.origin[:, 1], torch.tensor(1e-3, dtype=torch.float64))
+
+
+def test_gradients_show_where_side_branches_are_ahead(run):
+    gradients = read_branch_gradients(run / 'branch_gradients.csv')
+    steps = time_steps(read_summary(run / 'summary.csv'))
+    figure = draw_branch_gradients(gradients, steps, NAME)
+    by_label = panels(figure)
+    over_epochs = by_label['gradient (RMS of elements),\nmedian of the layers']
+    assert drawn(over_epochs, 'origin branch')[1] == pytest.approx([1e-3] * EPOCHS)
+    assert drawn(over_epochs, 'side branches')[1] == pytest.approx([rms(e, 1, 'mean') / 1.5 for e in range(EPOCHS)])
+    assert [text.get_text() for text in over_epochs.texts] == ['time step 0', 'time step 1']
+
+    heat_map = by_label['depth (layers from the input)']
+    colours = heat_map.collections[0].get_array()
+    assert colours.shape == (3, EPOCHS)
+    assert colours[2, 0] == pytest.approx(math.log2(12))  # 4 times (1 + depth)
+    assert colours[0, 5] == pytest.approx(-2)
+    assert [line.get_xdata()[0] for line in heat_map.lines] == [2.5]
+
+    over_depth = next(axes for axes in figure.axes if axes.get_xlabel() == 'gradient (RMS of elements)')
+    assert drawn(over_depth, 'side branches, first epoch of a time step')[0] == pytest.approx([4e-3, 8e-3, 12e-3])
+    assert drawn(over_depth, 'side branches, last epoch of a time step')[0] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3])
+    notes = [text.get_text() for axes in figure.axes for text in axes.texts]
+    # ahead in all three layers in the first epochs, in two in the second ones, in none in the last
+    assert any('in 56% of all layers and epochs' in note for note in notes)
+
+
+def test_gradients_without_time_steps_and_with_gaps(tmp_path):
+    path = tmp_path / 'branch_gradients.csv'
+    rows = [row for row in gradient_rows(range(3)) if row['depth'] or row['branch'] == 'origin']
+    write_csv(path, rows)
+    gradients = read_branch_gradients(path)
+    assert gradients.sides[0].isnan().all()
+    figure = draw_branch_gradients(gradients)
+    labels = figure.axes[-2].get_legend_handles_labels()[1]
+    assert 'side branches, first epoch' in labels
+    write_csv(path, [row for row in rows if row['epoch'] == 0])
+    figure = draw_branch_gradients(read_branch_gradients(path))  # one epoch is as wide as the axes
+    heat_map = panels(figure)['depth (layers from the input)']
+    assert heat_map.get_xlim() == (-0.5, 0.5)
+    assert heat_map.collections[0].get_coordinates()[0, :, 0].tolist() == [-0.5, 0.5]
+    write_csv(path, [row for row in rows if row['branch'] == 'origin'])
+    with pytest.raises(ValueError, match='no layer has gradients of both'):
+        draw_branch_gradients(read_branch_gradients(path))
+    path.write_text('epoch,value\n0,1\n')
+    with pytest.raises(ValueError, match='must have the columns branch, depth, epoch, layer, rms, got epoch, value'):
+        read_branch_gradients(path)
+
+
+def test_similarities_are_the_mean_over_layers_of_a_kind():
+    model = timm_rep.expand(tiny_resnet('bottleneck'), 'orepa', generator=torch.Generator().manual_seed(0))
+    similarities = branch_similarities(model)
+    assert [similarity.kind for similarity in similarities] == [
+        'OrepaPointwiseConv2d', 'OrepaConv2d', 'OrepaStemConv2d']
+    layers = dict(timm_rep.rep_layers(model))
+    for similarity in similarities:
+        assert similarity.layers == [n for n, layer in layers.items() if type(layer).__name__ == similarity.kind]
+        kernels = [layers[name].branch_kernels() for name in similarity.layers]
+        first, second = similarity.branches[0], similarity.branches[-1]
+        expected = [F.cosine_similarity(k[first].flatten(), k[second].flatten(), dim=0).item() for k in kernels]
+        assert similarity.cosine[0, -1].item() == pytest.approx(sum(expected) / len(expected), abs=1e-6)
+        assert torch.allclose(similarity.cosine, similarity.cosine.T, equal_nan=True)
+    prior = similarities[1].branches.index('prior')  # starts with scale zero: no direction to compare
+    assert similarities[1].cosine[prior].isnan().all()
+
+    figure = draw_branch_similarity(similarities, 'model', 'weights')
+    assert figure.get_suptitle() == 'cosine similarity of branch kernels\nmodel, weights'
+    axes = figure.axes[1]
+    assert [label.get_text() for label in axes.get_xticklabels()] == similarities[1].branches
+    assert torch.allclose(
+        torch.tensor(axes.images[0].get_array().filled(math.nan)), similarities[1].cosine, equal_nan=True)
+    texts = [text.get_text() for text in axes.texts]
+    assert texts[0] == '1.00'
+    assert texts[prior] == '-'
+
+
+def test_similarity_of_known_kernels():
+    model = torch.nn.Sequential(timm_rep.OrepaPointwiseConv2d(2, 2, 1, bias=False))
+    with torch.no_grad():
+        model[0].conv_1x1.copy_(torch.tensor([[3.0, 0.0], [0.0, 0.0]])[..., None, None])
+        model[0].scale[0].fill_(1.0)
+        side = torch.tensor([[3.0, 4.0], [0.0, 0.0]])[..., None, None] - model[0].conv_1x1
+        kernels = dict(origin=model[0].conv_1x1.clone(), sequential=side)
+        model[0].branch_kernels = lambda: kernels
+    assert branch_similarities(model)[0].cosine[0, 1].item() == pytest.approx(0.0, abs=1e-12)
+    kernels['sequential'] = kernels['sequential'] + kernels['origin']
+    assert branch_similarities(model)[0].cosine[0, 1].item() == pytest.approx(0.6)
+    with pytest.raises(ValueError, match='no layer with two branches'):
+        branch_similarities(torch.nn.Conv2d(1, 1, 1))
+
+
+def test_newest_weights_that_can_be_read_are_taken(run, snapshot):
+    titles = []
+    for name in ('time_step-2.safetensors', 'time_step-10.safetensors', 'time_step-11-stock.safetensors'):
+        (run / name).symlink_to(snapshot)
+    (run / 'last.pth.tar').write_bytes(b'killed while it was written')
+    for name in ('summary.csv', 'branch_gradients.csv'):
+        (run / name).unlink()
+    original = timm_rep.report.plots.draw_branch_similarity
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            timm_rep.report.plots, 'draw_branch_similarity', lambda *args: titles.append(args[1:]) or original(*args))
+        assert [path.name for path in plot_run(run)] == ['branch_similarity.png']
+    assert titles == [(NAME, 'time_step-10.safetensors')]
+
+
+def test_missing_data_are_named(run, tmp_path, caplog):
+    (run / 'branch_gradients.csv').unlink()
+    (run / 'args.yaml').write_text('model: resnet18\n')
+    assert [path.name for path in plot_run(run, tmp_path / 'out')] == ['annealing.png']
+    assert [record.getMessage() for record in caplog.records] == [
+        f'left out branch_gradients.png: no branch_gradients.csv in {run}',
+        'left out branch_similarity.png: resnet18 has no rep layers; `timm-rep list` shows the models that have',
+    ]
+
+
+def test_bad_input(run, tmp_path, monkeypatch):
+    empty = tmp_path / 'empty'
+    empty.mkdir()
+    message = call('plot', empty, '--out', tmp_path / 'out', code=2)
+    assert message.startswith(f'Error: nothing to draw of {empty}; annealing.png: no summary.csv in {empty}; ')
+    assert 'no weights in training form' in message
+    assert not (tmp_path / 'out').exists()
+    assert 'no run folder at' in call('plot', tmp_path / 'missing', code=2)
+    (tmp_path / 'file').touch()
+    assert 'is a file, not a folder' in call('plot', run, '--out', tmp_path / 'file', code=2)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, 'find_spec', lambda name, *args: None if name == 'matplotlib' else find_spec(name, *args))
+    assert 'figures also need matplotlib: pip install "timm_rep[demo]"' in call('plot', run, code=2)
+    assert not list(run.glob('*.png'))

@@ -1,0 +1,154 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from timm.optim import create_optimizer_v2
+from torchvision.transforms.functional import to_pil_image
+
+from timm_rep.train.scripts import SCRIPTS, find_script, run_script, script_folders
+
+# Says what a script sees: its command line, our models, and which timm it gets.
+FAKE_SCRIPT = """
+import json, sys
+import timm
+result = dict(
+    argv=sys.argv, name=__name__, timm=timm.__version__, registered=timm.is_model('orepa_resnet18'), path=sys.path)
+with open(sys.argv[1], 'w') as file:
+    json.dump(result, file)
+if '--fail' in sys.argv:
+    sys.exit(3)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _no_scripts_around(monkeypatch, tmp_path):
+    monkeypatch.delenv('TIMM_SCRIPTS', raising=False)
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+
+
+def write_script(folder, name='train'):
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f'{name}.py'
+    path.write_text(FAKE_SCRIPT)
+    return path
+
+
+def test_given_folder_comes_before_the_variable_and_the_cache(monkeypatch, tmp_path):
+    given = write_script(tmp_path / 'given')
+    variable = write_script(tmp_path / 'variable')
+    cached = write_script(tmp_path / 'cache' / 'timm_rep' / f'timm-{timm.__version__}')
+    assert find_script('train') == cached
+    monkeypatch.setenv('TIMM_SCRIPTS', str(variable.parent))
+    assert find_script('train.py') == variable
+    assert find_script('train', given.parent) == given
+
+
+def test_given_folder_without_the_script_is_not_replaced_by_another(tmp_path):
+    write_script(tmp_path / 'cache' / 'timm_rep' / f'timm-{timm.__version__}')
+    with pytest.raises(FileNotFoundError, match='elsewhere'):
+        find_script('train', tmp_path / 'elsewhere')
+
+
+def test_editable_checkout_comes_before_the_cache(monkeypatch, tmp_path):
+    checkout = tmp_path / 'checkout'
+    script = write_script(checkout)
+    monkeypatch.setattr(timm, '__file__', str(checkout / 'timm' / '__init__.py'))
+    assert checkout not in script_folders()
+    (checkout / 'pyproject.toml').touch()
+    assert find_script('train') == script
+
+
+def test_missing_script_says_where_it_looked_and_how_to_get_it(tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        find_script('validate')
+    message = str(error.value)
+    assert str(tmp_path / 'cache' / 'timm_rep' / f'timm-{timm.__version__}') in message
+    assert f'git clone --depth 1 --branch v{timm.__version__} https://' in message
+    assert 'TIMM_SCRIPTS' in message
+    assert all(script in message for script in SCRIPTS)
+    assert not (tmp_path / 'cache').exists()
+
+
+@pytest.mark.parametrize('name', ['bulk_runner', 'train.sh', '../train', ''])
+def test_unknown_script(name):
+    with pytest.raises(ValueError, match='allowed are train, validate, benchmark, inference, onnx_export'):
+        find_script(name)
+
+
+def test_script_runs_as_main_with_our_models_and_the_installed_timm(tmp_path):
+    script = write_script(tmp_path / 'checkout')
+    shadow = tmp_path / 'checkout' / 'timm' / '__init__.py'
+    shadow.parent.mkdir()
+    shadow.write_text('raise ImportError("the wrong timm")')
+    own_argv = sys.argv[:]
+    run_script(script, [str(tmp_path / 'seen.json'), '--model', 'orepa_resnet18'])
+    seen = json.loads((tmp_path / 'seen.json').read_text())
+    assert seen['argv'] == [str(script), str(tmp_path / 'seen.json'), '--model', 'orepa_resnet18']
+    assert seen['name'] == '__main__'
+    assert seen['registered']
+    assert seen['timm'] == timm.__version__
+    assert str(script.parent) not in seen['path']
+    assert sys.argv == own_argv
+
+
+def test_exit_of_a_script_passes_through(tmp_path):
+    script = write_script(tmp_path)
+    own_argv = sys.argv[:]
+    with pytest.raises(SystemExit) as error:
+        run_script(script, [str(tmp_path / 'seen.json'), '--fail'])
+    assert error.value.code == 3
+    assert sys.argv == own_argv
+
+
+@pytest.mark.parametrize('name', ['orepa_repvgg_a0_cifar', 'orepa_resnet18_cifar', 'dbb_resnet18_cifar'])
+def test_timm_decays_scales_and_branches_but_no_norms_and_biases(name):
+    model = timm.create_model(name)
+    optimizer = create_optimizer_v2(model, opt='sgd', lr=0.1, weight_decay=1e-4)
+    decay = {id(p): group['weight_decay'] for group in optimizer.param_groups for p in group['params']}
+    decayed = {key for key, parameter in model.named_parameters() if decay[id(parameter)] > 0}
+    norms = {
+        f'{key}.{kind}' for key, module in model.named_modules() if isinstance(module, torch.nn.BatchNorm2d)
+        for kind in ('weight', 'bias')}
+    assert decayed.isdisjoint(norms)
+    names = {key for key, _ in model.named_parameters()}
+    assert names - decayed - norms == {f'{model.pretrained_cfg["classifier"]}.bias'}
+
+
+SCRIPTS_FOLDER = os.environ.get('TIMM_SCRIPTS')
+
+
+def write_images(folder, count):
+    for label in ('a', 'b'):
+        (folder / label).mkdir(parents=True)
+        for index in range(count):
+            to_pil_image(torch.rand(3, 32, 32)).save(folder / label / f'{index}.png')
+
+
+@pytest.mark.skipif(SCRIPTS_FOLDER is None, reason="TIMM_SCRIPTS does not name a folder with timm's own scripts")
+@pytest.mark.timeout(600)
+def test_real_train_and_validate(tmp_path):
+    write_images(tmp_path / 'data' / 'train', 4)
+    write_images(tmp_path / 'data' / 'val', 2)
+    env = dict(os.environ, OMP_NUM_THREADS='1')
+    common = ['--data-dir', str(tmp_path / 'data'), '--model', 'orepa_repvgg_a0_cifar', '--num-classes', '2']
+    common += ['--device', 'cpu', '-j', '0', '-b', '4']
+
+    def run(script, *args):
+        path = find_script(script, SCRIPTS_FOLDER)
+        code = 'import sys; from timm_rep.timm_scripts import run_script; run_script(sys.argv[1], sys.argv[2:])'
+        command = [sys.executable, '-c', code, str(path), *common, *args]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return json.loads(done.stdout[done.stdout.index('--result') + len('--result'):])
+
+    run('train', '--epochs', '1', '--model-ema', '--output', str(tmp_path / 'out'), '--experiment', 'run')
+    checkpoint = tmp_path / 'out' / 'run' / 'last.pth.tar'
+    results = [
+        run('validate', '--split', 'val', '--checkpoint', str(checkpoint), *reparam) for reparam in ([], ['--reparam'])]
+    assert results[0]['top1'] == results[1]['top1']
+    assert Path(checkpoint).with_name('args.yaml').is_file()

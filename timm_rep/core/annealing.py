@@ -1,0 +1,280 @@
+"""Annealing through re-parameterization: attach rate, schedule of time steps, and the step from one to the next.
+
+No training loop is in here. A loop of your own needs these calls:
+
+>>> import timm, timm_rep
+>>> model = timm.create_model('repan_resnet18_cifar')
+>>> schedule = timm_rep.AnnealingSchedule(time_steps=2, epochs=3, warmup_epochs=1)
+>>> for epoch in range(schedule.total_epochs):
+...     position = schedule.position(epoch)
+...     if position.begins and position.time_step > 0:
+...         timm_rep.begin_time_step(model, attach_rate=position.attach_rate)  # and reset_optimizer(optimizer)
+...     timm_rep.set_attach_rate(model, position.attach_rate)
+...     print(epoch, position.time_step, position.attach_rate)
+0 0 0.5
+1 0 1.0
+2 0 1.0
+3 1 0.5
+4 1 1.0
+5 1 1.0
+
+A model that starts from given weights begins with a transition of its own, or the first attach rate below one would
+change what it computes: ``begin_time_step(model, attach_rate=schedule.position(0).attach_rate, compensate=True)``, then
+``set_time_step(model, 0)``.
+
+Source: RepAn, `Enhanced Annealing through Re-parameterization` (CVPR 2024).
+"""
+import itertools
+import math
+import numbers
+from dataclasses import dataclass
+from typing import Any, List, Optional
+
+import torch
+import torch.nn as nn
+
+from .errors import UserError
+from .layers import AnnealedModule
+from .layers.base import check_attach_rate
+from .walk import annealed_modules
+
+__all__ = [
+    'AnnealingSchedule', 'Position', 'attach_rate', 'begin_time_step', 'reset_optimizer', 'set_time_step',
+    'time_step_of',
+]
+
+
+def attach_rate(epoch: int, warmup_epochs: int) -> float:
+    """Attach rate of an epoch: ``min((epoch + 1) / (warmup_epochs + 1), 1)``.
+
+    RepAn, equation 5 of the supplement, which prints ``max``; its text and code need ``min``.
+
+    Args:
+        epoch: Epoch within its time step, from 0.
+        warmup_epochs: Epochs at the start of a time step in which the rate is below one, 0 for none.
+
+    Returns:
+        Rate in (0, 1].
+
+    Raises:
+        UserError: For a number that is negative or not finite.
+    """
+    if not (0 <= epoch < math.inf and 0 <= warmup_epochs < math.inf):
+        raise UserError(
+            f'epochs must be finite and not negative, got epoch={epoch}, warmup_epochs={warmup_epochs}')
+    return min((epoch + 1) / (warmup_epochs + 1), 1.0)
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where in the schedule an epoch lies.
+
+    Attributes:
+        time_step: Time step, from 0.
+        epoch: Epoch within the time step, from 0.
+        attach_rate: Rate of the side branches, in (0, 1].
+        begins: Whether a time step begins with this epoch.
+    """
+
+    time_step: int
+    epoch: int
+    attach_rate: float
+    begins: bool
+
+
+@dataclass(frozen=True)
+class AnnealingSchedule:
+    """Time steps of a training: cycles that each warm up the attach rate and descend the learning rate once.
+
+    Args:
+        time_steps: Number of time steps.
+        epochs: Epochs of a time step.
+        warmup_epochs: Epochs at the start of each time step in which the attach rate is below one.
+        epochs_mul: Each time step is so many times as long as the one before it (timm's ``lr_cycle_mul``).
+        prefix_epochs: Epochs before the first cosine descent, part of the first time step (timm's ``warmup_prefix``).
+        cooldown_epochs: Epochs after the last descent, part of the last time step (timm's ``cooldown_epochs``).
+
+    Raises:
+        UserError: For numbers of epochs that are not whole, less than one time step or epoch, a warm-up that is not
+            shorter than a time step, a factor below one, or a time step without an epoch of its own.
+    """
+
+    time_steps: int
+    epochs: int
+    warmup_epochs: int = 0
+    epochs_mul: float = 1.0
+    prefix_epochs: int = 0
+    cooldown_epochs: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ('time_steps', 'epochs', 'warmup_epochs', 'prefix_epochs', 'cooldown_epochs'):
+            if not isinstance(getattr(self, name), numbers.Integral):
+                raise UserError(f'{name} must be a whole number, got {getattr(self, name)!r}')
+        if self.time_steps < 1:
+            raise UserError(f'time_steps must be at least 1, got {self.time_steps}')
+        if self.epochs < 1:
+            raise UserError(f'a time step needs at least 1 epoch, got {self.epochs}')
+        if not 0 <= self.warmup_epochs < self.epochs:
+            raise UserError(
+                f'the attach rate must warm up in less than the {self.epochs} epochs of a time step (RepAn: in less '
+                f'than half of them), got {self.warmup_epochs}'
+            )
+        if not 1 <= self.epochs_mul < math.inf:
+            raise UserError(
+                f'time steps cannot become shorter: epochs_mul must be a number of at least 1, got {self.epochs_mul}')
+        if min(self.prefix_epochs, self.cooldown_epochs) < 0:
+            raise UserError(
+                f'prefix_epochs and cooldown_epochs must not be negative, got {self.prefix_epochs} and '
+                f'{self.cooldown_epochs}'
+            )
+        starts = self._starts()
+        if len(set(starts)) < len(starts):
+            raise UserError(
+                f'epochs_mul {self.epochs_mul} of time steps of {self.epochs} epochs leaves one without an epoch of '
+                'its own; take more epochs'
+            )
+
+    def _cycle(self, epoch: int) -> int:
+        """Cycle of timm's schedule, by its own expression: its rounding may put a restart off by an epoch."""
+        if self.epochs_mul == 1:
+            return epoch // self.epochs
+        return math.floor(math.log(1 - epoch / self.epochs * (1 - self.epochs_mul), self.epochs_mul))
+
+    def _starts(self) -> List[int]:
+        """First epoch of every time step, and of the cooldown."""
+        starts = [0]
+        for step in range(1, self.time_steps):
+            starts.append(next(epoch for epoch in itertools.count(starts[-1]) if self._cycle(epoch) >= step))
+        if self.epochs_mul == 1:
+            starts.append(self.epochs * self.time_steps)
+        else:  # timm's expression again
+            starts.append(math.floor(
+                -self.epochs * (self.epochs_mul ** self.time_steps - 1) / (1 - self.epochs_mul)))
+        return [0, *(self.prefix_epochs + start for start in starts[1:])]
+
+    @property
+    def total_epochs(self) -> int:
+        """Epochs of the whole training."""
+        return self._starts()[-1] + self.cooldown_epochs
+
+    def position(self, epoch: int) -> Position:
+        """Where an epoch lies.
+
+        Args:
+            epoch: Epoch of the whole training, from 0.
+
+        Returns:
+            Its place.
+
+        Raises:
+            UserError: If the training has no such epoch.
+        """
+        if not 0 <= epoch < self.total_epochs:
+            raise UserError(f'epoch must lie in 0 to {self.total_epochs - 1}, got {epoch}')
+        starts = self._starts()[:-1]
+        time_step = max(step for step, start in enumerate(starts) if start <= epoch)
+        within = epoch - starts[time_step]
+        return Position(time_step, within, attach_rate(within, self.warmup_epochs), within == 0)
+
+
+def time_step_of(model: nn.Module) -> int:
+    """The time step that a model is in, as saved with its weights.
+
+    Args:
+        model: Model with rep layers.
+
+    Returns:
+        Number of time steps that have begun before it.
+
+    Raises:
+        UserError: If the model has no rep layers, or they are not in the same time step.
+    """
+    steps = {int(module.time_step) for _, module in annealed_modules(model)}
+    if not steps:
+        raise UserError(f'{type(model).__name__} has no rep layers, so no side branches to anneal')
+    if len(steps) > 1:
+        raise UserError(f'the rep layers are in different time steps: {sorted(steps)}')
+    return steps.pop()
+
+
+def set_time_step(model: nn.Module, time_step: int) -> None:
+    """Say which time step a model is in, without changing anything else.
+
+    Args:
+        model: Model with rep layers.
+        time_step: Number of time steps that have begun before it.
+    """
+    for module in model.modules():
+        if isinstance(module, AnnealedModule):
+            module.time_step.fill_(time_step)
+
+
+def reset_optimizer(optimizer: Any) -> None:
+    """Let an optimizer start anew with the parameters, learning rate and settings that it has.
+
+    More than ``optimizer.state.clear()``: some of timm's optimizers (LAMB, Adan) count their steps elsewhere, and its
+    Lookahead holds another optimizer.
+
+    Args:
+        optimizer: Any optimizer of torch or timm.
+    """
+    for holder in (optimizer, getattr(optimizer, '_base_optimizer', optimizer)):
+        holder.state.clear()
+        for group in holder.param_groups:
+            group.pop('step', None)
+            if 'lookahead_step' in group:
+                group['lookahead_step'] = 0
+
+
+def _share_from_first_rank(module: AnnealedModule) -> None:
+    """Take over the state of the first process: kept statistics may differ, and then so do folded kernels."""
+    backends = torch.distributed.get_backend_config()  # such as 'cpu:gloo,cuda:nccl'
+    for tensor in module.state_dict().values():
+        shared = tensor
+        if tensor.device.type == 'cpu' and 'cpu:' not in backends:  # an averaged copy on the CPU
+            shared = tensor.to(torch.accelerator.current_accelerator())
+        torch.distributed.broadcast(shared, src=0)
+        tensor.copy_(shared)
+
+
+@torch.no_grad()
+def begin_time_step(
+        model: nn.Module,
+        generator: Optional[torch.Generator] = None,
+        *,
+        attach_rate: float = 0.0,
+        compensate: bool = False,
+        imply_statistics: bool = False,
+) -> None:
+    """Fold every layer's branches, draw its side branches afresh, put the folded kernel into its origin branch.
+
+    Works in place, in training and eval mode: the same parameters, the same shapes, nothing to recompile. Forget the
+    optimizer's state afterwards (:func:`reset_optimizer`). Do the same, with a generator of the same seed, on an
+    averaged copy of the model (EMA). In a distributed training call it on every process: all end up with the first
+    one's weights.
+
+    Outputs in eval mode stay the same at every attach rate for linear (OREPA) layers, also inside RepVGG blocks. For
+    layers with norms in their branches, and the 1x1 and identity of RepVGG blocks, they stay the same at rate zero, and
+    with ``compensate`` at every rate. In training mode they stay the same for linear layers only: elsewhere batch
+    statistics take the place of the kept ones.
+
+    Source: RepAn, Rep - expansion - restoration.
+
+    Args:
+        model: Model with rep layers, also in wrappers (DDP, torch.compile).
+        generator: Source of the draw, on the CPU.
+        attach_rate: Rate in force afterwards, in [0, 1].
+        compensate: Take what the fresh side branches add off the origin branches that have norms, too.
+        imply_statistics: Give the origin branches' norms the statistics that the branches' norms imply for the folded
+            kernel, where RepAn keeps their own. Eval mode is the same; training goes on closer to where it was.
+
+    Raises:
+        UserError: If the model has no rep layers, or for a rate outside [0, 1]. The model is then unchanged.
+    """
+    time_step_of(model)
+    check_attach_rate(attach_rate)
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    for _, module in annealed_modules(model):
+        module.begin_time_step_(generator, attach_rate, compensate, imply_statistics)
+        if distributed:
+            _share_from_first_rank(module)

@@ -1,0 +1,272 @@
+"""Put rep layers into a model: which convolutions a method takes, and the swap."""
+import copy
+import fnmatch
+import logging
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Tuple, TypeVar, Union
+
+import torch
+import torch.nn as nn
+from timm.models.byobnet import RepVggBlock
+
+from .errors import UserError
+from .expansion import expansion_of
+from .layers import AnnealedRepVggBlock, FoldedNorm, RepLayer
+from .layers.rep import Rep
+from .methods import Method, MethodLike, Place, as_method
+from .walk import ancestors_of, norm_behind, parent_of
+
+__all__ = ['Select', 'anneal_repvgg_blocks_', 'expand', 'expand_as_', 'expand_fresh_']
+
+_logger = logging.getLogger(__name__)
+
+ModelT = TypeVar('ModelT', bound=nn.Module)
+Select = Union[None, Callable[[str, nn.Conv2d], bool], Iterable[str]]
+Methods = Union[MethodLike, Mapping[str, Optional[MethodLike]]]
+
+
+def anneal_repvgg_blocks_(model: ModelT) -> ModelT:
+    """Give the RepVGG blocks of a model an attach rate, in place; outputs stay the same.
+
+    Args:
+        model: Model with timm's RepVGG blocks, with or without rep layers in their KxK branches.
+
+    Returns:
+        The model.
+
+    Raises:
+        UserError: For a block alone, or in deploy form. The model is then unchanged.
+    """
+    if type(model) is RepVggBlock:
+        raise UserError('a model around the block is needed; for one alone use AnnealedRepVggBlock(block)')
+    return _anneal_blocks_(model, [name for name, _ in _repvgg_blocks(model)])
+
+
+def _repvgg_blocks(model: nn.Module) -> Iterator[Tuple[str, RepVggBlock]]:
+    for name, module in model.named_modules(remove_duplicate=False):
+        if type(module) is RepVggBlock:
+            yield name, module
+
+
+def _anneal_blocks_(model: ModelT, names: Iterable[str]) -> ModelT:
+    places: List[Tuple[str, Any]] = [(name, model.get_submodule(name)) for name in names]
+    annealed = {id(block): AnnealedRepVggBlock(block) for _, block in places}  # a shared block stays shared
+    for name, block in places:
+        setattr(*parent_of(model, name), annealed[id(block)])
+    return model
+
+
+def _place(model: nn.Module, name: str) -> Place:
+    conv = model.get_submodule(name)
+    norm_name, norm = norm_behind(model, name, conv.out_channels)  # type: ignore[arg-type]
+    return Place(name, conv, norm, norm_name, tuple(ancestors_of(model, name)))  # type: ignore[arg-type]
+
+
+def _convs(model: nn.Module) -> Dict[str, nn.Conv2d]:
+    """The plain convolutions of a model, in all places, but those that are parts of rep layers."""
+    return {
+        name: module for name, module in model.named_modules(remove_duplicate=False)
+        if type(module) is nn.Conv2d and not any(isinstance(m, RepLayer) for m in ancestors_of(model, name))
+    }
+
+
+def _takes(method: Method, place: Place) -> bool:
+    supported = place.conv.padding_mode == 'zeros' and all(size % 2 for size in place.conv.kernel_size)
+    return supported and method.takes(place)
+
+
+def _check_pattern(model: nn.Module, convs: Iterable[str], pattern: str) -> None:
+    if not fnmatch.filter(convs, pattern):
+        raise UserError(f'no nn.Conv2d of {type(model).__name__} matches {pattern!r}')
+
+
+def _by_selection(model: nn.Module, method: Method, select: Select) -> Dict[str, Method]:
+    convs = _convs(model)
+    if select is None:
+        return {name: method for name in convs if _takes(method, _place(model, name))}
+    if callable(select):
+        return {name: method for name, conv in convs.items() if select(name, conv)}
+    patterns = [select] if isinstance(select, str) else list(select)
+    for pattern in patterns:
+        _check_pattern(model, convs, pattern)
+    return {name: method for name in convs if any(fnmatch.fnmatch(name, p) for p in patterns)}
+
+
+def _by_pattern(model: nn.Module, methods: Mapping[str, Optional[MethodLike]]) -> Dict[str, Method]:
+    """The method of every convolution that it takes; the first pattern that matches a name decides."""
+    known = {pattern: None if method is None else as_method(method) for pattern, method in methods.items()}
+    convs = _convs(model)
+    for pattern in known:
+        _check_pattern(model, convs, pattern)
+    found: Dict[str, Method] = {}
+    for name in convs:
+        first = next((pattern for pattern in known if fnmatch.fnmatch(name, pattern)), '')
+        method = known.get(first)
+        if method is not None and (first == name or _takes(method, _place(model, name))):
+            found[name] = method
+    return found
+
+
+def _assign(model: nn.Module, method: Methods, select: Select) -> Dict[str, Method]:
+    """The method of every convolution, and of every RepVGG block, that is to be expanded, by name."""
+    if isinstance(method, Mapping):
+        if select is not None:
+            raise UserError('select goes with one method; a mapping of patterns to methods selects by its patterns')
+        wanted = [as_method(m) for m in method.values() if m is not None]
+        assigned = _by_pattern(model, method)
+    else:
+        wanted = [as_method(method)]
+        assigned = _by_selection(model, wanted[0], select)
+    blocks = {name for name, block in _repvgg_blocks(model) if block.reparam_conv is None}
+    annealed = any(m.takes_norm and _is_below(name, blocks) for name, m in assigned.items())
+    if annealed or (select is None and any(isinstance(m, Rep) for m in wanted)):
+        assigned.update(dict.fromkeys(sorted(blocks), Rep()))
+    return assigned
+
+
+def _is_below(name: str, blocks: Iterable[str]) -> bool:
+    return any(name.startswith(f'{block}.') for block in blocks)
+
+
+def expand(
+        model: ModelT,
+        method: Methods = 'orepa',
+        *,
+        select: Select = None,
+        generator: Optional[torch.Generator] = None,
+        inplace: bool = False,
+) -> ModelT:
+    """Swap plain convolutions for rep layers with the same function.
+
+    The outputs stay the same: in eval mode for all methods, in training mode too for linear ones (``'orepa'``). What
+    was expanded is logged, and :func:`timm_rep.expansion_of` tells it of the result.
+
+    A norm counts as right behind a convolution if it is the next child of the same module. Methods that take the norm
+    in (all but ``'orepa'``) need it there, so in a network that declares its modules in another order than it runs
+    them, select by hand.
+
+    Args:
+        model: Any CNN.
+        method: Name of a method, or a method with options: ``'orepa'`` (KxK, 1x1 or stem layer, as the kernel asks
+            for), ``'dbb'`` (diverse branches), ``'acb'`` (KxK, 1xK and Kx1), ``'rep'`` (KxK, 1x1 and identity), or what
+            else is registered. Methods with norms give RepVGG's blocks an attach rate for their own branches, too; for
+            ``'rep'`` that is all, since the blocks are that already. Or several: a mapping of patterns of names to
+            methods, of which the first that matches decides, None leaves as it is, and a name without wildcards takes
+            that convolution whatever the default policy of the method is.
+        select: Which convolutions: a function of name and convolution, or names with wildcards. By default those that
+            the method takes: usually those with a batch norm right behind them; for ``'orepa'`` all sizes, but of a
+            RepVGG block only the KxK branch and not the shortcuts of a ResNet BasicBlock; for the others 3x3 and 5x5.
+        generator: Source of the side branches' draw.
+        inplace: Change the model itself instead of a copy.
+
+    Returns:
+        The model with rep layers.
+
+    Raises:
+        UserError: For an unknown method, if nothing is selected, or if a selected convolution is not supported. The
+            model is then unchanged.
+    """
+    expanded = _swap(model, method, select, generator, inplace, same_function=True)
+    _logger.info('expanded %s: %s', type(model).__name__, expansion_of(expanded))
+    return expanded
+
+
+def expand_fresh_(model: ModelT, method: MethodLike, generator: Optional[torch.Generator] = None) -> ModelT:
+    """Swap the convolutions of a new model for freshly drawn rep layers, in place: the start of a training.
+
+    Args:
+        model: Newly built stock model.
+        method: As in :func:`expand`.
+        generator: Source of the draw.
+
+    Returns:
+        The model.
+    """
+    return _swap(model, method, None, generator, inplace=True, same_function=False)
+
+
+def expand_as_(model: ModelT, methods: Mapping[str, Method]) -> ModelT:
+    """Expand a stock model as another one of the same network was, in place: to load that one's weights.
+
+    Args:
+        model: Stock model.
+        methods: The method of every rep layer by its name, as :class:`timm_rep.core.expansion.Expansion` has it.
+
+    Returns:
+        The model, with freshly drawn layers.
+
+    Raises:
+        UserError: If the model has no convolution, or RepVGG block, of such a name. The model is then unchanged.
+    """
+    places: Dict[int, List[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(id(module), []).append(name)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    assigned: Dict[str, Method] = {}
+    for name, method in methods.items():
+        if type(modules.get(name)) not in (nn.Conv2d, RepVggBlock):
+            raise UserError(
+                f'the expansion is of another network: {type(model).__name__} has no plain convolution {name!r}')
+        assigned.update(dict.fromkeys(places[id(modules[name])], method))
+    return _expand_assigned(model, assigned, None, inplace=True, same_function=False)
+
+
+def _swap(
+        model: ModelT,
+        method: Methods,
+        select: Select,
+        generator: Optional[torch.Generator],
+        inplace: bool,
+        same_function: bool,
+) -> ModelT:
+    assigned = _assign(model, method, select)
+    if not assigned:
+        names = method if isinstance(method, Mapping) else as_method(method).name
+        raise UserError(f'no convolution of {type(model).__name__} to expand with {names!r}')
+    return _expand_assigned(model, assigned, generator, inplace, same_function)
+
+
+def _make_layer(method: Method, place: Place, generator: Optional[torch.Generator], same_function: bool) -> nn.Module:
+    if method.takes_norm:
+        if not FoldedNorm.accepts(place.norm):
+            raise UserError(
+                f'{method.name!r} needs a plain BatchNorm2d right behind the convolution; {place.name} has none')
+        if place.conv.bias is not None:
+            raise UserError(f'{method.name!r} needs a convolution without bias; {place.name} has one')
+    try:
+        layer: Any = method.make_layer(place, generator, same_function)
+    except ValueError as e:
+        raise UserError(f'cannot expand {place.name}: {e}') from None
+    layer.method = method
+    return layer
+
+
+def _expand_assigned(
+        model: ModelT,
+        assigned: Mapping[str, Method],
+        generator: Optional[torch.Generator],
+        inplace: bool,
+        same_function: bool,
+) -> ModelT:
+    """Build all layers, then put them in, so that an error leaves the model as it was."""
+    if '' in assigned:
+        raise UserError("expand needs a model around the convolution; for one alone use the layer's from_conv()")
+    blocks = [name for name in assigned if isinstance(model.get_submodule(name), RepVggBlock)]
+    made: Dict[int, Tuple[Place, nn.Module, Optional[FoldedNorm]]] = {}
+    new_modules: Dict[str, nn.Module] = {}
+    for name, method in assigned.items():
+        if name in blocks:
+            continue
+        place = _place(model, name)
+        if id(place.conv) not in made:
+            layer = _make_layer(method, place, generator, same_function)
+            made[id(place.conv)] = place, layer, FoldedNorm(place.norm) if method.takes_norm and place.norm else None
+        first, new_modules[name], folded = made[id(place.conv)]
+        if folded is not None:
+            if place.norm is not first.norm:
+                raise UserError(f'{method.name!r} takes the norm in; {name} is shared by places with other norms')
+            new_modules[place.norm_name] = folded
+    if not inplace:
+        model = copy.deepcopy(model)
+    for name, module in new_modules.items():
+        setattr(*parent_of(model, name), module)
+    return _anneal_blocks_(model, blocks)

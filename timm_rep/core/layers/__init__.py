@@ -1,0 +1,33 @@
+"""Rep layers: modules that look like a convolution and compute its kernel from branches. One method a file.
+
+Importing this registers the methods, in the order of this list.
+"""
+from .base import AnnealedModule, LinearRepLayer, RepLayer
+from .normed import FoldedNorm, NormedRepLayer
+from .orepa import Orepa, OrepaConv2d, OrepaPointwiseConv2d, OrepaStemConv2d  # isort: split
+
+from .dbb import DBB, DiverseBranchConv2d  # isort: split
+
+from .acb import ACB, AsymmetricConv2d  # isort: split
+
+from .rep import Rep, RepConv2d
+from .repvgg import AnnealedRepVggBlock
+
+__all__ = [
+    'ACB',
+    'DBB',
+    'AnnealedModule',
+    'AnnealedRepVggBlock',
+    'AsymmetricConv2d',
+    'DiverseBranchConv2d',
+    'FoldedNorm',
+    'LinearRepLayer',
+    'NormedRepLayer',
+    'Orepa',
+    'OrepaConv2d',
+    'OrepaPointwiseConv2d',
+    'OrepaStemConv2d',
+    'Rep',
+    'RepConv2d',
+    'RepLayer',
+]

@@ -1,0 +1,448 @@
+"""The contracts: modules with side branches that can be annealed, and rep layers, which look like convolutions."""
+import math
+from typing import Any, Dict, Optional, Tuple, Type, TypeVar, Union
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import UserError
+from ..precision import full_float32
+
+__all__ = [
+    'AnnealedModule', 'LinearRepLayer', 'RepLayer', 'check_attach_rate', 'kaiming_uniform_',
+    'prefers_channels_last',
+]
+
+# What a convolution is made with, besides its bias.
+GEOMETRY = (
+    'in_channels', 'out_channels', 'kernel_size', 'stride', 'padding', 'dilation', 'groups', 'padding_mode')
+
+LayerT = TypeVar('LayerT', bound='RepLayer')
+
+
+def _pair(name: str, value: Any, least: int) -> Tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
+        raise UserError(f'{name} must be one or two integers of at least {least}, got {value!r}')
+    return pair
+
+
+def kaiming_uniform_(
+        tensor: Tensor,
+        fan_in: float,
+        negative_slope: float = 0.0,
+        generator: Optional[torch.Generator] = None,
+) -> Tensor:
+    """Fill a tensor, or a slice of one, from U(-b, b) with ``b = sqrt(6 / ((1 + a^2) * fan_in))``.
+
+    ``torch.nn.init.kaiming_uniform_`` reads the fan from the shape, which a slice of a larger parameter does not have.
+    With a generator the draw is the same whatever the device of the tensor.
+
+    Args:
+        tensor: Filled in place.
+        fan_in: Inputs that one output sums over.
+        negative_slope: ``a``.
+        generator: Source of the draw; the default generator of the tensor's device if None.
+
+    Returns:
+        The tensor.
+    """
+    bound = math.sqrt(6.0 / ((1.0 + negative_slope ** 2) * fan_in))
+    with torch.no_grad():
+        if generator is None or tensor.is_meta:
+            return tensor.uniform_(-bound, bound)
+        drawn = torch.empty(tensor.shape, dtype=tensor.dtype, device=generator.device)
+        return tensor.copy_(drawn.uniform_(-bound, bound, generator=generator))
+
+
+def check_attach_rate(rate: float) -> None:
+    """Raise a UserError if this is no attach rate."""
+    if not 0.0 <= rate <= 1.0:
+        raise UserError(f'attach rate must lie in [0, 1], got {rate}')
+
+
+def prefers_channels_last(x: Tensor) -> bool:
+    """Whether a convolution of ``x`` wants its kernel in channels-last memory format."""
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+class AnnealedModule(nn.Module):
+    """A module that folds into one convolution and is made of an origin branch and side branches.
+
+    Subclasses call :meth:`_init_annealing` in their constructor and define :meth:`compose_weight_bias`,
+    :meth:`restore_`, :meth:`redraw_side_branches_`, :meth:`branch_kernels` and :meth:`branch_gradients`.
+
+    Attributes:
+        attach_rate: 0-dim buffer in [0, 1] that multiplies the side branches; saved in the state_dict.
+        time_step: 0-dim buffer, how many time steps have begun before the one in force; saved in the state_dict.
+    """
+
+    attach_rate: Tensor
+    time_step: Tensor
+
+    def _init_annealing(self, device: Any = None) -> None:
+        self.register_buffer('attach_rate', torch.ones((), device=device))
+        self.register_buffer('time_step', torch.zeros((), dtype=torch.long, device=device))
+
+    def set_attach_rate_(self, rate: float) -> None:
+        """Set the factor of the side branches.
+
+        Args:
+            rate: In [0, 1].
+
+        Raises:
+            UserError: For a rate outside [0, 1].
+        """
+        check_attach_rate(rate)
+        self.attach_rate.fill_(rate)
+
+    def set_restoring_rate_(self, rate: float, compensate: bool) -> None:
+        """Set the attach rate at which a time step begins with the same function.
+
+        Args:
+            rate: Attach rate that will be in force, in [0, 1].
+            compensate: Whether the origin branch shall make up for the side branches at that rate, or at zero.
+        """
+        self.set_attach_rate_(rate if compensate else 0.0)
+
+    def compose_weight_bias(self) -> Tuple[Tensor, Optional[Tensor]]:
+        """Kernel ``(o, i/g, kh, kw)`` and bias ``(o,)`` at the attach rate in force, in the parameters' dtype."""
+        raise NotImplementedError(f'{type(self).__name__} must define compose_weight_bias')
+
+    def restore_(self, weight: Tensor, bias: Optional[Tensor] = None) -> None:
+        """Make the module compute exactly this kernel, whatever its side branches hold."""
+        raise NotImplementedError(f'{type(self).__name__} must define restore_')
+
+    def imply_statistics_(self) -> None:
+        """Let the origin branch's norm keep the statistics that the branches' norms imply for the folded kernel.
+
+        A module without norms in its branches has none to set. This changes the function until :meth:`restore_`.
+        """
+
+    def redraw_side_branches_(self, generator: Optional[torch.Generator] = None) -> None:
+        """Draw the side branches afresh and leave the origin branch alone; this changes the module's function."""
+        raise NotImplementedError(f'{type(self).__name__} must define redraw_side_branches_')
+
+    def branch_kernels(self) -> Dict[str, Tensor]:
+        """The kernel ``(o, i/g, kh, kw)`` that each branch adds to the sum, by name; the first is the origin's."""
+        raise NotImplementedError(f'{type(self).__name__} must define branch_kernels')
+
+    def branch_gradients(self) -> Dict[str, Tensor]:
+        """The gradient of each branch's kernel parameter, by name; the first is the origin's. None are left out."""
+        raise NotImplementedError(f'{type(self).__name__} must define branch_gradients')
+
+    @torch.no_grad()
+    def begin_time_step_(
+            self,
+            generator: Optional[torch.Generator] = None,
+            attach_rate: float = 0.0,
+            compensate: bool = False,
+            imply_statistics: bool = False,
+    ) -> None:
+        """Fold all branches, draw the side branches afresh, and put the folded kernel into the origin branch (RepAn).
+
+        Args:
+            generator: Source of the draw.
+            attach_rate: Rate in force afterwards.
+            compensate: Take what the fresh side branches add at that rate off the origin branch, so that outputs in
+                eval mode stay the same. Without, they stay the same at rate zero. Linear layers always do it, and
+                their outputs stay the same in training mode too.
+            imply_statistics: Give the origin branch's norm the statistics of the folded kernel instead of keeping its
+                own, as :meth:`imply_statistics_` does.
+        """
+        weight, bias = self.compose_weight_bias()
+        if imply_statistics:
+            self.imply_statistics_()
+        self.redraw_side_branches_(generator)
+        self.set_restoring_rate_(attach_rate, compensate)
+        self.restore_(weight, bias)
+        self.set_attach_rate_(attach_rate)
+        self.time_step.add_(1)
+
+
+class RepLayer(AnnealedModule):
+    """A convolution look-alike whose kernel is composed from branches.
+
+    It has a convolution's attributes (``in_channels`` to ``padding_mode``, ``bias``, and ``weight``, which composes at
+    every read), but is not an ``nn.Conv2d``: nothing can write its weight by mistake.
+
+    Subclasses define, besides what annealing asks for, :meth:`compose_weight`, :meth:`reset_parameters` and
+    :meth:`fuse`.
+
+    Args:
+        in_channels: Input channels ``i``.
+        out_channels: Output channels ``o``.
+        kernel_size: Height and width, odd.
+        stride: Stride of the convolution.
+        padding: Zero padding in pixels, or ``'same'`` / ``'valid'``.
+        dilation: Dilation of the kernel.
+        groups: Number of groups ``g``; divides both channel counts.
+        padding_mode: Only ``'zeros'``.
+
+    Raises:
+        UserError: For an even kernel size, another padding mode, or channels that the groups do not divide.
+    """
+
+    __constants__ = list(GEOMETRY)
+    __jit_unused_properties__ = ['weight']
+
+    def __init__(
+            self,
+            in_channels: int,
+            out_channels: int,
+            kernel_size: Union[int, Tuple[int, int]],
+            stride: Union[int, Tuple[int, int]] = 1,
+            padding: Union[str, int, Tuple[int, int]] = 0,
+            dilation: Union[int, Tuple[int, int]] = 1,
+            groups: int = 1,
+            padding_mode: str = 'zeros',
+            device: Any = None,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if padding_mode != 'zeros':
+            raise UserError(f"{name} supports padding_mode 'zeros', got {padding_mode!r}")
+        if isinstance(padding, str) and padding not in ('same', 'valid'):
+            raise UserError(f"padding must be 'same', 'valid' or integers, got {padding!r}")
+        if min(in_channels, out_channels, groups) < 1 or in_channels % groups or out_channels % groups:
+            raise UserError(
+                f'channels must be positive multiples of groups, got in_channels={in_channels}, '
+                f'out_channels={out_channels}, groups={groups}'
+            )
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = _pair('kernel_size', kernel_size, 1)
+        if any(size % 2 == 0 for size in self.kernel_size):
+            raise UserError(f'{name} needs an odd kernel size (branches share a centre), got {self.kernel_size}')
+        self.stride = _pair('stride', stride, 1)
+        self.padding = padding if isinstance(padding, str) else _pair('padding', padding, 0)
+        self.dilation = _pair('dilation', dilation, 1)
+        self.groups = groups
+        self.padding_mode = padding_mode
+        if padding == 'same' and self.stride != (1, 1):
+            raise UserError(f"padding 'same' needs stride 1, got {self.stride}")
+        self._init_annealing(device)
+
+    def init_non_persistent_buffers(self) -> None:
+        """Fill the constants that are not saved; timm calls it after it built a model on the meta device."""
+
+    def _apply(self: LayerT, fn: Any, recurse: bool = True) -> LayerT:
+        # The constants keep full precision through a change of dtype, and get their values after to_empty().
+        super()._apply(fn, recurse)
+        self.init_non_persistent_buffers()
+        return self
+
+    def compose_weight(self) -> Tensor:
+        """Compose the kernel at the attach rate in force, differentiably.
+
+        Returns:
+            ``(o, i/g, kh, kw)`` in the parameters' dtype; composed in full float32, or float64 for float64 parameters.
+        """
+        raise NotImplementedError(f'{type(self).__name__} must define compose_weight')
+
+    @property
+    def weight(self) -> Tensor:
+        """The composed kernel, computed anew at every read."""
+        return self.compose_weight()
+
+    @property
+    def weight_shape(self) -> Tuple[int, int, int, int]:
+        """Shape of the kernel, without composing it."""
+        return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+
+    def _reset_annealing(self) -> None:
+        self.attach_rate.fill_(1.0)
+        self.time_step.zero_()
+
+    def reset_parameters(self, generator: Optional[torch.Generator] = None) -> None:
+        """Draw all parameters afresh, with the paper's initial values; attach rate one, time step zero."""
+        raise NotImplementedError(f'{type(self).__name__} must define reset_parameters')
+
+    def fuse(self) -> nn.Conv2d:
+        """A new plain convolution with the layer's function; the layer itself stays as it is."""
+        raise NotImplementedError(f'{type(self).__name__} must define fuse')
+
+    def extra_repr(self) -> str:
+        text = f'{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}'
+        defaults: Dict[str, Any] = dict(padding=(0, 0), dilation=(1, 1), groups=1)
+        for key, default in defaults.items():
+            if getattr(self, key) != default:
+                text += f', {key}={getattr(self, key)}'
+        return text
+
+    def _geometry(self) -> Dict[str, Any]:
+        return {name: getattr(self, name) for name in GEOMETRY}
+
+    def _own_kwargs(self) -> Dict[str, Any]:
+        """Constructor arguments beyond a convolution's geometry."""
+        return {}
+
+    def like(self: LayerT, in_channels: int, device: Any = None) -> LayerT:
+        """A freshly drawn layer of the same kind with another number of input channels.
+
+        Args:
+            in_channels: Input channels ``i``.
+            device: Where to put it; the layer's own device if None.
+
+        Returns:
+            A layer in the same dtype.
+        """
+        reference = next(self.parameters())
+        kwargs = dict(self._geometry(), **self._own_kwargs(), in_channels=in_channels, dtype=reference.dtype)
+        return type(self)(**kwargs, device=device or reference.device)
+
+    @classmethod
+    def from_geometry(
+            cls: Type[LayerT],
+            conv: nn.Conv2d,
+            generator: Optional[torch.Generator] = None,
+            **kwargs: Any,
+    ) -> LayerT:
+        """A freshly drawn rep layer with the geometry of a plain convolution, but not its function.
+
+        Args:
+            conv: The convolution; it stays as it is.
+            generator: Source of the draw.
+            **kwargs: More arguments of the layer's constructor.
+
+        Returns:
+            A layer on the same device, in the same dtype and mode.
+
+        Raises:
+            UserError: If this layer cannot stand for the convolution.
+        """
+        geometry = {name: getattr(conv, name) for name in GEOMETRY}
+        kwargs.update(geometry, generator=generator, device=conv.weight.device, dtype=conv.weight.dtype)
+        return cls(**kwargs).train(conv.training)
+
+    def _plain_conv(self, weight: Tensor, bias: Optional[Tensor]) -> nn.Conv2d:
+        # skip_init: fusing draws nothing from the global random generator
+        conv = torch.nn.utils.skip_init(
+            nn.Conv2d, **self._geometry(), bias=bias is not None, device=weight.device, dtype=weight.dtype)
+        with torch.no_grad():
+            conv.weight.copy_(weight)
+            if conv.bias is not None and bias is not None:
+                conv.bias.copy_(bias)
+        return conv.train(self.training)
+
+    def _check_kernel(self, weight: Tensor, bias: Optional[Tensor]) -> None:
+        if tuple(weight.shape) != self.weight_shape:
+            raise UserError(
+                f'{type(self).__name__} takes a kernel of shape {self.weight_shape}, got {tuple(weight.shape)}')
+        if bias is not None and tuple(bias.shape) != (self.out_channels,):
+            raise UserError(f'bias must have shape ({self.out_channels},), got {tuple(bias.shape)}')
+
+
+class LinearRepLayer(RepLayer):
+    """A rep layer without norms in its branches: every step composes one kernel and convolves once.
+
+    Fusing and restoring are exact in training mode too, since nothing in it depends on batch statistics. They compose
+    in full float32; the forward composes in TF32 where that is allowed.
+    """
+
+    bias: Optional[nn.Parameter]
+
+    def _init_bias(self, bias: bool, device: Optional[torch.device], dtype: Optional[torch.dtype]) -> None:
+        self.register_parameter(
+            'bias', nn.Parameter(torch.empty(self.out_channels, device=device, dtype=dtype)) if bias else None)
+
+    def _own_kwargs(self) -> Dict[str, Any]:
+        return dict(bias=self.bias is not None)
+
+    def _reset_bias(self, generator: Optional[torch.Generator]) -> None:
+        # nn.Conv2d's own initial values: U(-b, b), b = 1 / sqrt(fan_in)
+        if self.bias is not None:
+            fan_in = self.in_channels // self.groups * self.kernel_size[0] * self.kernel_size[1]
+            kaiming_uniform_(self.bias, 6 * fan_in, generator=generator)
+
+    def _compose(self, channels_last: bool) -> Tensor:
+        raise NotImplementedError(f'{type(self).__name__} must define _compose')
+
+    def compose_weight(self) -> Tensor:
+        with full_float32():
+            return self._compose(False)
+
+    def compose_weight_bias(self) -> Tuple[Tensor, Optional[Tensor]]:
+        return self.compose_weight(), self.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self._compose(prefers_channels_last(x))
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def set_restoring_rate_(self, rate: float, compensate: bool) -> None:
+        self.set_attach_rate_(rate)  # without norms, the origin branch can always make up for the others
+
+    def clear_origin_(self) -> Tensor:
+        """Set the origin branch to zero with scale one, and return its kernel to write to."""
+        raise NotImplementedError(f'{type(self).__name__} must define clear_origin_')
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Conv2d:
+        """A new ``nn.Conv2d`` with the composed kernel, on the same device, in the same dtype and mode.
+
+        Returns:
+            A convolution with the layer's outputs: to 1e-6 of the largest in float32, 1e-12 in float64.
+        """
+        return self._plain_conv(self.compose_weight(), self.bias)
+
+    @torch.no_grad()
+    def restore_(self, weight: Tensor, bias: Optional[Tensor] = None) -> None:
+        """Make the layer compute exactly this kernel at the attach rate in force, whatever the side branches hold.
+
+        The origin branch becomes ``K - attach_rate * (sum of the side branches)`` with scale one; no learnt scale is
+        divided by.
+
+        Args:
+            weight: Kernel ``(o, i/g, kh, kw)``.
+            bias: ``(o,)``; None sets an existing bias to zero.
+
+        Raises:
+            UserError: For another shape, or a bias for a layer without one. The layer is then unchanged.
+        """
+        self._check_kernel(weight, bias)
+        if bias is not None and self.bias is None:
+            raise UserError(f'this {type(self).__name__} was built with bias=False, it cannot hold a bias')
+        origin = self.clear_origin_()
+        for _ in range(2):  # the second pass takes up the rounding of the first
+            origin.add_(weight.to(origin) - self.compose_weight())
+        if self.bias is not None:
+            self.bias.zero_() if bias is None else self.bias.copy_(bias)
+
+    @classmethod
+    def from_geometry(
+            cls: Type[LayerT],
+            conv: nn.Conv2d,
+            generator: Optional[torch.Generator] = None,
+            **kwargs: Any,
+    ) -> LayerT:
+        return super().from_geometry(conv, generator, bias=conv.bias is not None, **kwargs)
+
+    @classmethod
+    def from_conv(
+            cls: Type[LayerT],
+            conv: nn.Conv2d,
+            generator: Optional[torch.Generator] = None,
+            **kwargs: Any,
+    ) -> LayerT:
+        """A rep layer with the function of a plain convolution; its side branches are drawn afresh.
+
+        Args:
+            conv: The convolution; it stays as it is.
+            generator: Source of the draw.
+            **kwargs: More arguments of the layer's constructor.
+
+        Returns:
+            A layer on the same device, in the same dtype and mode.
+
+        Raises:
+            UserError: If this layer cannot stand for the convolution.
+        """
+        layer = cls.from_geometry(conv, generator, **kwargs)
+        layer.restore_(conv.weight, conv.bias)
+        return layer
+
+
+# A symbolic trace records this call as it is: a traced input has no memory format.
+torch.fx.wrap('prefers_channels_last')

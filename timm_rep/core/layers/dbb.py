@@ -1,0 +1,199 @@
+"""Diverse Branch Block (CVPR 2021)."""
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.models import register_notrace_module
+from torch import Tensor
+
+from .. import kernels
+from ..methods import register_method
+from .normed import NormedMethod, NormedRepLayer, fold_batch_norm
+
+__all__ = ['DBB', 'DiverseBranchConv2d', 'NormPad2d']
+
+
+class NormPad2d(nn.Module):
+    """Batch norm, then pad with the norm's image of zero by the kept statistics.
+
+    So the border holds what a convolution of the zero-padded input would have put there, and a KxK convolution or an
+    average pooling behind it folds exactly.
+
+    As in the authors' code, each pass in training mode moves the statistics that the next one's border is made of. So
+    gradient checkpointing, which passes twice, gives gradients that are off a little: it recomputes another border.
+    """
+
+    def __init__(self, channels: int, padding: Tuple[int, int], **kwargs: Any) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels, **kwargs)
+        self.padding = padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        zero = torch.zeros_like(norm.weight).reshape(1, -1, 1, 1)
+        border = F.batch_norm(
+            zero, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+        border = border.detach().type_as(x)
+        pad_h, pad_w = self.padding
+        return F.pad(self.norm(x) - border, [pad_w, pad_w, pad_h, pad_h]) + border
+
+
+@register_notrace_module
+class DiverseBranchConv2d(NormedRepLayer):
+    """Diverse Branch Block: the baseline of both papers, four branches on feature maps, a batch norm in each.
+
+    Origin ``conv_kxk``; a 1x1; a 1x1 then average pooling; a 1x1 (identity plus a learnt residual) then KxK. The norm
+    between two stages pads with its own image of zero, so that folding is exact at the border. A depthwise block has
+    no 1x1 branch, pools its input directly and has twice the inner channels.
+
+    `Diverse Branch Block: Building a Convolution as an Inception-like Unit` - https://arxiv.org/abs/2103.13425
+
+    Args:
+        in_channels: Input channels ``i``.
+        out_channels: Output channels ``o``.
+        kernel_size: Height and width, odd, not both one.
+        stride: Stride of the convolution.
+        padding: Zero padding in pixels.
+        dilation: Dilation of the kernel.
+        groups: Number of groups ``g``.
+        padding_mode: Only ``'zeros'``.
+        eps: Of all batch norms.
+        momentum: Of all batch norms.
+        generator: Source of the initial draw.
+
+    Raises:
+        UserError: For an even or 1x1 kernel, padding given as a string or mode other than zeros, or channels that the
+            groups do not divide.
+    """
+
+    if TYPE_CHECKING:
+        seq_identity: Tensor
+
+    def _add_side_branches(self, dd: Dict[str, Any], norm_dd: Dict[str, Any]) -> None:
+        in_channels, out_channels, groups = self.in_channels, self.out_channels, self.groups
+        depthwise = in_channels == out_channels == groups
+        inner = 2 * in_channels if depthwise else in_channels
+
+        self.conv_1x1: Optional[nn.Conv2d] = None
+        self.norm_1x1: Optional[nn.BatchNorm2d] = None
+        self.avg_conv: Optional[nn.Conv2d] = None
+        self.avg_inner_norm: Optional[NormPad2d] = None
+        if not depthwise:
+            self.conv_1x1 = nn.Conv2d(
+                in_channels, out_channels, 1, stride=self.stride, groups=groups, bias=False, **dd)
+            self.norm_1x1 = nn.BatchNorm2d(out_channels, **norm_dd)
+            self.avg_conv = nn.Conv2d(in_channels, out_channels, 1, groups=groups, bias=False, **dd)
+            self.avg_inner_norm = NormPad2d(out_channels, self.padding, **norm_dd)
+        self.avg_norm = nn.BatchNorm2d(out_channels, **norm_dd)
+
+        self.seq_1x1 = nn.Parameter(torch.empty(inner, in_channels // groups, 1, 1, **dd))
+        self.seq_inner_norm = NormPad2d(inner, self.padding, **norm_dd)
+        self.seq_kxk = nn.Conv2d(**dict(self._geometry(), in_channels=inner, padding=0), bias=False, **dd)
+        self.seq_norm = nn.BatchNorm2d(out_channels, **norm_dd)
+        self.register_buffer('seq_identity', torch.empty(inner, in_channels // groups, 1, 1, **dd), persistent=False)
+        self.init_non_persistent_buffers()
+
+    def init_non_persistent_buffers(self) -> None:
+        """Fill the identity that the inner 1x1 is added to."""
+        identity = kernels.grouped_identity(
+            self.in_channels, self.groups, device=self.seq_identity.device, dtype=self.seq_identity.dtype)
+        identity = identity.unflatten(0, (self.groups, -1))
+        ratio = self.seq_identity.shape[0] // self.in_channels
+        self.seq_identity.copy_(identity.repeat(1, ratio, 1, 1, 1).flatten(0, 1))
+
+    def _side_convs(self) -> Dict[str, nn.Conv2d]:
+        convs = dict(conv_1x1=self.conv_1x1, average=self.avg_conv, sequential=self.seq_kxk)
+        return {name: conv for name, conv in convs.items() if conv is not None}
+
+    def _side_norms(self) -> Tuple[nn.BatchNorm2d, ...]:
+        norms = (self.norm_1x1, self.avg_norm, self.seq_norm)
+        return tuple(norm for norm in norms if norm is not None)
+
+    def _inner_norms(self) -> Tuple[nn.BatchNorm2d, ...]:
+        norms = (self.avg_inner_norm, self.seq_inner_norm)
+        return tuple(padded.norm for padded in norms if padded is not None)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: Optional[torch.Generator] = None) -> None:
+        """Draw all branches afresh with the initial values of ``nn.Conv2d``, and reset all norms.
+
+        Args:
+            generator: Source of the draw.
+        """
+        super().reset_parameters(generator)
+        self.seq_1x1.zero_()
+
+    @torch.no_grad()
+    def redraw_side_branches_(self, generator: Optional[torch.Generator] = None) -> None:
+        super().redraw_side_branches_(generator)
+        self.seq_1x1.zero_()
+
+    def _fold_sides(self) -> Dict[str, Tuple[Tensor, Tensor]]:
+        height, width = self.kernel_size
+        sides: Dict[str, Tuple[Tensor, Tensor]] = {}
+        first, first_bias = fold_batch_norm(self.seq_1x1 + self.seq_identity, None, self.seq_inner_norm.norm)
+        second, bias = fold_batch_norm(self.seq_kxk.weight, None, self.seq_norm)
+        kernel = kernels.merge_sequential(first, second, self.groups)
+        sides['sequential'] = kernel, bias + kernels.merge_sequential_bias(first_bias, second, self.groups)
+
+        average = kernels.average_kernel((height, width), device=kernel.device, dtype=kernel.dtype)
+        inner_bias: Optional[Tensor] = None
+        if self.avg_conv is not None and self.avg_inner_norm is not None:
+            pointwise, inner_bias = fold_batch_norm(self.avg_conv.weight, None, self.avg_inner_norm.norm)
+            average = kernels.merge_pointwise_depthwise(pointwise, average)
+        else:
+            average = average.expand(self.out_channels, -1, -1, -1)
+        sides['average'] = fold_batch_norm(average, inner_bias, self.avg_norm)
+
+        if self.conv_1x1 is not None and self.norm_1x1 is not None:
+            sides['conv_1x1'] = fold_batch_norm(self.conv_1x1.weight, None, self.norm_1x1)
+        return sides
+
+    def _average(self, x: Tensor) -> Tensor:
+        if self.dilation == (1, 1):
+            return F.avg_pool2d(x, self.kernel_size, self.stride)
+        weight = torch.full(
+            [x.shape[1], 1, self.kernel_size[0], self.kernel_size[1]],
+            1.0 / (self.kernel_size[0] * self.kernel_size[1]), device=x.device, dtype=x.dtype)
+        return F.conv2d(x, weight, None, self.stride, 0, self.dilation, x.shape[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        pad_h, pad_w = self.padding
+        out = self.norm_kxk(self.conv_kxk(x))
+
+        mixed = F.conv2d(x, self.seq_1x1 + self.seq_identity, None, 1, 0, 1, self.groups)
+        side = self.seq_norm(self.seq_kxk(self.seq_inner_norm(mixed)))
+
+        if self.avg_conv is not None and self.avg_inner_norm is not None:
+            padded = self.avg_inner_norm(self.avg_conv(x))
+        else:
+            padded = F.pad(x, [pad_w, pad_w, pad_h, pad_h])
+        side = side + self.avg_norm(self._average(padded))
+
+        if self.conv_1x1 is not None and self.norm_1x1 is not None:
+            off_h, off_w = self._centre_offset()
+            side = side + self.norm_1x1(self.conv_1x1(F.pad(x, [off_w, off_w, off_h, off_h])))
+        return out + self.attach_rate.to(out.dtype) * side
+
+
+@register_method
+@dataclass(frozen=True)
+class DBB(NormedMethod):
+    """Diverse branch blocks for 3x3 and 5x5 convolutions and the norms behind them."""
+
+    name = 'dbb'
+    title = 'DBB'
+    summary = (
+        'DBB runs four branches (3x3, 1x1, 1x1-3x3, 1x1-average pooling) in place of each 3x3 convolution while '
+        'training, each with batch norms of its own.'
+    )
+    paper = 'arXiv:2103.13425'
+    citation = """@inproceedings{ding2021diverse,
+  title={Diverse Branch Block: Building a Convolution as an Inception-like Unit},
+  author={Ding, Xiaohan and Zhang, Xiangyu and Han, Jungong and Ding, Guiguang},
+  booktitle={Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year={2021}
+}"""
+    layers = (DiverseBranchConv2d,)

@@ -1,0 +1,79 @@
+"""OREPA: linear branches, each ended by a scale over output channels, composed into one kernel at every step.
+
+`Online Convolutional Re-parameterization` - https://arxiv.org/abs/2204.00826 (CVPR 2022)
+"""
+from dataclasses import dataclass
+from typing import Any, Dict, Optional, Tuple, Type
+
+from timm.models.byobnet import RepVggBlock
+from timm.models.resnet import BasicBlock
+
+from ...methods import Method, Place, register_method
+from ..base import LinearRepLayer
+from .kxk import OrepaConv2d
+from .pointwise import OrepaPointwiseConv2d
+from .stem import OrepaStemConv2d
+
+__all__ = ['Orepa', 'OrepaConv2d', 'OrepaPointwiseConv2d', 'OrepaStemConv2d']
+
+# Kernels of this size and larger become a stack of 3x3 blocks in ungrouped stems (official code).
+STEM_KERNEL_SIZE = 7
+
+
+@register_method
+@dataclass(frozen=True)
+class Orepa(Method):
+    """OREPA blocks for KxK convolutions, Rep-1x1 for 1x1 ones, a squeezed stack of 3x3 blocks for large square ones.
+
+    By default it takes the convolutions that a batch norm follows; of a RepVGG block only the KxK branch, and not the
+    shortcuts of a ResNet BasicBlock.
+
+    Source: OREPA Section 3; the choice of convolutions is that of the official networks.
+
+    Args:
+        branch_1x1: Have the plain 1x1 branch in KxK layers; None for the paper's choice: not in RepVGG's blocks, which
+            have one of their own.
+        negative_slope: ``a`` of the kaiming-uniform draw of KxK layers; None for the paper's: 1 in RepVGG's blocks,
+            else 0.
+    """
+
+    name = 'orepa'
+    title = 'OREPA'
+    summary = (
+        'OREPA composes the kernel of each convolution from linear branches at every training step (up to six for a '
+        '3x3: plain, average pooling, frequency prior, 1x1-3x3, 1x1, depthwise separable), each with a learnt scale '
+        'for every output channel; the one norm comes behind their sum. The branches never see an image, so '
+        'training costs little more than that of the plain network.'
+    )
+    paper = 'arXiv:2204.00826'
+    citation = """@inproceedings{hu2022online,
+  title={Online Convolutional Re-parameterization},
+  author={Hu, Mu and Feng, Junyi and Hua, Jiashen and Lai, Baisheng and Huang, Jianqiang and Gong, Xiaojin and
+    Hua, Xian-Sheng},
+  booktitle={Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year={2022}
+}"""
+    layers = (OrepaConv2d, OrepaPointwiseConv2d, OrepaStemConv2d)
+
+    branch_1x1: Optional[bool] = None
+    negative_slope: Optional[float] = None
+
+    def takes(self, place: Place) -> bool:
+        if place.norm is None:
+            return False
+        if place.is_inside(RepVggBlock):
+            return place.name.endswith('conv_kxk.conv')
+        return not (place.is_inside(BasicBlock) and 'downsample' in place.name.split('.'))
+
+    def layer_for(self, place: Place) -> Tuple[Type[LinearRepLayer], Dict[str, Any]]:
+        height, width = place.conv.kernel_size
+        in_repvgg = place.is_inside(RepVggBlock)
+        if (height, width) == (1, 1):
+            return OrepaPointwiseConv2d, {}
+        if height == width >= STEM_KERNEL_SIZE and place.conv.groups == 1 and not in_repvgg:
+            return OrepaStemConv2d, {}
+        branch_1x1, negative_slope = (False, 1.0) if in_repvgg else (True, 0.0)
+        return OrepaConv2d, dict(
+            branch_1x1=branch_1x1 if self.branch_1x1 is None else self.branch_1x1,
+            negative_slope=negative_slope if self.negative_slope is None else self.negative_slope,
+        )

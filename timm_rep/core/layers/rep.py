@@ -1,0 +1,100 @@
+"""RepVGG's branches (CVPR 2021) for any convolution."""
+from dataclasses import dataclass
+from typing import Any, Dict, Optional, Tuple
+
+import torch.nn as nn
+from timm.models import register_notrace_module
+from timm.models.byobnet import RepVggBlock
+from torch import Tensor
+
+from .. import kernels
+from ..methods import Place, register_method
+from .normed import NormedMethod, NormedRepLayer, crop, fold_batch_norm
+from .repvgg import AnnealedRepVggBlock
+
+__all__ = ['Rep', 'RepConv2d']
+
+
+@register_notrace_module
+class RepConv2d(NormedRepLayer):
+    """RepVGG's branches for any KxK: a KxK, a 1x1 and, where the shapes allow it, the identity, with a norm in each.
+
+    There is an identity branch if the input has the output's channels, the stride is one and the size is kept.
+
+    `RepVGG: Making VGG-style ConvNets Great Again` - https://arxiv.org/abs/2101.03697
+
+    Args:
+        in_channels: Input channels ``i``.
+        out_channels: Output channels ``o``.
+        kernel_size: Height and width, odd, not both one.
+        stride: Stride of the convolution.
+        padding: Zero padding in pixels.
+        dilation: Dilation of the kernel.
+        groups: Number of groups ``g``.
+        padding_mode: Only ``'zeros'``.
+        eps: Of all batch norms.
+        momentum: Of all batch norms.
+        generator: Source of the initial draw.
+
+    Raises:
+        UserError: For an even or 1x1 kernel, padding given as a string or mode other than zeros, or channels that the
+            groups do not divide.
+    """
+
+    def _add_side_branches(self, dd: Dict[str, Any], norm_dd: Dict[str, Any]) -> None:
+        off_h, off_w = self._centre_offset()
+        pointwise = dict(kernel_size=1, padding=(max(off_h, 0), max(off_w, 0)), dilation=1)
+        self.conv_1x1 = nn.Conv2d(**dict(self._geometry(), **pointwise), bias=False, **dd)
+        self.norm_1x1 = nn.BatchNorm2d(self.out_channels, **norm_dd)
+        self.norm_identity: Optional[nn.BatchNorm2d] = None
+        if self.in_channels == self.out_channels and self.stride == (1, 1) and (off_h, off_w) == (0, 0):
+            self.norm_identity = nn.BatchNorm2d(self.out_channels, **norm_dd)
+
+    def _side_convs(self) -> Dict[str, nn.Conv2d]:
+        return dict(conv_1x1=self.conv_1x1)
+
+    def _side_norms(self) -> Tuple[nn.BatchNorm2d, ...]:
+        return (self.norm_1x1,) if self.norm_identity is None else (self.norm_1x1, self.norm_identity)
+
+    def _fold_sides(self) -> Dict[str, Tuple[Tensor, Tensor]]:
+        sides = dict(conv_1x1=fold_batch_norm(self.conv_1x1.weight, None, self.norm_1x1))
+        if self.norm_identity is not None:
+            identity = kernels.grouped_identity(
+                self.in_channels, self.groups, device=self.conv_1x1.weight.device, dtype=self.conv_1x1.weight.dtype)
+            sides['identity'] = fold_batch_norm(identity, None, self.norm_identity)
+        return sides
+
+    def forward(self, x: Tensor) -> Tensor:
+        off_h, off_w = self._centre_offset()
+        out = self.norm_kxk(self.conv_kxk(x))
+        side = self.norm_1x1(self.conv_1x1(crop(x, max(-off_h, 0), max(-off_w, 0))))
+        if self.norm_identity is not None:
+            side = side + self.norm_identity(x)
+        return out + self.attach_rate.to(out.dtype) * side
+
+
+@register_method
+@dataclass(frozen=True)
+class Rep(NormedMethod):
+    """RepVGG's branches for 3x3 and 5x5 convolutions and the norms behind them.
+
+    RepVGG's own blocks are that already: they get an attach rate, and their convolutions stay.
+    """
+
+    name = 'rep'
+    title = 'REP'
+    summary = (
+        "RepVGG's blocks run a 1x1 and, where the shapes allow it, the identity beside each 3x3 convolution while "
+        'training, each with a batch norm of its own.'
+    )
+    paper = 'arXiv:2101.03697'
+    citation = """@inproceedings{ding2021repvgg,
+  title={RepVGG: Making VGG-style ConvNets Great Again},
+  author={Ding, Xiaohan and Zhang, Xiangyu and Ma, Ningning and Han, Jungong and Ding, Guiguang and Sun, Jian},
+  booktitle={Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year={2021}
+}"""
+    layers = (RepConv2d, AnnealedRepVggBlock)
+
+    def takes(self, place: Place) -> bool:
+        return super().takes(place) and not place.is_inside(RepVggBlock)

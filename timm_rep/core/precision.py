@@ -1,0 +1,47 @@
+"""Precision of composing: away from autocast, and in full float32 where training may use less."""
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
+from typing import Any, Callable, ContextManager, Iterator, List, Tuple
+
+import torch
+from torch import Tensor
+
+__all__ = ['full_float32', 'without_autocast']
+
+
+def without_autocast(tensor: Tensor) -> torch.autocast:
+    """Context in which products keep the dtype of their factors; the meta device has no autocast to switch off."""
+    return torch.autocast('cpu' if tensor.is_meta else tensor.device.type, enabled=False)
+
+
+@contextmanager
+def _highest_precision() -> Iterator[None]:
+    backends: Any = torch.backends
+    allow_conv_tf32 = partial(setattr, backends.cudnn, 'allow_tf32')
+    older: List[Tuple[Callable[[Any], None], Any]] = []
+    newer: List[Tuple[Callable[[Any], None], Any]] = []
+    with suppress(RuntimeError):  # torch refuses to tell it once fp32_precision says something else
+        older.append((torch.set_float32_matmul_precision, torch.get_float32_matmul_precision()))
+    with suppress(RuntimeError):
+        older.append((allow_conv_tf32, backends.cudnn.allow_tf32))
+    for backend, operation in (('cuda', 'matmul'), ('mkldnn', 'matmul'), ('cudnn', 'conv'), ('cudnn', 'rnn')):
+        holder: Any = getattr(getattr(backends, backend), operation, None)
+        if hasattr(holder, 'fp32_precision'):  # torch 2.9 and newer
+            newer.append((partial(setattr, holder, 'fp32_precision'), holder.fp32_precision))
+    torch.set_float32_matmul_precision('highest')
+    allow_conv_tf32(False)
+    for put, _ in newer:
+        put('ieee')
+    try:
+        yield
+    finally:
+        for put, value in older + newer:
+            put(value)
+
+
+def full_float32() -> ContextManager[None]:
+    """Context in which float32 is computed in full, whatever was allowed for training (TF32 or bfloat16 products).
+
+    A compiled or exported graph cannot switch that, so there it does nothing.
+    """
+    return nullcontext() if torch.compiler.is_compiling() else _highest_precision()

@@ -1,0 +1,196 @@
+"""Check that an exported model, in a folder or on the Hub, still computes what it did when it was exported."""
+import json
+from pathlib import Path
+from typing import Dict, Optional, Tuple, Union
+
+import huggingface_hub
+import safetensors.torch
+import timm
+import torch
+import torch.nn as nn
+from huggingface_hub.errors import OfflineModeIsEnabled
+from torch import Tensor
+
+from ..core.errors import UserError
+from ..core.verify import DEFAULT_RTOL, Report, VerificationError, compare_outputs
+from ..io.checkpoint import FACTORY_ARGS, HUB_PREFIX
+from ..io.hub_errors import HubError, hub_errors
+from .export import CONFIG_FILE, SELF_CHECK_BYTES, SELF_CHECK_FILE, WEIGHTS_FILE
+
+__all__ = ['check_export', 'is_export', 'load_export']
+
+# The only files that are fetched: names come from here, never from what is fetched.
+FILES = (CONFIG_FILE, SELF_CHECK_FILE, WEIGHTS_FILE)
+# What a file may weigh before it is fetched or read. Weights: what the architecture takes in half precision, to what it
+# takes in double precision, and this.
+MAX_BYTES = {CONFIG_FILE: 2 ** 20, SELF_CHECK_FILE: SELF_CHECK_BYTES}
+WEIGHTS_ALLOWANCE = 2 ** 24
+# Where weights come from is not for a config.json to say.
+SOURCE_KEYS = ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'state_dict', 'custom_load', 'source')
+
+
+def is_export(source: Union[str, Path]) -> bool:
+    """Whether something names an exported model: a folder with config.json, or 'hf-hub:ORG/NAME'.
+
+    Args:
+        source: What the user gave.
+
+    Returns:
+        Whether it does.
+    """
+    return str(source).startswith(HUB_PREFIX) or (Path(source) / CONFIG_FILE).is_file()
+
+
+def _file(folder: Path, name: str) -> Path:
+    path = folder / name
+    if not path.is_file():
+        raise FileNotFoundError(f'{folder} holds no {name}, which an export writes')
+    return path
+
+
+def _check_size(name: str, size: Optional[int], allowed: int, least: int = 0) -> None:
+    if size is None or not least <= size <= allowed:
+        expected = f'{least} to {allowed}' if least else f'at most {allowed}'
+        raise UserError(f'{name} has {size} bytes, allowed are {expected}; it is not read')
+
+
+def _check_config(path: Path) -> None:
+    """Refuse a config.json that is not of a timm model, or that would make timm read or fetch anything else."""
+    _check_size(path.name, path.stat().st_size, MAX_BYTES[CONFIG_FILE])
+    try:
+        config = json.loads(path.read_text())
+    except (ValueError, RecursionError) as e:
+        raise UserError(f'{path} is not a JSON file: {e}') from None
+    cfg = config.get('pretrained_cfg') if isinstance(config, dict) else None
+    architecture = config.get('architecture') if isinstance(cfg, dict) else None
+    if not isinstance(cfg, dict) or not isinstance(architecture, str) or not timm.is_model(architecture):
+        raise UserError(f'{path} does not describe a timm model; its architecture is {architecture!r}')
+    args = config.get('model_args', {})
+    if not isinstance(args, dict):
+        raise UserError(f'{path}: model_args must be arguments by name, got {type(args).__name__}')
+    named = [key for key in SOURCE_KEYS if cfg.get(key)] + sorted(FACTORY_ARGS & set(args))
+    if named:
+        raise UserError(f'{path} names another source of weights ({", ".join(named)}); it is not followed')
+
+
+def _build(folder: Path, pretrained: bool) -> nn.Module:
+    """Let timm rebuild the model of a checked config.json."""
+    try:
+        return timm.create_model(f'local-dir:{folder}', pretrained=pretrained)
+    except Exception as e:  # whatever the model makes of strange arguments
+        what = f'{CONFIG_FILE} and {WEIGHTS_FILE}' if pretrained else CONFIG_FILE
+        raise UserError(f'timm cannot rebuild the model from {what} in {folder}: {e}') from e
+
+
+def _check_weights_size(folder: Path, size: Optional[int]) -> None:
+    """Compare the size of the weights with what the model takes, before that is allocated."""
+    with torch.device('meta'):
+        values = _build(folder, pretrained=False).state_dict().values()
+    numbers = sum(value.numel() for value in values)
+    _check_size(WEIGHTS_FILE, size, 8 * numbers + WEIGHTS_ALLOWANCE, least=2 * numbers)
+
+
+def _fetch(repo: str, revision: Optional[str]) -> Path:
+    """Fetch the files of one commit into the cache of huggingface_hub, the small ones first."""
+    with hub_errors(repo):
+        return _fetch_files(repo, revision)
+
+
+def _fetch_files(repo: str, revision: Optional[str]) -> Path:
+    api = huggingface_hub.HfApi(library_name='timm_rep')
+
+    def fetch(name: str, commit: Optional[str]) -> Path:
+        return Path(api.hf_hub_download(repo, name, revision=commit))
+
+    try:
+        info = api.model_info(repo, revision=revision, files_metadata=True)
+    except OfflineModeIsEnabled:  # what is in the cache was checked when it came
+        paths = [fetch(name, revision) for name in FILES]
+        return paths[0].parent
+    sizes = {file.rfilename: file.size for file in info.siblings or ()}
+    for name in FILES:
+        if name not in sizes:
+            raise FileNotFoundError(f'{repo} holds no {name}, which `timm-rep publish` writes')
+        if name in MAX_BYTES:
+            _check_size(name, sizes[name], MAX_BYTES[name])
+    folder = fetch(CONFIG_FILE, revision).parent  # by its name, so that it is found offline by that name
+    if folder.name != info.sha:
+        raise HubError(f'{repo} was changed in between; try again')
+    _check_config(folder / CONFIG_FILE)
+    _check_weights_size(folder, sizes[WEIGHTS_FILE])
+    for name in FILES[1:]:
+        fetch(name, info.sha)
+    return folder
+
+
+def load_export(folder: Path) -> nn.Module:
+    """Rebuild an exported model with timm.
+
+    Args:
+        folder: Folder of :func:`timm_rep.export_folder`.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        FileNotFoundError: If one of the files is missing.
+        UserError: If a file is too large, or not what an export writes.
+    """
+    _check_config(_file(folder, CONFIG_FILE))
+    _check_weights_size(folder, _file(folder, WEIGHTS_FILE).stat().st_size)
+    return _build(folder, pretrained=True).eval()
+
+
+def _read_self_check(path: Path) -> Tuple[Tensor, Tensor]:
+    """Input and output that the model was exported with."""
+    _check_size(SELF_CHECK_FILE, path.stat().st_size, MAX_BYTES[SELF_CHECK_FILE])
+    try:
+        tensors: Dict[str, Tensor] = safetensors.torch.load_file(path)
+    except Exception as e:  # of damaged files, more than safetensors' own
+        raise UserError(f'{path} is a damaged safetensors file: {e}') from None
+    found = {key: f'{value.dtype} {tuple(value.shape)}' for key, value in tensors.items()}
+    if (
+            set(tensors) != {'input', 'output'}
+            or tensors['input'].ndim != 4
+            or 0 in (tensors['input'].numel(), tensors['output'].numel())
+            or not tensors['input'].dtype == tensors['output'].dtype in DEFAULT_RTOL
+    ):
+        raise UserError(f'{path} must hold an input (b, c, h, w) and an output of real numbers, got {found}')
+    return tensors['input'], tensors['output']
+
+
+def check_export(source: Union[str, Path]) -> Report:
+    """Rebuild an exported model with timm and compare its output with the one that it was exported with.
+
+    Only ``config.json``, ``model.safetensors`` and ``test/rand_tensors.safetensors`` are fetched and read; their sizes
+    are checked before.
+
+    Args:
+        source: Folder of :func:`timm_rep.export_folder`, or ``'hf-hub:ORG/NAME'``, with ``'@REVISION'`` if wanted.
+
+    Returns:
+        The difference of the outputs.
+
+    Raises:
+        FileNotFoundError: If one of the files is missing.
+        UserError: If a file is too large, or not what an export writes.
+        HubError: If the Hub cannot be reached, or refuses.
+        VerificationError: If the outputs differ.
+    """
+    if str(source).startswith(HUB_PREFIX):
+        repo, _, revision = str(source)[len(HUB_PREFIX):].partition('@')
+        folder = _fetch(repo, revision or None)
+    else:
+        folder = Path(source)
+    model = load_export(folder)
+    inputs, expected = _read_self_check(_file(folder, SELF_CHECK_FILE))
+    rtol = DEFAULT_RTOL[inputs.dtype]
+    try:
+        with torch.inference_mode():
+            output = model.to(inputs.dtype)(inputs)
+    except Exception as e:  # whatever the model makes of strange inputs
+        raise UserError(f'the model cannot take the input in {folder / SELF_CHECK_FILE}: {e}') from e
+    try:
+        return Report((), compare_outputs('', expected, output, rtol), rtol, 0.0)
+    except VerificationError as e:
+        raise VerificationError(f'{source} does not compute what it was published with: {e}') from None

@@ -1,0 +1,354 @@
+"""What a run of timm's train.py leaves beside its checkpoint, made fit to be shown to others."""
+import csv
+import json
+import logging
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union
+from urllib.parse import urlsplit
+
+import yaml
+
+from ..core.errors import UserError
+
+__all__ = ['Run', 'complete_rows', 'plain_args', 'read_run', 'read_run_args', 'read_summary', 'to_number', 'write_run']
+
+_logger = logging.getLogger(__name__)
+
+# Arguments of timm's train.py and of this package's that say what was trained and how. No others are published: they
+# say where and by whom, or may be anything.
+SHARED_ARGS = frozenset("""
+    dataset train_split val_split train_num_samples val_num_samples dataset_download input_img_mode input_key
+    target_key dataset_trust_remote_code model pretrained no_resume_opt num_classes gp img_size in_chans input_size
+    crop_pct mean std interpolation batch_size validation_batch_size channels_last fuser grad_accum_steps
+    grad_checkpointing fast_norm model_kwargs head_init_scale head_init_bias torchcompile_mode torchscript
+    torchcompile device amp amp_dtype model_dtype no_ddp_bb synchronize_step device_modules opt opt_eps opt_betas
+    momentum weight_decay clip_grad clip_mode layer_decay layer_decay_min_scale layer_decay_no_opt_scale opt_kwargs
+    sched sched_on_updates lr lr_base lr_base_size lr_base_scale lr_noise lr_noise_pct lr_noise_std lr_cycle_mul
+    lr_cycle_decay lr_cycle_limit lr_k_decay warmup_lr min_lr epochs epoch_repeats start_epoch decay_milestones
+    decay_epochs warmup_epochs warmup_prefix cooldown_epochs patience_epochs decay_rate no_aug train_crop_mode scale
+    ratio hflip vflip color_jitter color_jitter_prob grayscale_prob gaussian_blur_prob aa aug_repeats aug_splits
+    jsd_loss bce_loss bce_sum bce_target_thresh bce_pos_weight reprob remode recount resplit mixup cutmix
+    cutmix_minmax mixup_prob mixup_switch_prob mixup_mode mixup_off_epoch smoothing train_interpolation drop
+    drop_connect drop_path drop_block bn_momentum bn_eps sync_bn dist_bn split_bn model_ema model_ema_force_cpu
+    model_ema_decay model_ema_warmup seed worker_seeding log_interval val_interval recovery_interval checkpoint_hist
+    workers save_images pin_mem no_prefetcher eval_metric tta use_multi_epochs_loader train_img_sizes
+    train_batch_sizes train_size_probs train_size_schedule train_size_schedule_spread train_size_random_mix
+    train_batches_per_epoch variable_batch_loss_scale naflex_loader naflex_train_seq_lens naflex_max_seq_len
+    naflex_patch_sizes naflex_patch_size_probs naflex_loss_scale naflex_patchify_channels_first kd_model_name
+    kd_distill_type kd_loss_type distill_loss_weight task_loss_weight kd_temperature kd_student_feature_dim
+    kd_teacher_feature_dim kd_token_distill_type
+    time_steps attach_warmup_epochs compensate imply_statistics log_branches
+""".split())
+# What train.py adds to its arguments for itself, once it runs.
+DERIVED_ARGS = frozenset(('distributed', 'local_rank', 'prefetcher', 'rank', 'world_size'))
+START_ARGS = ('initial_checkpoint', 'pretrained_path')
+UNSET: Tuple[Any, ...] = (None, '', False, 0, [], {})
+SECRET_NAME = re.compile(r'token|secret|passw|credential|auth|key', re.IGNORECASE)
+# A path of a machine, an address, or what access keys begin with, anywhere in a text.
+PRIVATE_VALUE = re.compile(
+    r'(?<!\w)[/\\~]|local-dir:|(?:hf_|gh[opsur]_|github_pat_|glpat-|xox[abp]-|(?<![a-z])sk-|AKIA|AIza)\w{8}',
+    re.IGNORECASE)
+PathLike = Union[str, Path]
+# By the arguments inside a checkpoint and in the args.yaml beside it the two are told to be of one run: by all but
+# those that train.py changes itself, and those that may differ when a run is resumed.
+IDENTITY_ARGS = (SHARED_ARGS | {'experiment'}) - {
+    'checkpoint_hist', 'device', 'dist_bn', 'log_interval', 'pin_mem', 'recovery_interval', 'save_images',
+    'start_epoch', 'workers'}
+# Where args.yaml leaves them open, train.py decides once it runs.
+DECIDED_LATER = ('lr', 'lr_base_scale', 'num_classes')
+WHY_LEFT_OUT = "since about the machine it ran on, or not train.py's own"
+DEFAULT_EVAL_METRIC = 'top1'
+# What arguments must be that something is built from here, if they are given.
+ARG_TYPES: Dict[str, Tuple[type, ...]] = dict(
+    model=(str,), num_classes=(int,), in_chans=(int,), gp=(str,), bn_eps=(float, int), model_kwargs=(dict,),
+    input_size=(list,), img_size=(int,), interpolation=(str,), mean=(list,), std=(list,), crop_pct=(float, int),
+    dataset=(str,), val_split=(str,), time_steps=(int,))
+# Figures of summary.csv by the name that they have on a model card.
+SUMMARY_METRICS = dict(top1='eval_top1', top5='eval_top5')
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run.
+
+    Attributes:
+        args: Arguments of train.py that say what was trained and how.
+        left_out: Names of the arguments that are left out, of those that were given.
+        start_files: Files that the weights started from, by the option that names them, without their folders.
+        processes: On how many processes it ran at once, each with batches of its own.
+        history: Figures of every epoch, from summary.csv; empty if there is none.
+        epoch: Epoch of the checkpoint, counted from 0, if known.
+        metrics: Figures of the checkpoint's weights that the run measured on its validation split: ``top1``, ``top5``
+            in percent; only those that it did measure.
+    """
+
+    args: Dict[str, Any]
+    left_out: Tuple[str, ...]
+    start_files: Dict[str, str]
+    processes: int
+    history: Tuple[Dict[str, float], ...]
+    epoch: Optional[int]
+    metrics: Dict[str, float]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    return next((kind(value) for kind in (bool, int, float, str) if isinstance(value, kind)), None)
+
+
+def plain_args(args: Mapping[Any, Any], source: Path) -> Dict[str, Any]:
+    """Arguments of a run as plain numbers, strings, lists and dicts; None for what is none of these.
+
+    Args:
+        args: What a file says.
+        source: The file, for the error.
+
+    Returns:
+        The arguments. Those that are None are left out if something is built from them.
+
+    Raises:
+        UserError: If something is built from an argument and it is of another type.
+    """
+    plain: Dict[str, Any] = _plain(args)
+    for key, kinds in ARG_TYPES.items():
+        if plain.get(key) is None:
+            plain.pop(key, None)
+            continue
+        value = plain[key]
+        numbers = not isinstance(value, list) or all(isinstance(part, (int, float)) for part in value)
+        if not (isinstance(value, kinds) and numbers):
+            wanted = 'list of numbers' if list in kinds else kinds[0].__name__
+            raise UserError(f'{source}: the argument {key} must be of type {wanted}, got {value!r}')
+    return plain
+
+
+def read_run_args(path: Path) -> Dict[str, Any]:
+    """Arguments of the run that wrote a checkpoint, from the file that train.py puts beside it.
+
+    Args:
+        path: The checkpoint.
+
+    Returns:
+        The arguments; empty if there is no args.yaml.
+
+    Raises:
+        UserError: If args.yaml is not a YAML file, or an argument is not what train.py takes.
+    """
+    args_path = path.parent / 'args.yaml'
+    if not args_path.is_file():
+        return {}
+    try:
+        args = yaml.safe_load(args_path.read_text())
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
+        raise UserError(f'{args_path} is not a YAML file: {e}') from e
+    return plain_args(args, args_path) if isinstance(args, dict) else {}
+
+
+def _is_private(value: Any) -> bool:
+    """Whether a value holds a path of a machine, an address or something secret, or is no plain value."""
+    if isinstance(value, dict):
+        return bool(_without_private(value)[1])
+    if isinstance(value, (list, tuple)):
+        return any(map(_is_private, value))
+    if not isinstance(value, str):
+        return not isinstance(value, (bool, int, float, type(None)))
+    return PRIVATE_VALUE.search(value) is not None
+
+
+def _without_private(args: Mapping[Any, Any], inside: str = '') -> Tuple[Dict[Any, Any], List[str]]:
+    """Arguments without what is private in them, and the names of that; ``inside`` names the one they are a part of."""
+    kept: Dict[Any, Any] = {}
+    left_out: List[str] = []
+    for key, value in args.items():
+        if _is_private(str(key)):
+            left_out.append(f'{inside}...')
+        elif inside and SECRET_NAME.search(str(key)):  # of train.py's own arguments all names are known
+            left_out.append(f'{inside}{key}')
+        elif isinstance(value, dict):
+            kept[key], names = _without_private(value, f'{inside}{key}.')
+            left_out += names
+        elif _is_private(value):
+            left_out.append(f'{inside}{key}')
+        else:
+            kept[key] = value
+    return kept, left_out
+
+
+def _file_name(path: str) -> str:
+    """The last part of a path of any system, or of an address."""
+    name = PureWindowsPath(urlsplit(path).path if '://' in path else path).name
+    return 'FILE' if _is_private(name) else name
+
+
+def complete_rows(path: Path) -> Iterator[Dict[str, str]]:
+    """Rows of a csv file that a run appends to: a resume repeats the header, a kill leaves a line cut off.
+
+    Args:
+        path: File whose first column is the epoch.
+
+    Yields:
+        The complete rows, by column.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f'no {path.name} in {path.parent}')
+    lines = path.read_text(errors='replace').splitlines(keepends=True)
+    if lines and not lines[-1].endswith('\n'):
+        del lines[-1]
+    header: List[str] = []
+    for cells in csv.reader(lines):
+        if cells[:1] == ['epoch']:
+            header = cells
+        elif len(cells) == len(header) and cells[0].isdigit():
+            yield dict(zip(header, cells))
+
+
+def to_number(text: str) -> float:
+    """The number that a text is, or NaN."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def read_summary(path: PathLike) -> List[Dict[str, float]]:
+    """Read the figures that timm's train.py notes in ``summary.csv``.
+
+    A resume from an earlier checkpoint repeats epochs; what was noted of them, and of the epochs after them, before
+    that is dropped, as are lines that are cut off.
+
+    Args:
+        path: The file.
+
+    Returns:
+        One dict for each epoch, ascending: ``epoch``, and whatever else the run noted; NaN for what is no number.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        UserError: If it holds no complete epoch.
+    """
+    path = Path(path)
+    rows: List[Dict[str, float]] = []
+    for cells in complete_rows(path):
+        row = {name: to_number(text) for name, text in cells.items()}
+        while rows and rows[-1]['epoch'] >= row['epoch']:
+            rows.pop()
+        rows.append(row)
+    if not rows:
+        raise UserError(f'{path} holds no complete epoch')
+    return rows
+
+
+def _check_same_run(path: Path, beside: Mapping[str, Any], args: Mapping[str, Any]) -> None:
+    """Raise a UserError if args.yaml is of another run than the checkpoint beside it."""
+    for key in sorted(IDENTITY_ARGS & beside.keys() & args.keys()):
+        if key in DECIDED_LATER and beside[key] in (None, ''):
+            continue
+        # YAML has no tuples
+        if json.dumps(beside[key], default=str) != json.dumps(args[key], default=str):
+            raise UserError(
+                f'{path.parent / "args.yaml"} is of another run than {path.name}: {key} is {beside[key]!r} in the one '
+                f'and {args[key]!r} in the other'
+            )
+
+
+def _check_metric(path: Path, row: Mapping[str, float], epoch: Any, name: str, metric: Optional[float]) -> None:
+    """Raise a UserError if summary.csv notes another figure than the checkpoint, which holds one of its own."""
+    noted = row.get(f'eval_{name}', row.get(f'train_{name}'))  # without validation, train.py goes by the training's
+    if metric is None or noted is None or math.isclose(noted, metric, rel_tol=1e-4):
+        return
+    if math.isfinite(noted) or math.isfinite(metric):
+        raise UserError(
+            f'{path.parent / "summary.csv"} is of another run than {path.name}: {name} of epoch {epoch} is {noted:g} '
+            f'in the one and {metric:g} in the other'
+        )
+
+
+def _metrics(row: Optional[Mapping[str, float]], args: Mapping[str, Any], use_ema: bool) -> Dict[str, float]:
+    """The figures of one epoch, if they are of the weights in question.
+
+    With ``--model-ema`` train.py notes the figures of the averaged weights, else those of the trained ones.
+    """
+    noted_ema = bool(args.get('model_ema')) and not args.get('model_ema_force_cpu')
+    if row is not None and noted_ema and not use_ema:
+        _logger.warning('the run noted figures of its averaged weights, not of these; use_ema (--use-ema) takes those')
+    if row is None or use_ema != noted_ema:
+        return {}
+    found = {name: row.get(column, math.nan) for name, column in SUMMARY_METRICS.items()}
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def read_run(
+        checkpoint: Path,
+        args: Dict[str, Any],
+        epoch: Optional[int] = None,
+        *,
+        metric: Optional[float] = None,
+        use_ema: bool = False,
+) -> Optional[Run]:
+    """Read what is beside a checkpoint, and leave out what is nobody else's business.
+
+    Of the arguments only those in ``SHARED_ARGS`` are kept, without any path, address or secret in their values.
+
+    Args:
+        checkpoint: Path of the checkpoint.
+        args: Arguments that the checkpoint holds; empty if none.
+        epoch: Epoch of the checkpoint, counted from 0, if known.
+        metric: Figure that the checkpoint holds, to compare with the summary's.
+        use_ema: Whether the averaged weights were taken.
+
+    Returns:
+        The run, or None if neither the checkpoint nor a file beside it tells of one.
+
+    Raises:
+        UserError: If args.yaml or summary.csv is of another run than the checkpoint, or a file is not what train.py
+            writes.
+    """
+    beside = read_run_args(checkpoint)
+    _check_same_run(checkpoint, beside, args)
+    processes = args.get('world_size')
+    args = beside or args
+    summary = checkpoint.parent / 'summary.csv'
+    history = tuple(read_summary(summary)) if summary.is_file() else ()
+    if not args and not history:
+        return None
+    row = next((row for row in history if row.get('epoch') == epoch), None)
+    if row is not None:
+        _check_metric(checkpoint, row, epoch, args.get('eval_metric') or DEFAULT_EVAL_METRIC, metric)
+    shared, left_out = _without_private({key: value for key, value in args.items() if key in SHARED_ARGS})
+    left_out += [str(key) for key in args if key not in SHARED_ARGS | DERIVED_ARGS and args[key] not in UNSET]
+    return Run(
+        shared,
+        tuple(sorted(left_out)),
+        {f'--{key.replace("_", "-")}': _file_name(str(args[key])) for key in START_ARGS if args.get(key)},
+        processes if isinstance(processes, int) else 1,
+        history,
+        epoch,
+        _metrics(row, args, use_ema),
+    )
+
+
+def write_run(run: Run, folder: Union[str, Path]) -> None:
+    """Write ``args.yaml`` and ``summary.csv``, each if there is something to write.
+
+    Args:
+        run: The run.
+        folder: Existing folder.
+    """
+    folder = Path(folder)
+    if run.args:
+        note = f'# Left out, {WHY_LEFT_OUT}: {", ".join(run.left_out)}\n' if run.left_out else ''
+        (folder / 'args.yaml').write_text(note + yaml.safe_dump(run.args))
+    if run.history:
+        with (folder / 'summary.csv').open('w', newline='') as file:
+            writer = csv.DictWriter(file, list(run.history[0]), lineterminator='\n')
+            writer.writeheader()
+            writer.writerows(dict(row, epoch=int(row['epoch'])) if 'epoch' in row else row for row in run.history)

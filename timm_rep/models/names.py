@@ -1,0 +1,46 @@
+"""Names of architectures: which stock network a model of ours fuses into, and how it says so."""
+from typing import Any
+
+import timm
+
+from ..core.fuse import when_fused
+
+__all__ = ['TRAINING_PREFIXES', 'stock_architecture']
+
+# Prefixes of our architectures whose stock form is the timm architecture named behind it.
+TRAINING_PREFIXES = ('orepa_', 'dbb_', 'repan_')
+
+
+def stock_architecture(architecture: str) -> str:
+    """Name of the timm architecture that a fused model of ours is.
+
+    Args:
+        architecture: Name of a registered architecture.
+
+    Returns:
+        The name without our prefix if timm has that architecture, else the name itself.
+    """
+    for prefix in TRAINING_PREFIXES:
+        if architecture.startswith(prefix) and timm.is_model(architecture[len(prefix):]):
+            return architecture[len(prefix):]
+    return architecture
+
+
+@when_fused
+def name_stock_architecture(model: Any) -> None:
+    """Let the model's own metadata, which exports and reloads go by, name what it is now."""
+    cfg = getattr(model, 'pretrained_cfg', None)
+    architecture = cfg.get('architecture', '') if isinstance(cfg, dict) else ''
+    if not isinstance(cfg, dict) or not architecture.startswith(TRAINING_PREFIXES):
+        return
+    own_args = ('inference_mode', 'rep_layer')
+    args = {key: value for key, value in getattr(model, '_model_args', {}).items() if key not in own_args}
+    stock = stock_architecture(architecture)
+    if stock == architecture:  # timm has no such network: ours, in stock form
+        model._model_args = dict(args, inference_mode=True)
+        return
+    model._model_args = args
+    stock_cfg = timm.get_pretrained_cfg(stock)
+    first_conv = stock_cfg.first_conv if stock_cfg else cfg.get('first_conv')
+    model.pretrained_cfg = model.default_cfg = dict(cfg, architecture=stock, first_conv=first_conv)
+    model._traits = dict(getattr(model, '_traits', {}), first_conv=first_conv)

@@ -1,0 +1,286 @@
+"""What the time steps of one run give together: the average of their outputs, and the average of their weights.
+
+Every time step ends with the learning rate at its lowest, in a minimum of its own, so a run of annealing leaves an
+ensemble at no extra training cost.
+
+Source: `Snapshot Ensembles: Train 1, Get M for Free` (ICLR 2017), and, for the weights, `Averaging Weights Leads to
+Wider Optima and Better Generalization` (SWA, UAI 2018).
+"""
+import copy
+import itertools
+import logging
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple, Union
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.data import create_dataset, create_loader, resolve_data_config
+from timm.utils import AverageMeter, accuracy
+from torch import Tensor
+from torch.optim.swa_utils import update_bn
+from torch.utils.data import DataLoader, IterableDataset, Subset
+
+from ..core.errors import UserError
+from ..io.checkpoint import load_stock_form, read_checkpoint
+from ..io.output import new_output, save_weights
+
+__all__ = ['EnsembleResult', 'Score', 'average_outputs', 'average_weights', 'evaluate_snapshots', 'find_snapshots']
+
+_logger = logging.getLogger(__name__)
+
+BN_IMAGES = 2048
+BATCH_SIZE = 128  # if the run does not say
+
+PathLike = Union[str, Path]
+Progress = Callable[[Iterable[Any], str], Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Figures of one model, or of several together, on the held-out images.
+
+    Attributes:
+        name: What was evaluated.
+        top1: Accuracy in percent.
+        top5: Share of images with the true class among the five likeliest, in percent.
+        loss: Mean cross entropy, in nats.
+    """
+
+    name: str
+    top1: float
+    top5: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class EnsembleResult:
+    """What the snapshots of a run reach, alone and together.
+
+    Attributes:
+        snapshots: One score for each time step, in order.
+        outputs: Score of the mean of their probabilities.
+        weights: Score of the mean of their weights, with batch norms re-estimated.
+        images: Number of held-out images.
+        bn_images: Number of training images that the batch norms were re-estimated on.
+        model: The mean of the weights, stock form, in eval mode on the CPU.
+    """
+
+    snapshots: List[Score]
+    outputs: Score
+    weights: Score
+    images: int
+    bn_images: int
+    model: nn.Module
+
+
+def find_snapshots(run_dir: PathLike, *, use_ema: bool = False) -> List[Tuple[int, Path]]:
+    """Find the snapshots in stock form, ``time_step-N-stock.safetensors``, in the folder of a run.
+
+    Args:
+        run_dir: The folder.
+        use_ema: Take those of the averaged weights, ``time_step-N-ema-stock.safetensors``.
+
+    Returns:
+        Time step and file, in order; at least two.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, or it has no snapshots.
+        UserError: If there is only one snapshot.
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise FileNotFoundError(f'no run folder at {run_dir}')
+    name = f'time_step-N{"-ema" if use_ema else ""}-stock.safetensors'
+    pattern = re.escape(name).replace('N', r'(\d+)')
+    matches = ((re.fullmatch(pattern, path.name), path) for path in run_dir.iterdir())
+    found = sorted((int(match[1]), path) for match, path in matches if match)
+    if not found:
+        other = ' (the run kept no averaged weights?)' if use_ema else ''
+        raise FileNotFoundError(f'{run_dir} has no snapshots of time steps, {name}{other}')
+    if len(found) == 1:
+        raise UserError(f'{run_dir} has one snapshot, {found[0][1].name}; it takes two or more to average')
+    return found
+
+
+@torch.no_grad()
+def average_weights(models: Sequence[nn.Module]) -> nn.Module:
+    """Average the weights of models of one architecture.
+
+    The kept statistics of batch norms are averaged too, which does not make them those of the averaged network:
+    re-estimate them on training images (``torch.optim.swa_utils.update_bn``).
+
+    Args:
+        models: One or more models with the same state_dict keys and shapes; they stay as they are.
+
+    Returns:
+        A new model; what is no floating-point number, like counters, is the last model's.
+
+    Raises:
+        UserError: If there is no model, or they are of different architectures.
+    """
+    if not models:
+        raise UserError('average_weights needs at least one model')
+    states = [model.state_dict() for model in models]
+    shapes = [{key: value.shape for key, value in state.items()} for state in states]
+    for number, other in enumerate(shapes):
+        if other != shapes[0]:
+            key = next(key for key in (*shapes[0], *other) if shapes[0].get(key) != other.get(key))
+            raise UserError(f'models 0 and {number} are of different architectures: they differ in {key}')
+    average = copy.deepcopy(models[-1])
+    for key, value in average.state_dict().items():
+        if value.is_floating_point():
+            # in double precision, so that the order of the models does not matter
+            value.copy_(torch.stack([state[key].double() for state in states]).mean(dim=0))
+    return average
+
+
+def average_outputs(logits: Sequence[Tensor]) -> Tensor:
+    """Logarithm of the mean of several models' probabilities.
+
+    Args:
+        logits: Outputs ``(n, c)`` of each model for ``n`` images and ``c`` classes.
+
+    Returns:
+        ``(n, c)``; its exponentials are the mean of the softmax outputs.
+    """
+    return torch.stack([F.log_softmax(output, dim=1) for output in logits]).logsumexp(dim=0) - math.log(len(logits))
+
+
+def _dataset(args: Dict[str, Any], data_dir: Path, split: str, batch_size: int, model: Any, training: bool) -> Any:
+    name = args.get('dataset') or ''
+    channels = model.pretrained_cfg['input_size'][0]
+    kwargs: Dict[str, Any] = dict(
+        class_map=args.get('class_map') or '',
+        input_img_mode=args.get('input_img_mode') or ('RGB' if channels == 3 else 'L'),
+        input_key=args.get('input_key'),
+        target_key=args.get('target_key'),
+    )
+    dataset: Any = create_dataset(
+        name, root=str(data_dir), split=split, is_training=training, batch_size=batch_size, **kwargs)
+    reader = getattr(dataset, 'reader', None)
+    if not name and data_dir.is_dir() and Path(getattr(reader, 'root', '')) == data_dir:
+        # timm takes the whole folder where it finds no split of that name
+        folders = ', '.join(sorted(path.name for path in data_dir.iterdir() if path.is_dir()))
+        raise UserError(f'no split {split!r} in {data_dir}, which holds the folders {folders}')
+    classes = len(getattr(reader, 'class_to_idx', None) or ())
+    if classes > model.num_classes:
+        raise UserError(f'split {split!r} of {data_dir} has {classes} classes, the model {model.num_classes}')
+    return dataset
+
+
+def _some_images(loader: Any, images: int, batch_size: int) -> Tuple[Iterable[Any], int]:
+    """Whole batches of about so many images of a loader's dataset, drawn at random but always the same."""
+    if isinstance(loader.dataset, IterableDataset):
+        batches = -(-images // batch_size)
+        return itertools.islice(loader, batches), batches * batch_size
+    # all batches weigh the same in the statistics, so they have to be of one size
+    images = min(images, len(loader.dataset))
+    images = images // batch_size * batch_size or images
+    chosen = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(0))[:images].tolist()
+    return DataLoader(Subset(loader.dataset, chosen), batch_size=batch_size, num_workers=loader.num_workers), images
+
+
+@torch.inference_mode()
+def _evaluate(
+        models: List[nn.Module],
+        names: List[str],
+        batches: Iterable[Any],
+        device: torch.device,
+) -> Tuple[List[Score], int]:
+    """Scores of the models, the last being their weights' average, and before it of the others' mean output."""
+    meters = [(AverageMeter(), AverageMeter(), AverageMeter()) for _ in names]
+    for images, targets in batches:
+        images, targets = images.to(device), targets.to(device)
+        logits = [model(images).float() for model in models]
+        logits.insert(-1, average_outputs(logits[:-1]))
+        for (top1, top5, loss), output in zip(meters, logits):
+            found = accuracy(output, targets, topk=(1, 5))
+            for meter, value in zip((top1, top5, loss), (*found, F.cross_entropy(output, targets))):
+                meter.update(value.item(), len(targets))
+    scores = [Score(name, *(meter.avg for meter in of_model)) for name, of_model in zip(names, meters)]
+    return scores, meters[0][0].count
+
+
+def evaluate_snapshots(
+        run_dir: PathLike,
+        data_dir: PathLike,
+        *,
+        val_split: Optional[str] = None,
+        train_split: Optional[str] = None,
+        batch_size: Optional[int] = None,
+        workers: Optional[int] = None,
+        device: Optional[Union[str, torch.device]] = None,
+        bn_images: int = BN_IMAGES,
+        use_ema: bool = False,
+        output: Optional[PathLike] = None,
+        progress: Progress = lambda batches, label: batches,
+) -> EnsembleResult:
+    """Evaluate the snapshots of a run's time steps, the average of their outputs and the average of their weights.
+
+    Image size, normalisation, crop, classes and the kind of data set are those of the run, from its args.yaml. The
+    batch norms of the averaged weights are re-estimated on training images, prepared like those to evaluate on, without
+    augmentation.
+
+    Args:
+        run_dir: Folder with two or more ``time_step-N-stock.safetensors`` and the args.yaml of the run.
+        data_dir: The images, as timm's train.py takes them.
+        val_split: Split to evaluate on; by default the run's.
+        train_split: Split to re-estimate batch norms on; by default the run's.
+        batch_size: Images a batch; by default the run's.
+        workers: Processes that load images; by default as many as in the run.
+        device: Where to compute; by default on the GPU if there is one.
+        bn_images: How many images to re-estimate batch norms on, rounded down to whole batches; at least 2.
+        use_ema: Take the snapshots of the averaged weights.
+        output: New ``.safetensors`` or ``.pth`` file for the average of the weights, stock form.
+        progress: Is given the batches and what is done with them, and yields them on.
+
+    Returns:
+        The scores, and the average of the weights as a model.
+
+    Raises:
+        FileExistsError: If the output exists. Nothing is evaluated then.
+        FileNotFoundError: If there is no such folder, or no snapshots in it.
+        UserError: If there is only one snapshot, no such split, or for a number out of range.
+        RuntimeError: If the snapshots are not all of the run's model, or there are no images.
+    """
+    if output is not None:
+        output = new_output(output)
+    for name, value, least in (('bn_images', bn_images, 2), ('batch_size', batch_size, 1), ('workers', workers, 0)):
+        if value is not None and value < least:
+            raise UserError(f'{name} must be at least {least}, got {value}')
+    snapshots = find_snapshots(run_dir, use_ema=use_ema)
+    data_dir = Path(data_dir)
+    if not data_dir.exists():
+        raise FileNotFoundError(f'no images at {data_dir}')
+    args = read_checkpoint(snapshots[0][1]).args
+    models = [load_stock_form(path) for _, path in snapshots]
+    average = average_weights(models)
+
+    device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    batch_size = batch_size or args.get('validation_batch_size') or args.get('batch_size') or BATCH_SIZE
+    workers = args.get('workers') or 0 if workers is None else workers
+    config = resolve_data_config(model=models[0])
+    common = dict(
+        config, batch_size=batch_size, num_workers=workers, persistent_workers=False, use_prefetcher=False,
+        device=device)
+    splits = (val_split or args.get('val_split') or 'validation', train_split or args.get('train_split') or 'train')
+    loaders = [
+        create_loader(_dataset(args, data_dir, split, batch_size, models[0], training), **common)
+        for split, training in zip(splits, (False, True))
+    ]
+
+    for model in (*models, average):
+        model.to(device)
+    train_batches, bn_images = _some_images(loaders[1], bn_images, batch_size)
+    _logger.debug(f'Re-estimating batch norms on {bn_images} images')
+    update_bn(progress(train_batches, f'batch norms on {bn_images} training images'), average, device)
+    names = [*(f'time step {number}' for number, _ in snapshots), 'average of outputs', 'average of weights']
+    scores, images = _evaluate([*models, average], names, progress(loaders[0], f'split {splits[0]}'), device)
+    average.cpu()
+    if output is not None:
+        save_weights(average, output)
+    return EnsembleResult(scores[:-2], scores[-2], scores[-1], images, bn_images, average)
