@@ -4,15 +4,12 @@ import dataclasses
 import fnmatch
 import json
 import logging
-import sys
 import traceback
 from contextlib import contextmanager
-from statistics import median
-from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Tuple, Type
+from typing import Any, Callable, Dict, Iterator, Optional, Tuple, Type
 
 import click
 import timm
-import torch
 
 from .._version import __version__
 from ..core.errors import UserError
@@ -22,11 +19,10 @@ from ..hub.check import HUB_PREFIX, check_export, is_export
 from ..hub.convert import expand_checkpoint, fuse_checkpoint, verify_checkpoint
 from ..hub.publish import Published
 from ..hub.publish import publish as publish_model
-from ..io.checkpoint import build_model
 from ..io.hub_errors import HubError
 from ..models.names import TRAINING_PREFIXES, stock_architecture
 from ..official.load import import_checkpoint
-from ..report.cost import TIMING_BATCH, TIMING_ROUNDS, hardware_name, time_training_steps
+from ..report.cost import TIMING_BATCH, TIMING_ROUNDS, bench_models
 from ..report.ensemble import BN_IMAGES, EnsembleResult, evaluate_snapshots
 from ..report.plots import plot_run
 from ..train.scripts import find_script, run_script
@@ -142,11 +138,6 @@ def _report_content(report: Report) -> Dict[str, Any]:
 
 def _report_json(report: Report) -> str:
     return json.dumps(dict(_report_content(report), ok=True), indent=2)
-
-
-def _progress_bar(batches: Iterable[Any], label: str) -> Iterator[Any]:
-    with click.progressbar(batches, label=label, file=sys.stderr) as bar:
-        yield from bar
 
 
 def _ensemble_json(result: EnsembleResult) -> str:
@@ -485,20 +476,13 @@ def ensemble(run_dir: str, data_dir: str, as_json: bool, **kwargs: Any) -> None:
       timm-rep ensemble output/train/run --data-dir images --out average.safetensors
     """
     with _user_errors(as_json):
-        result = evaluate_snapshots(run_dir, data_dir, progress=_progress_bar, **kwargs)
+        result = evaluate_snapshots(run_dir, data_dir, progress=True, **kwargs)
     if as_json:
         click.echo(_ensemble_json(result))
         return
     click.echo(f'{f"on {result.images} images":20}{"top-1 (%)":>10} {"top-5 (%)":>10} {"loss":>9}')
     for score in (*result.snapshots, result.outputs, result.weights):
         click.echo(f'{score.name:20}{score.top1:10.2f} {score.top5:10.2f} {score.loss:9.4f}')
-
-
-def _baseline(architecture: str, model_kwargs: Dict[str, Any]) -> Tuple[str, Any]:
-    """The stock form of one of our models, or a model of timm's as it is."""
-    if not architecture.startswith(TRAINING_PREFIXES):
-        return architecture, build_model(architecture, **model_kwargs)
-    return f'{architecture} (stock form)', build_model(architecture, inference_mode=True, **model_kwargs)
 
 
 @main.command()
@@ -512,14 +496,7 @@ def _baseline(architecture: str, model_kwargs: Dict[str, Any]) -> Tuple[str, Any
 @click.option('--channels-last', is_flag=True, help='Keep images and kernels channels-last.')
 @_model_kwargs_option
 @_json_option
-def bench(
-        architectures: Tuple[str, ...],
-        img_size: Optional[int],
-        amp: bool,
-        model_kwargs: Dict[str, Any],
-        as_json: bool,
-        **kwargs: Any,
-) -> None:
+def bench(architectures: Tuple[str, ...], as_json: bool, **kwargs: Any) -> None:
     """Time a training step of each MODEL against the stock form of the first, in turns, on random images.
 
     A step is zero_grad, forward, cross-entropy, backward and an SGD update. The ratio is that of the medians; behind it
@@ -530,25 +507,5 @@ def bench(
       timm-rep bench orepa_resnet18 dbb_resnet18
     """
     with _user_errors(as_json):
-        baseline, model = _baseline(architectures[0], model_kwargs)
-        models = {baseline: model, **{name: build_model(name, **model_kwargs) for name in architectures}}
-        channels, height, width = model.pretrained_cfg['input_size']
-        size = (height, width) if img_size is None else (img_size, img_size)
-        input_size = (model_kwargs.get('in_chans', channels), *size)
-        autocast = torch.bfloat16 if amp else None
-        times = time_training_steps(models, input_size, autocast=autocast, **kwargs)
-    setting = dict(
-        hardware=hardware_name(kwargs['device']), torch=torch.__version__, batch=kwargs['batch'], input_size=input_size,
-        dtype='bfloat16' if amp else 'float32', channels_last=kwargs['channels_last'])
-    if as_json:
-        click.echo(json.dumps(dict(setting, models=[dataclasses.asdict(row) for row in times]), indent=2))
-        return
-    click.echo(
-        f'A training step of {setting["batch"]} images of {"x".join(map(str, input_size))}, {setting["dtype"]}, on '
-        f'{setting["hardware"]}, torch {torch.__version__}:')
-    space = max(map(len, models))
-    click.echo(f'{"":{space}}  {"ms":>9}  {"ratio":>21}  {"parameters":>10}')
-    for row in times:
-        ratio = f'{row.ratio:.2f} ({row.smallest:.2f} to {row.largest:.2f})'
-        click.echo(
-            f'{row.name:{space}}  {1e3 * median(row.seconds):9.1f}  {ratio:>21}  {row.parameters / 1e6:9.2f}M')
+        result = bench_models(architectures, **kwargs)
+    click.echo(json.dumps(dataclasses.asdict(result), indent=2) if as_json else str(result))
