@@ -32,6 +32,5 @@ def call(*args, code=0):
 def run_console_script(*args, program=CONSOLE_SCRIPT, **kwargs):
     """Run a command as the installed console script does; what it prints on stderr ends with what it has loaded."""
     command = [sys.executable, '-c', program, *map(str, args)]
-    options = dict(capture_output=True, text=True, timeout=120)
-    options.update(kwargs, env=dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path), **kwargs.pop('env', {})))
-    return subprocess.run(command, **options)
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path), PYTHONUNBUFFERED='', **kwargs.pop('env', {}))
+    return subprocess.run(command, **dict(dict(capture_output=True, text=True, timeout=120, env=env), **kwargs))
