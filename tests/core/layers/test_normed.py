@@ -291,8 +291,8 @@ def test_layer_from_a_convolution_has_its_function(case, dtype, with_norm):
     cls, c_in, c_out, size, geometry = CASES[case]
     conv = nn.Conv2d(c_in, c_out, size, **geometry, bias=not with_norm, dtype=dtype).eval()
     norm = randomize_(nn.BatchNorm2d(c_out, eps=1e-3, momentum=0.2, dtype=dtype)).eval() if with_norm else None
-    layer = cls.from_conv(conv, torch.Generator().manual_seed(0), norm)
-    again = cls.from_conv(conv, torch.Generator().manual_seed(0), norm)
+    layer = cls.from_conv(conv, torch.Generator().manual_seed(0), norm=norm)
+    again = cls.from_conv(conv, torch.Generator().manual_seed(0), norm=norm)
     assert not layer.training
     assert (layer.attach_rate, layer.time_step) == (1, 0)
     x = images(layer)
@@ -311,7 +311,7 @@ def test_layer_for_a_convolution_is_fresh_and_starts_its_norms_like_the_one_behi
     conv = nn.Conv2d(c_in, c_out, size, **geometry, bias=False).eval()
     norm = randomize_(nn.BatchNorm2d(c_out)).eval()
     before = state_of(norm)
-    layer = cls.from_geometry(conv, torch.Generator().manual_seed(0), norm)
+    layer = cls.from_conv(conv, torch.Generator().manual_seed(0), norm=norm, same_function=False)
     expected = fresh(case, generator=torch.Generator().manual_seed(0))
     inner = [name for name in norms_of(layer) if 'inner' in name]
     assert len(inner) == dict(dbb=1 if layer.groups == c_in == c_out else 2, acb=0, rep=0)[case.partition('-')[0]]
