@@ -133,6 +133,17 @@ class AnnealedModule(nn.Module):
         """Draw the side branches afresh and leave the origin branch alone; this changes the module's function."""
         raise NotImplementedError(f'{type(self).__name__} must define redraw_side_branches_')
 
+    def stock_form(self, behind: Optional[nn.Module]) -> Tuple[nn.Module, Optional[nn.Module]]:
+        """What stands for the module in the stock model, as new modules.
+
+        Args:
+            behind: The next child of the same parent, if there is one.
+
+        Returns:
+            The module in its own place, and the one in the place of the next child, None if that stays.
+        """
+        raise NotImplementedError(f'{type(self).__name__} must define stock_form')
+
     def branch_kernels(self) -> Dict[str, Tensor]:
         """The kernel ``(o, i/g, kh, kw)`` that each branch adds to the sum, by name; the first is the origin's."""
         raise NotImplementedError(f'{type(self).__name__} must define branch_kernels')
@@ -271,6 +282,9 @@ class RepLayer(AnnealedModule):
     def fuse(self) -> nn.Conv2d:
         """A new plain convolution with the layer's function; the layer itself stays as it is."""
         raise NotImplementedError(f'{type(self).__name__} must define fuse')
+
+    def stock_form(self, behind: Optional[nn.Module]) -> Tuple[nn.Module, Optional[nn.Module]]:
+        return self.fuse(), None
 
     def extra_repr(self) -> str:
         text = f'{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}'

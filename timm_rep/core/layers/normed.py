@@ -362,6 +362,12 @@ class NormedRepLayer(NormedBranches, RepLayer):
         norm.load_state_dict(values)
         return self._plain_conv(kernel, None), norm.train(self.training)
 
+    def stock_form(self, behind: Optional[nn.Module]) -> Tuple[nn.Module, Optional[nn.Module]]:
+        if not isinstance(behind, FoldedNorm):
+            return self.fuse(), None
+        conv, norm = self.fuse_conv_norm()
+        return conv, behind.unfolded(norm)
+
     @torch.no_grad()
     def absorb_norm_(self, weight: Tensor, bias: Optional[Tensor] = None) -> None:
         """Make the layer compute, in eval mode, a convolution and the norm behind it, whose values ``norm_kxk`` holds.

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import kernels
 from ..errors import UserError
 from .base import RepLayer
-from .normed import NormedBranches, NormedRepLayer
+from .normed import NormedBranches
 from .norms import fold_batch_norm
 
 __all__ = ['AnnealedRepVggBlock']
@@ -138,18 +138,21 @@ class AnnealedRepVggBlock(RepVggBlock, NormedBranches):
         """
         block: Any = _of_class(RepVggBlock, copy.deepcopy(self))
         conv = self.conv_kxk.conv
-        if isinstance(conv, NormedRepLayer):
-            block.conv_kxk.conv, norm = conv.fuse_conv_norm()
-            block.conv_kxk.bn = block.conv_kxk.bn.unfolded(norm)
-        elif isinstance(conv, RepLayer):
-            block.conv_kxk.conv = conv.fuse()
+        if isinstance(conv, RepLayer):
+            block.conv_kxk.conv, norm = conv.stock_form(self.conv_kxk.bn)
+            if norm is not None:
+                block.conv_kxk.bn = norm
         for name in ('attach_rate', 'time_step'):
             del block._buffers[name]
+        vars(block).pop('method', None)
         for norm in (block.conv_1x1.bn, block.identity):
             if norm is not None:
                 norm.weight.mul_(self.attach_rate)
                 norm.bias.mul_(self.attach_rate)
         return block
+
+    def stock_form(self, behind: Optional[nn.Module]) -> Tuple[nn.Module, Optional[nn.Module]]:
+        return self.stock_block(), None
 
     def fuse(self) -> RepVggBlock:
         """A block of timm's in deploy form, its branches folded into one convolution, for ``reparameterize_model``.
