@@ -24,7 +24,7 @@ from timm_rep.core.expand import expand_fresh_
 from timm_rep.core.walk import annealed_modules
 from timm_rep.models.stock import build_repvgg
 from timm_rep.official import load as official
-from timm_rep.official.load import fill_from_official_
+from timm_rep.official.networks import fill_from_official_
 
 GOLDEN = Path(__file__).parents[1] / 'golden'
 NAME = 'orepa_repvgg_a0_cifar'
