@@ -31,6 +31,29 @@ def _read(source: Union[PathLike, Weights]) -> Tuple[Dict[str, Tensor], str]:
     return clean_state_dict(clean_state_dict(dict(source))), 'the state dict'
 
 
+def _load(
+        source: Union[PathLike, Weights],
+        architecture: str,
+        attach_rate: float,
+        model_kwargs: Mapping[str, Any],
+) -> nn.Module:
+    tensors, label = _read(source)
+    kwargs = dict(model_kwargs)
+    for name in HEAD_NAMES:
+        if f'{name}.weight' in tensors and tensors[f'{name}.weight'].ndim == 2:
+            kwargs.setdefault('num_classes', len(tensors[f'{name}.weight']))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: Any = build_model(architecture, **kwargs).eval()
+    if is_folded(tensors):
+        model = fuse(model, inplace=True)
+    if any(value.dtype == torch.float64 for value in tensors.values()):
+        model = model.double()
+    set_attach_rate(model, attach_rate)
+    fill_from_official_(model, tensors, label)
+    return model
+
+
 def load_official_checkpoint(
         source: Union[PathLike, Weights],
         architecture: str,
@@ -76,20 +99,7 @@ def load_official_checkpoint(
         UserError: If the weights are not those of the architecture: a tensor is missing, left over, of another shape
             or of another kind of block.
     """
-    tensors, label = _read(source)
-    for name in HEAD_NAMES:
-        if f'{name}.weight' in tensors and tensors[f'{name}.weight'].ndim == 2:
-            kwargs.setdefault('num_classes', len(tensors[f'{name}.weight']))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model: Any = build_model(architecture, **kwargs).eval()
-    if is_folded(tensors):
-        model = fuse(model, inplace=True)
-    if any(value.dtype == torch.float64 for value in tensors.values()):
-        model = model.double()
-    set_attach_rate(model, attach_rate)
-    fill_from_official_(model, tensors, label)
-    return model
+    return _load(source, architecture, attach_rate, kwargs)
 
 
 @dataclass(frozen=True)
@@ -149,7 +159,7 @@ def import_checkpoint(
     """
     output = new_output(output, folder_allowed=True)
     kwargs = dict(model_kwargs or {})
-    model: Any = load_official_checkpoint(source, architecture, **{'attach_rate': attach_rate, **kwargs})
+    model: Any = _load(source, architecture, attach_rate, kwargs)
     fused: Any = fuse(model)
     training = any(annealed_modules(model))
     report = verify(model, fused) if training else None

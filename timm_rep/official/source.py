@@ -1,4 +1,5 @@
 """The tensors of an authors' checkpoint, each of which must find its place."""
+import math
 from typing import List, Mapping, Optional, Sequence
 
 import torch
@@ -36,6 +37,9 @@ class Source:
     Attributes:
         architecture: As given.
         is_folded: As :func:`is_folded` says.
+
+    Raises:
+        UserError: If a tensor is complex, quantized, sparse or without values.
     """
 
     def __init__(self, tensors: Weights, label: str, architecture: str) -> None:
@@ -46,6 +50,9 @@ class Source:
         self.is_folded = is_folded(tensors)
         self._missing: List[str] = []
         self._misfits: List[str] = []
+        for name, value in tensors.items():
+            if value.is_meta or value.is_complex() or value.is_quantized or value.layout != torch.strided:
+                raise self.refusal(f'{name} is not a plain tensor of real numbers')
 
     def has(self, start: str) -> bool:
         """Whether a name begins so."""
@@ -72,7 +79,7 @@ class Source:
         value = self.take_optional(name)
         if value is None:
             return 0
-        if value.numel() == 1 and torch.isfinite(value).all() and value >= 0:
+        if value.numel() == 1 and 0 <= value.item() < math.inf:
             return int(value)
         self._misfits.append(f'{name} is not a number of batches')
         return 0
