@@ -11,11 +11,13 @@ from helpers import (
     TINY_MODELS,
     assert_near,
     assert_same_state,
+    layer_types,
     randn,
     randomize_,
     state_of,
     tiny_repvgg,
     tiny_resnet,
+    tree,
 )
 from timm.models.byobnet import RepVggBlock
 from timm.utils import reparameterize_model
@@ -57,14 +59,6 @@ def rep_model(name, layer, dtype=torch.float32, rate=0.3):
 
 def images(dtype=torch.float32, batch=2, size=64):
     return randn(batch, 3, size, size, seed=5, dtype=dtype)
-
-
-def tree(model):
-    return [(name, type(module)) for name, module in model.named_modules()]
-
-
-def layer_types(model):
-    return {name: type(layer) for name, layer in rep_layers(model)}
 
 
 def annealed_types(model):

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from helpers import MODEL_RTOL, assert_near, randn, randomize_
+from helpers import MODEL_RTOL, assert_near, randn, randomize_, tree
 from packaging.version import Version
 from timm.models import FeatureInfo
 from timm.models.byobnet import RepVggBlock
@@ -78,7 +78,7 @@ def test_training_form_fuses_into_the_stock_form(name):
     fused = fuse(model)
     shapes = {key: value.shape for key, value in fused.state_dict().items()}
     assert shapes == {key: value.shape for key, value in stock.state_dict().items()}
-    assert [(key, type(m)) for key, m in fused.named_modules()] == [(key, type(m)) for key, m in stock.named_modules()]
+    assert tree(fused) == tree(stock)
 
 
 @pytest.mark.parametrize(('name', 'expected'), [
@@ -230,8 +230,7 @@ def test_fused_model_is_timms(stock, rep_layer):
     fused = fuse(model)
     expected = timm.create_model(stock, num_classes=5).eval()
     assert type(fused) is type(expected)
-    assert [(key, type(m)) for key, m in fused.named_modules()] == [
-        (key, type(m)) for key, m in expected.named_modules()]
+    assert tree(fused) == tree(expected)
     expected.load_state_dict(fused.state_dict(), strict=True)
     assert list(fused.state_dict()) == list(expected.state_dict())
     assert_near(fused(images()), model(images()), MODEL_RTOL[torch.float32])

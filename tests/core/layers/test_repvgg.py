@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from helpers import DEPLOY_RTOL, MODEL_RTOL, assert_near, assert_same_state, randn, randomize_, state_of
+from helpers import DEPLOY_RTOL, MODEL_RTOL, assert_near, assert_same_state, randn, randomize_, state_of, tree
 from timm.layers import freeze_batch_norm_2d
 from timm.models.byobnet import RepVggBlock
 from timm.utils import reparameterize_model
@@ -136,8 +136,7 @@ def test_stock_block_has_the_outputs(case, dtype, rate):
     assert type(plain) is RepVggBlock
     reference = RepVggBlock(**CASES[case][0])
     assert list(plain.state_dict()) == list(reference.state_dict())
-    assert [(name, type(module)) for name, module in plain.named_modules()] == [
-        (name, type(module)) for name, module in reference.named_modules()]
+    assert tree(plain) == tree(reference)
     assert_near(before_activation(plain, images(block)), before_activation(block, images(block)), MODEL_RTOL[dtype])
     assert_same_state(state_of(block), before)
     own = {tensor.data_ptr() for tensor in block.state_dict().values()}
@@ -228,6 +227,20 @@ def test_restored_block_computes_exactly_the_kernel(case, dtype, rate):
         for name, tensor in state_of(block).items():
             if not name.startswith('conv_kxk.') or 'running' in name or 'attach_rate' in name:
                 assert torch.equal(tensor, before[name]), name
+
+
+@kinds
+def test_restoring_takes_up_its_own_rounding(case):
+    """The gain of the origin's norm is one up to rounding, and its mean may be large."""
+    block = make(case, 0.3)
+    conv = block.conv_kxk.conv
+    norm = conv.norm_kxk if isinstance(conv, NormedRepLayer) else block.conv_kxk.bn
+    norm.running_mean.mul_(1000)
+    kernel, bias = torch.ones_like(block.compose_weight_bias()[0]), torch.ones(6)
+    block.restore_(kernel, bias)
+    folded_kernel, folded_bias = block.compose_weight_bias()
+    assert (folded_kernel - kernel).abs().max() < 2.5e-7  # two less than the next floats
+    assert (folded_bias - bias).abs().max() < 1e-6
 
 
 @kinds
