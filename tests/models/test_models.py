@@ -25,13 +25,6 @@ from timm_rep.core.layers import AnnealedRepVggBlock
 from timm_rep.core.walk import annealed_modules
 
 NAMES = timm.list_models(['orepa_*', 'dbb_*', 'repan_*'])
-# One network of each module and kind.
-ONE_OF_EACH = [
-    'orepa_resnet18', 'orepa_repvgg_a0', 'dbb_resnet18', 'repan_resnet18', 'repan_repvgg_a0', 'repan_mobilenetv1_100']
-OWN_SHAPES = [
-    'orepa_resnet18_cifar', 'orepa_wide_resnet18_2', 'orepa_repvgg_a0_cifar', 'dbb_resnet18_cifar',
-    'repan_resnet18_cifar', 'repan_repvgg_a0_cifar']
-
 # One of each network, with linear layers, with normed ones, and with annealed blocks.
 one_of_each_network = pytest.mark.parametrize('name', [
     'orepa_resnet18', 'repan_repvgg_a0_cifar', 'repan_mobilenetv1_100'])
@@ -57,10 +50,15 @@ def test_the_promised_names_are_registered():
     }
 
 
+def shapes(model):
+    return {key: value.shape for key, value in model.state_dict().items()}
+
+
 @pytest.mark.parametrize('name', NAMES)
-def test_training_form_fuses_into_the_stock_form(name):
+def test_stock_form_is_timms(name):
     """On the meta device: names and shapes only."""
-    model = timm.create_model(name, device='meta').eval()
+    model = timm.create_model(name, device='meta', inference_mode=True)
+    assert not list(annealed_modules(model))
     small = name.endswith('_cifar')
     size = 32 if small else 320 if name.endswith('_d2se') else 224
     assert model.pretrained_cfg['input_size'] == (3, size, size)
@@ -68,16 +66,27 @@ def test_training_form_fuses_into_the_stock_form(name):
     stock_name = name.partition('_')[2]
     if timm.is_model(stock_name):
         stock = timm.create_model(stock_name, device='meta')
-    else:
-        stock = timm.create_model(name, device='meta', inference_mode=True)
+        assert type(model) is type(stock)
+        assert tree(model) == tree(stock)
+        assert shapes(model) == shapes(stock)
+        assert model.feature_info == stock.feature_info
+
+
+@pytest.mark.parametrize('name', [
+    *(name for name in NAMES if name.endswith(('resnet18', 'repvgg_a0', '_cifar'))),
+    'orepa_resnet50', 'repan_resnet50', 'orepa_resnext50_32x4d', 'orepa_wide_resnet18_2', 'orepa_repvgg_d2se',
+    'repan_repvgg_b1g4', 'repan_mobilenetv1_100'])
+def test_training_form_fuses_into_the_stock_form(name):
+    """On the meta device: names and shapes only."""
+    model = timm.create_model(name, device='meta').eval()
+    stock = timm.create_model(name, device='meta', inference_mode=True)
     assert list(annealed_modules(model))
-    assert not list(annealed_modules(stock))
+    assert model.pretrained_cfg['input_size'] == stock.pretrained_cfg['input_size']
     assert type(model) is type(stock)
     assert model.feature_info == stock.feature_info
     assert (millions(model) > millions(stock)) == bool(list(rep_layers(model)))  # else RepVGG's own branches
     fused = fuse(model)
-    shapes = {key: value.shape for key, value in fused.state_dict().items()}
-    assert shapes == {key: value.shape for key, value in stock.state_dict().items()}
+    assert shapes(fused) == shapes(stock)
     assert tree(fused) == tree(stock)
 
 
@@ -99,7 +108,9 @@ def test_training_step_gives_every_parameter_a_gradient(name):
         assert_near(fuse(model)(images(32)), model(images(32)), MODEL_RTOL[torch.float32])
 
 
-@pytest.mark.parametrize('name', [*ONE_OF_EACH, *OWN_SHAPES])
+@pytest.mark.parametrize('name', [
+    'dbb_resnet18', 'repan_mobilenetv1_100', 'orepa_repvgg_a0', 'repan_resnet18_cifar', 'orepa_wide_resnet18_2',
+    'repan_repvgg_a0_cifar'])
 def test_feature_maps_are_those_of_feature_info(name):
     model = timm.create_model(name, features_only=True, device='meta').eval()
     maps = model(torch.empty(2, 3, 64, 64, device='meta'))
@@ -198,8 +209,7 @@ def test_every_kind_of_layer(stock, rep_layer):
     plain = timm.create_model(f'repan_{stock}', device='meta', inference_mode=True)
     assert not own_modules(plain)
     fused = fuse(model)
-    assert {key: value.shape for key, value in fused.state_dict().items()} == {
-        key: value.shape for key, value in plain.state_dict().items()}
+    assert shapes(fused) == shapes(plain)
 
 
 def test_kinds_that_are_taken_if_none_is_given():
