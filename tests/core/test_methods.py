@@ -345,7 +345,7 @@ def test_time_step(name, rate):
     begin_time_step(model, torch.Generator().manual_seed(1), attach_rate=rate, compensate=True)
     assert_near(model(images()), expected, MODEL_RTOL[torch.float64])
     for layer_name, layer in rep_layers(model):
-        assert layer.attach_rate == torch.tensor(rate)
+        assert layer.attach_rate.item() == rate
         assert layer.time_step == 1
         side = f'{layer_name}.side_kernel' if name == 'toy' else f'{layer_name}.conv_side.weight'
         assert not torch.equal(model.state_dict()[side], before[side])
