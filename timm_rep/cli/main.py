@@ -24,7 +24,7 @@ from ..models.names import TRAINING_PREFIXES, stock_architecture
 from ..official.load import import_checkpoint
 from ..report.cost import TIMING_BATCH, TIMING_ROUNDS, bench_models
 from ..report.ensemble import BN_IMAGES, EnsembleResult, evaluate_snapshots
-from ..report.plots import plot_run
+from ..report.run_pictures import plot_run
 from ..train.scripts import find_script, run_script
 
 __all__ = ['main']
