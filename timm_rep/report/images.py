@@ -119,17 +119,14 @@ def open_images(
         timm's data set, without a transform.
 
     Raises:
-        FileNotFoundError: If there is no such folder or class map.
+        FileNotFoundError: If there is no such class map.
         UserError: If there are no images, no such split, or more classes than the model knows.
     """
-    if not folder.exists():
-        raise FileNotFoundError(f'no images at {folder}')
     if class_map and not class_map.lower().endswith('.txt'):  # older timm unpickles others without a check
         raise UserError(f'no images can be read for a run whose class map is not a text file, got {class_map}')
-    mode = img_mode or ('L' if image_channels(model) == 1 else 'RGB')
+    kwargs.update(class_map=class_map or '', input_img_mode=img_mode or ('L' if image_channels(model) == 1 else 'RGB'))
     try:
-        images: Any = create_dataset(
-            dataset, root=str(folder), split=split, class_map=class_map or '', input_img_mode=mode, **kwargs)
+        images: Any = create_dataset(dataset, root=str(folder), split=split, **kwargs)
     except (RuntimeError, ValueError, ImportError) as e:
         raise UserError(f'{folder} holds no images that timm reads: {e}') from None
     except AssertionError as e:
@@ -139,7 +136,7 @@ def open_images(
             f'the run took its classes from the class map {class_map}, which is not there: without it no images can be '
             'compared'
         ) from None
-    reader = getattr(images, 'reader', None)
+    reader: Any = getattr(images, 'reader', None)
     if not dataset and folder.is_dir() and Path(reader.root) == folder:
         # timm takes the whole folder where it finds no split of that name
         depth = str(folder).count(os.sep) + 2  # of images in folders of classes
@@ -232,6 +229,8 @@ def compare_on_images(
     if max_images is not None and max_images < 1:
         raise UserError(f'max_images must be at least 1, got {max_images}')
     device, folder = as_device(device), Path(folder).absolute()
+    if not folder.is_dir():
+        raise FileNotFoundError(f'no folder of images at {folder}')
     dataset = open_images(folder, split, model, class_map=class_map, splits_only=False)
     index_of, samples, root = dataset.reader.class_to_idx, dataset.reader.samples, Path(dataset.reader.root)
     if len(index_of) != model.num_classes:
