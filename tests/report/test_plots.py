@@ -298,21 +298,6 @@ def test_similarities_are_the_mean_over_layers_of_a_kind():
     assert texts[prior] == '-'
 
 
-def test_similarity_of_known_kernels():
-    model = torch.nn.Sequential(timm_rep.OrepaPointwiseConv2d(2, 2, 1, bias=False))
-    with torch.no_grad():
-        model[0].conv_1x1.copy_(torch.tensor([[3.0, 0.0], [0.0, 0.0]])[..., None, None])
-        model[0].scale[0].fill_(1.0)
-        side = torch.tensor([[3.0, 4.0], [0.0, 0.0]])[..., None, None] - model[0].conv_1x1
-        kernels = dict(origin=model[0].conv_1x1.clone(), sequential=side)
-        model[0].branch_kernels = lambda: kernels
-    assert branch_similarities(model)[0].cosine[0, 1].item() == pytest.approx(0.0, abs=1e-12)
-    kernels['sequential'] = kernels['sequential'] + kernels['origin']
-    assert branch_similarities(model)[0].cosine[0, 1].item() == pytest.approx(0.6)
-    with pytest.raises(UserError, match='no layer with two branches'):
-        branch_similarities(torch.nn.Conv2d(1, 1, 1))
-
-
 def test_layers_of_a_kind_may_have_other_branches():
     """Only blocks that keep the size have an identity: one panel, each mean over the layers that have both branches."""
     model = timm.create_model(NAME, num_classes=3)
@@ -327,6 +312,8 @@ def test_layers_of_a_kind_may_have_other_branches():
         ]
         value = similarity.cosine[0, similarity.branches.index(other)].item()
         assert value == pytest.approx(sum(cosines) / len(cosines), abs=1e-6)
+    with pytest.raises(UserError, match='no layer with two branches'):
+        branch_similarities(torch.nn.Conv2d(1, 1, 1))
 
 
 def test_newest_weights_that_can_be_read_are_taken(run, snapshot, monkeypatch):

@@ -36,8 +36,6 @@ MARKED_EPOCHS = 40  # a line of more epochs has no markers
 LABELLED_STEPS = 6  # more time steps than that are only numbered
 WIDE_LOSS = 20.0  # a loss that spans more than this factor is drawn on a logarithmic axis
 MAX_RATIO = 32.0  # of the colours for gradients
-# Columns of summary.csv that train.py gives a prefix.
-PREFIXED = dict(train_time_step='time_step', train_attach_rate='attach_rate')
 # Panels of the picture of a run: label, height, and style of each column.
 PANELS: Tuple[Tuple[str, float, Dict[str, Dict[str, Any]]], ...] = (
     ('accuracy (%)', 2.0, dict(
@@ -115,16 +113,12 @@ class _TimeStep(NamedTuple):
 
 
 def _points(rows: Rows, column: str) -> Points:
-    """Epochs in which a figure is noted, with the figure."""
-    pairs = ((row['epoch'], row.get(column)) for row in rows)
+    """Epochs in which a figure is noted, with the figure; train.py gives what is ours a prefix in summary.csv."""
+    pairs = ((row['epoch'], row.get(column, row.get(f'train_{column}'))) for row in rows)
     return [
         (int(epoch), float(value)) for epoch, value in pairs
         if isinstance(value, (int, float)) and math.isfinite(value)
     ]
-
-
-def _with_our_names(history: Rows) -> Rows:
-    return [{PREFIXED.get(column, column): value for column, value in row.items()} for row in history]
 
 
 def _time_steps(history: Rows) -> List[_TimeStep]:
@@ -214,7 +208,6 @@ def draw_annealing(history: Rows, title: str = '', *, published: Optional[int] =
     Raises:
         UserError: If there is nothing to draw, or matplotlib is missing.
     """
-    history = _with_our_names(history)
     panels = []
     for label, height, styles in PANELS:
         curves = {column: points for column in styles if (points := _points(history, column))}
@@ -322,7 +315,7 @@ def draw_branch_gradients(rows: Rows, title: str = '', *, history: Rows = ()) ->
     if ratio.isnan().all():
         raise UserError('no layer has gradients of both an origin and a side branch')
     epochs = gradients.epochs
-    steps = [step for step in _time_steps(_with_our_names(history)) if step.first in epochs and step.last in epochs]
+    steps = [step for step in _time_steps(history) if step.first in epochs and step.last in epochs]
 
     figure = _new_figure(13, 8.6, 'gradients of side and origin branches' + (f', {title}' if title else ''))
     grid = figure.add_gridspec(2, 2, width_ratios=(2.2, 1), height_ratios=(1, 1.7))
