@@ -1,5 +1,4 @@
 """What training and running a model cost: times, parameters, multiply-adds."""
-import contextlib
 import platform
 import time
 from dataclasses import dataclass
@@ -222,10 +221,7 @@ class TrainingStep:
     def __call__(self) -> None:
         """Take the step."""
         self.optimizer.zero_grad()
-        autocast: Any = contextlib.nullcontext()
-        if self.autocast is not None:
-            autocast = torch.autocast(self.images.device.type, dtype=self.autocast)
-        with autocast:
+        with torch.autocast(self.images.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             loss = F.cross_entropy(self.model(self.images), self.targets)
         loss.backward()
         self.optimizer.step()
