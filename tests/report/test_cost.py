@@ -70,7 +70,7 @@ def test_ratios_are_to_the_first_model(clock, monkeypatch):
     models = {name: timm.create_model('test_resnet') for name in 'ab'}
     for name, model in models.items():
         model.name = name
-    baseline, other = time_training_steps(models, (3, 32, 32), batch=1, rounds=3)
+    baseline, other = time_training_steps(models, (3, 32, 32), batch=1, rounds=3).models
     assert baseline.seconds == (2, 4, 3)
     assert (baseline.ratio, baseline.smallest, baseline.largest) == (1, 1, 1)
     assert (other.ratio, other.smallest, other.largest) == (2, 1, 3)

@@ -138,9 +138,15 @@ def test_classes_in_the_order_of_the_class_map(tmp_path):
         compare(always(0), folder, class_map='map.pkl')
 
 
-def test_scores_are_those_of_all_images_together():
+def test_scores_are_those_of_all_images_together_in_full_precision(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', True)
+
+    def forward(logits):
+        assert not torch.backends.cudnn.allow_tf32
+        return logits, -logits
+
     batches = [(torch.randn(n, 7, generator=torch.Generator().manual_seed(n)), torch.arange(n) % 7) for n in (5, 2)]
-    scores, count = evaluate(lambda logits: (logits, -logits), ('plus', 'minus'), batches, torch.device('cpu'))
+    scores, count = evaluate(forward, ('plus', 'minus'), batches, torch.device('cpu'))
     logits, targets = (torch.cat(parts) for parts in zip(*batches))
     assert [score.name for score in scores] == ['plus', 'minus']
     for score, output in zip(scores, (logits, -logits)):
@@ -150,7 +156,7 @@ def test_scores_are_those_of_all_images_together():
         assert score.loss == pytest.approx(torch.nn.functional.cross_entropy(output, targets).item(), rel=1e-6)
     assert count == 7
     with pytest.raises(UserError, match='no images'):
-        evaluate(lambda logits: (logits,), ('one',), [], torch.device('cpu'))
+        evaluate(forward, ('plus', 'minus'), [], torch.device('cpu'))
 
 
 def test_a_device_that_is_not_there_is_refused():

@@ -62,7 +62,7 @@ def plot(run_dir: str, out: Optional[str]) -> None:
     Example:
       timm-rep plot output/train/run
     """
-    from ..report.plots import plot_run
+    from ..report.run_pictures import plot_run
 
     for path in plot_run(run_dir, out):
         click.echo(path)

@@ -1,5 +1,4 @@
 """What training and running a model cost: times, parameters, multiply-adds."""
-import contextlib
 import platform
 import time
 from dataclasses import dataclass
@@ -89,7 +88,7 @@ class Benchmark:
 
     models: Tuple[StepTimes, ...]
     batch: int
-    input_size: Tuple[int, int, int]
+    input_size: Tuple[int, ...]
     dtype: str
     channels_last: bool
     hardware: str
@@ -222,10 +221,7 @@ class TrainingStep:
     def __call__(self) -> None:
         """Take the step."""
         self.optimizer.zero_grad()
-        autocast: Any = contextlib.nullcontext()
-        if self.autocast is not None:
-            autocast = torch.autocast(self.images.device.type, dtype=self.autocast)
-        with autocast:
+        with torch.autocast(self.images.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             loss = F.cross_entropy(self.model(self.images), self.targets)
         loss.backward()
         self.optimizer.step()
@@ -239,70 +235,14 @@ def time_training_steps(
         rounds: int = TIMING_ROUNDS,
         repeats: int = 1,
         device: Union[str, torch.device] = 'cpu',
-        autocast: Optional[torch.dtype] = None,
+        amp: bool = False,
         channels_last: bool = False,
-) -> List[StepTimes]:
+) -> Benchmark:
     """Time a training step of several classifiers in turns, on random images.
 
     Args:
         models: The models by name; the first is the baseline. They are moved to the device, and trained.
         input_size: Channels, height and width of an image.
-        batch: Images in a batch.
-        rounds: How often each takes its turn, after a warm-up.
-        repeats: Steps in a row whose mean is one time; take some 10 on a GPU.
-        device: Where to time.
-        autocast: Compute in this dtype under autocast.
-        channels_last: Keep images and kernels channels-last.
-
-    Returns:
-        The times, one for each model.
-
-    Raises:
-        UserError: If a number is less than one, a model has no classifier, or torch has no such device.
-    """
-    numbers = (('batch', batch), ('rounds', rounds), ('repeats', repeats), ('input_size', min(input_size)))
-    for name, value in numbers:
-        if value < 1:
-            raise UserError(f'{name} must be at least 1, got {value}')
-    device = as_device(device)
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch, *input_size, generator=generator).to(device, memory_format=memory_format)
-    steps = []
-    for name, model in models.items():
-        classes = int(getattr(model, 'num_classes', 0))
-        if classes < 1:
-            raise UserError(f'{name} has no classifier to train')
-        targets = torch.randint(classes, (batch,), generator=generator).to(device)
-        moved: Any = model.to(device)
-        steps.append(TrainingStep(moved.to(memory_format=memory_format), images, targets, autocast))
-    seconds = seconds_in_turns(steps, device, rounds=rounds, warmup=WARMUP_STEPS, repeats=repeats)
-    return [
-        StepTimes(name, sum(p.numel() for p in model.parameters()), times, *ratios(times, seconds[0]))
-        for (name, model), times in zip(models.items(), seconds)
-    ]
-
-
-def bench_models(
-        architectures: Sequence[str],
-        *,
-        model_kwargs: Optional[Mapping[str, Any]] = None,
-        img_size: Optional[int] = None,
-        batch: int = TIMING_BATCH,
-        rounds: int = TIMING_ROUNDS,
-        repeats: int = 1,
-        device: Union[str, torch.device] = 'cpu',
-        amp: bool = False,
-        channels_last: bool = False,
-) -> Benchmark:
-    """Time a training step of models against the stock form of the first, in turns, on random images.
-
-    A step is zero_grad, forward, cross-entropy, backward and an SGD update.
-
-    Args:
-        architectures: Names of the models; a first one that is not ours is the baseline as it is.
-        model_kwargs: Arguments of all of them.
-        img_size: Height and width of the images; by default those of the first model.
         batch: Images in a batch.
         rounds: How often each takes its turn, after a warm-up.
         repeats: Steps in a row whose mean is one time; take some 10 on a GPU.
@@ -314,25 +254,64 @@ def bench_models(
         The times. As text it is a table.
 
     Raises:
-        UserError: For an unknown model or device, a number less than one, or a model without a classifier.
+        UserError: If a number is less than one, a model has no classifier, or torch has no such device.
     """
-    if not architectures:
-        raise UserError('no model to time')
-    model_kwargs, first = dict(model_kwargs or {}), architectures[0]
-    own = first.startswith(TRAINING_PREFIXES)
+    numbers = (('batch', batch), ('rounds', rounds), ('repeats', repeats), ('input_size', min(input_size)))
+    for name, value in numbers:
+        if value < 1:
+            raise UserError(f'{name} must be at least 1, got {value}')
+    device = as_device(device)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, *input_size, generator=generator).to(device, memory_format=layout)
+    steps = []
+    for name, model in models.items():
+        classes = int(getattr(model, 'num_classes', 0))
+        if classes < 1:
+            raise UserError(f'{name} has no classifier to train')
+        targets = torch.randint(classes, (batch,), generator=generator).to(device)
+        moved: Any = model.to(device)
+        steps.append(TrainingStep(moved.to(memory_format=layout), images, targets, torch.bfloat16 if amp else None))
+    seconds = seconds_in_turns(steps, device, rounds=rounds, warmup=WARMUP_STEPS, repeats=repeats)
+    times = tuple(
+        StepTimes(name, sum(p.numel() for p in model.parameters()), own, *ratios(own, seconds[0]))
+        for (name, model), own in zip(models.items(), seconds)
+    )
+    return Benchmark(
+        times, batch, tuple(input_size), 'bfloat16' if amp else 'float32', channels_last, hardware_name(device),
+        torch.__version__)
+
+
+def bench_models(
+        architectures: Sequence[str],
+        *,
+        model_kwargs: Optional[Mapping[str, Any]] = None,
+        img_size: Optional[int] = None,
+        **timing: Any,
+) -> Benchmark:
+    """Time a training step of models against the stock form of the first.
+
+    Args:
+        architectures: Names of the models; a first one that is not ours is the baseline as it is.
+        model_kwargs: Arguments of all of them.
+        img_size: Height and width of the images; by default those of the first model.
+        **timing: As in :func:`time_training_steps`.
+
+    Returns:
+        The times. As text it is a table.
+
+    Raises:
+        UserError: For an unknown model, or as in :func:`time_training_steps`.
+    """
+    first, *_ = architectures
+    model_kwargs, own = dict(model_kwargs or {}), first.startswith(TRAINING_PREFIXES)
     baseline: Any = build_model(first, **model_kwargs, **(dict(inference_mode=True) if own else {}))
     models = {f'{first} (stock form)' if own else first: baseline}
     models.update((name, build_model(name, **model_kwargs)) for name in architectures if name not in models)
     channels, height, width = baseline.pretrained_cfg['input_size']
     if img_size is not None:
         height = width = img_size
-    input_size = (model_kwargs.get('in_chans', channels), height, width)
-    times = time_training_steps(
-        models, input_size, batch=batch, rounds=rounds, repeats=repeats, device=device,
-        autocast=torch.bfloat16 if amp else None, channels_last=channels_last)
-    return Benchmark(
-        tuple(times), batch, input_size, 'bfloat16' if amp else 'float32', channels_last, hardware_name(device),
-        torch.__version__)
+    return time_training_steps(models, (model_kwargs.get('in_chans', channels), height, width), **timing)
 
 
 @torch.inference_mode()

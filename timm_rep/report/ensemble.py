@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from ..core.errors import UserError
 from ..io.checkpoint import load_stock_form, read_checkpoint
 from ..io.output import new_output, save_weights
-from .images import Score, as_device, evaluate, image_loader, open_images, with_progress
+from .images import Score, as_device, evaluate, open_images, with_progress
 
 __all__ = ['EnsembleResult', 'average_outputs', 'average_weights', 'evaluate_snapshots', 'find_snapshots']
 
@@ -201,26 +201,23 @@ def evaluate_snapshots(
     val_split = val_split or args.get('val_split') or 'validation'
     train_split = train_split or args.get('train_split') or 'train'
     val_loader, train_loader = (
-        image_loader(
-            open_images(
-                data_dir, split, models[0], dataset=args.get('dataset') or '', class_map=args.get('class_map'),
-                img_mode=args.get('input_img_mode'), input_key=args.get('input_key'),
-                target_key=args.get('target_key'), is_training=training, batch_size=batch_size),
-            models[0], batch_size, workers, device)
+        open_images(
+            data_dir, split, models[0], batch_size=batch_size, workers=workers, device=device,
+            dataset=args.get('dataset') or '', class_map=args.get('class_map'), img_mode=args.get('input_img_mode'),
+            input_key=args.get('input_key'), target_key=args.get('target_key'), is_training=training)
         for split, training in ((val_split, False), (train_split, True))
     )
     for model in (*models, average):
         model.to(device)
     train_batches, bn_images = _some_images(train_loader, bn_images, batch_size)
-    update_bn(
-        with_progress(train_batches, f'batch norms on {bn_images} training images', progress), average, device)
+    update_bn(with_progress(train_batches, 'batch norms', progress), average, device)
 
     def forward(images: Tensor) -> List[Tensor]:
         logits = [model(images).float() for model in models]
         return [*logits, average_outputs(logits), average(images)]
 
     names = [*(f'time step {number}' for number, _ in snapshots), 'average of outputs', 'average of weights']
-    scores, images = evaluate(forward, names, with_progress(val_loader, f'split {val_split}', progress), device)
+    scores, images = evaluate(forward, names, val_loader, device, progress)
     average.cpu()
     if output is not None:
         save_weights(average, output)

@@ -16,8 +16,7 @@ from ..core.verify import DEFAULT_RTOL, VerificationError, compare_outputs
 from ..core.walk import image_channels
 
 __all__ = [
-    'ImageCheck', 'Score', 'as_device', 'compare_on_images', 'evaluate', 'image_loader', 'open_images',
-    'with_progress',
+    'ImageCheck', 'Score', 'as_device', 'compare_on_images', 'evaluate', 'open_images', 'with_progress',
 ]
 
 IMAGE_BATCH = 32
@@ -97,18 +96,24 @@ def open_images(
         split: str,
         model: Any,
         *,
+        batch_size: int,
+        workers: int = 0,
+        device: torch.device,
         dataset: str = '',
         class_map: Optional[str] = None,
         img_mode: Optional[str] = None,
         splits_only: bool = True,
         **kwargs: Any,
 ) -> Any:
-    """Open images as timm does, but never those of several splits as one.
+    """Open images as timm does, prepared for a model's evaluation; but never those of several splits as one.
 
     Args:
         folder: Folder, or whatever timm takes for it.
         split: Name of the split, or what timm takes for the same (``val``, ``validation`` ...).
-        model: Model with a ``pretrained_cfg``, for channels and classes.
+        model: Model with a ``pretrained_cfg``.
+        batch_size: Images in a batch.
+        workers: Processes that load them.
+        device: Where they will be needed.
         dataset: Kind and name of the data set, as timm takes them; by default a folder with one for each class.
         class_map: Text file with the names of the classes in order, if they are not in that of their names.
         img_mode: Mode of PIL; by default what the model's channels ask for.
@@ -116,30 +121,25 @@ def open_images(
         **kwargs: Of ``timm.data.create_dataset``.
 
     Returns:
-        timm's data set, without a transform.
+        timm's loader.
 
     Raises:
-        FileNotFoundError: If there is no such folder or class map.
+        FileNotFoundError: If there is no such class map.
         UserError: If there are no images, no such split, or more classes than the model knows.
     """
-    if not folder.exists():
-        raise FileNotFoundError(f'no images at {folder}')
     if class_map and not class_map.lower().endswith('.txt'):  # older timm unpickles others without a check
         raise UserError(f'no images can be read for a run whose class map is not a text file, got {class_map}')
-    mode = img_mode or ('L' if image_channels(model) == 1 else 'RGB')
+    kwargs.update(class_map=class_map or '', input_img_mode=img_mode or ('L' if image_channels(model) == 1 else 'RGB'))
     try:
-        images: Any = create_dataset(
-            dataset, root=str(folder), split=split, class_map=class_map or '', input_img_mode=mode, **kwargs)
-    except (RuntimeError, ValueError, ImportError) as e:
+        images: Any = create_dataset(dataset, root=str(folder), split=split, batch_size=batch_size, **kwargs)
+    except (RuntimeError, ValueError, ImportError, AssertionError) as e:
+        if class_map and isinstance(e, AssertionError):
+            raise FileNotFoundError(
+                f'the run took its classes from the class map {class_map}, which is not there: without it no images '
+                'can be compared'
+            ) from None
         raise UserError(f'{folder} holds no images that timm reads: {e}') from None
-    except AssertionError as e:
-        if not class_map:
-            raise UserError(f'{folder} holds no images that timm reads: {e}') from None
-        raise FileNotFoundError(
-            f'the run took its classes from the class map {class_map}, which is not there: without it no images can be '
-            'compared'
-        ) from None
-    reader = getattr(images, 'reader', None)
+    reader: Any = getattr(images, 'reader', None)
     if not dataset and folder.is_dir() and Path(reader.root) == folder:
         # timm takes the whole folder where it finds no split of that name
         depth = str(folder).count(os.sep) + 2  # of images in folders of classes
@@ -150,13 +150,8 @@ def open_images(
     classes = len(getattr(reader, 'class_to_idx', None) or ())
     if classes > model.num_classes:
         raise UserError(f'{reader.root} holds images of {classes} classes, the model knows {model.num_classes}')
-    return images
-
-
-def image_loader(dataset: Any, model: nn.Module, batch_size: int, workers: int, device: torch.device) -> Any:
-    """Batches of a data set, prepared for a model as for its evaluation."""
     return create_loader(
-        dataset, batch_size=batch_size, num_workers=workers, persistent_workers=False, use_prefetcher=False,
+        images, batch_size=batch_size, num_workers=workers, persistent_workers=False, use_prefetcher=False,
         device=device, **resolve_data_config(model=model))
 
 
@@ -166,6 +161,7 @@ def evaluate(
         names: Sequence[str],
         batches: Iterable[Any],
         device: torch.device,
+        progress: bool = False,
 ) -> Tuple[List[Score], int]:
     """Run through images once, and score all that is made of them.
 
@@ -174,6 +170,7 @@ def evaluate(
         names: What is evaluated.
         batches: Images and their classes ``(n)``.
         device: Where to compute.
+        progress: Show a progress bar.
 
     Returns:
         The scores, and the number of images.
@@ -184,7 +181,7 @@ def evaluate(
     totals = torch.zeros(len(names), 3, dtype=torch.float64)
     count = 0
     with full_float32():
-        for images, targets in batches:
+        for images, targets in with_progress(batches, 'images', progress):
             images, targets = images.to(device), targets.to(device)
             for total, output in zip(totals, forward(images)):
                 found = output.topk(min(TOP_K, output.shape[1])).indices == targets[:, None]
@@ -232,17 +229,19 @@ def compare_on_images(
     if max_images is not None and max_images < 1:
         raise UserError(f'max_images must be at least 1, got {max_images}')
     device, folder = as_device(device), Path(folder).absolute()
-    dataset = open_images(folder, split, model, class_map=class_map, splits_only=False)
-    index_of, samples, root = dataset.reader.class_to_idx, dataset.reader.samples, Path(dataset.reader.root)
+    if not folder.is_dir():
+        raise FileNotFoundError(f'no folder of images at {folder}')
+    loader = open_images(
+        folder, split, model, batch_size=IMAGE_BATCH, device=device, class_map=class_map, splits_only=False)
+    reader = loader.dataset.reader
+    index_of, samples, root = reader.class_to_idx, reader.samples, Path(reader.root)
     if len(index_of) != model.num_classes:
         raise UserError(
             f'{root} holds images of {len(index_of)} classes, the model knows {model.num_classes}; give the folder '
             'with one folder for each class'
         )
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).tolist()
-    dataset.reader.samples = [samples[index] for index in sorted(order[:max_images])]
-    batches = with_progress(image_loader(dataset, model, IMAGE_BATCH, 0, device), 'images', progress)
-
+    reader.samples = [samples[index] for index in sorted(order[:max_images])]
     model, fused = model.to(device), fused.to(device)
     differences, rtol = [], DEFAULT_RTOL[next(model.parameters()).dtype]
 
@@ -252,7 +251,7 @@ def compare_on_images(
         return outputs
 
     try:
-        scores, count = evaluate(forward, ('training form', 'fused'), batches, device)
+        scores, count = evaluate(forward, ('training form', 'fused'), loader, device, progress)
     except VerificationError as e:
         raise VerificationError(f'on the images of {folder}, {e}') from None
     return ImageCheck(
