@@ -1,7 +1,8 @@
 """timm_rep: structural re-parameterization for timm. Importing it registers the models with timm."""
 from . import models
 from ._version import __version__
-from .core.annealing import AnnealingSchedule, attach_rate, begin_time_step, reset_optimizer
+from .core.annealer import Annealer
+from .core.annealing import AnnealingSchedule, attach_rate, begin_time_step, reset_optimizer, set_attach_rate
 from .core.errors import UserError
 from .core.expand import expand
 from .core.expansion import Expansion, expansion_of
@@ -20,16 +21,16 @@ from .core.layers import (
 )
 from .core.methods import Method, register_method
 from .core.verify import Report, VerificationError, verify
-from .core.walk import rep_layers, set_attach_rate
+from .core.walk import rep_layers
 from .hub.check import check_export
 from .hub.export import export_folder
 from .hub.publish import Published, PublishError, publish
 from .official.load import load_official_checkpoint
 
 __all__ = [
-    'ACB', 'DBB', 'AnnealingSchedule', 'AsymmetricConv2d', 'DiverseBranchConv2d', 'Expansion', 'Method', 'Orepa',
-    'OrepaConv2d', 'OrepaPointwiseConv2d', 'OrepaStemConv2d', 'PublishError', 'Published', 'Rep', 'RepConv2d', 'Report',
-    'UserError', 'VerificationError', '__version__', 'attach_rate', 'begin_time_step', 'check_export', 'expand',
-    'expansion_of', 'export_folder', 'fuse', 'load_official_checkpoint', 'models', 'publish', 'register_method',
-    'rep_layers', 'reset_optimizer', 'set_attach_rate', 'verify',
+    'ACB', 'DBB', 'Annealer', 'AnnealingSchedule', 'AsymmetricConv2d', 'DiverseBranchConv2d', 'Expansion', 'Method',
+    'Orepa', 'OrepaConv2d', 'OrepaPointwiseConv2d', 'OrepaStemConv2d', 'PublishError', 'Published', 'Rep',
+    'RepConv2d', 'Report', 'UserError', 'VerificationError', '__version__', 'attach_rate', 'begin_time_step',
+    'check_export', 'expand', 'expansion_of', 'export_folder', 'fuse', 'load_official_checkpoint', 'models',
+    'publish', 'register_method', 'rep_layers', 'reset_optimizer', 'set_attach_rate', 'verify',
 ]
