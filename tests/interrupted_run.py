@@ -1,4 +1,5 @@
 """Run the wrapper around timm's train.py in a process of its own that kills itself at a chosen point."""
+import csv
 import io
 import multiprocessing
 import os
@@ -10,6 +11,40 @@ STAND_IN = Path(__file__).with_name('small_train.py')
 CONTEXT = multiprocessing.get_context('forkserver')
 CONTEXT.set_forkserver_preload(['torch', 'timm', 'timm_rep.train'])
 TIMEOUT = 120
+
+MODEL = 'repan_repvgg_a0_cifar'
+TIME_STEPS, EPOCHS = 3, 2
+COMMON = [
+    '--time-steps', TIME_STEPS, '--epochs', EPOCHS, '--attach-warmup-epochs', 1, '--warmup-epochs', 0,
+    '--checkpoint-hist', 20, '--experiment', 'run', '--model-ema',
+]
+
+
+def arguments(scripts, *more, model=MODEL):
+    """Command line of a run in time steps."""
+    return [*COMMON, '--timm-scripts', scripts, '--model', model, *more]
+
+
+def rows(path):
+    with path.open(newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def states(path):
+    """All that a checkpoint holds of model, averaged model and optimizer."""
+    import torch
+    checkpoint = torch.load(path, weights_only=False)
+    momentum = checkpoint['optimizer']['state']
+    return dict(
+        **{f'model.{key}': value for key, value in checkpoint['state_dict'].items()},
+        **{f'ema.{key}': value for key, value in checkpoint['state_dict_ema'].items()},
+        **{f'momentum.{key}': value['momentum_buffer'] for key, value in momentum.items()},
+    )
+
+
+def contents(folder):
+    """Every file in a folder but the log of a run."""
+    return {path: path.read_bytes() for path in folder.rglob('*') if path.is_file() and path.name != 'log.txt'}
 
 
 def _die(*_):
@@ -112,7 +147,7 @@ def _child(argv, cwd, point, count, folder, optimizer):
     main(argv, prog='train.py')
 
 
-def run(argv, cwd, point=None, count=1, folder='output/train/run', optimizer='SGD'):
+def run(cwd, argv, point=None, count=1, folder='output/train/run', optimizer='SGD'):
     """Run the wrapper to its end, or to the point where it dies.
 
     Returns:
