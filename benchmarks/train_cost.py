@@ -21,7 +21,6 @@ import platform
 import statistics
 import sys
 import tempfile
-import time
 import types
 from pathlib import Path
 
@@ -33,7 +32,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import timm_rep
-from timm_rep.report.cost import TrainingStep, processor_name, seconds_of
+from timm_rep.report.cost import TrainingStep, hardware_name, ratios, seconds_in_turns
 
 MIB = 2 ** 20
 DTYPES = dict(fp32=None, bf16=torch.bfloat16)
@@ -176,50 +175,38 @@ def peak_memory(step):
 
 
 def ratio(times, base):
-    by_round = [a / b for a, b in zip(times, base)]
-    return dict(
-        of_medians=statistics.median(times) / statistics.median(base), min=min(by_round), max=max(by_round))
+    return dict(zip(('of_medians', 'min', 'max'), ratios(times, base)))
 
 
 def measure(name, args):
     """Times, memory and operations of all forms of one network."""
     torch.manual_seed(args.seed)
-    x = torch.randn(args.batch, 3, args.size, args.size, device=args.device)
-    if args.channels_last:
-        x = x.to(memory_format=torch.channels_last)
+    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
+    x = torch.randn(args.batch, 3, args.size, args.size, device=args.device).to(memory_format=memory_format)
     target = torch.randint(1000, (args.batch,), device=args.device)
-    steps = {}
-    for form, model in build_models(name, args.forms, args.peer).items():
-        model.to(x.device)
-        if args.channels_last:
-            model.to(memory_format=torch.channels_last)
-        steps[form] = TrainingStep(model, x, target, DTYPES[args.dtype], **OPTIMIZERS[args.optimizer])
+    steps = {
+        form: TrainingStep(
+            model.to(x.device).to(memory_format=memory_format), x, target, DTYPES[args.dtype],
+            **OPTIMIZERS[args.optimizer])
+        for form, model in build_models(name, args.forms, args.peer).items()
+    }
+    print(f'{name}: {args.rounds} rounds of {", ".join(steps)}', file=sys.stderr)
+    seconds = dict(zip(steps, seconds_in_turns(
+        list(steps.values()), x.device, rounds=args.rounds, warmup=args.warmup, repeats=args.steps)))
+    forms = {}
     for form, step in steps.items():
-        start = time.perf_counter()
-        seconds_of(step, x.device, args.warmup)
-        print(f'{name}: {label(name, form)}: warm after {time.perf_counter() - start:.1f} s', file=sys.stderr)
-
-    forms = {
-        form: dict(
+        forms[form] = dict(
             label=label(name, form),
             parameters=sum(p.numel() for p in step.model.parameters()),
             operations=None if form.endswith('compiled') else count_operations(step),
             peak_bytes=peak_memory(step),
-            seconds=[],
+            seconds=seconds[form],
+            median_seconds=statistics.median(seconds[form]),
+            to_plain=ratio(seconds[form], seconds['plain']),
         )
-        for form, step in steps.items()
-    }
-    for n in range(args.rounds):
-        for form, step in steps.items():
-            forms[form]['seconds'].append(seconds_of(step, x.device, args.steps))
-        latest = ', '.join(f"{form} {result['seconds'][-1] * 1e3:.0f}" for form, result in forms.items())
-        print(f'{name}: round {n + 1} of {args.rounds}: ms {latest}', file=sys.stderr)
-    for result in forms.values():
-        result['median_seconds'] = statistics.median(result['seconds'])
-        result['to_plain'] = ratio(result['seconds'], forms['plain']['seconds'])
-        result['memory_to_plain'] = result['peak_bytes'] / forms['plain']['peak_bytes']
-        if 'plain_compiled' in forms:
-            result['to_plain_compiled'] = ratio(result['seconds'], forms['plain_compiled']['seconds'])
+        forms[form]['memory_to_plain'] = forms[form]['peak_bytes'] / forms['plain']['peak_bytes']
+        if 'plain_compiled' in seconds:
+            forms[form]['to_plain_compiled'] = ratio(seconds[form], seconds['plain_compiled'])
     return dict(model=name, forms=forms)
 
 
@@ -244,7 +231,7 @@ def markdown(report):
     if compiled:
         header.insert(4, '/ plain compiled')
     lines = ['# Cost of one SGD step', '', ', '.join([
-        machine['gpu'] or f"{machine['cpu']}, {machine['threads']} threads of {machine['cores']} cores",
+        machine['hardware'] + (f" of {machine['cores']} cores" if args['device'] == 'cpu' else ''),
         f"batch {args['batch']}",
         f"{args['size']}x{args['size']}",
         args['dtype'] + (' autocast' if args['dtype'] != 'fp32' else ''),
@@ -326,12 +313,7 @@ def main(argv=None):
     report = dict(
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),
         arguments=arguments,
-        machine=dict(
-            cpu=processor_name(),
-            cores=os.cpu_count(),
-            threads=args.threads,
-            gpu=torch.cuda.get_device_name() if args.device == 'cuda' else None,
-        ),
+        machine=dict(hardware=hardware_name(args.device), cores=os.cpu_count()),
         versions=dict(
             python=platform.python_version(),
             torch=torch.__version__,

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_rep.core.expand import anneal_repvgg_blocks_, expand
 from timm_rep.core.layers import RepLayer
+from timm_rep.core.walk import rep_layers
 
 # Relative to the largest expected value: one linear layer, a whole model, a model whose norms are folded too.
 LINEAR_RTOL = {torch.float64: 1e-12, torch.float32: 1e-6}
@@ -52,6 +53,16 @@ def assert_same_state(actual, expected):
     assert actual.keys() == expected.keys()
     for name in expected:
         assert torch.equal(actual[name], expected[name]), name
+
+
+def tree(model):
+    """Names and classes of all modules."""
+    return [(name, type(module)) for name, module in model.named_modules()]
+
+
+def layer_types(model):
+    """Classes of the rep layers by name."""
+    return {name: type(layer) for name, layer in rep_layers(model)}
 
 
 def randn(*shape, seed=0, dtype=torch.float64):

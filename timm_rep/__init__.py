@@ -1,36 +1,24 @@
-"""timm_rep: structural re-parameterization for timm. Importing it registers the models with timm."""
-from . import models
-from ._version import __version__
-from .core.annealer import Annealer
-from .core.annealing import AnnealingSchedule, attach_rate, begin_time_step, reset_optimizer, set_attach_rate
-from .core.errors import UserError
-from .core.expand import expand
-from .core.expansion import Expansion, expansion_of
-from .core.fuse import fuse
-from .core.layers import (
-    ACB,
-    DBB,
-    AsymmetricConv2d,
-    DiverseBranchConv2d,
-    Orepa,
-    OrepaConv2d,
-    OrepaPointwiseConv2d,
-    OrepaStemConv2d,
-    Rep,
-    RepConv2d,
-)
-from .core.methods import Method, register_method
-from .core.verify import Report, VerificationError, verify
-from .core.walk import rep_layers
-from .hub.check import check_export
-from .hub.export import export_folder
-from .hub.publish import Published, PublishError, publish
-from .official.load import load_official_checkpoint
+"""timm_rep: structural re-parameterization for timm. Importing it registers the models with timm.
 
-__all__ = [
-    'ACB', 'DBB', 'Annealer', 'AnnealingSchedule', 'AsymmetricConv2d', 'DiverseBranchConv2d', 'Expansion', 'Method',
-    'Orepa', 'OrepaConv2d', 'OrepaPointwiseConv2d', 'OrepaStemConv2d', 'PublishError', 'Published', 'Rep',
-    'RepConv2d', 'Report', 'UserError', 'VerificationError', '__version__', 'attach_rate', 'begin_time_step',
-    'check_export', 'expand', 'expansion_of', 'export_folder', 'fuse', 'load_official_checkpoint', 'models',
-    'publish', 'register_method', 'rep_layers', 'reset_optimizer', 'set_attach_rate', 'verify',
-]
+The command ``timm-rep`` alone puts that off until something is asked for: its help need not wait for torch.
+"""
+import importlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__  # noqa: F401
+
+if TYPE_CHECKING or [Path(program).stem for program in sys.argv[:1]] != ['timm-rep']:
+    from ._api import *  # noqa: F403
+    from ._api import __all__  # noqa: F401
+else:
+    def __getattr__(name: str) -> Any:
+        """Load all of it when a script that the command runs asks for a part."""
+        home = f'{__name__}._api'
+        if home not in sys.modules and (name == '__all__' or not name.startswith('__')):
+            api = importlib.import_module(home)
+            globals().update({public: getattr(api, public) for public in ('__all__', *api.__all__)})
+            if name in globals():
+                return globals()[name]
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -9,12 +9,21 @@ from helpers import assert_near, randn
 from timm_rep.core import kernels
 
 RTOL = 1e-13
-SIZES = [(1, 1), (3, 3), (5, 5), (7, 7), (1, 3), (5, 3)]
-# groups, input, inner and output channels; the last two are depthwise, with one and with two filters per channel
-CHANNELS = [(1, 3, 4, 5), (2, 4, 6, 8), (4, 4, 4, 4), (3, 3, 6, 3)]
+# Kernel size; groups, input, inner and output channels: some depthwise, with one and with two filters per channel.
+SHAPES = [
+    ((1, 1), 1, 3, 4, 5),
+    ((3, 3), 2, 4, 6, 8),
+    ((5, 5), 4, 4, 4, 4),
+    ((7, 7), 3, 3, 6, 3),
+    ((1, 3), 2, 4, 6, 8),
+    ((5, 3), 1, 3, 4, 5),
+]
+SIZES = [shape[0] for shape in SHAPES]
 
+shapes = pytest.mark.parametrize(('size', 'groups', 'c_in', 'inner', 'c_out'), SHAPES, ids=str)
 sizes = pytest.mark.parametrize('size', SIZES, ids=str)
-channels = pytest.mark.parametrize(('groups', 'c_in', 'inner', 'c_out'), CHANNELS)
+# Of four channels.
+groups_of_sizes = pytest.mark.parametrize(('size', 'groups'), [*zip(SIZES, [1, 2, 4, 1, 2, 4])], ids=str)
 
 
 def half(size):
@@ -25,9 +34,8 @@ def images(c_in):
     return randn(2, c_in, 14, 15, seed=9)
 
 
-@sizes
-@pytest.mark.parametrize('first_size', SIZES, ids=str)
-@channels
+@shapes
+@pytest.mark.parametrize('first_size', [(3, 3), (5, 1)], ids=str)
 def test_sequential_merge_equals_two_convolutions(size, first_size, groups, c_in, inner, c_out):
     first = randn(inner, c_in // groups, *first_size, seed=1)
     second = randn(c_out, inner // groups, *size, seed=2)
@@ -40,8 +48,7 @@ def test_sequential_merge_equals_two_convolutions(size, first_size, groups, c_in
     assert_near(F.conv2d(x, merged, merged_bias, groups=groups), expected, RTOL)
 
 
-@sizes
-@channels
+@shapes
 @pytest.mark.parametrize('pointwise', ['first', 'second'])
 def test_sequential_merge_with_a_1x1_is_exact_at_a_padded_border(size, groups, c_in, inner, c_out, pointwise):
     first_size, second_size = ((1, 1), size) if pointwise == 'first' else (size, (1, 1))
@@ -54,8 +61,7 @@ def test_sequential_merge_with_a_1x1_is_exact_at_a_padded_border(size, groups, c
     assert_near(actual, expected, RTOL)
 
 
-@pytest.mark.parametrize('stride', [2, 3])
-@pytest.mark.parametrize('dilation', [1, 2])
+@pytest.mark.parametrize(('stride', 'dilation'), [(2, 2), (3, 1)])
 def test_sequential_merge_with_stride_and_dilation(stride, dilation):
     first, second = randn(4, 3, 3, 3, seed=1), randn(5, 4, 5, 3, seed=2)
     x = images(3)
@@ -73,48 +79,37 @@ def test_comparison_fails_for_a_cross_correlation_of_kernels():
         assert_near(F.conv2d(x, without_flip), expected, RTOL)
 
 
-@pytest.mark.parametrize('target', [(7, 7), (7, 9)], ids=str)
 @sizes
-def test_padded_kernel_is_the_same_convolution(size, target):
-    kernel, x = randn(4, 3, *size), images(3)
+def test_padded_kernel_is_the_same_convolution(size):
+    kernel, x, target = randn(4, 3, *size), images(3), (7, 9)
     padded = kernels.pad_to_size(kernel, target)
     assert padded.shape == (4, 3, *target)
     expected = F.conv2d(x, kernel, padding=half(size))
     assert_near(F.conv2d(x, padded, padding=half(target)), expected, RTOL)
 
 
-@pytest.mark.parametrize('groups', [1, 2, 4])
-@pytest.mark.parametrize('largest', SIZES, ids=str)
-def test_parallel_merge_equals_a_sum_of_convolutions(largest, groups):
+@groups_of_sizes
+def test_parallel_merge_equals_a_sum_of_convolutions(size, groups):
     x = images(4)
-    parallel_sizes = [(1, 1), (1, largest[1]), (largest[0], 1), largest]
+    parallel_sizes = [(1, 1), (1, size[1]), (size[0], 1), size]
     parallel = [randn(8, 4 // groups, *size, seed=n) for n, size in enumerate(parallel_sizes)]
     expected = sum(F.conv2d(x, k, groups=groups, padding=half(k.shape[2:])) for k in parallel)
-    assert_near(F.conv2d(x, kernels.merge_parallel(parallel), groups=groups, padding=half(largest)), expected, RTOL)
+    assert_near(F.conv2d(x, kernels.merge_parallel(parallel), groups=groups, padding=half(size)), expected, RTOL)
 
 
-@sizes
-@pytest.mark.parametrize('groups', [1, 2])
-def test_pointwise_then_average_equals_pooling(size, groups):
-    pointwise, x = randn(6, 4 // groups, 1, 1), images(4)
+@groups_of_sizes
+def test_pointwise_then_one_filter_per_channel_or_average(size, groups):
+    pointwise, depthwise, x = randn(8, 4 // groups, 1, 1, seed=1), randn(8, 1, *size, seed=2), images(4)
+    mixed = F.conv2d(x, pointwise, groups=groups)
     average = kernels.average_kernel(size, dtype=torch.float64)
-    expected = F.avg_pool2d(F.conv2d(x, pointwise, groups=groups), size, stride=1)
-    actual = F.conv2d(x, kernels.merge_pointwise_depthwise(pointwise, average), groups=groups)
-    assert_near(actual, expected, RTOL)
+    for second, expected in (
+            (depthwise, F.conv2d(mixed, depthwise, groups=8)), (average, F.avg_pool2d(mixed, size, stride=1))):
+        actual = F.conv2d(x, kernels.merge_pointwise_depthwise(pointwise, second), groups=groups)
+        assert_near(actual, expected, RTOL)
 
 
-@sizes
-@pytest.mark.parametrize('groups', [1, 2])
-def test_pointwise_then_one_filter_per_channel(size, groups):
-    pointwise, depthwise, x = randn(6, 4 // groups, 1, 1, seed=1), randn(6, 1, *size, seed=2), images(4)
-    expected = F.conv2d(F.conv2d(x, pointwise, groups=groups), depthwise, groups=6)
-    actual = F.conv2d(x, kernels.merge_pointwise_depthwise(pointwise, depthwise), groups=groups)
-    assert_near(actual, expected, RTOL)
-
-
-@sizes
-@pytest.mark.parametrize(('groups', 'c_in', 'c_out'), [(1, 3, 5), (2, 4, 6), (4, 4, 4)])
-def test_separable_kernel_equals_depthwise_then_pointwise(size, groups, c_in, c_out):
+@shapes
+def test_separable_kernel_equals_depthwise_then_pointwise(size, groups, c_in, inner, c_out):
     expansion = 3
     depthwise = randn(c_in * expansion, 1, *size, seed=1)
     pointwise = randn(c_out, c_in * expansion // groups, 1, 1, seed=2)
@@ -124,17 +119,14 @@ def test_separable_kernel_equals_depthwise_then_pointwise(size, groups, c_in, c_
     assert_near(F.conv2d(x, merged, groups=groups), expected, RTOL)
 
 
-@sizes
-@pytest.mark.parametrize('groups', [1, 2, 4])
+@groups_of_sizes
 def test_grouped_identity_passes_every_channel_through(size, groups):
     x = images(4)
     identity = kernels.grouped_identity(4, groups, size, dtype=torch.float64)
     assert torch.equal(F.conv2d(x, identity, groups=groups, padding=half(size)), x)
 
 
-@pytest.mark.parametrize('bias', [True, False])
-@pytest.mark.parametrize('affine', [True, False])
-@pytest.mark.parametrize('groups', [1, 2])
+@pytest.mark.parametrize(('bias', 'affine', 'groups'), [(True, True, 2), (False, True, 1), (True, False, 1)])
 def test_folded_norm_equals_convolution_then_norm(bias, affine, groups):
     x, kernel = images(4), randn(6, 4 // groups, 3, 3, seed=1)
     conv_bias = randn(6, seed=2) if bias else None
@@ -157,8 +149,7 @@ def test_unfolding_a_norm_is_the_inverse_of_folding(bias):
     torch.testing.assert_close(folded_bias, expected, rtol=0, atol=1e-14)
 
 
-@sizes
-@pytest.mark.parametrize('out_channels', [2, 7, 16])
+@pytest.mark.parametrize(('size', 'out_channels'), [*zip(SIZES, [2, 7, 16, 7, 16, 7])], ids=str)
 def test_frequency_prior_is_the_formula(size, out_channels):
     prior = kernels.frequency_prior(out_channels, size, dtype=torch.float64)
     assert prior.shape == (out_channels, 1, *size)

@@ -632,7 +632,7 @@ def test_pull_request_is_loaded_once_it_is_merged(server, run_folder):
     output = call('publish', run_folder, '--repo', REPO, '--create-pr')
     load = f"timm.create_model('hf-hub:{REPO}', pretrained=True)"
     assert f'/discussions/1\nOnce it is merged, load it with {load}\n' in output
-    assert 'pretrained.json' not in output
+    assert 'published.json' not in output
     assert publish_json(run_folder, '--repo', REPO, '--create-pr')['registry_entry'] is None
 
 

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from helpers import MODEL_RTOL, assert_near, randn, randomize_
+from helpers import MODEL_RTOL, assert_near, randn, randomize_, tree
 from packaging.version import Version
 from timm.models import FeatureInfo
 from timm.models.byobnet import RepVggBlock
@@ -25,17 +25,9 @@ from timm_rep.core.layers import AnnealedRepVggBlock
 from timm_rep.core.walk import annealed_modules
 
 NAMES = timm.list_models(['orepa_*', 'dbb_*', 'repan_*'])
-# One network of each module and kind.
-ONE_OF_EACH = [
-    'orepa_resnet18', 'orepa_repvgg_a0', 'dbb_resnet18', 'repan_resnet18', 'repan_repvgg_a0', 'repan_mobilenetv1_100']
-OWN_SHAPES = [
-    'orepa_resnet18_cifar', 'orepa_wide_resnet18_2', 'orepa_repvgg_a0_cifar', 'dbb_resnet18_cifar',
-    'repan_resnet18_cifar', 'repan_repvgg_a0_cifar']
-# What is annealed in a repan_* network with each kind of layer.
-REP_LAYERS = ('dbb', 'acb', 'rep', 'orepa')
-REPAN = ('resnet18_cifar', 'resnet50', 'repvgg_a0_cifar', 'mobilenetv1_100')
-
-one_of_each = pytest.mark.parametrize('name', ONE_OF_EACH)
+# One of each network, with linear layers, with normed ones, and with annealed blocks.
+one_of_each_network = pytest.mark.parametrize('name', [
+    'orepa_resnet18', 'repan_repvgg_a0_cifar', 'repan_mobilenetv1_100'])
 
 
 def millions(model):
@@ -58,10 +50,15 @@ def test_the_promised_names_are_registered():
     }
 
 
+def shapes(model):
+    return {key: value.shape for key, value in model.state_dict().items()}
+
+
 @pytest.mark.parametrize('name', NAMES)
-def test_training_form_fuses_into_the_stock_form(name):
+def test_stock_form_is_timms(name):
     """On the meta device: names and shapes only."""
-    model = timm.create_model(name, device='meta').eval()
+    model = timm.create_model(name, device='meta', inference_mode=True)
+    assert not list(annealed_modules(model))
     small = name.endswith('_cifar')
     size = 32 if small else 320 if name.endswith('_d2se') else 224
     assert model.pretrained_cfg['input_size'] == (3, size, size)
@@ -69,17 +66,28 @@ def test_training_form_fuses_into_the_stock_form(name):
     stock_name = name.partition('_')[2]
     if timm.is_model(stock_name):
         stock = timm.create_model(stock_name, device='meta')
-    else:
-        stock = timm.create_model(name, device='meta', inference_mode=True)
+        assert type(model) is type(stock)
+        assert tree(model) == tree(stock)
+        assert shapes(model) == shapes(stock)
+        assert model.feature_info == stock.feature_info
+
+
+@pytest.mark.parametrize('name', [
+    *(name for name in NAMES if name.endswith(('resnet18', 'repvgg_a0', '_cifar'))),
+    'orepa_resnet50', 'repan_resnet50', 'orepa_resnext50_32x4d', 'orepa_wide_resnet18_2', 'orepa_repvgg_d2se',
+    'repan_repvgg_b1g4', 'repan_mobilenetv1_100'])
+def test_training_form_fuses_into_the_stock_form(name):
+    """On the meta device: names and shapes only."""
+    model = timm.create_model(name, device='meta').eval()
+    stock = timm.create_model(name, device='meta', inference_mode=True)
     assert list(annealed_modules(model))
-    assert not list(annealed_modules(stock))
+    assert model.pretrained_cfg['input_size'] == stock.pretrained_cfg['input_size']
     assert type(model) is type(stock)
     assert model.feature_info == stock.feature_info
     assert (millions(model) > millions(stock)) == bool(list(rep_layers(model)))  # else RepVGG's own branches
     fused = fuse(model)
-    shapes = {key: value.shape for key, value in fused.state_dict().items()}
-    assert shapes == {key: value.shape for key, value in stock.state_dict().items()}
-    assert [(key, type(m)) for key, m in fused.named_modules()] == [(key, type(m)) for key, m in stock.named_modules()]
+    assert shapes(fused) == shapes(stock)
+    assert tree(fused) == tree(stock)
 
 
 @pytest.mark.parametrize(('name', 'expected'), [
@@ -89,7 +97,7 @@ def test_parameter_count(name, expected):
 
 
 @pytest.mark.parametrize('name', [
-    *ONE_OF_EACH, 'orepa_resnet18_cifar', 'orepa_repvgg_a0_cifar', 'repan_repvgg_a0_cifar'])
+    'orepa_resnet18', 'dbb_resnet18', 'repan_mobilenetv1_100', 'orepa_repvgg_a0_cifar', 'repan_repvgg_a0_cifar'])
 def test_training_step_gives_every_parameter_a_gradient(name):
     model = randomize_(timm.create_model(name, num_classes=5)).train()
     model(images(32, batch=4)).square().sum().backward()
@@ -100,7 +108,9 @@ def test_training_step_gives_every_parameter_a_gradient(name):
         assert_near(fuse(model)(images(32)), model(images(32)), MODEL_RTOL[torch.float32])
 
 
-@pytest.mark.parametrize('name', [*ONE_OF_EACH, *OWN_SHAPES])
+@pytest.mark.parametrize('name', [
+    'dbb_resnet18', 'repan_mobilenetv1_100', 'orepa_repvgg_a0', 'repan_resnet18_cifar', 'orepa_wide_resnet18_2',
+    'repan_repvgg_a0_cifar'])
 def test_feature_maps_are_those_of_feature_info(name):
     model = timm.create_model(name, features_only=True, device='meta').eval()
     maps = model(torch.empty(2, 3, 64, 64, device='meta'))
@@ -152,9 +162,14 @@ def test_norms_start_as_the_papers_do():
     assert torch.equal(block(x), x.relu())
 
 
-@one_of_each
-@pytest.mark.parametrize('kwargs', [
-    dict(output_stride=16), dict(in_chans=1, num_classes=0), dict(drop_path_rate=0.1, global_pool='max')], ids=str)
+@pytest.mark.parametrize(('name', 'kwargs'), [
+    ('orepa_resnet18', dict(output_stride=16, in_chans=1, num_classes=0)),
+    ('dbb_resnet18', dict(output_stride=16, global_pool='max', drop_path_rate=0.1)),
+    ('repan_resnet18', dict(in_chans=1, num_classes=7)),
+    ('orepa_repvgg_a0', dict(in_chans=1, global_pool='max', drop_path_rate=0.1)),
+    ('repan_repvgg_a0', dict(output_stride=16, num_classes=0)),
+    ('repan_mobilenetv1_100', dict(output_stride=16, in_chans=1, drop_path_rate=0.1)),
+], ids=str)
 @torch.no_grad()
 def test_timms_arguments_reach_the_model(name, kwargs):
     model = randomize_(timm.create_model(name, **kwargs)).eval()
@@ -173,8 +188,9 @@ def own_modules(model):
     return {type(module) for _, module in annealed_modules(model)}
 
 
-@pytest.mark.parametrize('rep_layer', REP_LAYERS)
-@pytest.mark.parametrize('stock', REPAN)
+@pytest.mark.parametrize(('stock', 'rep_layer'), [
+    ('resnet18_cifar', 'rep'), ('resnet50', 'orepa'), ('resnet50', 'acb'), ('mobilenetv1_100', 'orepa'),
+    ('mobilenetv1_100', 'dbb'), *(('repvgg_a0_cifar', rep_layer) for rep_layer in ('dbb', 'acb', 'rep', 'orepa'))])
 def test_every_kind_of_layer(stock, rep_layer):
     """On the meta device: names and shapes only."""
     model = timm.create_model(f'repan_{stock}', rep_layer=rep_layer, device='meta').eval()
@@ -193,8 +209,7 @@ def test_every_kind_of_layer(stock, rep_layer):
     plain = timm.create_model(f'repan_{stock}', device='meta', inference_mode=True)
     assert not own_modules(plain)
     fused = fuse(model)
-    assert {key: value.shape for key, value in fused.state_dict().items()} == {
-        key: value.shape for key, value in plain.state_dict().items()}
+    assert shapes(fused) == shapes(plain)
 
 
 def test_kinds_that_are_taken_if_none_is_given():
@@ -208,15 +223,16 @@ def test_kinds_that_are_taken_if_none_is_given():
     assert not same('repan_resnet18', 'acb')
 
 
-@pytest.mark.parametrize('inference_mode', [False, True])
-@pytest.mark.parametrize('stock', REPAN)
+@pytest.mark.parametrize(('stock', 'inference_mode'), [
+    ('resnet18_cifar', True), ('repvgg_a0_cifar', False), ('mobilenetv1_100', False)])
 def test_unknown_kind_of_layer_raises(stock, inference_mode):
     with pytest.raises(ValueError, match="unknown method 'acnet'; allowed are 'orepa', 'dbb', 'acb', 'rep'"):
         timm.create_model(f'repan_{stock}', rep_layer='acnet', inference_mode=inference_mode)
 
 
-@pytest.mark.parametrize('rep_layer', REP_LAYERS)
-@pytest.mark.parametrize('stock', ['resnet18', 'repvgg_a0', 'mobilenetv1_100'])
+@pytest.mark.parametrize(('stock', 'rep_layer'), [
+    ('resnet18', 'acb'), ('repvgg_a0', 'dbb'), ('repvgg_a0', 'rep'), ('mobilenetv1_100', 'orepa'),
+    ('mobilenetv1_100', 'rep')])
 @torch.no_grad()
 def test_fused_model_is_timms(stock, rep_layer):
     model = randomize_(timm.create_model(f'repan_{stock}', rep_layer=rep_layer, num_classes=5)).eval()
@@ -224,8 +240,7 @@ def test_fused_model_is_timms(stock, rep_layer):
     fused = fuse(model)
     expected = timm.create_model(stock, num_classes=5).eval()
     assert type(fused) is type(expected)
-    assert [(key, type(m)) for key, m in fused.named_modules()] == [
-        (key, type(m)) for key, m in expected.named_modules()]
+    assert tree(fused) == tree(expected)
     expected.load_state_dict(fused.state_dict(), strict=True)
     assert list(fused.state_dict()) == list(expected.state_dict())
     assert_near(fused(images()), model(images()), MODEL_RTOL[torch.float32])
@@ -236,7 +251,7 @@ def test_fused_model_is_timms(stock, rep_layer):
     assert 'rep_layer' not in getattr(fused, '_model_args', {})
 
 
-@pytest.mark.parametrize('rep_layer', REP_LAYERS)
+@pytest.mark.parametrize('rep_layer', ['acb', 'orepa'])
 @torch.no_grad()
 def test_fused_network_of_our_own_loads_into_its_stock_form(rep_layer):
     model = randomize_(timm.create_model('repan_repvgg_a0_cifar', rep_layer=rep_layer)).eval()
@@ -248,7 +263,7 @@ def test_fused_network_of_our_own_loads_into_its_stock_form(rep_layer):
     assert_near(other(images(32)), model(images(32)), MODEL_RTOL[torch.float32])
 
 
-@pytest.mark.parametrize('rep_layer', ['dbb', 'acb', 'rep'])
+@pytest.mark.parametrize('rep_layer', ['dbb', 'rep'])
 @torch.no_grad()
 def test_norms_with_activation_are_taken_in_and_given_back(rep_layer):
     """MobileNet's are timm's BatchNormAct2d: the activation stays where it was."""
@@ -271,7 +286,7 @@ def test_norms_with_activation_are_taken_in_and_given_back(rep_layer):
 # Copies of timm's checks (tests/test_models.py), which it runs for its own modules only.
 
 
-@one_of_each
+@one_of_each_network
 def test_model_forward_intermediates_features(name):
     model = timm.create_model(name, features_only=True, feature_cls='getter').eval()
     with torch.no_grad():
@@ -283,7 +298,7 @@ def test_model_forward_intermediates_features(name):
         assert not feature.isnan().any()
 
 
-@one_of_each
+@one_of_each_network
 def test_model_forward_intermediates(name):
     model = timm.create_model(name).eval()
     info = FeatureInfo(model.feature_info, len(model.feature_info))
@@ -302,7 +317,7 @@ def test_model_forward_intermediates(name):
 
 @pytest.mark.skipif(
     Version(timm.__version__) < Version('1.0.31'), reason='older timm keeps the pooling behind a pruned stem')
-@one_of_each
+@one_of_each_network
 def test_prune_intermediate_layers_contract(name):
     model = timm.create_model(name).eval()
     x = images(64)

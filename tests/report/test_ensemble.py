@@ -80,11 +80,11 @@ def models():
 def run(tmp_path_factory, models):
     folder = tmp_path_factory.mktemp('run')
     (folder / 'args.yaml').write_text(ARGS)
-    for number, model in enumerate(models):
+    for number, model in enumerate(models, 1):
         save_weights(model, folder / f'time_step-{number}-stock.safetensors')
-    for number, model in enumerate(models[1:]):
+    for number, model in enumerate(models[1:], 1):
         save_weights(model, folder / f'time_step-{number}-ema-stock.safetensors')
-    (folder / 'time_step-3.safetensors').touch()  # in training form: not taken
+    (folder / 'time_step-4.safetensors').touch()  # in training form: not taken
     return folder
 
 
@@ -115,7 +115,7 @@ def test_scores_are_those_of_a_computation_by_hand(run, images, models, tmp_path
     targets = torch.arange(15) // 5
     with torch.no_grad():
         probabilities = [model(inputs).softmax(dim=1) for model in models]
-    assert [score.name for score in result.snapshots] == ['time step 0', 'time step 1', 'time step 2']
+    assert [score.name for score in result.snapshots] == ['time step 1', 'time step 2', 'time step 3']
     for score, expected in zip(result.snapshots, probabilities):
         assert_score(score, expected.log(), targets)
     assert_score(result.outputs, (sum(probabilities) / 3).log(), targets)
@@ -167,8 +167,8 @@ def test_snapshots_in_training_and_stock_form_agree(tmp_path):
     """What the wrapper writes at the end of a time step: load_stock_form builds the function of the training form."""
     (tmp_path / 'args.yaml').write_text(ARGS)
     model = randomize_(timm.create_model(NAME, rep_layer='orepa', num_classes=3)).eval()
-    save_weights(timm_rep.fuse(model), tmp_path / 'time_step-0-stock.safetensors')
-    stock = load_stock_form(tmp_path / 'time_step-0-stock.safetensors')
+    save_weights(timm_rep.fuse(model), tmp_path / 'time_step-1-stock.safetensors')
+    stock = load_stock_form(tmp_path / 'time_step-1-stock.safetensors')
     assert stock.pretrained_cfg['input_size'] == (3, SIZE, SIZE)
     assert tuple(stock.pretrained_cfg['std']) == STD
     x = torch.randn(2, 3, SIZE, SIZE)
@@ -176,15 +176,15 @@ def test_snapshots_in_training_and_stock_form_agree(tmp_path):
         assert_near(stock(x), model(x), 1e-5)
 
     # a network of timm's own, trained with restarts
-    save_weights(timm.create_model('test_resnet', num_classes=2), tmp_path / 'time_step-1-stock.safetensors')
+    save_weights(timm.create_model('test_resnet', num_classes=2), tmp_path / 'time_step-2-stock.safetensors')
     (tmp_path / 'args.yaml').write_text('model: test_resnet\nnum_classes: 2\n')
-    assert load_stock_form(tmp_path / 'time_step-1-stock.safetensors').num_classes == 2
+    assert load_stock_form(tmp_path / 'time_step-2-stock.safetensors').num_classes == 2
 
 
 def test_command_prints_a_table(run, images):
     lines = call(run, '--data-dir', images, '--device', 'cpu', '--bn-images', 9).splitlines()
     assert [line[:20].strip() for line in lines] == [
-        'on 15 images', 'time step 0', 'time step 1', 'time step 2', 'average of outputs', 'average of weights']
+        'on 15 images', 'time step 1', 'time step 2', 'time step 3', 'average of outputs', 'average of weights']
     assert 'Example' in call('--help')
     assert lines[0].split()[-5:] == ['top-1', '(%)', 'top-5', '(%)', 'loss']
     assert all(float(value) >= 0 for line in lines[1:] for value in line[20:].split())
@@ -213,19 +213,21 @@ def test_bad_input(run, images, tmp_path):
     assert 'no run folder at' in call(tmp_path / 'missing', *data, code=2)
     assert 'has no snapshots of time steps, time_step-N-stock' in call(tmp_path, *data, code=2)
     (tmp_path / 'args.yaml').write_text(ARGS)
-    save_weights(stock_model(0), tmp_path / 'time_step-0-stock.safetensors')
-    assert 'has one snapshot, time_step-0-stock.safetensors; it takes two' in call(tmp_path, *data, code=2)
-    save_weights(timm.create_model('test_resnet'), tmp_path / 'time_step-1-stock.safetensors')
-    assert f'time_step-1-stock.safetensors does not hold {NAME} in stock form' in call(tmp_path, *data, code=2)
+    save_weights(stock_model(0), tmp_path / 'time_step-1-stock.safetensors')
+    assert 'has one snapshot, time_step-1-stock.safetensors; it takes two' in call(tmp_path, *data, code=2)
+    save_weights(timm.create_model('test_resnet'), tmp_path / 'time_step-2-stock.safetensors')
+    assert f'time_step-2-stock.safetensors does not hold {NAME} in stock form' in call(tmp_path, *data, code=2)
     (tmp_path / 'args.yaml').unlink()
     assert 'does not say which model it is of' in call(tmp_path, *data, code=2)
     (tmp_path / 'args.yaml').write_text('model: nothing')
     assert "unknown model 'nothing'" in call(tmp_path, *data, code=2)
 
     assert f'no images at {tmp_path / "missing"}' in call(run, '--data-dir', tmp_path / 'missing', code=2)
-    message = call(run, *data, '--val-split', 'val', code=2)
-    assert f"no split 'val' in {images}, which holds the folders test, train" in message
+    assert f"{images} has no split 'val' but test, train" in call(run, *data, '--val-split', 'val', code=2)
     assert "no split 'training2'" in call(run, *data, '--train-split', 'training2', code=2)
+    # without splits, the images to evaluate on would be those to train on
+    assert "has no split 'test' but cat, dog, frog" in call(run, '--data-dir', images / 'test', code=2)
+    assert "device 'abacus' cannot be used" in call(run, *data[:2], '--device', 'abacus', code=2)
     assert 'bn_images must be at least 2, got 1' in call(run, *data, '--bn-images', 1, code=2)
     assert 'batch_size must be at least 1, got 0' in call(run, *data, '--batch-size', 0, code=2)
 
@@ -234,8 +236,7 @@ def test_bad_input(run, images, tmp_path):
         for name in 'abcd':
             (more / split / name).mkdir(parents=True)
             Image.fromarray(pixels(0).numpy()).save(more / split / name / '0.png')
-    assert "split 'test' of" in call(run, '--data-dir', more, code=2)
-    assert 'has 4 classes, the model 3' in call(run, '--data-dir', more, code=2)
+    assert 'holds images of 4 classes, the model knows 3' in call(run, '--data-dir', more, code=2)
 
 
 def test_an_existing_output_stays(run, images, tmp_path):

@@ -1,5 +1,6 @@
 import csv
 import importlib.util
+import itertools
 import math
 
 import pytest
@@ -11,20 +12,15 @@ from helpers import tiny_resnet
 
 import timm_rep
 from timm_rep.cli.main import main
+from timm_rep.core.errors import UserError
+from timm_rep.core.walk import annealed_modules
 from timm_rep.io.output import save_weights
-from timm_rep.report.plots import (
-    TimeStep,
-    branch_similarities,
-    draw_annealing,
-    draw_branch_gradients,
-    draw_branch_similarity,
-    plot_run,
-    read_branch_gradients,
-    read_summary,
-    time_steps,
-)
+from timm_rep.io.runs import read_summary
+from timm_rep.report import run_pictures
+from timm_rep.report.plots import branch_similarities, draw_annealing, draw_branch_gradients, draw_branch_similarity
+from timm_rep.report.run_pictures import plot_run, read_branch_gradients
 
-pytest.importorskip('matplotlib')
+Text = pytest.importorskip('matplotlib.text').Text
 
 NAME = 'repan_repvgg_a0_cifar'
 FIGURES = ['annealing.png', 'branch_gradients.png', 'branch_similarity.png']
@@ -64,7 +60,7 @@ def gradient_rows(epochs):
 
 @pytest.fixture(scope='module')
 def snapshot(tmp_path_factory):
-    path = tmp_path_factory.mktemp('weights') / 'time_step-0.safetensors'
+    path = tmp_path_factory.mktemp('weights') / 'time_step-1.safetensors'
     save_weights(timm.create_model(NAME, num_classes=3), path)
     return path
 
@@ -109,7 +105,7 @@ def test_plot_writes_the_figures_and_nothing_else(run, tmp_path):
 
 def test_command_replaces_own_figures_only(run):
     (run / 'branch_gradients.csv').unlink()
-    (run / 'time_step-0.safetensors').unlink()
+    (run / 'time_step-1.safetensors').unlink()
     assert call('plot', run).split() == [str(run / 'annealing.png')]
     first = (run / 'annealing.png').read_bytes()
     write_csv(run / 'summary.csv', [summary_row(epoch) for epoch in range(2)])
@@ -135,7 +131,7 @@ def test_annealing_draws_what_the_run_noted(run):
     assert list(axes['attach rate'].lines[0].get_ydata()) == [0.5, 1, 1, 0.5, 1, 1]
     assert list(axes['learning rate'].lines[0].get_ydata()) == [0.1 / n for n in (1, 2, 3, 1, 2, 3)]
     labels = {text.get_text(): text.get_position()[0] for text in axes['accuracy (%)'].texts}
-    assert labels == {'time step 0': 1.0, 'time step 1': 4.0}
+    assert labels == {'time step 1': 1.0, 'time step 2': 4.0}
     band = axes['loss'].patches[0]
     extent = band.get_path().get_extents(band.get_patch_transform())
     assert (extent.x0, extent.x1) == (-0.5, 2.5)
@@ -143,9 +139,7 @@ def test_annealing_draws_what_the_run_noted(run):
 
 def test_annealing_of_a_plain_run(tmp_path):
     write_csv(tmp_path / 'summary.csv', [dict(epoch=0, train_loss=2.5, lr=0.1), dict(epoch=1, train_loss=60, lr=0)])
-    summary = read_summary(tmp_path / 'summary.csv')
-    assert time_steps(summary) == []
-    figure = draw_annealing(summary, 'resnet18')
+    figure = draw_annealing(read_summary(tmp_path / 'summary.csv'), 'resnet18')
     assert figure.get_suptitle() == 'resnet18'
     axes = panels(figure)
     assert list(axes) == ['loss', 'learning rate']
@@ -153,14 +147,20 @@ def test_annealing_of_a_plain_run(tmp_path):
     assert axes['loss'].get_yscale() == 'log'  # 2.5 to 60
     figure = draw_annealing([summary_row(epoch, annealed=False) for epoch in range(EPOCHS)])
     assert list(panels(figure)) == ['accuracy (%)', 'loss', 'learning rate']
-    with pytest.raises(ValueError, match='none of accuracy, loss and learning rate is noted; there is epoch, other'):
+    with pytest.raises(UserError, match='none of accuracy, loss and learning rate is noted; there is epoch, other'):
         draw_annealing([dict(epoch=0, other=1.0)])
 
 
-def test_columns_may_come_later():
-    rows = [dict(epoch=0, train_loss=2.0), dict(epoch=1, train_loss=1.5, eval_top1=40.0)]
+def test_annealing_of_a_loop_of_ones_own():
+    """The columns of Annealer.history have no prefix; what is not a number is left out."""
+    rows = [dict(epoch=0, time_step=0, attach_rate=0.5, eval_top1=None), dict(epoch=1, time_step=1, eval_top1=40.0)]
     figure = draw_annealing(rows)
     assert figure.get_suptitle() == 'training run: top-1 40.00% at the end (the best)'
+    axes = panels(figure)
+    assert [text.get_text() for text in axes['accuracy (%)'].texts] == ['time step 1', 'time step 2']
+    assert list(axes['attach rate'].lines[0].get_ydata()) == [0.5]
+    with pytest.raises(UserError, match='there is no row'):
+        draw_annealing([])
 
 
 def test_published_epoch_is_marked(run):
@@ -174,7 +174,7 @@ def test_published_epoch_is_marked(run):
 def test_many_time_steps_are_numbered():
     summary = [dict(summary_row(0), epoch=epoch, train_time_step=epoch // 2) for epoch in range(20)]
     texts = [text.get_text() for text in draw_annealing(summary).axes[0].texts]
-    assert texts == ['time step ', *map(str, range(10))]
+    assert texts == ['time step ', *map(str, range(1, 11))]
 
 
 def test_summary_of_a_resumed_run(tmp_path):
@@ -191,26 +191,15 @@ def test_summary_of_a_resumed_run(tmp_path):
     assert [row['eval_top1'] for row in summary] == [10, 20, 35, 45, 55]
     assert [row['train_loss'] for row in summary] == [2.0, 1.9, 1.5, 1.4, 1.3]
     assert math.isnan(summary[-1]['note'])
-    assert time_steps(summary) == [TimeStep(1, 3, 4)]
+    assert [row.get('train_time_step') for row in summary] == [None, None, None, 1, 1]
 
     # what came after the checkpoint that a run was resumed from is undone, though not overwritten yet
     path.write_text(header + '0,2.0,10,0.1\n1,1.9,20,0.1\n2,1.8,30,0.1\n' + header + '1,1.7,25,0.1\n')
     assert [(row['epoch'], row['eval_top1']) for row in read_summary(path)] == [(0, 10), (1, 25)]
 
     path.write_text(header + '0,2.0')
-    with pytest.raises(ValueError, match=r'summary\.csv holds no complete epoch'):
+    with pytest.raises(UserError, match=r'summary\.csv holds no complete epoch'):
         read_summary(path)
-
-
-def test_gradients_are_read_by_depth_and_epoch(run):
-    gradients = read_branch_gradients(run / 'branch_gradients.csv')
-    assert gradients.epochs == list(range(EPOCHS))
-    assert (gradients.depths, gradients.layers) == ([0, 1, 2], list(LAYERS))
-    assert torch.equal(gradients.origin, torch.full((3, EPOCHS), 1e-3, dtype=torch.float64))
-    for epoch in range(EPOCHS):
-        for depth in range(len(LAYERS)):
-            mean = (rms(epoch, depth, 'conv_1x1') + rms(epoch, depth, 'conv_1xk')) / 2
-            assert gradients.sides[depth, epoch].item() == pytest.approx(mean)
 
 
 def test_gradients_of_a_resumed_run(run):
@@ -222,21 +211,19 @@ def test_gradients_of_a_resumed_run(run):
         for row in gradient_rows([2]):
             file.write(f'2,{row["depth"]},{row["layer"]},{row["branch"]},{row["rms"] * 10}\r\n')
         file.write('3,0,stem,origin,0.0')  # cut off
-    gradients = read_branch_gradients(path)
-    assert gradients.epochs == [0, 1, 2]
-    assert torch.allclose(gradients.origin[:, 2], torch.tensor(1e-2, dtype=torch.float64))
-    assert torch.allclose(gradients.origin[:, 1], torch.tensor(1e-3, dtype=torch.float64))
+    assert read_branch_gradients(path) == [*rows[:18], *(dict(row, rms=row['rms'] * 10) for row in gradient_rows([2]))]
 
 
 def test_gradients_show_where_side_branches_are_ahead(run):
-    gradients = read_branch_gradients(run / 'branch_gradients.csv')
-    steps = time_steps(read_summary(run / 'summary.csv'))
-    figure = draw_branch_gradients(gradients, steps, NAME)
+    rows = read_branch_gradients(run / 'branch_gradients.csv')
+    assert rows == gradient_rows(range(EPOCHS))
+    figure = draw_branch_gradients(rows, NAME, history=read_summary(run / 'summary.csv'))
     by_label = panels(figure)
     over_epochs = by_label['gradient (RMS of elements),\nmedian of the layers']
     assert drawn(over_epochs, 'origin branch')[1] == pytest.approx([1e-3] * EPOCHS)
     assert drawn(over_epochs, 'side branches')[1] == pytest.approx([rms(e, 1, 'mean') / 1.5 for e in range(EPOCHS)])
-    assert [text.get_text() for text in over_epochs.texts] == ['time step 0', 'time step 1']
+    assert [text.get_text() for text in over_epochs.texts] == ['time step 1', 'time step 2']
+    assert [text.get_text() for text in over_epochs.get_legend().get_texts()] == ['side branches', 'origin branch']
 
     heat_map = by_label['depth (layers from the input)']
     colours = heat_map.collections[0].get_array()
@@ -253,25 +240,32 @@ def test_gradients_show_where_side_branches_are_ahead(run):
     assert any('in 56% of all layers and epochs' in note for note in notes)
 
 
+def test_texts_do_not_run_into_other_plots(run):
+    rows = [dict(row, depth=10 * row['depth']) for row in gradient_rows(range(EPOCHS))]
+    figure = draw_branch_gradients(rows, NAME, history=read_summary(run / 'summary.csv'))
+    figure.draw_without_rendering()
+    texts = [
+        [text.get_window_extent() for text in axes.findobj(Text) if text.get_visible() and text.get_text()]
+        for axes in figure.axes
+    ]
+    for (axes, own), (other, others) in itertools.permutations(zip(figure.axes, texts), 2):
+        assert not any(box.overlaps(taken) for box in own for taken in (other.get_window_extent(), *others)), axes
+
+
 def test_gradients_without_time_steps_and_with_gaps(tmp_path):
-    path = tmp_path / 'branch_gradients.csv'
     rows = [row for row in gradient_rows(range(3)) if row['depth'] or row['branch'] == 'origin']
-    write_csv(path, rows)
-    gradients = read_branch_gradients(path)
-    assert gradients.sides[0].isnan().all()
-    figure = draw_branch_gradients(gradients)
-    labels = figure.axes[-2].get_legend_handles_labels()[1]
-    assert 'side branches, first epoch' in labels
-    write_csv(path, [row for row in rows if row['epoch'] == 0])
-    figure = draw_branch_gradients(read_branch_gradients(path))  # one epoch is as wide as the axes
+    figure = draw_branch_gradients(rows)
+    over_depth = next(axes for axes in figure.axes if axes.get_xlabel() == 'gradient (RMS of elements)')
+    assert math.isnan(drawn(over_depth, 'side branches, first epoch')[0][0])
+    figure = draw_branch_gradients([row for row in rows if row['epoch'] == 0])  # one epoch is as wide as the axes
     heat_map = panels(figure)['depth (layers from the input)']
     assert heat_map.get_xlim() == (-0.5, 0.5)
     assert heat_map.collections[0].get_coordinates()[0, :, 0].tolist() == [-0.5, 0.5]
-    write_csv(path, [row for row in rows if row['branch'] == 'origin'])
-    with pytest.raises(ValueError, match='no layer has gradients of both'):
-        draw_branch_gradients(read_branch_gradients(path))
+    with pytest.raises(UserError, match='no layer has gradients of both'):
+        draw_branch_gradients([row for row in rows if row['branch'] == 'origin'])
+    path = tmp_path / 'branch_gradients.csv'
     path.write_text('epoch,value\n0,1\n')
-    with pytest.raises(ValueError, match='must have the columns branch, depth, epoch, layer, rms, got epoch, value'):
+    with pytest.raises(UserError, match='must have the columns branch, depth, epoch, layer, rms, got epoch, value'):
         read_branch_gradients(path)
 
 
@@ -291,8 +285,10 @@ def test_similarities_are_the_mean_over_layers_of_a_kind():
     prior = similarities[1].branches.index('prior')  # starts with scale zero: no direction to compare
     assert similarities[1].cosine[prior].isnan().all()
 
-    figure = draw_branch_similarity(similarities, 'model', 'weights')
+    figure = draw_branch_similarity(model, 'model, weights')
     assert figure.get_suptitle() == 'cosine similarity of branch kernels\nmodel, weights'
+    titles = [axes.get_title() for axes in figure.axes[:3]]
+    assert [title.partition('\n')[0] for title in titles] == [similarity.kind for similarity in similarities]
     axes = figure.axes[1]
     assert [label.get_text() for label in axes.get_xticklabels()] == similarities[1].branches
     assert torch.allclose(
@@ -302,34 +298,36 @@ def test_similarities_are_the_mean_over_layers_of_a_kind():
     assert texts[prior] == '-'
 
 
-def test_similarity_of_known_kernels():
-    model = torch.nn.Sequential(timm_rep.OrepaPointwiseConv2d(2, 2, 1, bias=False))
-    with torch.no_grad():
-        model[0].conv_1x1.copy_(torch.tensor([[3.0, 0.0], [0.0, 0.0]])[..., None, None])
-        model[0].scale[0].fill_(1.0)
-        side = torch.tensor([[3.0, 4.0], [0.0, 0.0]])[..., None, None] - model[0].conv_1x1
-        kernels = dict(origin=model[0].conv_1x1.clone(), sequential=side)
-        model[0].branch_kernels = lambda: kernels
-    assert branch_similarities(model)[0].cosine[0, 1].item() == pytest.approx(0.0, abs=1e-12)
-    kernels['sequential'] = kernels['sequential'] + kernels['origin']
-    assert branch_similarities(model)[0].cosine[0, 1].item() == pytest.approx(0.6)
-    with pytest.raises(ValueError, match='no layer with two branches'):
+def test_layers_of_a_kind_may_have_other_branches():
+    """Only blocks that keep the size have an identity: one panel, each mean over the layers that have both branches."""
+    model = timm.create_model(NAME, num_classes=3)
+    (similarity,) = branch_similarities(model)
+    kernels = [module.branch_kernels() for _, module in annealed_modules(model)]
+    assert len(similarity.layers) == len(kernels) > sum('identity' in branches for branches in kernels) > 0
+    assert similarity.branches == ['origin', 'conv_1x1', 'identity']
+    for other in ('conv_1x1', 'identity'):
+        cosines = [
+            F.cosine_similarity(branches['origin'].flatten(), branches[other].flatten(), dim=0).item()
+            for branches in kernels if other in branches
+        ]
+        value = similarity.cosine[0, similarity.branches.index(other)].item()
+        assert value == pytest.approx(sum(cosines) / len(cosines), abs=1e-6)
+    with pytest.raises(UserError, match='no layer with two branches'):
         branch_similarities(torch.nn.Conv2d(1, 1, 1))
 
 
-def test_newest_weights_that_can_be_read_are_taken(run, snapshot):
+def test_newest_weights_that_can_be_read_are_taken(run, snapshot, monkeypatch):
     titles = []
     for name in ('time_step-2.safetensors', 'time_step-10.safetensors', 'time_step-11-stock.safetensors'):
         (run / name).symlink_to(snapshot)
     (run / 'last.pth.tar').write_bytes(b'killed while it was written')
     for name in ('summary.csv', 'branch_gradients.csv'):
         (run / name).unlink()
-    original = timm_rep.report.plots.draw_branch_similarity
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            timm_rep.report.plots, 'draw_branch_similarity', lambda *args: titles.append(args[1:]) or original(*args))
-        assert [path.name for path in plot_run(run)] == ['branch_similarity.png']
-    assert titles == [(NAME, 'time_step-10.safetensors')]
+    monkeypatch.setattr(
+        run_pictures, 'draw_branch_similarity',
+        lambda model, title: titles.append(title) or draw_branch_similarity(model, title))
+    assert [path.name for path in plot_run(run)] == ['branch_similarity.png']
+    assert titles == [f'{NAME}, time_step-10.safetensors']
 
 
 def test_missing_data_are_named(run, tmp_path, caplog):
@@ -355,5 +353,7 @@ def test_bad_input(run, tmp_path, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, 'find_spec', lambda name, *args: None if name == 'matplotlib' else find_spec(name, *args))
-    assert 'figures also need matplotlib: pip install "timm_rep[demo]"' in call('plot', run, code=2)
+    assert "drawing also needs matplotlib: pip install 'timm_rep[demo]" in call('plot', run, code=2)
+    with pytest.raises(UserError, match='matplotlib'):
+        draw_annealing([summary_row(0)])
     assert not list(run.glob('*.png'))

@@ -10,6 +10,8 @@ import torch
 from timm.optim import create_optimizer_v2
 from torchvision.transforms.functional import to_pil_image
 
+from timm_rep.core.errors import UserError
+from timm_rep.train import scripts
 from timm_rep.train.scripts import SCRIPTS, find_script, run_script, script_folders
 
 # Says what a script sees: its command line, our models, and which timm it gets.
@@ -76,7 +78,7 @@ def test_missing_script_says_where_it_looked_and_how_to_get_it(tmp_path):
 
 @pytest.mark.parametrize('name', ['bulk_runner', 'train.sh', '../train', ''])
 def test_unknown_script(name):
-    with pytest.raises(ValueError, match='allowed are train, validate, benchmark, inference, onnx_export'):
+    with pytest.raises(UserError, match='allowed are train, validate, benchmark, inference, onnx_export'):
         find_script(name)
 
 
@@ -103,6 +105,45 @@ def test_exit_of_a_script_passes_through(tmp_path):
         run_script(script, [str(tmp_path / 'seen.json'), '--fail'])
     assert error.value.code == 3
     assert sys.argv == own_argv
+
+
+@pytest.mark.parametrize(('name', 'args', 'hint'), [
+    ('validate', ['--model', 'orepa_resnet18'], True),
+    ('onnx_export', ['x.onnx', '--model=repan_resnet18.tag'], True),
+    ('benchmark', ['-m', 'dbb_resnet18', '--model-kwargs', 'a=1'], True),
+    ('benchmark', ['-m', 'dbb_resnet18', '--reparam'], False),
+    ('benchmark', ['--model-kwargs', 'inference_mode=True', '-m', 'dbb_resnet18'], False),
+    ('validate', ['--model', 'resnet18'], False),
+    ('validate', ['--model'], False),
+    ('train', ['--model', 'orepa_resnet18'], False),
+])
+def test_scripts_that_keep_the_branches_say_so(name, args, hint, tmp_path, caplog):
+    path = tmp_path / f'{name}.py'
+    path.write_text('')
+    run_script(path, args)
+    assert ('--reparam fuses it first' in caplog.text) is hint
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    path = tmp_path / 'inference.py'
+    path.write_text('raise SystemExit(7)')
+    monkeypatch.setattr(scripts, 'EXTRA_PACKAGES', dict(inference=('no_such_package',)))
+    with pytest.raises(UserError, match='needs no_such_package: pip install no_such_package'):
+        run_script(path, ['--help'])
+    monkeypatch.setattr(scripts, 'EXTRA_PACKAGES', dict(inference=('timm',)))
+    with pytest.raises(SystemExit):
+        run_script(path)
+
+
+@pytest.mark.parametrize('args', [['--config', 'x.yaml'], ['--model', 'x', '-c', 'x.yaml'], ['--config=x.yaml']])
+def test_a_missing_config_file_is_named(args, tmp_path, monkeypatch):
+    script = write_script(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match='no config file at x'):
+        run_script(script, args)
+    (tmp_path / 'x.yaml').touch()
+    run_script(script, ['seen.json', *args])
+    assert json.loads((tmp_path / 'seen.json').read_text())['argv'][1:] == ['seen.json', *args]
 
 
 @pytest.mark.parametrize('name', ['orepa_repvgg_a0_cifar', 'orepa_resnet18_cifar', 'dbb_resnet18_cifar'])
@@ -140,7 +181,7 @@ def test_real_train_and_validate(tmp_path):
 
     def run(script, *args):
         path = find_script(script, SCRIPTS_FOLDER)
-        code = 'import sys; from timm_rep.timm_scripts import run_script; run_script(sys.argv[1], sys.argv[2:])'
+        code = 'import sys; from timm_rep.train.scripts import run_script; run_script(sys.argv[1], sys.argv[2:])'
         command = [sys.executable, '-c', code, str(path), *common, *args]
         done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr

@@ -19,6 +19,8 @@ __all__ = ['Select', 'anneal_repvgg_blocks_', 'expand', 'expand_as_', 'expand_fr
 
 _logger = logging.getLogger(__name__)
 
+BLOCK_ALONE = 'a model around the block is needed; for one alone use AnnealedRepVggBlock(block)'
+
 ModelT = TypeVar('ModelT', bound=nn.Module)
 Select = Union[None, Callable[[str, nn.Conv2d], bool], Iterable[str]]
 Methods = Union[MethodLike, Mapping[str, Optional[MethodLike]]]
@@ -37,7 +39,7 @@ def anneal_repvgg_blocks_(model: ModelT) -> ModelT:
         UserError: For a block alone, or in deploy form. The model is then unchanged.
     """
     if type(model) is RepVggBlock:
-        raise UserError('a model around the block is needed; for one alone use AnnealedRepVggBlock(block)')
+        raise UserError(BLOCK_ALONE)
     return _anneal_blocks_(model, [name for name, _ in _repvgg_blocks(model)])
 
 
@@ -249,6 +251,8 @@ def _expand_assigned(
 ) -> ModelT:
     """Build all layers, then put them in, so that an error leaves the model as it was."""
     if '' in assigned:
+        if isinstance(model, RepVggBlock):
+            raise UserError(BLOCK_ALONE)
         raise UserError("expand needs a model around the convolution; for one alone use the layer's from_conv()")
     blocks = [name for name in assigned if isinstance(model.get_submodule(name), RepVggBlock)]
     made: Dict[int, Tuple[Place, nn.Module, Optional[FoldedNorm]]] = {}

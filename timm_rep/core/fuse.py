@@ -6,7 +6,6 @@ import torch.nn as nn
 
 from .errors import UserError
 from .expand import ModelT
-from .layers import AnnealedRepVggBlock, FoldedNorm, NormedRepLayer, RepLayer
 from .walk import annealed_modules, next_sibling, parent_of
 
 __all__ = ['fuse', 'when_fused']
@@ -40,23 +39,16 @@ def fuse(model: ModelT, *, inplace: bool = False) -> ModelT:
         The fused model. If its architecture is one of ours with a stock counterpart, its ``pretrained_cfg`` names that.
 
     Raises:
-        RuntimeError: For layers with norms in their branches in training mode. The model is then unchanged.
+        UserError: For layers with norms in their branches in training mode. The model is then unchanged.
     """
     replacements: Dict[str, nn.Module] = {}
     for name, module in annealed_modules(model):
         if name == '':
             raise UserError("fuse needs a model around the layer; for one alone use the layer's own fuse()")
-        if isinstance(module, AnnealedRepVggBlock):
-            replacements[name] = module.stock_block()
-            continue
-        assert isinstance(module, RepLayer)
-        if isinstance(module, NormedRepLayer):
-            norm_name, folded = next_sibling(model, name)
-            if isinstance(folded, FoldedNorm):
-                replacements[name], norm = module.fuse_conv_norm()
-                replacements[norm_name] = folded.unfolded(norm)
-                continue
-        replacements[name] = module.fuse()
+        sibling, behind = next_sibling(model, name)
+        replacements[name], norm = module.stock_form(behind)
+        if norm is not None:
+            replacements[sibling] = norm
     if not inplace:
         model = copy.deepcopy(model)
     # A shared layer is one module in several places.

@@ -104,8 +104,7 @@ class Method:
         layer_cls, kwargs = self.layer_for(place)
         if self.takes_norm:
             kwargs = dict(kwargs, norm=place.norm)
-        make = layer_cls.from_conv if same_function else layer_cls.from_geometry
-        layer: nn.Module = make(place.conv, generator=generator, **kwargs)
+        layer: nn.Module = layer_cls.from_conv(place.conv, generator, same_function=same_function, **kwargs)
         return layer
 
     def to_dict(self) -> Dict[str, Any]:

@@ -8,28 +8,11 @@ from typing import Any
 
 from timm.models import ResNet, generate_default_cfgs, register_model
 
-from ..core.expand import expand_fresh_
-from .checkpoint_filter import checkpoint_filter_fn
-from .published import build_model, with_published
-from .stock import RESNETS, build_resnet, imagenet_cfg, small_image_cfg
+from .build import create_resnet
+from .published import with_published
+from .stock import imagenet_cfg, small_image_cfg
 
-__all__ = []
-
-
-def _build_dbb_resnet(inference_mode: bool = False, **kwargs: Any) -> ResNet:
-    model = build_resnet(**kwargs)
-    return model if inference_mode else expand_fresh_(model, 'dbb')
-
-
-def _create_dbb_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> ResNet:
-    return build_model(
-        _build_dbb_resnet,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        **dict(RESNETS[variant[len('dbb_'):]], **kwargs),
-    )
-
+__all__ = []  # model entry points are added by register_model
 
 default_cfgs = generate_default_cfgs(with_published({
     'dbb_resnet18': imagenet_cfg(),
@@ -43,28 +26,28 @@ default_cfgs = generate_default_cfgs(with_published({
 @register_model
 def dbb_resnet18(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """DBB-ResNet-18."""
-    return _create_dbb_resnet('dbb_resnet18', pretrained, **kwargs)
+    return create_resnet('dbb_resnet18', pretrained, **kwargs)
 
 
 @register_model
 def dbb_resnet34(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """DBB-ResNet-34."""
-    return _create_dbb_resnet('dbb_resnet34', pretrained, **kwargs)
+    return create_resnet('dbb_resnet34', pretrained, **kwargs)
 
 
 @register_model
 def dbb_resnet50(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """DBB-ResNet-50."""
-    return _create_dbb_resnet('dbb_resnet50', pretrained, **kwargs)
+    return create_resnet('dbb_resnet50', pretrained, **kwargs)
 
 
 @register_model
 def dbb_resnet101(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """DBB-ResNet-101."""
-    return _create_dbb_resnet('dbb_resnet101', pretrained, **kwargs)
+    return create_resnet('dbb_resnet101', pretrained, **kwargs)
 
 
 @register_model
 def dbb_resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """DBB-ResNet-18 for small images: 3x3 stride-1 stem, no max-pooling."""
-    return _create_dbb_resnet('dbb_resnet18_cifar', pretrained, **kwargs)
+    return create_resnet('dbb_resnet18_cifar', pretrained, **kwargs)

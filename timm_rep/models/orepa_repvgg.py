@@ -9,30 +9,13 @@ draws them from N(0.1, 0.1).
 """
 from typing import Any
 
-from timm.models import ByobNet, ByoModelCfg, generate_default_cfgs, register_model
+from timm.models import ByobNet, generate_default_cfgs, register_model
 
-from ..core.expand import expand_fresh_
-from .checkpoint_filter import checkpoint_filter_fn
-from .published import build_model, with_published
-from .stock import build_repvgg, imagenet_cfg, repvgg_kwargs, reset_repvgg_norms_, small_image_cfg
+from .build import create_repvgg
+from .published import with_published
+from .stock import imagenet_cfg, small_image_cfg
 
-__all__ = []
-
-
-def _build_orepa_repvgg(cfg: ByoModelCfg, inference_mode: bool = False, **kwargs: Any) -> ByobNet:
-    model = build_repvgg(cfg, **kwargs)
-    return model if inference_mode else expand_fresh_(reset_repvgg_norms_(model), 'orepa')
-
-
-def _create_orepa_repvgg(variant: str, pretrained: bool = False, **kwargs: Any) -> ByobNet:
-    return build_model(
-        _build_orepa_repvgg,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        **dict(repvgg_kwargs(variant[len('orepa_'):]), **kwargs),
-    )
-
+__all__ = []  # model entry points are added by register_model
 
 default_cfgs = generate_default_cfgs(with_published({
     'orepa_repvgg_a0': imagenet_cfg(classifier='head.fc'),
@@ -56,88 +39,88 @@ default_cfgs = generate_default_cfgs(with_published({
 @register_model
 def orepa_repvgg_a0(pretrained: bool = False, **kwargs: Any) -> ByobNet:
     """OREPA-RepVGG-A0."""
-    return _create_orepa_repvgg('orepa_repvgg_a0', pretrained, **kwargs)
+    return create_repvgg('orepa_repvgg_a0', pretrained, **kwargs)
 
 
 @register_model
 def orepa_repvgg_a1(pretrained: bool = False, **kwargs: Any) -> ByobNet:
     """OREPA-RepVGG-A1."""
-    return _create_orepa_repvgg('orepa_repvgg_a1', pretrained, **kwargs)
+    return create_repvgg('orepa_repvgg_a1', pretrained, **kwargs)
 
 
 @register_model
 def orepa_repvgg_a2(pretrained: bool = False, **kwargs: Any) -> ByobNet:
     """OREPA-RepVGG-A2."""
-    return _create_orepa_repvgg('orepa_repvgg_a2', pretrained, **kwargs)
+    return create_repvgg('orepa_repvgg_a2', pretrained, **kwargs)
 
 
 @register_model
 def orepa_repvgg_b0(pretrained: bool = False, **kwargs: Any) -> ByobNet:
     """OREPA-RepVGG-B0."""
-    return _create_orepa_repvgg('orepa_repvgg_b0', pretrained, **kwargs)
+    return create_repvgg('orepa_repvgg_b0', pretrained, **kwargs)
 
 
 @register_model
 def orepa_repvgg_b1(pretrained: bool = False, **kwargs: Any) -> ByobNet:
     """OREPA-RepVGG-B1."""
-    return _create_orepa_repvgg('orepa_repvgg_b1', pretrained, **kwargs)
+    return create_repvgg('orepa_repvgg_b1', pretrained, **kwargs)
 
 
 @register_model
 def orepa_repvgg_b1g4(pretrained: bool = False, **kwargs: Any) -> ByobNet:
     """OREPA-RepVGG-B1G4."""
-    return _create_orepa_repvgg('orepa_repvgg_b1g4', pretrained, **kwargs)
+    return create_repvgg('orepa_repvgg_b1g4', pretrained, **kwargs)
 
 
 @register_model
 def orepa_repvgg_b2(pretrained: bool = False, **kwargs: Any) -> ByobNet:
     """OREPA-RepVGG-B2."""
-    return _create_orepa_repvgg('orepa_repvgg_b2', pretrained, **kwargs)
+    return create_repvgg('orepa_repvgg_b2', pretrained, **kwargs)
 
 
 @register_model
 def orepa_repvgg_b2g4(pretrained: bool = False, **kwargs: Any) -> ByobNet:
     """OREPA-RepVGG-B2G4."""
-    return _create_orepa_repvgg('orepa_repvgg_b2g4', pretrained, **kwargs)
+    return create_repvgg('orepa_repvgg_b2g4', pretrained, **kwargs)
 
 
 @register_model
 def orepa_repvgg_b3(pretrained: bool = False, **kwargs: Any) -> ByobNet:
     """OREPA-RepVGG-B3."""
-    return _create_orepa_repvgg('orepa_repvgg_b3', pretrained, **kwargs)
+    return create_repvgg('orepa_repvgg_b3', pretrained, **kwargs)
 
 
 @register_model
 def orepa_repvgg_b3g4(pretrained: bool = False, **kwargs: Any) -> ByobNet:
     """OREPA-RepVGG-B3G4."""
-    return _create_orepa_repvgg('orepa_repvgg_b3g4', pretrained, **kwargs)
+    return create_repvgg('orepa_repvgg_b3g4', pretrained, **kwargs)
 
 
 @register_model
 def orepa_repvgg_d2se(pretrained: bool = False, **kwargs: Any) -> ByobNet:
     """OREPA-RepVGG-D2se."""
-    return _create_orepa_repvgg('orepa_repvgg_d2se', pretrained, **kwargs)
+    return create_repvgg('orepa_repvgg_d2se', pretrained, **kwargs)
 
 
 @register_model
 def orepa_repvgg_a0_cifar(pretrained: bool = False, **kwargs: Any) -> ByobNet:
     """OREPA-RepVGG-A0 for small images."""
-    return _create_orepa_repvgg('orepa_repvgg_a0_cifar', pretrained, **kwargs)
+    return create_repvgg('orepa_repvgg_a0_cifar', pretrained, **kwargs)
 
 
 @register_model
 def orepa_repvgg_a1_cifar(pretrained: bool = False, **kwargs: Any) -> ByobNet:
     """OREPA-RepVGG-A1 for small images."""
-    return _create_orepa_repvgg('orepa_repvgg_a1_cifar', pretrained, **kwargs)
+    return create_repvgg('orepa_repvgg_a1_cifar', pretrained, **kwargs)
 
 
 @register_model
 def orepa_repvgg_a2_cifar(pretrained: bool = False, **kwargs: Any) -> ByobNet:
     """OREPA-RepVGG-A2 for small images."""
-    return _create_orepa_repvgg('orepa_repvgg_a2_cifar', pretrained, **kwargs)
+    return create_repvgg('orepa_repvgg_a2_cifar', pretrained, **kwargs)
 
 
 @register_model
 def orepa_repvgg_b0_cifar(pretrained: bool = False, **kwargs: Any) -> ByobNet:
     """OREPA-RepVGG-B0 for small images."""
-    return _create_orepa_repvgg('orepa_repvgg_b0_cifar', pretrained, **kwargs)
+    return create_repvgg('orepa_repvgg_b0_cifar', pretrained, **kwargs)

@@ -9,28 +9,11 @@ from typing import Any
 
 from timm.models import ResNet, generate_default_cfgs, register_model
 
-from ..core.expand import expand_fresh_
-from .checkpoint_filter import checkpoint_filter_fn
-from .published import build_model, with_published
-from .stock import RESNETS, build_resnet, imagenet_cfg, small_image_cfg
+from .build import create_resnet
+from .published import with_published
+from .stock import imagenet_cfg, small_image_cfg
 
-__all__ = []
-
-
-def _build_orepa_resnet(inference_mode: bool = False, **kwargs: Any) -> ResNet:
-    model = build_resnet(**kwargs)
-    return model if inference_mode else expand_fresh_(model, 'orepa')
-
-
-def _create_orepa_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> ResNet:
-    return build_model(
-        _build_orepa_resnet,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        **dict(RESNETS[variant[len('orepa_'):]], **kwargs),
-    )
-
+__all__ = []  # model entry points are added by register_model
 
 default_cfgs = generate_default_cfgs(with_published({
     'orepa_resnet18': imagenet_cfg(),
@@ -46,40 +29,40 @@ default_cfgs = generate_default_cfgs(with_published({
 @register_model
 def orepa_resnet18(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """OREPA-ResNet-18."""
-    return _create_orepa_resnet('orepa_resnet18', pretrained, **kwargs)
+    return create_resnet('orepa_resnet18', pretrained, **kwargs)
 
 
 @register_model
 def orepa_resnet34(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """OREPA-ResNet-34."""
-    return _create_orepa_resnet('orepa_resnet34', pretrained, **kwargs)
+    return create_resnet('orepa_resnet34', pretrained, **kwargs)
 
 
 @register_model
 def orepa_resnet50(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """OREPA-ResNet-50."""
-    return _create_orepa_resnet('orepa_resnet50', pretrained, **kwargs)
+    return create_resnet('orepa_resnet50', pretrained, **kwargs)
 
 
 @register_model
 def orepa_resnet101(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """OREPA-ResNet-101."""
-    return _create_orepa_resnet('orepa_resnet101', pretrained, **kwargs)
+    return create_resnet('orepa_resnet101', pretrained, **kwargs)
 
 
 @register_model
 def orepa_wide_resnet18_2(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """OREPA wide ResNet-18: all widths doubled, the stem's too. timm has no such stock network."""
-    return _create_orepa_resnet('orepa_wide_resnet18_2', pretrained, **kwargs)
+    return create_resnet('orepa_wide_resnet18_2', pretrained, **kwargs)
 
 
 @register_model
 def orepa_resnext50_32x4d(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """OREPA-ResNeXt-50 32x4d."""
-    return _create_orepa_resnet('orepa_resnext50_32x4d', pretrained, **kwargs)
+    return create_resnet('orepa_resnext50_32x4d', pretrained, **kwargs)
 
 
 @register_model
 def orepa_resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """OREPA-ResNet-18 for small images: 3x3 stride-1 stem, no max-pooling."""
-    return _create_orepa_resnet('orepa_resnet18_cifar', pretrained, **kwargs)
+    return create_resnet('orepa_resnet18_cifar', pretrained, **kwargs)

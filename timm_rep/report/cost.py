@@ -1,5 +1,4 @@
-"""What the two forms of a model cost, and what they make of real images."""
-import contextlib
+"""What training and running a model cost: times, parameters, multiply-adds."""
 import platform
 import time
 from dataclasses import dataclass
@@ -15,10 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..core.errors import UserError
 from ..core.precision import full_float32
+from ..io.checkpoint import build_model
+from ..models.names import TRAINING_PREFIXES
+from .images import as_device
 
 __all__ = [
-    'Costs', 'StepTimes', 'TrainingStep', 'hardware_name', 'images_per_second', 'measure_costs', 'processor_name',
-    'seconds_in_turns', 'seconds_of', 'time_training_steps',
+    'Benchmark', 'Costs', 'StepTimes', 'TrainingStep', 'bench_models', 'hardware_name', 'images_per_second',
+    'measure_costs', 'processor_name', 'ratios', 'seconds_in_turns', 'time_training_steps',
 ]
 
 TIMING_ROUNDS = 7
@@ -70,6 +72,42 @@ class StepTimes:
     largest: float
 
 
+@dataclass(frozen=True)
+class Benchmark:
+    """Times of a training step of several networks, and what they were measured with.
+
+    Attributes:
+        models: The times; the first are those of the baseline.
+        batch: Images in a batch.
+        input_size: Channels, height and width of an image.
+        dtype: ``'float32'``, or ``'bfloat16'`` under autocast.
+        channels_last: Whether images and kernels were channels-last.
+        hardware: What it was timed on.
+        torch: Version of torch.
+    """
+
+    models: Tuple[StepTimes, ...]
+    batch: int
+    input_size: Tuple[int, ...]
+    dtype: str
+    channels_last: bool
+    hardware: str
+    torch: str
+
+    def __str__(self) -> str:
+        space = max(len(row.name) for row in self.models)
+        lines = [
+            f'A training step of {self.batch} images of {"x".join(map(str, self.input_size))}, {self.dtype}, on '
+            f'{self.hardware}, torch {self.torch}:',
+            f'{"":{space}}  {"ms":>9}  {"ratio":>21}  {"parameters":>10}',
+        ]
+        for row in self.models:
+            ratio = f'{row.ratio:.2f} ({row.smallest:.2f} to {row.largest:.2f})'
+            lines.append(
+                f'{row.name:{space}}  {1e3 * median(row.seconds):9.1f}  {ratio:>21}  {row.parameters / 1e6:9.2f}M')
+        return '\n'.join(lines)
+
+
 def processor_name() -> str:
     """Name of the processor, as far as the system tells it."""
     info = Path('/proc/cpuinfo')
@@ -99,17 +137,8 @@ def hardware_name(device: Union[str, torch.device] = 'cpu') -> str:
     return f'{processor_name()}, {threads} thread{"s" if threads != 1 else ""}'
 
 
-def seconds_of(call: Callable[[], Any], device: torch.device, repeats: int = 1) -> float:
-    """Time a call.
-
-    Args:
-        call: What to time.
-        device: Where it computes.
-        repeats: Calls in a row.
-
-    Returns:
-        Seconds of one call, the mean of those in a row.
-    """
+def _seconds_of(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """Seconds of one call, the mean of some in a row."""
     synchronize = torch.cuda.synchronize if device.type == 'cuda' else lambda: None
     synchronize()
     start = time.perf_counter()
@@ -140,8 +169,14 @@ def seconds_in_turns(
         For each call its seconds in every round.
     """
     for call in calls:
-        seconds_of(call, device, warmup)
-    return list(zip(*([seconds_of(call, device, repeats) for call in calls] for _ in range(rounds))))
+        _seconds_of(call, device, warmup)
+    return list(zip(*([_seconds_of(call, device, repeats) for call in calls] for _ in range(rounds))))
+
+
+def ratios(seconds: Sequence[float], baseline: Sequence[float]) -> Tuple[float, float, float]:
+    """Compare times that were taken in turns: ratio of the medians, smallest and largest ratio within one round."""
+    by_round = [time / base for time, base in zip(seconds, baseline)]
+    return median(seconds) / median(baseline), min(by_round), max(by_round)
 
 
 @torch.inference_mode()
@@ -186,10 +221,7 @@ class TrainingStep:
     def __call__(self) -> None:
         """Take the step."""
         self.optimizer.zero_grad()
-        autocast: Any = contextlib.nullcontext()
-        if self.autocast is not None:
-            autocast = torch.autocast(self.images.device.type, dtype=self.autocast)
-        with autocast:
+        with torch.autocast(self.images.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             loss = F.cross_entropy(self.model(self.images), self.targets)
         loss.backward()
         self.optimizer.step()
@@ -203,9 +235,9 @@ def time_training_steps(
         rounds: int = TIMING_ROUNDS,
         repeats: int = 1,
         device: Union[str, torch.device] = 'cpu',
-        autocast: Optional[torch.dtype] = None,
+        amp: bool = False,
         channels_last: bool = False,
-) -> List[StepTimes]:
+) -> Benchmark:
     """Time a training step of several classifiers in turns, on random images.
 
     Args:
@@ -215,23 +247,23 @@ def time_training_steps(
         rounds: How often each takes its turn, after a warm-up.
         repeats: Steps in a row whose mean is one time; take some 10 on a GPU.
         device: Where to time.
-        autocast: Compute in this dtype under autocast.
+        amp: Compute in bfloat16 under autocast.
         channels_last: Keep images and kernels channels-last.
 
     Returns:
-        The times, one for each model.
+        The times. As text it is a table.
 
     Raises:
-        UserError: If a number is less than one, or a model has no classifier.
+        UserError: If a number is less than one, a model has no classifier, or torch has no such device.
     """
     numbers = (('batch', batch), ('rounds', rounds), ('repeats', repeats), ('input_size', min(input_size)))
     for name, value in numbers:
         if value < 1:
             raise UserError(f'{name} must be at least 1, got {value}')
-    device = torch.device(device)
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    device = as_device(device)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch, *input_size, generator=generator).to(device, memory_format=memory_format)
+    images = torch.randn(batch, *input_size, generator=generator).to(device, memory_format=layout)
     steps = []
     for name, model in models.items():
         classes = int(getattr(model, 'num_classes', 0))
@@ -239,15 +271,47 @@ def time_training_steps(
             raise UserError(f'{name} has no classifier to train')
         targets = torch.randint(classes, (batch,), generator=generator).to(device)
         moved: Any = model.to(device)
-        steps.append(TrainingStep(moved.to(memory_format=memory_format), images, targets, autocast))
+        steps.append(TrainingStep(moved.to(memory_format=layout), images, targets, torch.bfloat16 if amp else None))
     seconds = seconds_in_turns(steps, device, rounds=rounds, warmup=WARMUP_STEPS, repeats=repeats)
-    results = []
-    for name, model, times in zip(models, models.values(), seconds):
-        by_round = [time / base for time, base in zip(times, seconds[0])]
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        results.append(StepTimes(
-            name, parameters, times, median(times) / median(seconds[0]), min(by_round), max(by_round)))
-    return results
+    times = tuple(
+        StepTimes(name, sum(p.numel() for p in model.parameters()), own, *ratios(own, seconds[0]))
+        for (name, model), own in zip(models.items(), seconds)
+    )
+    return Benchmark(
+        times, batch, tuple(input_size), 'bfloat16' if amp else 'float32', channels_last, hardware_name(device),
+        torch.__version__)
+
+
+def bench_models(
+        architectures: Sequence[str],
+        *,
+        model_kwargs: Optional[Mapping[str, Any]] = None,
+        img_size: Optional[int] = None,
+        **timing: Any,
+) -> Benchmark:
+    """Time a training step of models against the stock form of the first.
+
+    Args:
+        architectures: Names of the models; a first one that is not ours is the baseline as it is.
+        model_kwargs: Arguments of all of them.
+        img_size: Height and width of the images; by default those of the first model.
+        **timing: As in :func:`time_training_steps`.
+
+    Returns:
+        The times. As text it is a table.
+
+    Raises:
+        UserError: For an unknown model, or as in :func:`time_training_steps`.
+    """
+    first, *_ = architectures
+    model_kwargs, own = dict(model_kwargs or {}), first.startswith(TRAINING_PREFIXES)
+    baseline: Any = build_model(first, **model_kwargs, **(dict(inference_mode=True) if own else {}))
+    models = {f'{first} (stock form)' if own else first: baseline}
+    models.update((name, build_model(name, **model_kwargs)) for name in architectures if name not in models)
+    channels, height, width = baseline.pretrained_cfg['input_size']
+    if img_size is not None:
+        height = width = img_size
+    return time_training_steps(models, (model_kwargs.get('in_chans', channels), height, width), **timing)
 
 
 @torch.inference_mode()
@@ -277,6 +341,7 @@ def measure_costs(
     Returns:
         The costs.
     """
+    device = as_device(device)
     forms = [form.to(device) for form in (model, fused)]
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, *input_size, generator=generator).to(device, next(fused.parameters()).dtype)

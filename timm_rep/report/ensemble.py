@@ -8,18 +8,15 @@ Wider Optima and Better Generalization` (SWA, UAI 2018).
 """
 import copy
 import itertools
-import logging
 import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple, Union
+from typing import Any, Iterable, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.data import create_dataset, create_loader, resolve_data_config
-from timm.utils import AverageMeter, accuracy
 from torch import Tensor
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, IterableDataset, Subset
@@ -27,33 +24,14 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from ..core.errors import UserError
 from ..io.checkpoint import load_stock_form, read_checkpoint
 from ..io.output import new_output, save_weights
+from .images import Score, as_device, evaluate, open_images, with_progress
 
-__all__ = ['EnsembleResult', 'Score', 'average_outputs', 'average_weights', 'evaluate_snapshots', 'find_snapshots']
-
-_logger = logging.getLogger(__name__)
+__all__ = ['EnsembleResult', 'average_outputs', 'average_weights', 'evaluate_snapshots', 'find_snapshots']
 
 BN_IMAGES = 2048
 BATCH_SIZE = 128  # if the run does not say
 
 PathLike = Union[str, Path]
-Progress = Callable[[Iterable[Any], str], Iterable[Any]]
-
-
-@dataclass(frozen=True)
-class Score:
-    """Figures of one model, or of several together, on the held-out images.
-
-    Attributes:
-        name: What was evaluated.
-        top1: Accuracy in percent.
-        top5: Share of images with the true class among the five likeliest, in percent.
-        loss: Mean cross entropy, in nats.
-    """
-
-    name: str
-    top1: float
-    top5: float
-    loss: float
 
 
 @dataclass(frozen=True)
@@ -78,7 +56,7 @@ class EnsembleResult:
 
 
 def find_snapshots(run_dir: PathLike, *, use_ema: bool = False) -> List[Tuple[int, Path]]:
-    """Find the snapshots in stock form, ``time_step-N-stock.safetensors``, in the folder of a run.
+    """Find the snapshots in stock form, ``time_step-N-stock.safetensors``, N from 1, in the folder of a run.
 
     Args:
         run_dir: The folder.
@@ -150,28 +128,6 @@ def average_outputs(logits: Sequence[Tensor]) -> Tensor:
     return torch.stack([F.log_softmax(output, dim=1) for output in logits]).logsumexp(dim=0) - math.log(len(logits))
 
 
-def _dataset(args: Dict[str, Any], data_dir: Path, split: str, batch_size: int, model: Any, training: bool) -> Any:
-    name = args.get('dataset') or ''
-    channels = model.pretrained_cfg['input_size'][0]
-    kwargs: Dict[str, Any] = dict(
-        class_map=args.get('class_map') or '',
-        input_img_mode=args.get('input_img_mode') or ('RGB' if channels == 3 else 'L'),
-        input_key=args.get('input_key'),
-        target_key=args.get('target_key'),
-    )
-    dataset: Any = create_dataset(
-        name, root=str(data_dir), split=split, is_training=training, batch_size=batch_size, **kwargs)
-    reader = getattr(dataset, 'reader', None)
-    if not name and data_dir.is_dir() and Path(getattr(reader, 'root', '')) == data_dir:
-        # timm takes the whole folder where it finds no split of that name
-        folders = ', '.join(sorted(path.name for path in data_dir.iterdir() if path.is_dir()))
-        raise UserError(f'no split {split!r} in {data_dir}, which holds the folders {folders}')
-    classes = len(getattr(reader, 'class_to_idx', None) or ())
-    if classes > model.num_classes:
-        raise UserError(f'split {split!r} of {data_dir} has {classes} classes, the model {model.num_classes}')
-    return dataset
-
-
 def _some_images(loader: Any, images: int, batch_size: int) -> Tuple[Iterable[Any], int]:
     """Whole batches of about so many images of a loader's dataset, drawn at random but always the same."""
     if isinstance(loader.dataset, IterableDataset):
@@ -182,27 +138,6 @@ def _some_images(loader: Any, images: int, batch_size: int) -> Tuple[Iterable[An
     images = images // batch_size * batch_size or images
     chosen = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(0))[:images].tolist()
     return DataLoader(Subset(loader.dataset, chosen), batch_size=batch_size, num_workers=loader.num_workers), images
-
-
-@torch.inference_mode()
-def _evaluate(
-        models: List[nn.Module],
-        names: List[str],
-        batches: Iterable[Any],
-        device: torch.device,
-) -> Tuple[List[Score], int]:
-    """Scores of the models, the last being their weights' average, and before it of the others' mean output."""
-    meters = [(AverageMeter(), AverageMeter(), AverageMeter()) for _ in names]
-    for images, targets in batches:
-        images, targets = images.to(device), targets.to(device)
-        logits = [model(images).float() for model in models]
-        logits.insert(-1, average_outputs(logits[:-1]))
-        for (top1, top5, loss), output in zip(meters, logits):
-            found = accuracy(output, targets, topk=(1, 5))
-            for meter, value in zip((top1, top5, loss), (*found, F.cross_entropy(output, targets))):
-                meter.update(value.item(), len(targets))
-    scores = [Score(name, *(meter.avg for meter in of_model)) for name, of_model in zip(names, meters)]
-    return scores, meters[0][0].count
 
 
 def evaluate_snapshots(
@@ -217,7 +152,7 @@ def evaluate_snapshots(
         bn_images: int = BN_IMAGES,
         use_ema: bool = False,
         output: Optional[PathLike] = None,
-        progress: Progress = lambda batches, label: batches,
+        progress: bool = False,
 ) -> EnsembleResult:
     """Evaluate the snapshots of a run's time steps, the average of their outputs and the average of their weights.
 
@@ -236,7 +171,7 @@ def evaluate_snapshots(
         bn_images: How many images to re-estimate batch norms on, rounded down to whole batches; at least 2.
         use_ema: Take the snapshots of the averaged weights.
         output: New ``.safetensors`` or ``.pth`` file for the average of the weights, stock form.
-        progress: Is given the batches and what is done with them, and yields them on.
+        progress: Show progress bars.
 
     Returns:
         The scores, and the average of the weights as a model.
@@ -244,8 +179,8 @@ def evaluate_snapshots(
     Raises:
         FileExistsError: If the output exists. Nothing is evaluated then.
         FileNotFoundError: If there is no such folder, or no snapshots in it.
-        UserError: If there is only one snapshot, no such split, or for a number out of range.
-        RuntimeError: If the snapshots are not all of the run's model, or there are no images.
+        UserError: If there is only one snapshot, the snapshots are not all of the run's model, there are no images, no
+            such split or device, or for a number out of range.
     """
     if output is not None:
         output = new_output(output)
@@ -254,32 +189,35 @@ def evaluate_snapshots(
             raise UserError(f'{name} must be at least {least}, got {value}')
     snapshots = find_snapshots(run_dir, use_ema=use_ema)
     data_dir = Path(data_dir)
-    if not data_dir.exists():
+    if not data_dir.exists():  # before the models are loaded
         raise FileNotFoundError(f'no images at {data_dir}')
+    device = as_device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     args = read_checkpoint(snapshots[0][1]).args
-    models = [load_stock_form(path) for _, path in snapshots]
+    models: List[Any] = [load_stock_form(path) for _, path in snapshots]
     average = average_weights(models)
 
-    device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     batch_size = batch_size or args.get('validation_batch_size') or args.get('batch_size') or BATCH_SIZE
     workers = args.get('workers') or 0 if workers is None else workers
-    config = resolve_data_config(model=models[0])
-    common = dict(
-        config, batch_size=batch_size, num_workers=workers, persistent_workers=False, use_prefetcher=False,
-        device=device)
-    splits = (val_split or args.get('val_split') or 'validation', train_split or args.get('train_split') or 'train')
-    loaders = [
-        create_loader(_dataset(args, data_dir, split, batch_size, models[0], training), **common)
-        for split, training in zip(splits, (False, True))
-    ]
-
+    val_split = val_split or args.get('val_split') or 'validation'
+    train_split = train_split or args.get('train_split') or 'train'
+    val_loader, train_loader = (
+        open_images(
+            data_dir, split, models[0], batch_size=batch_size, workers=workers, device=device,
+            dataset=args.get('dataset') or '', class_map=args.get('class_map'), img_mode=args.get('input_img_mode'),
+            input_key=args.get('input_key'), target_key=args.get('target_key'), is_training=training)
+        for split, training in ((val_split, False), (train_split, True))
+    )
     for model in (*models, average):
         model.to(device)
-    train_batches, bn_images = _some_images(loaders[1], bn_images, batch_size)
-    _logger.debug(f'Re-estimating batch norms on {bn_images} images')
-    update_bn(progress(train_batches, f'batch norms on {bn_images} training images'), average, device)
+    train_batches, bn_images = _some_images(train_loader, bn_images, batch_size)
+    update_bn(with_progress(train_batches, 'batch norms', progress), average, device)
+
+    def forward(images: Tensor) -> List[Tensor]:
+        logits = [model(images).float() for model in models]
+        return [*logits, average_outputs(logits), average(images)]
+
     names = [*(f'time step {number}' for number, _ in snapshots), 'average of outputs', 'average of weights']
-    scores, images = _evaluate([*models, average], names, progress(loaders[0], f'split {splits[0]}'), device)
+    scores, images = evaluate(forward, names, val_loader, device, progress)
     average.cpu()
     if output is not None:
         save_weights(average, output)

@@ -1,22 +1,46 @@
-"""What the two forms of a model make of real images."""
-import re
+"""What models make of real images: one way to open them, one loop over them, and both forms of a model compared."""
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterable, Optional, Pattern, Tuple, Union
+from typing import Any, Callable, Iterable, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.data import create_dataset, create_loader, resolve_data_config
+from torch import Tensor
 
 from ..core.errors import UserError
 from ..core.precision import full_float32
 from ..core.verify import DEFAULT_RTOL, VerificationError, compare_outputs
 from ..core.walk import image_channels
 
-__all__ = ['ImageCheck', 'compare_on_images']
+__all__ = [
+    'ImageCheck', 'Score', 'as_device', 'compare_on_images', 'evaluate', 'open_images', 'with_progress',
+]
 
 IMAGE_BATCH = 32
 TOP_K = 5
+LISTED_FOLDERS = 10
+
+PathLike = Union[str, Path]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Figures of one model, or of several together.
+
+    Attributes:
+        name: What was evaluated.
+        top1: Accuracy in percent.
+        top5: Share of images with the true class among the five likeliest, in percent.
+        loss: Mean cross entropy, in nats.
+    """
+
+    name: str
+    top1: float
+    top5: float
+    loss: float
 
 
 @dataclass(frozen=True)
@@ -30,7 +54,7 @@ class ImageCheck:
         top5: The same for the first five answers; None with fewer than six classes.
         relative: Largest difference of the outputs, relative to the largest output of its batch.
         classes: Names of the classes, in the order of the classifier.
-        source: Which images, in words without the name of any folder but the split's.
+        source: Which images: the name of the split, or of the folder if it has no splits; no other folder's.
     """
 
     images: int
@@ -42,49 +66,138 @@ class ImageCheck:
     source: str
 
 
-def _correct(outputs: torch.Tensor, targets: torch.Tensor, k: int) -> int:
-    return int((outputs.topk(k, dim=1).indices == targets[:, None]).any(dim=1).sum())
-
-
-def _word_in_name(words: str) -> Pattern[str]:
-    return re.compile(rf'(?<![a-z])(?:{words})(?![a-z])', re.IGNORECASE)
-
-
-TRAIN_NAME = _word_in_name('train|training')
-SPLIT_NAME = _word_in_name('train|training|val|valid|validation|eval|evaluation|test|testing|dev')
-
-
-def _check_split(folder: Path, found: Path, split: str) -> str:
-    """Raise a UserError if timm took the images of several splits, or those of a training split unasked.
+def as_device(device: Union[str, torch.device]) -> torch.device:
+    """The device of a name.
 
     Args:
-        folder: Folder that was given.
-        found: Folder whose images timm took: that of the split, or the one that was given.
-        split: Name of the split.
+        device: Name, or the device.
 
     Returns:
-        What images they are, in words.
+        The device.
+
+    Raises:
+        UserError: If torch cannot compute there.
     """
-    if found == folder:
-        splits = sorted(
-            path.name for path in folder.iterdir()
-            if SPLIT_NAME.search(path.name) and path.is_dir() and any(inner.is_dir() for inner in path.iterdir()))
-        if splits:
-            raise UserError(
-                f'{folder} has no split {split!r} but {", ".join(splits)}; give one of them as split (--split)')
-    name = found.name
-    if TRAIN_NAME.search(name) and not TRAIN_NAME.search(split):
-        raise UserError(
-            f'{found} are training images by its name, on which no accuracy is that of the model; give the folder of '
-            f'others, or split={name!r} (--split {name}) if that is what you want'
-        )
-    return f'the split `{name}`' if found != folder or SPLIT_NAME.fullmatch(name) else 'a folder without splits'
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as e:  # the latter where torch is built without CUDA
+        raise UserError(f'device {str(device)!r} cannot be used: {str(e).splitlines()[0]}') from None
+
+
+def with_progress(batches: Iterable[Any], label: str, progress: bool) -> Iterable[Any]:
+    """The batches, behind a progress bar if one is asked for and somebody watches."""
+    from tqdm import tqdm  # comes with huggingface_hub; of use here only
+
+    return tqdm(batches, desc=label, unit='batch', leave=False, disable=None if progress else True)
+
+
+def open_images(
+        folder: Path,
+        split: str,
+        model: Any,
+        *,
+        batch_size: int,
+        workers: int = 0,
+        device: torch.device,
+        dataset: str = '',
+        class_map: Optional[str] = None,
+        img_mode: Optional[str] = None,
+        splits_only: bool = True,
+        **kwargs: Any,
+) -> Any:
+    """Open images as timm does, prepared for a model's evaluation; but never those of several splits as one.
+
+    Args:
+        folder: Folder, or whatever timm takes for it.
+        split: Name of the split, or what timm takes for the same (``val``, ``validation`` ...).
+        model: Model with a ``pretrained_cfg``.
+        batch_size: Images in a batch.
+        workers: Processes that load them.
+        device: Where they will be needed.
+        dataset: Kind and name of the data set, as timm takes them; by default a folder with one for each class.
+        class_map: Text file with the names of the classes in order, if they are not in that of their names.
+        img_mode: Mode of PIL; by default what the model's channels ask for.
+        splits_only: Whether a folder without splits is refused.
+        **kwargs: Of ``timm.data.create_dataset``.
+
+    Returns:
+        timm's loader.
+
+    Raises:
+        FileNotFoundError: If there is no such class map.
+        UserError: If there are no images, no such split, or more classes than the model knows.
+    """
+    if class_map and not class_map.lower().endswith('.txt'):  # older timm unpickles others without a check
+        raise UserError(f'no images can be read for a run whose class map is not a text file, got {class_map}')
+    kwargs.update(class_map=class_map or '', input_img_mode=img_mode or ('L' if image_channels(model) == 1 else 'RGB'))
+    try:
+        images: Any = create_dataset(dataset, root=str(folder), split=split, batch_size=batch_size, **kwargs)
+    except (RuntimeError, ValueError, ImportError, AssertionError) as e:
+        if class_map and isinstance(e, AssertionError):
+            raise FileNotFoundError(
+                f'the run took its classes from the class map {class_map}, which is not there: without it no images '
+                'can be compared'
+            ) from None
+        raise UserError(f'{folder} holds no images that timm reads: {e}') from None
+    reader: Any = getattr(images, 'reader', None)
+    if not dataset and folder.is_dir() and Path(reader.root) == folder:
+        # timm takes the whole folder where it finds no split of that name
+        depth = str(folder).count(os.sep) + 2  # of images in folders of classes
+        if splits_only or any(path.count(os.sep) > depth for path, _ in reader.samples):
+            names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+            listed = ', '.join(names[:LISTED_FOLDERS]) + (', ...' if len(names) > LISTED_FOLDERS else '')
+            raise UserError(f'{folder} has no split {split!r} but {listed}; give the name of a split')
+    classes = len(getattr(reader, 'class_to_idx', None) or ())
+    if classes > model.num_classes:
+        raise UserError(f'{reader.root} holds images of {classes} classes, the model knows {model.num_classes}')
+    return create_loader(
+        images, batch_size=batch_size, num_workers=workers, persistent_workers=False, use_prefetcher=False,
+        device=device, **resolve_data_config(model=model))
+
+
+@torch.inference_mode()
+def evaluate(
+        forward: Callable[[Tensor], Sequence[Tensor]],
+        names: Sequence[str],
+        batches: Iterable[Any],
+        device: torch.device,
+        progress: bool = False,
+) -> Tuple[List[Score], int]:
+    """Run through images once, and score all that is made of them.
+
+    Args:
+        forward: Gives outputs ``(n, c)``, one for each name, for images ``(n, ...)``.
+        names: What is evaluated.
+        batches: Images and their classes ``(n)``.
+        device: Where to compute.
+        progress: Show a progress bar.
+
+    Returns:
+        The scores, and the number of images.
+
+    Raises:
+        UserError: If there are no images.
+    """
+    totals = torch.zeros(len(names), 3, dtype=torch.float64)
+    count = 0
+    with full_float32():
+        for images, targets in with_progress(batches, 'images', progress):
+            images, targets = images.to(device), targets.to(device)
+            for total, output in zip(totals, forward(images)):
+                found = output.topk(min(TOP_K, output.shape[1])).indices == targets[:, None]
+                loss = F.cross_entropy(output.float(), targets, reduction='sum')
+                total += torch.stack([found[:, 0].sum(), found.sum(), loss]).cpu()
+            count += len(targets)
+    if not count:
+        raise UserError('no images to evaluate on')
+    means = (totals / count).tolist()
+    return [Score(name, 100 * top1, 100 * top5, loss) for name, (top1, top5, loss) in zip(names, means)], count
 
 
 def compare_on_images(
         model: Any,
         fused: nn.Module,
-        folder: Union[str, Path],
+        folder: PathLike,
         *,
         split: str = 'validation',
         class_map: Optional[str] = None,
@@ -109,68 +222,44 @@ def compare_on_images(
 
     Raises:
         FileNotFoundError: If there is no such folder or class map.
-        UserError: If the images are not of as many classes as the model knows, none are to be taken, or the folder
-            holds other splits than the one asked for.
+        UserError: If the images are not of as many classes as the model knows, none are to be taken, the folder
+            holds other splits than the one asked for, or torch has no such device.
         VerificationError: If the outputs differ by more than the tolerance, or are not finite.
     """
     if max_images is not None and max_images < 1:
         raise UserError(f'max_images must be at least 1, got {max_images}')
-    folder = Path(folder).absolute()
+    device, folder = as_device(device), Path(folder).absolute()
     if not folder.is_dir():
         raise FileNotFoundError(f'no folder of images at {folder}')
-    if class_map and not class_map.lower().endswith('.txt'):  # older timm unpickles others without a check
-        raise UserError(f'no images can be compared for a run whose class map is not a text file, got {class_map}')
-    try:
-        mode = 'L' if image_channels(model) == 1 else 'RGB'
-        reading: Any = dict(class_map=class_map or '', input_img_mode=mode)
-        dataset = create_dataset('', root=str(folder), split=split, **reading)
-    except RuntimeError as e:
-        raise UserError(f'{folder} holds no images that timm reads: {e}') from None
-    except AssertionError:
-        raise FileNotFoundError(
-            f'the run took its classes from the class map {class_map}, which is not there: without it no images can be '
-            'compared'
-        ) from None
-    source = _check_split(folder, Path(dataset.reader.root), split)
-    index_of = dataset.reader.class_to_idx
-    classes = sorted(index_of, key=index_of.get)
-    if len(classes) != model.num_classes:
+    loader = open_images(
+        folder, split, model, batch_size=IMAGE_BATCH, device=device, class_map=class_map, splits_only=False)
+    reader = loader.dataset.reader
+    index_of, samples, root = reader.class_to_idx, reader.samples, Path(reader.root)
+    if len(index_of) != model.num_classes:
         raise UserError(
-            f'{folder} holds images of {len(classes)} classes, the model knows {model.num_classes}; give the folder '
+            f'{root} holds images of {len(index_of)} classes, the model knows {model.num_classes}; give the folder '
             'with one folder for each class'
         )
-    found = len(dataset)
-    count = found if max_images is None else min(max_images, found)
-    order = torch.randperm(found, generator=torch.Generator().manual_seed(0)).tolist()
-    samples = dataset.reader.samples
-    dataset.reader.samples = [samples[index] for index in sorted(order[:count])]
-    loader: Iterable[Any] = create_loader(
-        dataset,
-        batch_size=IMAGE_BATCH,
-        num_workers=0,
-        persistent_workers=False,
-        use_prefetcher=False,
-        device=torch.device(device),
-        **resolve_data_config(model=model),
-    )
-    if progress:
-        from tqdm import tqdm  # comes with huggingface_hub
-        loader = tqdm(loader, desc='images', unit='batch', leave=False)
-
-    top_k = TOP_K if model.num_classes > TOP_K else None
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).tolist()
+    reader.samples = [samples[index] for index in sorted(order[:max_images])]
     model, fused = model.to(device), fused.to(device)
-    correct = [[0, 0], [0, 0]]
-    relative, rtol = 0.0, DEFAULT_RTOL[next(model.parameters()).dtype]
-    with torch.inference_mode(), full_float32():
-        for images, targets in loader:
-            images, targets = images.to(device), targets.to(device)
-            outputs = model(images), fused(images)
-            try:
-                relative = max(relative, compare_outputs('', *outputs, rtol).relative)
-            except VerificationError as e:
-                raise VerificationError(f'on the images of {folder}, {e}') from None
-            for output, counts in zip(outputs, correct):
-                counts[0] += _correct(output, targets, 1)
-                counts[1] += _correct(output, targets, top_k) if top_k else 0
-    top1, top5 = ((100 * correct[0][k] / count, 100 * correct[1][k] / count) for k in (0, 1))
-    return ImageCheck(count, count == found, top1, top5 if top_k else None, relative, tuple(classes), source)
+    differences, rtol = [], DEFAULT_RTOL[next(model.parameters()).dtype]
+
+    def forward(images: Tensor) -> Tuple[Tensor, Tensor]:
+        outputs = model(images), fused(images)
+        differences.append(compare_outputs('', *outputs, rtol).relative)
+        return outputs
+
+    try:
+        scores, count = evaluate(forward, ('training form', 'fused'), loader, device, progress)
+    except VerificationError as e:
+        raise VerificationError(f'on the images of {folder}, {e}') from None
+    return ImageCheck(
+        count,
+        count == len(samples),
+        (scores[0].top1, scores[1].top1),
+        (scores[0].top5, scores[1].top5) if model.num_classes > TOP_K else None,
+        max(differences),
+        tuple(sorted(index_of, key=index_of.get)),
+        f'the split `{root.name}`' if root != folder else f'the folder `{folder.name}`',
+    )

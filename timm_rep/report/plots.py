@@ -1,14 +1,17 @@
-"""Pictures of a training run: its course over the time steps, the gradients of its branches, how alike they are.
+"""Pictures of a training: its course over the time steps, the gradients of its branches, how alike they are.
 
-Everything is read from the folder that timm's train.py writes to. Needs matplotlib, of the extra ``demo``.
+They are drawn from plain rows, so of a loop of one's own too:
+
+>>> from timm_rep.report.plots import draw_annealing
+>>> history = [dict(epoch=epoch, time_step=epoch // 2, lr=0.1 / (1 + epoch % 2)) for epoch in range(4)]
+>>> draw_annealing(history, 'my model').savefig('annealing.png')  # doctest: +SKIP
+
+Needs matplotlib, of the extra ``demo``.
 """
-import importlib.util
-import logging
 import math
-import re
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple, Union
+from itertools import zip_longest
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -17,15 +20,11 @@ from torch import Tensor
 
 from ..core.errors import UserError
 from ..core.walk import annealed_modules
-from ..io.checkpoint import load_training_form
-from ..io.runs import complete_rows, read_run_args, read_summary, to_number
+from ..io.extras import require_extra
 
 __all__ = [
-    'BranchGradients', 'BranchSimilarity', 'TimeStep', 'branch_similarities', 'draw_annealing',
-    'draw_branch_gradients', 'draw_branch_similarity', 'plot_run', 'read_branch_gradients', 'time_steps',
+    'BranchSimilarity', 'branch_similarities', 'draw_annealing', 'draw_branch_gradients', 'draw_branch_similarity',
 ]
-
-_logger = logging.getLogger(__name__)
 
 ORIGIN = 'origin'
 # Okabe and Ito's colours, which colour-blind readers tell apart too.
@@ -37,43 +36,20 @@ MARKED_EPOCHS = 40  # a line of more epochs has no markers
 LABELLED_STEPS = 6  # more time steps than that are only numbered
 WIDE_LOSS = 20.0  # a loss that spans more than this factor is drawn on a logarithmic axis
 MAX_RATIO = 32.0  # of the colours for gradients
-SIGNATURE = b'timm_rep'  # in the metadata of our PNG files
+# Panels of the picture of a run: label, height, and style of each column.
+PANELS: Tuple[Tuple[str, float, Dict[str, Dict[str, Any]]], ...] = (
+    ('accuracy (%)', 2.0, dict(
+        eval_top1=dict(label='held-out top-1', color=VERMILLION),
+        eval_top5=dict(label='held-out top-5', color=GREEN, linestyle='--'))),
+    ('loss', 2.0, dict(
+        train_loss=dict(label='training', color=BLUE, linestyle='--'),
+        eval_loss=dict(label='held-out', color=VERMILLION))),
+    ('learning rate', 1.1, dict(lr=dict(color=BLACK))),
+    ('attach rate', 1.1, dict(attach_rate=dict(color=PURPLE))),
+)
 
-PathLike = Union[str, Path]
-
-
-@dataclass(frozen=True)
-class TimeStep:
-    """A time step of a run, as far as the run went.
-
-    Attributes:
-        number: Counted from 0.
-        first: Its first epoch.
-        last: Its last epoch that was recorded.
-    """
-
-    number: int
-    first: int
-    last: int
-
-
-@dataclass(frozen=True)
-class BranchGradients:
-    """Gradient magnitudes: root mean square of the elements of a branch kernel's gradient.
-
-    Attributes:
-        epochs: The epochs ``e``, ascending.
-        depths: The layers ``d``, counted from 0 at the input, ascending.
-        layers: Their names.
-        origin: Magnitude of the origin branch ``(d, e)``; NaN where none was recorded.
-        sides: Mean over the side branches ``(d, e)``; NaN where none was recorded.
-    """
-
-    epochs: List[int]
-    depths: List[int]
-    layers: List[str]
-    origin: Tensor
-    sides: Tensor
+Rows = Sequence[Mapping[str, Any]]
+Points = List[Tuple[int, float]]
 
 
 @dataclass(frozen=True)
@@ -82,78 +58,16 @@ class BranchSimilarity:
 
     Attributes:
         kind: Class of the layers.
-        branches: Names of the branches ``b``.
-        layers: Names of the layers that the mean is over.
-        cosine: Cosine similarity between the branches' kernels ``(b, b)``, mean over the layers; NaN where a kernel is
-            zero in all of them.
+        branches: Names of the branches ``b`` of any of them.
+        layers: Names of the layers.
+        cosine: Cosine similarity between the branches' kernels ``(b, b)``, mean over the layers that have both; NaN
+            where none has, or a kernel is zero in all of them.
     """
 
     kind: str
     branches: List[str]
     layers: List[str]
     cosine: Tensor
-
-
-def read_branch_gradients(path: PathLike) -> BranchGradients:
-    """Read the gradient magnitudes that ``--log-branches`` writes to ``branch_gradients.csv``.
-
-    Repeated epochs and cut-off lines are dropped as in :func:`timm_rep.runs.read_summary`.
-
-    Args:
-        path: The file, with the columns ``epoch``, ``depth``, ``layer``, ``branch`` and ``rms``.
-
-    Returns:
-        The magnitudes.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        UserError: If it has other columns, or holds no complete epoch.
-    """
-    path = Path(path)
-    wanted = {'epoch', 'depth', 'layer', 'branch', 'rms'}
-    found: Dict[int, Dict[Tuple[int, str], float]] = {}  # by epoch, then depth and branch
-    names: Dict[int, str] = {}
-    for cells in complete_rows(path):
-        if not wanted <= cells.keys() or not cells['depth'].isdigit():
-            raise UserError(f'{path} must have the columns {", ".join(sorted(wanted))}, got {", ".join(cells)}')
-        epoch, depth = int(cells['epoch']), int(cells['depth'])
-        for undone in [later for later in found if later > epoch]:
-            del found[undone]
-        names[depth] = cells['layer']
-        found.setdefault(epoch, {})[depth, cells['branch']] = to_number(cells['rms'])
-    if not found:
-        raise UserError(f'{path} holds no complete epoch')
-
-    epochs, depths = sorted(found), sorted(names)
-    origin = torch.full((len(depths), len(epochs)), math.nan, dtype=torch.float64)
-    sides = origin.clone()
-    for column, epoch in enumerate(epochs):
-        by_depth: Dict[int, List[float]] = {}
-        for (depth, branch), rms in found[epoch].items():
-            if branch == ORIGIN:
-                origin[depths.index(depth), column] = rms
-            else:
-                by_depth.setdefault(depth, []).append(rms)
-        for depth, values in by_depth.items():
-            sides[depths.index(depth), column] = sum(values) / len(values)
-    return BranchGradients(epochs, depths, [names[depth] for depth in depths], origin, sides)
-
-
-def time_steps(summary: List[Dict[str, float]]) -> List[TimeStep]:
-    """The time steps of a run.
-
-    Args:
-        summary: As :func:`timm_rep.runs.read_summary` gives it.
-
-    Returns:
-        The time steps; empty for a run without.
-    """
-    epochs_of: Dict[int, List[int]] = {}
-    for row in summary:
-        number = row.get('train_time_step', math.nan)
-        if math.isfinite(number):
-            epochs_of.setdefault(int(number), []).append(int(row['epoch']))
-    return [TimeStep(number, min(epochs), max(epochs)) for number, epochs in sorted(epochs_of.items())]
 
 
 @torch.no_grad()
@@ -170,30 +84,53 @@ def branch_similarities(model: nn.Module) -> List[BranchSimilarity]:
     Raises:
         UserError: If there is no layer with two such branches.
     """
-    layers: Dict[Tuple[str, ...], List[str]] = {}
-    cosines: Dict[Tuple[str, ...], List[Tensor]] = {}
+    found: Dict[str, Dict[str, Dict[Tuple[str, str], float]]] = {}  # by kind, layer and pair of branches
     for name, module in annealed_modules(model):
-        kernels = module.branch_kernels()
-        flat = torch.stack([kernel.flatten().double() for kernel in kernels.values()])
-        present = flat.abs().amax(dim=1) > 0
-        if present.sum() < 2:
+        flat = {branch: kernel.flatten().double() for branch, kernel in module.branch_kernels().items()}
+        unit = {branch: F.normalize(kernel, dim=0) if kernel.any() else None for branch, kernel in flat.items()}
+        if sum(kernel is not None for kernel in unit.values()) < 2:
             continue
-        kind = (type(module).__name__, *kernels)
-        unit = F.normalize(flat, dim=1)
-        cosine = (unit @ unit.T).masked_fill(~(present[:, None] & present), math.nan)
-        layers.setdefault(kind, []).append(name)
-        cosines.setdefault(kind, []).append(cosine)
-    if not layers:
+        found.setdefault(type(module).__name__, {})[name] = {
+            (a, b): math.nan if first is None or second is None else (first @ second).item()
+            for a, first in unit.items() for b, second in unit.items()
+        }
+    if not found:
         raise UserError(f'{type(model).__name__} has no layer with two branches to compare')
-    found = [
-        BranchSimilarity(kind[0], list(kind[1:]), names, torch.stack(cosines[kind]).nanmean(dim=0))
-        for kind, names in layers.items()
+    similarities = []
+    for kind, layers in sorted(found.items(), key=lambda entry: -len(entry[1])):
+        branches = list(dict.fromkeys(branch for cosines in layers.values() for branch, _ in cosines))
+        cosine = torch.tensor(
+            [[[cosines.get((a, b), math.nan) for b in branches] for a in branches] for cosines in layers.values()],
+            dtype=torch.float64)
+        similarities.append(BranchSimilarity(kind, branches, list(layers), cosine.nanmean(dim=0)))
+    return similarities
+
+
+class _TimeStep(NamedTuple):
+    number: int  # from 0
+    first: int  # epoch
+    last: int  # epoch, as far as the run went
+
+
+def _points(rows: Rows, column: str) -> Points:
+    """Epochs in which a figure is noted, with the figure; train.py gives what is ours a prefix in summary.csv."""
+    pairs = ((row['epoch'], row.get(column, row.get(f'train_{column}'))) for row in rows)
+    return [
+        (int(epoch), float(value)) for epoch, value in pairs
+        if isinstance(value, (int, float)) and math.isfinite(value)
     ]
-    return sorted(found, key=lambda similarity: -len(similarity.layers))
+
+
+def _time_steps(history: Rows) -> List[_TimeStep]:
+    epochs_of: Dict[int, List[int]] = {}
+    for epoch, number in _points(history, 'time_step'):
+        epochs_of.setdefault(int(number), []).append(epoch)
+    return [_TimeStep(number, min(epochs), max(epochs)) for number, epochs in sorted(epochs_of.items())]
 
 
 def _new_figure(width: float, height: float, title: str) -> Any:
-    from matplotlib.figure import Figure  # an extra
+    require_extra('drawing', 'demo', ['matplotlib'])
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout='constrained', dpi=120)
     figure.get_layout_engine().set(h_pad=0.12, w_pad=0.08)  # type: ignore[union-attr,call-arg]
@@ -235,94 +172,113 @@ def _epoch_axis(axes: Any, epochs: List[int]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
-def _draw_bands(axes: Any, steps: List[TimeStep], labels: bool) -> None:
-    """Shade every other time step, and name them above the axes."""
+def _draw_bands(axes: Any, steps: List[_TimeStep], labels: bool) -> None:
+    """Shade every other time step, and name them above the axes, the first being 1."""
     words = len(steps) <= LABELLED_STEPS
     if labels and not words:
         axes.text(0, 1.02, 'time step ', transform=axes.transAxes, ha='right', va='bottom', fontsize=11)
-    for step, following in zip(steps, [*steps[1:], None]):
+    for step, following in zip_longest(steps, steps[1:]):
         start, end = step.first - 0.5, (step.last + 0.5 if following is None else following.first - 0.5)
         if step.number % 2 == 0:
             axes.axvspan(start, end, color='0.93', zorder=0, linewidth=0)
         if labels:
             axes.text(
-                (start + end) / 2, 1.02, f'time step {step.number}' if words else str(step.number), fontsize=11,
-                transform=axes.get_xaxis_transform(), ha='center', va='bottom')
+                (start + end) / 2, 1.02, f'time step {step.number + 1}' if words else str(step.number + 1),
+                fontsize=11, transform=axes.get_xaxis_transform(), ha='center', va='bottom')
 
 
-def _plot_column(axes: Any, summary: List[Dict[str, float]], column: str, **style: Any) -> None:
-    points = [(row['epoch'], row[column]) for row in summary if math.isfinite(row.get(column, math.nan))]
-    marker = 'o' if len(summary) <= MARKED_EPOCHS else None
+def _draw_curve(axes: Any, points: Points, **style: Any) -> None:
+    marker = 'o' if len(points) <= MARKED_EPOCHS else None
     axes.plot(*zip(*points), marker=marker, markersize=4, linewidth=1.8, **style)
 
 
-def draw_annealing(summary: List[Dict[str, float]], model: str = '', *, published: Optional[int] = None) -> Any:
+def draw_annealing(history: Rows, title: str = '', *, published: Optional[int] = None) -> Any:
     """Draw accuracy, loss, learning rate and attach rate over the epochs, the time steps as bands.
 
     Args:
-        summary: As :func:`timm_rep.runs.read_summary` gives it. Only what it has is drawn.
-        model: Name for the title.
+        history: One row for each epoch, ascending, as in ``Annealer.history`` and in timm's summary.csv: ``epoch``,
+            and of ``time_step``, ``attach_rate``, ``lr``, ``train_loss``, ``eval_loss``, ``eval_top1`` and
+            ``eval_top5`` what there is. Only that is drawn.
+        title: Title, such as the name of the model; the accuracy is added.
         published: Epoch of the weights that are published, for a line there.
 
     Returns:
         A matplotlib figure.
 
     Raises:
-        UserError: If it has none of them.
+        UserError: If there is nothing to draw, or matplotlib is missing.
     """
-    def noted(*columns: str) -> List[str]:
-        return [name for name in columns if any(math.isfinite(row.get(name, math.nan)) for row in summary)]
-
-    panels: List[Tuple[str, List[str], float]] = [
-        ('accuracy (%)', noted('eval_top1', 'eval_top5'), 2.0),
-        ('loss', noted('train_loss', 'eval_loss'), 2.0),
-        ('learning rate', noted('lr'), 1.1),
-        ('attach rate', noted('train_attach_rate'), 1.1),
-    ]
-    panels = [panel for panel in panels if panel[1]]
+    panels = []
+    for label, height, styles in PANELS:
+        curves = {column: points for column in styles if (points := _points(history, column))}
+        if curves:
+            panels.append((label, height, styles, curves))
     if not panels:
-        raise UserError(f'none of accuracy, loss and learning rate is noted; there is {", ".join(summary[0])}')
-    styles = dict(
-        eval_top1=dict(label='held-out top-1', color=VERMILLION),
-        eval_top5=dict(label='held-out top-5', color=GREEN, linestyle='--'),
-        train_loss=dict(label='training', color=BLUE, linestyle='--'),
-        eval_loss=dict(label='held-out', color=VERMILLION),
-        lr=dict(color=BLACK),
-        train_attach_rate=dict(color=PURPLE),
-    )
-    title = model or 'training run'
-    if noted('eval_top1'):
-        measured = [row for row in summary if math.isfinite(row.get('eval_top1', math.nan))]
-        best = max(measured, key=lambda row: row['eval_top1'])
-        at_end = measured[-1]
-        title += f': top-1 {at_end["eval_top1"]:.2f}% at the end'
-        title += ' (the best)' if best is at_end else f', best {best["eval_top1"]:.2f}% (epoch {best["epoch"]:.0f})'
+        columns = ', '.join(history[0]) if history else 'no row'
+        raise UserError(f'none of accuracy, loss and learning rate is noted; there is {columns}')
+    title = title or 'training run'
+    top1 = _points(history, 'eval_top1')
+    if top1:
+        best = max(top1, key=lambda point: point[1])
+        title += f': top-1 {top1[-1][1]:.2f}% at the end'
+        title += ' (the best)' if best == top1[-1] else f', best {best[1]:.2f}% (epoch {best[0]})'
 
-    heights = [height for _, _, height in panels]
+    heights = [height for _, height, _, _ in panels]
     figure = _new_figure(11, 1.3 + 1.45 * sum(heights), title)
-    steps, epochs = time_steps(summary), [int(row['epoch']) for row in summary]
+    steps = _time_steps(history)
     rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-    for position, (axes, (label, columns, _)) in enumerate(zip(rows, panels)):
-        _draw_bands(axes, steps, labels=position == 0)
-        for column in columns:
-            _plot_column(axes, summary, column, **styles[column])
-        axes.set_ylabel(label)
+    for axes, (label, _, styles, curves) in zip(rows, panels):
+        _draw_bands(axes, steps, labels=axes is rows[0])
+        for column, points in curves.items():
+            _draw_curve(axes, points, **styles[column])
         if published is not None:
-            axes.axvline(published, color='0.5', linestyle=':', linewidth=2, label=None if position else 'published')
-        if len(axes.get_legend_handles_labels()[1]) > 1:
-            axes.legend(frameon=False, fontsize=11, ncols=3)
-        values = [row[name] for row in summary for name in columns if math.isfinite(row.get(name, math.nan))]
-        if label == 'loss' and 0 < WIDE_LOSS * min(values) < max(values):
-            axes.set_yscale('log')
-            _log_axis(axes.yaxis)
-        elif label in ('learning rate', 'attach rate'):
-            axes.set_ylim(0, 1.08 * max(values) or 1.0)
-        _tidy(axes)
-        if columns[0] == 'eval_top1':
-            axes.plot(best['epoch'], best['eval_top1'], marker='*', markersize=14, color=VERMILLION, zorder=3)
-    _epoch_axis(rows[-1], epochs)
+            axes.axvline(
+                published, color='0.5', linestyle=':', linewidth=2, label='published' if axes is rows[0] else None)
+        _finish_panel(axes, label, [value for points in curves.values() for _, value in points])
+        if 'eval_top1' in curves:
+            axes.plot(*best, marker='*', markersize=14, color=VERMILLION, zorder=3)
+    _epoch_axis(rows[-1], [int(row['epoch']) for row in history])
     figure.align_ylabels(rows)
     return figure
+
+
+def _finish_panel(axes: Any, label: str, values: List[float]) -> None:
+    axes.set_ylabel(label)
+    if len(axes.get_legend_handles_labels()[1]) > 1:
+        axes.legend(frameon=False, fontsize=11, ncols=3)
+    if label == 'loss' and 0 < WIDE_LOSS * min(values) < max(values):
+        axes.set_yscale('log')
+        _log_axis(axes.yaxis)
+    elif label in ('learning rate', 'attach rate'):
+        axes.set_ylim(0, 1.08 * max(values) or 1.0)
+    _tidy(axes)
+
+
+class _Gradients(NamedTuple):
+    """Gradient magnitudes of origin and side branches ``(d, e)`` by depth and epoch; NaN where none was noted."""
+
+    epochs: List[int]
+    depths: List[int]
+    origin: Tensor
+    sides: Tensor  # mean over the side branches
+
+    def branches(self) -> Tuple[Tuple[Tensor, str, str], ...]:
+        return (self.sides, VERMILLION, 'side branches'), (self.origin, BLUE, 'origin branch')
+
+    def ratio(self) -> Tensor:
+        ratio = self.sides / self.origin
+        return ratio.where(torch.isfinite(ratio) & (ratio > 0), math.nan)
+
+
+def _gradients(rows: Rows) -> _Gradients:
+    epochs, depths = (sorted({int(row[column]) for row in rows}) for column in ('epoch', 'depth'))
+    shape = (2, len(depths), len(epochs))  # of the origin branch, of the side branches
+    sums, counts = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+    for row in rows:
+        place = (int(row['branch'] != ORIGIN), depths.index(int(row['depth'])), epochs.index(int(row['epoch'])))
+        sums[place] += row['rms']
+        counts[place] += 1
+    return _Gradients(epochs, depths, *(sums / counts))
 
 
 def _power_label(exponent: float) -> str:
@@ -335,110 +291,118 @@ def _edges(numbers: List[int]) -> List[float]:
     return [*(number - 0.5 for number in numbers), numbers[-1] + 0.5]
 
 
-def _column_mean(values: Tensor, epochs: List[int], chosen: List[int]) -> Tensor:
-    return values[:, [epochs.index(epoch) for epoch in chosen]].nanmean(dim=1)
-
-
-def draw_branch_gradients(gradients: BranchGradients, steps: Optional[List[TimeStep]] = None, model: str = '') -> Any:
+def draw_branch_gradients(rows: Rows, title: str = '', *, history: Rows = ()) -> Any:
     """Draw the gradient magnitude of origin and side branches by depth and epoch (RepAn, Fig. 1).
 
-    In the middle their ratio as colours, above it both over the epochs, beside it both over the depth at the start and
-    the end of the time steps.
+    On the left both over the epochs, and their ratio by depth and epoch as colours; beside that both over the depth, at
+    the start and the end of the time steps.
 
     Args:
-        gradients: The magnitudes.
-        steps: Time steps of the run, if it has any.
-        model: Name for the title.
+        rows: One row for each branch, layer and epoch, as in ``Annealer.branch_rows`` and in branch_gradients.csv:
+            ``epoch``, ``depth`` (of the layer, from 0 at the input), ``layer``, ``branch`` (``'origin'``, or the name
+            of a side branch) and ``rms``, the root mean square of the gradient's elements.
+        title: Title, such as the name of the model.
+        history: As in :func:`draw_annealing`, for the time steps.
 
     Returns:
         A matplotlib figure.
 
     Raises:
-        UserError: If no layer has both an origin and a side branch.
+        UserError: If no layer has both an origin and a side branch, or matplotlib is missing.
     """
-    from matplotlib.ticker import MaxNLocator
-
-    ratio = gradients.sides / gradients.origin
-    ratio[~(torch.isfinite(ratio) & (ratio > 0))] = math.nan
+    gradients = _gradients(rows)
+    ratio = gradients.ratio()
     if ratio.isnan().all():
         raise UserError('no layer has gradients of both an origin and a side branch')
-    epochs, depths = gradients.epochs, gradients.depths
-    steps = [step for step in steps or [] if step.first in epochs and step.last in epochs]
-    period = ' of a time step' if steps else ''
-    steps_or_run = steps or [TimeStep(0, epochs[0], epochs[-1])]
-    share = (ratio > 1).sum().item() / (~ratio.isnan()).sum().item()
+    epochs = gradients.epochs
+    steps = [step for step in _time_steps(history) if step.first in epochs and step.last in epochs]
 
-    title = 'gradients of side and origin branches' + (f', {model}' if model else '')
-    figure = _new_figure(13, 8.6, title)
-    grid = figure.add_gridspec(2, 3, width_ratios=(2.2, 0.06, 1), height_ratios=(1, 1.7))
-    over_epochs, middle = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[1, 0])
-    colours, over_depth = figure.add_subplot(grid[1, 1]), figure.add_subplot(grid[1, 2])
-    note = figure.add_subplot(grid[0, 2])
-
-    branches = ((gradients.sides, VERMILLION, 'side branches'), (gradients.origin, BLUE, 'origin branch'))
+    figure = _new_figure(13, 8.6, 'gradients of side and origin branches' + (f', {title}' if title else ''))
+    grid = figure.add_gridspec(2, 2, width_ratios=(2.2, 1), height_ratios=(1, 1.7))
+    over_epochs, note = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
+    middle, over_depth = figure.add_subplot(grid[1, 0]), figure.add_subplot(grid[1, 1])
     _draw_bands(over_epochs, steps, labels=True)
-    for values, colour, label in branches:
-        over_epochs.plot(
-            epochs, values.nanmedian(dim=0).values, color=colour, label=label, linewidth=2,
-            marker='o' if len(epochs) <= MARKED_EPOCHS else None, markersize=4)
+    for values, colour, label in gradients.branches():
+        _draw_curve(over_epochs, list(zip(epochs, values.nanmedian(dim=0).values.tolist())), color=colour, label=label)
     over_epochs.set(ylabel='gradient (RMS of elements),\nmedian of the layers', yscale='log')
+    over_epochs.legend(frameon=False, fontsize=11)
     _log_axis(over_epochs.yaxis)
     _tidy(over_epochs)
     _epoch_axis(over_epochs, epochs)
+    _draw_ratio(middle, gradients, steps)
+    _draw_over_depth(over_depth, gradients, steps)
+    over_depth.set_ylim(middle.get_ylim())
 
-    logs = ratio.log2()
-    limit = min(max(round(logs[~logs.isnan()].abs().quantile(0.98).item()), 2), int(math.log2(MAX_RATIO)))
-    middle.set_facecolor(MISSING)
-    image = middle.pcolormesh(
-        _edges(epochs), _edges(depths), logs.numpy(), cmap=DIVERGING, vmin=-limit, vmax=limit)
-    for step in steps[1:]:
-        middle.axvline(step.first - 0.5, color=BLACK, linewidth=1, linestyle=':')
-    bar = figure.colorbar(image, cax=colours, ticks=range(-limit, limit + 1), extend='both')
-    bar.ax.set_yticklabels([_power_label(exponent) for exponent in range(-limit, limit + 1)])
-    bar.ax.tick_params(labelsize=11)
-    bar.set_label('side / origin', fontsize=12)
-    middle.set(ylabel='depth (layers from the input)')
-    middle.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    _tidy(middle)
-    middle.grid(visible=False)
-    _epoch_axis(middle, epochs)
-
-    for chosen, line, when in (
-            ([step.first for step in steps_or_run], '-', f'first epoch{period}'),
-            ([step.last for step in steps_or_run], ':', f'last epoch{period}'),
-    ):
-        for values, colour, label in branches:
-            over_depth.plot(
-                _column_mean(values, epochs, chosen), depths, color=colour, linestyle=line, linewidth=2,
-                label=f'{label}, {when}')
-    over_depth.set(xlabel='gradient (RMS of elements)', xscale='log', ylim=middle.get_ylim())
-    _log_axis(over_depth.xaxis)
-    over_depth.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    _tidy(over_depth)
-
+    share = (ratio > 1).sum().item() / (~ratio.isnan()).sum().item()
     note.axis('off')
-    note.legend(
-        *over_depth.get_legend_handles_labels(), loc='upper left', frameon=False, fontsize=12, borderaxespad=0)
     note.text(
-        0, 0.05, f'Side branches have the larger gradient\nin {100 * share:.0f}% of all layers and epochs.',
+        0, 1, f'Side branches have the larger gradient\nin {100 * share:.0f}% of all layers and epochs.', va='top',
         transform=note.transAxes, fontsize=12)
+    note.legend(  # right above the curves
+        *over_depth.get_legend_handles_labels(), loc='lower left', frameon=False, fontsize=11, borderaxespad=0)
     return figure
 
 
-def draw_branch_similarity(similarities: List[BranchSimilarity], model: str = '', source: str = '') -> Any:
+def _draw_ratio(axes: Any, gradients: _Gradients, steps: List[_TimeStep]) -> None:
+    logs = gradients.ratio().log2()
+    limit = min(max(round(logs[~logs.isnan()].abs().quantile(0.98).item()), 2), int(math.log2(MAX_RATIO)))
+    axes.set_facecolor(MISSING)
+    image = axes.pcolormesh(
+        _edges(gradients.epochs), _edges(gradients.depths), logs.numpy(), cmap=DIVERGING, vmin=-limit, vmax=limit)
+    for step in steps[1:]:
+        axes.axvline(step.first - 0.5, color=BLACK, linewidth=1, linestyle=':')
+    bar = axes.figure.colorbar(image, ax=axes, ticks=range(-limit, limit + 1), extend='both', pad=0.02, fraction=0.05)
+    bar.ax.set_yticklabels([_power_label(exponent) for exponent in range(-limit, limit + 1)])
+    bar.ax.tick_params(labelsize=11)
+    bar.ax.set_title('side / origin', fontsize=11)  # beside the bar it would run into the next plot
+    _tidy(axes)
+    axes.grid(visible=False)
+    _depth_axis(axes, 'depth (layers from the input)')
+    _epoch_axis(axes, gradients.epochs)
+
+
+def _draw_over_depth(axes: Any, gradients: _Gradients, steps: List[_TimeStep]) -> None:
+    epochs, period = gradients.epochs, ' of a time step' if steps else ''
+    steps = steps or [_TimeStep(0, epochs[0], epochs[-1])]
+    for chosen, line, when in (
+            ([step.first for step in steps], '-', f'first epoch{period}'),
+            ([step.last for step in steps], ':', f'last epoch{period}'),
+    ):
+        columns = [epochs.index(epoch) for epoch in chosen]
+        for values, colour, label in gradients.branches():
+            axes.plot(
+                values[:, columns].nanmean(dim=1), gradients.depths, color=colour, linestyle=line, linewidth=2,
+                label=f'{label}, {when}')
+    axes.set(xlabel='gradient (RMS of elements)', xscale='log')
+    _log_axis(axes.xaxis)
+    _depth_axis(axes, 'depth')
+    _tidy(axes)
+
+
+def _depth_axis(axes: Any, label: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_ylabel(label, fontsize=12)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def draw_branch_similarity(model: nn.Module, title: str = '') -> Any:
     """Draw one heat map of cosine similarities for each kind of layer (OREPA, Fig. 7).
 
     Args:
-        similarities: As :func:`branch_similarities` gives them.
-        model: Name for the title.
-        source: Which weights they are of, for the title.
+        model: Model with rep layers.
+        title: Title, such as the name of the model.
 
     Returns:
         A matplotlib figure.
+
+    Raises:
+        UserError: If there is no layer with two branches to compare, or matplotlib is missing.
     """
-    title = '\n'.join(filter(None, ('cosine similarity of branch kernels', ', '.join(filter(None, (model, source))))))
+    similarities = branch_similarities(model)
     sizes = [len(similarity.branches) for similarity in similarities]
     widths = [2.0 + 0.95 * size for size in sizes]
+    title = '\n'.join(filter(None, ('cosine similarity of branch kernels', title)))
     figure = _new_figure(max(sum(widths) + 1.2, 7.0), 2.8 + 0.8 * max(sizes), title)
     panels = figure.subplots(1, len(similarities), squeeze=False, width_ratios=widths)[0]
     for axes, similarity in zip(panels, similarities):
@@ -459,109 +423,3 @@ def draw_branch_similarity(similarities: List[BranchSimilarity], model: str = ''
     bar = figure.colorbar(image, ax=panels, shrink=0.8)
     bar.set_label('cosine similarity', fontsize=12)
     return figure
-
-
-def _numbered(folder: Path, pattern: str) -> List[Path]:
-    """Files whose name has a number, the highest first."""
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := re.fullmatch(pattern, path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
-
-
-def _newest_training_form(run_dir: Path) -> Tuple[nn.Module, str]:
-    """The model of a run with its newest weights that can be read, and the name of their file."""
-    snapshots = _numbered(run_dir, r'time_step-(\d+)\.safetensors')
-    checkpoints = _numbered(run_dir, r'checkpoint-(\d+)\.pth\.tar')
-    files = [run_dir / 'last.pth.tar', *snapshots, *checkpoints, run_dir / 'model_best.pth.tar']
-    files = [path for path in files if path.is_file()]
-    if not files:
-        raise FileNotFoundError(f'no weights in training form in {run_dir}')
-    reasons = []
-    for path in files:  # a killed run may have left a file half written
-        try:
-            return load_training_form(path), path.name
-        except (OSError, ValueError, RuntimeError) as e:
-            reasons.append(str(e))
-    raise UserError(reasons[0])
-
-
-def _annealing(run_dir: Path, model: str) -> Any:
-    return draw_annealing(read_summary(run_dir / 'summary.csv'), model)
-
-
-def _branch_gradients(run_dir: Path, model: str) -> Any:
-    gradients = read_branch_gradients(run_dir / 'branch_gradients.csv')
-    summary = run_dir / 'summary.csv'
-    return draw_branch_gradients(gradients, time_steps(read_summary(summary)) if summary.is_file() else [], model)
-
-
-def _branch_similarity(run_dir: Path, model: str) -> Any:
-    weights, source = _newest_training_form(run_dir)
-    return draw_branch_similarity(branch_similarities(weights), model, source)
-
-
-FIGURES: Dict[str, Callable[[Path, str], Any]] = {
-    'annealing.png': _annealing,
-    'branch_gradients.png': _branch_gradients,
-    'branch_similarity.png': _branch_similarity,
-}
-
-
-def _check_replaceable(path: Path) -> None:
-    """Refuse to overwrite a file that no earlier call of ours wrote."""
-    if path.exists() and not (path.is_file() and SIGNATURE in path.read_bytes()[:1024]):
-        raise FileExistsError(f'{path} exists already and is not a figure of timm_rep; nothing was written')
-
-
-def plot_run(run_dir: PathLike, output: Optional[PathLike] = None) -> List[Path]:
-    """Draw pictures of a training run, as far as its folder has the data.
-
-    - ``annealing.png``: accuracy, loss, learning rate and attach rate over the epochs and time steps, from
-      ``summary.csv``; of a run of timm's plain train.py too.
-    - ``branch_gradients.png``: gradient magnitude of origin and side branches by depth and epoch (RepAn, Fig. 1), from
-      ``branch_gradients.csv``.
-    - ``branch_similarity.png``: mean cosine similarity between the branches' kernels (OREPA, Fig. 7), from the newest
-      weights in training form.
-
-    A figure without data is left out, and the log says why.
-
-    Args:
-        run_dir: Output folder of timm's train.py.
-        output: Folder to write to, made if it does not exist; by default that of the run. Earlier figures of the same
-            names are replaced, all else in it stays.
-
-    Returns:
-        The files it wrote.
-
-    Raises:
-        ImportError: If matplotlib, of the extra ``demo``, is missing.
-        FileNotFoundError: If there is no such run.
-        FileExistsError: If a file of one of these names is there that is no figure of ours. Nothing is written then.
-        UserError: If there are data for none of the figures.
-    """
-    if importlib.util.find_spec('matplotlib') is None:
-        raise ImportError('figures also need matplotlib: pip install "timm_rep[demo]"')
-    run_dir = Path(run_dir)
-    if not run_dir.is_dir():
-        raise FileNotFoundError(f'no run folder at {run_dir}')
-    output = run_dir if output is None else Path(output)
-    if output.exists() and not output.is_dir():
-        raise FileExistsError(f'output {output} is a file, not a folder')
-    for name in FIGURES:
-        _check_replaceable(output / name)
-    model = str(read_run_args(run_dir / 'args.yaml').get('model') or '')
-
-    figures, reasons = {}, []
-    for name, draw in FIGURES.items():
-        try:
-            figures[name] = draw(run_dir, model)
-        except (OSError, ValueError, RuntimeError) as e:
-            _logger.debug('traceback of the reason', exc_info=True)
-            reasons.append(f'{name}: {" ".join(str(e).split())}')
-    if not figures:
-        raise UserError(f'nothing to draw of {run_dir}; ' + '; '.join(reasons))
-    for reason in reasons:
-        _logger.warning(f'left out {reason}')
-    output.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items():
-        figure.savefig(output / name, metadata=dict(Software=SIGNATURE.decode()))
-    return [output / name for name in figures]

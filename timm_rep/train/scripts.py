@@ -1,4 +1,6 @@
 """Find timm's own scripts, which are not part of timm's package, and run one with our models registered."""
+import argparse
+import importlib.util
 import logging
 import os
 import runpy
@@ -9,6 +11,7 @@ from typing import List, Sequence, Union
 import timm
 
 from ..core.errors import UserError
+from ..models.names import TRAINING_PREFIXES  # with which our models are registered
 
 __all__ = ['SCRIPTS', 'find_script', 'run_script', 'script_folders']
 
@@ -17,6 +20,10 @@ _logger = logging.getLogger(__name__)
 SCRIPTS = ('train', 'validate', 'benchmark', 'inference', 'onnx_export')
 FOLDER_VARIABLE = 'TIMM_SCRIPTS'
 TIMM_REPOSITORY = 'https://github.com/huggingface/pytorch-image-models'
+# What a script imports beyond what timm needs.
+EXTRA_PACKAGES = dict(inference=('pandas',))
+# Scripts that run a model, or write it, as it is, unless they are told to fuse it.
+REPARAM_SCRIPTS = ('validate', 'benchmark', 'onnx_export')
 
 
 def _cache_folder() -> Path:
@@ -76,6 +83,30 @@ def find_script(name: str, folder: Union[str, Path, None] = None) -> Path:
     )
 
 
+def _check_arguments(script: str, args: Sequence[str]) -> None:
+    """Say before a script runs what it would say by a traceback, or not at all.
+
+    Raises:
+        UserError: If a package that the script needs is missing.
+        FileNotFoundError: If there is no such config file.
+    """
+    missing = [name for name in EXTRA_PACKAGES.get(script, ()) if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"timm's {script}.py needs {', '.join(missing)}: pip install {' '.join(missing)}")
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for names in (('--config', '-c'), ('--model', '-m')):
+        parser.add_argument(*names, nargs='?', default='')
+    parser.add_argument('--reparam', action='store_true')
+    parser.add_argument('--model-kwargs', nargs='*', default=[])
+    given, _ = parser.parse_known_args(args)
+    if script == 'train' and given.config and not Path(given.config).is_file():
+        raise FileNotFoundError(f'no config file at {given.config}')
+    model = given.model or ''
+    stock = any(item.startswith('inference_mode=') for item in given.model_kwargs)
+    if script in REPARAM_SCRIPTS and model.startswith(TRAINING_PREFIXES) and not (given.reparam or stock):
+        _logger.warning('%s keeps all its branches in %s; --reparam fuses it first', model, script)
+
+
 def run_script(path: Union[str, Path], args: Sequence[str] = ()) -> None:
     """Run a timm script as the main program, with our models registered.
 
@@ -87,9 +118,12 @@ def run_script(path: Union[str, Path], args: Sequence[str] = ()) -> None:
         args: Its command line.
 
     Raises:
+        UserError: If a package that the script needs is missing.
+        FileNotFoundError: If a config file for it is missing.
         SystemExit: As the script raises it, e.g. behind its ``--help``.
     """
     path = Path(path)
+    _check_arguments(path.stem, args)
     _logger.debug('running %s with timm %s from %s', path, timm.__version__, timm.__file__)
     own_argv = sys.argv
     sys.argv = [str(path), *args]

@@ -3,7 +3,8 @@
 Importing this registers the methods, in the order of this list.
 """
 from .base import AnnealedModule, LinearRepLayer, RepLayer
-from .normed import FoldedNorm, NormedRepLayer
+from .normed import NormedRepLayer
+from .norms import FoldedNorm
 from .orepa import Orepa, OrepaConv2d, OrepaPointwiseConv2d, OrepaStemConv2d  # isort: split
 
 from .dbb import DBB, DiverseBranchConv2d  # isort: split

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..methods import register_method
-from .normed import NormedMethod, NormedRepLayer, crop, fold_batch_norm
+from .normed import NormedMethod, NormedRepLayer, crop
+from .norms import fold_batch_norm
 
 __all__ = ['ACB', 'AsymmetricConv2d']
 
@@ -19,22 +20,7 @@ class AsymmetricConv2d(NormedRepLayer):
 
     `ACNet: Strengthening the Kernel Skeletons` - https://arxiv.org/abs/1908.03930
 
-    Args:
-        in_channels: Input channels ``i``.
-        out_channels: Output channels ``o``.
-        kernel_size: Height and width, odd, both larger than one.
-        stride: Stride of the convolution.
-        padding: Zero padding in pixels.
-        dilation: Dilation of the kernel.
-        groups: Number of groups ``g``.
-        padding_mode: Only ``'zeros'``.
-        eps: Of all batch norms.
-        momentum: Of all batch norms.
-        generator: Source of the initial draw.
-
-    Raises:
-        UserError: For a kernel that is even or has a side of one, padding given as a string or mode other than zeros,
-            or channels that the groups do not divide.
+    Arguments and errors are those of :class:`NormedRepLayer`; both sides of the kernel must be larger than one.
     """
 
     def _add_side_branches(self, dd: Dict[str, Any], norm_dd: Dict[str, Any]) -> None:

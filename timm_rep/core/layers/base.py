@@ -1,6 +1,6 @@
 """The contracts: modules with side branches that can be annealed, and rep layers, which look like convolutions."""
 import math
-from typing import Any, Dict, Optional, Tuple, Type, TypeVar, Union
+from typing import Any, Dict, Optional, Sequence, Tuple, Type, TypeVar, Union
 
 import torch
 import torch.nn as nn
@@ -63,6 +63,14 @@ def check_attach_rate(rate: float) -> None:
         raise UserError(f'attach rate must lie in [0, 1], got {rate}')
 
 
+def check_kernel(module: nn.Module, shape: Sequence[int], weight: Tensor, bias: Optional[Tensor]) -> None:
+    """Raise a UserError if a kernel and bias are not of the shape that a module takes."""
+    if tuple(weight.shape) != tuple(shape):
+        raise UserError(f'{type(module).__name__} takes a kernel of shape {tuple(shape)}, got {tuple(weight.shape)}')
+    if bias is not None and tuple(bias.shape) != (shape[0],):
+        raise UserError(f'bias must have shape ({shape[0]},), got {tuple(bias.shape)}')
+
+
 def prefers_channels_last(x: Tensor) -> bool:
     """Whether a convolution of ``x`` wants its kernel in channels-last memory format."""
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
@@ -98,8 +106,8 @@ class AnnealedModule(nn.Module):
         check_attach_rate(rate)
         self.attach_rate.fill_(rate)
 
-    def set_restoring_rate_(self, rate: float, compensate: bool) -> None:
-        """Set the attach rate at which a time step begins with the same function.
+    def set_exact_rate_(self, rate: float, compensate: bool) -> None:
+        """Set the attach rate at which :meth:`restore_` shall be exact when a time step begins.
 
         Args:
             rate: Attach rate that will be in force, in [0, 1].
@@ -124,6 +132,17 @@ class AnnealedModule(nn.Module):
     def redraw_side_branches_(self, generator: Optional[torch.Generator] = None) -> None:
         """Draw the side branches afresh and leave the origin branch alone; this changes the module's function."""
         raise NotImplementedError(f'{type(self).__name__} must define redraw_side_branches_')
+
+    def stock_form(self, behind: Optional[nn.Module]) -> Tuple[nn.Module, Optional[nn.Module]]:
+        """What stands for the module in the stock model, as new modules.
+
+        Args:
+            behind: The next child of the same parent, if there is one.
+
+        Returns:
+            The module in its own place, and the one in the place of the next child, None if that stays.
+        """
+        raise NotImplementedError(f'{type(self).__name__} must define stock_form')
 
     def branch_kernels(self) -> Dict[str, Tensor]:
         """The kernel ``(o, i/g, kh, kw)`` that each branch adds to the sum, by name; the first is the origin's."""
@@ -156,7 +175,7 @@ class AnnealedModule(nn.Module):
         if imply_statistics:
             self.imply_statistics_()
         self.redraw_side_branches_(generator)
-        self.set_restoring_rate_(attach_rate, compensate)
+        self.set_exact_rate_(attach_rate, compensate)
         self.restore_(weight, bias)
         self.set_attach_rate_(attach_rate)
         self.time_step.add_(1)
@@ -264,13 +283,16 @@ class RepLayer(AnnealedModule):
         """A new plain convolution with the layer's function; the layer itself stays as it is."""
         raise NotImplementedError(f'{type(self).__name__} must define fuse')
 
+    def stock_form(self, behind: Optional[nn.Module]) -> Tuple[nn.Module, Optional[nn.Module]]:
+        return self.fuse(), None
+
     def extra_repr(self) -> str:
         text = f'{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}'
         defaults: Dict[str, Any] = dict(padding=(0, 0), dilation=(1, 1), groups=1)
         for key, default in defaults.items():
             if getattr(self, key) != default:
                 text += f', {key}={getattr(self, key)}'
-        return text
+        return text if self.bias is not None else f'{text}, bias=False'
 
     def _geometry(self) -> Dict[str, Any]:
         return {name: getattr(self, name) for name in GEOMETRY}
@@ -294,17 +316,22 @@ class RepLayer(AnnealedModule):
         return type(self)(**kwargs, device=device or reference.device)
 
     @classmethod
-    def from_geometry(
+    @torch.no_grad()
+    def from_conv(
             cls: Type[LayerT],
             conv: nn.Conv2d,
             generator: Optional[torch.Generator] = None,
+            *,
+            same_function: bool = True,
             **kwargs: Any,
     ) -> LayerT:
-        """A freshly drawn rep layer with the geometry of a plain convolution, but not its function.
+        """A rep layer with the geometry of a plain convolution, and with its function unless told otherwise.
 
         Args:
             conv: The convolution; it stays as it is.
-            generator: Source of the draw.
+            generator: Source of the branches' draw.
+            same_function: Whether the layer computes what the convolution does, by :meth:`restore_`, or is freshly
+                drawn for a training from scratch.
             **kwargs: More arguments of the layer's constructor.
 
         Returns:
@@ -315,7 +342,10 @@ class RepLayer(AnnealedModule):
         """
         geometry = {name: getattr(conv, name) for name in GEOMETRY}
         kwargs.update(geometry, generator=generator, device=conv.weight.device, dtype=conv.weight.dtype)
-        return cls(**kwargs).train(conv.training)
+        layer = cls(**kwargs).train(conv.training)
+        if same_function:
+            layer.restore_(conv.weight, conv.bias)
+        return layer
 
     def _plain_conv(self, weight: Tensor, bias: Optional[Tensor]) -> nn.Conv2d:
         # skip_init: fusing draws nothing from the global random generator
@@ -326,13 +356,6 @@ class RepLayer(AnnealedModule):
             if conv.bias is not None and bias is not None:
                 conv.bias.copy_(bias)
         return conv.train(self.training)
-
-    def _check_kernel(self, weight: Tensor, bias: Optional[Tensor]) -> None:
-        if tuple(weight.shape) != self.weight_shape:
-            raise UserError(
-                f'{type(self).__name__} takes a kernel of shape {self.weight_shape}, got {tuple(weight.shape)}')
-        if bias is not None and tuple(bias.shape) != (self.out_channels,):
-            raise UserError(f'bias must have shape ({self.out_channels},), got {tuple(bias.shape)}')
 
 
 class LinearRepLayer(RepLayer):
@@ -371,7 +394,7 @@ class LinearRepLayer(RepLayer):
         weight = self._compose(prefers_channels_last(x))
         return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
-    def set_restoring_rate_(self, rate: float, compensate: bool) -> None:
+    def set_exact_rate_(self, rate: float, compensate: bool) -> None:
         self.set_attach_rate_(rate)  # without norms, the origin branch can always make up for the others
 
     def clear_origin_(self) -> Tensor:
@@ -401,7 +424,7 @@ class LinearRepLayer(RepLayer):
         Raises:
             UserError: For another shape, or a bias for a layer without one. The layer is then unchanged.
         """
-        self._check_kernel(weight, bias)
+        check_kernel(self, self.weight_shape, weight, bias)
         if bias is not None and self.bias is None:
             raise UserError(f'this {type(self).__name__} was built with bias=False, it cannot hold a bias')
         origin = self.clear_origin_()
@@ -411,37 +434,8 @@ class LinearRepLayer(RepLayer):
             self.bias.zero_() if bias is None else self.bias.copy_(bias)
 
     @classmethod
-    def from_geometry(
-            cls: Type[LayerT],
-            conv: nn.Conv2d,
-            generator: Optional[torch.Generator] = None,
-            **kwargs: Any,
-    ) -> LayerT:
-        return super().from_geometry(conv, generator, bias=conv.bias is not None, **kwargs)
-
-    @classmethod
-    def from_conv(
-            cls: Type[LayerT],
-            conv: nn.Conv2d,
-            generator: Optional[torch.Generator] = None,
-            **kwargs: Any,
-    ) -> LayerT:
-        """A rep layer with the function of a plain convolution; its side branches are drawn afresh.
-
-        Args:
-            conv: The convolution; it stays as it is.
-            generator: Source of the draw.
-            **kwargs: More arguments of the layer's constructor.
-
-        Returns:
-            A layer on the same device, in the same dtype and mode.
-
-        Raises:
-            UserError: If this layer cannot stand for the convolution.
-        """
-        layer = cls.from_geometry(conv, generator, **kwargs)
-        layer.restore_(conv.weight, conv.bias)
-        return layer
+    def from_conv(cls: Type[LayerT], conv: nn.Conv2d, *args: Any, **kwargs: Any) -> LayerT:
+        return super().from_conv(conv, *args, bias=conv.bias is not None, **kwargs)
 
 
 # A symbolic trace records this call as it is: a traced input has no memory format.

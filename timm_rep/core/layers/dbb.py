@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .. import kernels
 from ..methods import register_method
-from .normed import NormedMethod, NormedRepLayer, fold_batch_norm
+from .normed import NormedMethod, NormedRepLayer
+from .norms import fold_batch_norm
 
 __all__ = ['DBB', 'DiverseBranchConv2d', 'NormPad2d']
 
@@ -50,22 +51,7 @@ class DiverseBranchConv2d(NormedRepLayer):
 
     `Diverse Branch Block: Building a Convolution as an Inception-like Unit` - https://arxiv.org/abs/2103.13425
 
-    Args:
-        in_channels: Input channels ``i``.
-        out_channels: Output channels ``o``.
-        kernel_size: Height and width, odd, not both one.
-        stride: Stride of the convolution.
-        padding: Zero padding in pixels.
-        dilation: Dilation of the kernel.
-        groups: Number of groups ``g``.
-        padding_mode: Only ``'zeros'``.
-        eps: Of all batch norms.
-        momentum: Of all batch norms.
-        generator: Source of the initial draw.
-
-    Raises:
-        UserError: For an even or 1x1 kernel, padding given as a string or mode other than zeros, or channels that the
-            groups do not divide.
+    Arguments and errors are those of :class:`NormedRepLayer`.
     """
 
     if TYPE_CHECKING:

@@ -1,20 +1,20 @@
 """Layers with a batch norm in every branch, which stand for a convolution together with the norm behind it."""
-import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Dict, Iterable, Optional, Tuple, Type, TypeVar, Union
+from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple, Type, TypeVar, Union
 
 import torch
 import torch.nn as nn
-from timm.layers import BatchNormAct2d, freeze_batch_norm_2d
+from timm.layers import freeze_batch_norm_2d
 from torch import Tensor
 
 from .. import kernels
 from ..errors import UserError
 from ..methods import Method, Place
 from ..precision import full_float32, without_autocast
-from .base import RepLayer, kaiming_uniform_
+from .base import AnnealedModule, RepLayer, check_kernel, kaiming_uniform_
+from .norms import FoldedNorm, fold_batch_norm, is_frozen, kept_statistics, reset_norm_
 
-__all__ = ['FoldedNorm', 'NormedRepLayer', 'fold_batch_norm', 'kept_statistics', 'redraw_branch_']
+__all__ = ['NormedBranches', 'NormedMethod', 'NormedRepLayer']
 
 # Redrawn kernels of side branches lie within this bound over sqrt(o) (RepAn).
 REDRAW_BOUND = 0.1
@@ -22,149 +22,229 @@ REDRAW_BOUND = 0.1
 MAX_KERNEL_SIZE = 5
 
 
-def kept_statistics(norm: nn.BatchNorm2d) -> Tuple[Tensor, Tensor]:
-    """Running mean and variance of a batch norm.
-
-    Args:
-        norm: Batch norm.
-
-    Returns:
-        Mean and variance, both ``(o,)``.
-
-    Raises:
-        UserError: If the norm keeps none.
-    """
-    if norm.running_mean is None or norm.running_var is None:
-        raise UserError(f'a batch norm with running statistics is needed, got {norm}')
-    return norm.running_mean, norm.running_var
-
-
-def fold_batch_norm(kernel: Tensor, bias: Optional[Tensor], norm: nn.BatchNorm2d) -> Tuple[Tensor, Tensor]:
-    """:func:`timm_rep.kernels.fold_norm` with the values of a module, in float32 at least.
-
-    Args:
-        kernel: ``(o, i/g, h, w)``.
-        bias: ``(o,)`` or None.
-        norm: Batch norm with running statistics.
-
-    Returns:
-        Kernel and bias; float32 for half-precision values.
-    """
-    dtype = torch.float64 if kernel.dtype == torch.float64 else torch.float32
-    mean, var, gamma, beta = (v.to(dtype) for v in (*kept_statistics(norm), norm.weight, norm.bias))
-    return kernels.fold_norm(
-        kernel.to(dtype), None if bias is None else bias.to(dtype), mean, var, gamma, beta, norm.eps)
-
-
-def is_frozen(norm: nn.Module) -> bool:
-    """Whether this is what timm's ``freeze_batch_norm_2d`` leaves of a batch norm: its values, none to be trained."""
-    return not isinstance(norm, nn.modules.batchnorm._BatchNorm)
-
-
-@torch.no_grad()
-def reset_norm_(norm: nn.BatchNorm2d) -> None:
-    """Set a batch norm, also a frozen one, to gain one, bias zero, mean zero and variance one."""
-    if not is_frozen(norm):
-        norm.reset_parameters()
-        return
-    mean, var = kept_statistics(norm)
-    for zero, one in ((norm.bias, norm.weight), (mean, var)):
-        zero.zero_()
-        one.fill_(1.0)
-
-
-@torch.no_grad()
-def redraw_branch_(
-        weights: Iterable[Tensor],
-        norms: Iterable[nn.BatchNorm2d],
-        out_channels: int,
-        generator: Optional[torch.Generator] = None,
-) -> None:
-    """Draw kernels from U(-b, b) with ``b = 0.1 / sqrt(o)`` and reset norms: a fresh side branch (RepAn).
-
-    Args:
-        weights: Kernels, filled in place.
-        norms: Set to gain one, bias zero, mean zero and variance one.
-        out_channels: ``o``.
-        generator: Source of the draw.
-    """
-    for weight in weights:
-        # with a = 0 the bound is sqrt(6 / fan)
-        kaiming_uniform_(weight, 6 * out_channels / REDRAW_BOUND ** 2, generator=generator)
-    for norm in norms:
-        reset_norm_(norm)
-
-
 NormedT = TypeVar('NormedT', bound='NormedRepLayer')
 
 
-class FoldedNorm(nn.Module):
-    """Keeps the place, and the dropout and activation, of a batch norm that went into the layer before it.
+class NormedBranches(AnnealedModule):
+    """What is made of branches with a norm in each, of which all but the origin have an attach rate.
 
-    Args:
-        norm: Plain batch norm, or timm's batch norm with activation.
+    Folding and restoring go by the kept (running) statistics, so they are exact in eval mode at every attach rate; in
+    training mode batch statistics replace the kept ones.
 
-    Raises:
-        UserError: For another norm.
+    Subclasses say what their origin is (:meth:`_origin`) and name and fold their side branches (:meth:`_side_convs`,
+    :meth:`_side_norms`, :meth:`_fold_sides`). The origin's convolution may itself be a rep layer.
     """
 
-    def __init__(self, norm: nn.BatchNorm2d) -> None:
-        super().__init__()
-        if not self.accepts(norm):
-            raise UserError(f'a plain BatchNorm2d or BatchNormAct2d can be folded, got {norm}')
-        self.drop: Optional[nn.Module] = getattr(norm, 'drop', None)
-        self.act: Optional[nn.Module] = getattr(norm, 'act', None)
+    def _origin(self) -> Tuple[Any, Any]:
+        """The convolution of the origin branch, and its norm, which is not used if the convolution has norms itself."""
+        raise NotImplementedError(f'{type(self).__name__} must define _origin')
 
-    @staticmethod
-    def accepts(norm: Optional[nn.Module]) -> bool:
-        """Whether a layer can take this norm in."""
-        return type(norm) in (nn.BatchNorm2d, BatchNormAct2d)
+    def _side_convs(self) -> Dict[str, nn.Conv2d]:
+        """The convolutions of the side branches that end in the outputs, by branch."""
+        raise NotImplementedError(f'{type(self).__name__} must define _side_convs')
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.drop is not None:
-            x = self.drop(x)
-        return x if self.act is None else self.act(x)
+    def _side_norms(self) -> Tuple[nn.BatchNorm2d, ...]:
+        """The last norm of every side branch."""
+        raise NotImplementedError(f'{type(self).__name__} must define _side_norms')
 
-    def unfolded(self, norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
-        """A batch norm of the class that was here, with the values of another one.
+    def _inner_norms(self) -> Tuple[nn.BatchNorm2d, ...]:
+        """Norms between two stages of a side branch."""
+        return ()
 
-        Args:
-            norm: As :meth:`NormedRepLayer.fuse_conv_norm` returns it.
+    def _fold_sides(self) -> Dict[str, Tuple[Tensor, Tensor]]:
+        """Kernel and bias ``(o,)`` of every side branch by the kept statistics, without the attach rate.
+
+        A kernel may be smaller than the layer's, around the same centre.
+        """
+        raise NotImplementedError(f'{type(self).__name__} must define _fold_sides')
+
+    def _fold_origin(self) -> Tuple[Tensor, Tensor]:
+        conv, norm = self._origin()
+        return conv.compose_weight_bias() if isinstance(conv, NormedBranches) else fold_batch_norm(
+            conv.weight, None, norm)
+
+    def _origin_norm(self) -> nn.BatchNorm2d:
+        """The norm whose kept statistics the origin has."""
+        conv, norm = self._origin()
+        found: nn.BatchNorm2d = conv._origin_norm() if isinstance(conv, NormedBranches) else norm
+        return found
+
+    def _write_origin_(self, kernel: Tensor, bias: Tensor) -> None:
+        """Let the origin compute this in eval mode; its norm keeps its statistics and gets gain one."""
+        conv, norm = self._origin()
+        if isinstance(conv, NormedBranches):
+            conv.restore_(kernel, bias)
+            return
+        kernel, gamma, beta = kernels.unfold_norm(kernel, bias, *kept_statistics(norm), norm.eps)
+        if isinstance(conv, RepLayer):
+            conv.restore_(kernel)
+        else:
+            conv.weight.copy_(kernel)
+        norm.weight.copy_(gamma)
+        norm.bias.copy_(beta)
+
+    def _shift_origin_(self, kernel: Tensor, bias: Tensor) -> None:
+        """Add to the origin's kernel and bias, behind a norm of gain one."""
+        conv, norm = self._origin()
+        if isinstance(conv, NormedBranches):
+            conv._shift_origin_(kernel, bias)
+            return
+        if isinstance(conv, RepLayer):
+            conv.restore_(conv.compose_weight() + kernel)
+        else:
+            conv.weight.add_(kernel)
+        norm.bias.add_(bias)
+
+    def _pad(self, kernel: Tensor) -> Tensor:
+        height, width = self.kernel_size  # type: ignore[misc]
+        return kernels.pad_to_size(kernel, (height, width))
+
+    def _side_kernel_bias(self) -> Tuple[Tensor, Tensor]:
+        """Kernel ``(o, i/g, kh, kw)`` and bias ``(o,)`` of the sum of the side branches, without the attach rate."""
+        sides = list(self._fold_sides().values())
+        kernel = self._pad(kernels.merge_parallel([kernel for kernel, _ in sides]))
+        bias = sides[0][1]
+        for _, following in sides[1:]:
+            bias = bias + following
+        return kernel, bias
+
+    def _parameter(self) -> Tensor:
+        """A parameter that has the dtype and device of all."""
+        return next(self.parameters())
+
+    def compose_weight_bias(self) -> Tuple[Tensor, Tensor]:
+        """Kernel and bias by the kept statistics, at the attach rate in force, differentiably.
 
         Returns:
-            The norm itself, or timm's with copies of the dropout and activation.
+            Kernel ``(o, i/g, kh, kw)`` and bias ``(o,)``, in the parameters' dtype; composed in float32 at least.
         """
-        if self.act is None:
-            return norm
-        norm_act: Any = BatchNormAct2d(norm.num_features, norm.eps, apply_act=False).to(norm.weight)
-        if is_frozen(norm):
-            norm_act = freeze_batch_norm_2d(norm_act)
+        parameter = self._parameter()
+        with without_autocast(parameter), full_float32():
+            kernel, bias = self._fold_origin()
+            side_kernel, side_bias = self._side_kernel_bias()
+            kernel, bias = kernel + self.attach_rate * side_kernel, bias + self.attach_rate * side_bias
+        return kernel.to(parameter.dtype), bias.to(parameter.dtype)
+
+    @torch.no_grad()
+    def branch_kernels(self) -> Dict[str, Tensor]:
+        """The kernel that each branch adds to the sum by the kept statistics, with the attach rate.
+
+        Returns:
+            A kernel ``(o, i/g, kh, kw)`` for each branch; they add up to that of :meth:`compose_weight_bias`.
+        """
+        with without_autocast(self._parameter()), full_float32():
+            branches = self._origin_kernels()
+            sides = self._fold_sides()
+        return dict(branches, **{name: self.attach_rate * self._pad(kernel) for name, (kernel, _) in sides.items()})
+
+    def _origin_kernels(self) -> Dict[str, Tensor]:
+        """The origin's kernel; of a rep layer in its place those of its branches, whose sides get another name."""
+        conv, norm = self._origin()
+        if not isinstance(conv, RepLayer):
+            return dict(origin=self._fold_origin()[0])
+        branches = conv.branch_kernels()
+        if not isinstance(conv, NormedBranches):
+            branches = {name: fold_batch_norm(kernel, None, norm)[0] for name, kernel in branches.items()}
+        return _told_apart(branches)
+
+    def branch_gradients(self) -> Dict[str, Tensor]:
+        conv, _ = self._origin()
+        if isinstance(conv, RepLayer):
+            gradients = _told_apart(conv.branch_gradients())
         else:
-            norm_act.momentum = norm.momentum
-        norm_act.load_state_dict(norm.state_dict())
-        norm_act.drop, norm_act.act = copy.deepcopy(self.drop), copy.deepcopy(self.act)
-        return norm_act.train(norm.training)
+            gradients = {} if conv.weight.grad is None else dict(origin=conv.weight.grad)
+        sides = {name: side.weight.grad for name, side in self._side_convs().items()}
+        return dict(gradients, **{name: grad for name, grad in sides.items() if grad is not None})
+
+    def _output_statistics(self) -> Tuple[Tensor, Tensor]:
+        """Mean and variance ``(o,)`` of the outputs, as the weights and biases of the branches' last norms imply them.
+
+        A norm's outputs have its bias for mean and its weight for standard deviation. So the mean is exact; the
+        variance is as if the branches were uncorrelated.
+        """
+        conv, norm = self._origin()
+        if isinstance(conv, NormedBranches):
+            mean, var = conv._output_statistics()
+        else:
+            mean, var = norm.bias, norm.weight.square()
+        for side in self._side_norms():
+            mean = mean + self.attach_rate * side.bias
+            var = var + (self.attach_rate * side.weight).square()
+        return mean, var
+
+    def _implied_statistics(self, bias: Tensor) -> Tuple[Tensor, Tensor]:
+        """Mean and variance ``(o,)`` of the outputs of the folded kernel, whose bias is given."""
+        mean, var = self._output_statistics()
+        return mean - bias, var
+
+    @torch.no_grad()
+    def imply_statistics_(self) -> None:
+        mean, var = self._implied_statistics(self.compose_weight_bias()[1])
+        running_mean, running_var = kept_statistics(self._origin_norm())
+        running_mean.copy_(mean)
+        running_var.copy_(var)
+
+    @torch.no_grad()
+    def restore_(self, weight: Tensor, bias: Optional[Tensor] = None) -> None:
+        """Make the module compute exactly this kernel and bias in eval mode, whatever the side branches hold.
+
+        The origin branch takes ``K - attach_rate * (sum of the side branches)``. Its norm keeps its running statistics
+        and gets gain one; no learnt weight is divided by.
+
+        Args:
+            weight: Kernel ``(o, i/g, kh, kw)``.
+            bias: ``(o,)``, or None for zeros.
+
+        Raises:
+            UserError: For another shape. The module is then unchanged.
+        """
+        with without_autocast(self._parameter()), full_float32():
+            side_kernel, side_bias = self._side_kernel_bias()
+            check_kernel(self, side_kernel.shape, weight, bias)
+            bias = torch.zeros_like(side_bias) if bias is None else bias.to(side_bias)
+            weight = weight.to(side_kernel)
+            self._write_origin_(weight - self.attach_rate * side_kernel, bias - self.attach_rate * side_bias)
+            kernel, composed_bias = self.compose_weight_bias()  # take up the rounding of the first pass
+            self._shift_origin_(weight - kernel, bias - composed_bias)
+
+    @torch.no_grad()
+    def redraw_side_branches_(self, generator: Optional[torch.Generator] = None) -> None:
+        """Draw the side branches afresh: kernels from U(-b, b) with ``b = 0.1 / sqrt(o)``, norms reset (RepAn).
+
+        Args:
+            generator: Source of the draw.
+        """
+        for conv in self._side_convs().values():
+            # with a = 0 the bound is sqrt(6 / fan)
+            kaiming_uniform_(conv.weight, 6 * conv.out_channels / REDRAW_BOUND ** 2, generator=generator)
+        for norm in (*self._side_norms(), *self._inner_norms()):
+            reset_norm_(norm)
+
+    def _refuse_training(self) -> None:
+        if self.training:
+            raise UserError(
+                f'cannot fuse {type(self).__name__} in training mode: its branches use batch statistics there, a '
+                'fused convolution cannot. Call model.eval() first'
+            )
 
 
-class NormedRepLayer(RepLayer):
+def _told_apart(branches: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    """Tell the side branches of a layer in the origin's place from the module's own."""
+    return {name if name == 'origin' else f'kxk_{name}': value for name, value in branches.items()}
+
+
+class NormedRepLayer(NormedBranches, RepLayer):
     """A rep layer with a batch norm in every branch: it stands for a convolution and the norm behind it.
 
-    Fusing and restoring go by the kept (running) statistics. In eval mode both are exact at every attach rate. In
-    training mode batch statistics replace the kept ones, so there the fused layer is not the same function, and
-    :meth:`fuse` refuses.
+    In training mode the fused layer is not the same function, so :meth:`fuse` refuses there.
 
     The origin is ``conv_kxk`` with ``norm_kxk``. Subclasses make their side branches in :meth:`_add_side_branches`,
-    name them in :meth:`_side_convs` and :meth:`_side_norms`, and fold them in :meth:`_fold_sides`.
+    and name and fold them as :class:`NormedBranches` says.
 
     Args:
-        in_channels: Input channels ``i``.
-        out_channels: Output channels ``o``.
+        in_channels: As of :class:`RepLayer`, like all up to ``padding_mode``.
         kernel_size: Height and width, odd, not both one.
-        stride: Stride of the convolution.
         padding: Zero padding in pixels.
-        dilation: Dilation of the kernel.
-        groups: Number of groups ``g``.
-        padding_mode: Only ``'zeros'``.
         eps: Of all batch norms.
         momentum: Of all batch norms.
         generator: Source of the initial draw.
@@ -222,38 +302,8 @@ class NormedRepLayer(RepLayer):
         """Make the side branches, not initialised; the arguments are those of all modules and of all norms."""
         raise NotImplementedError(f'{type(self).__name__} must define _add_side_branches')
 
-    def _side_convs(self) -> Dict[str, nn.Conv2d]:
-        """The convolutions of the side branches that end in the outputs, by branch."""
-        raise NotImplementedError(f'{type(self).__name__} must define _side_convs')
-
-    def _side_norms(self) -> Tuple[nn.BatchNorm2d, ...]:
-        """The last norm of every side branch."""
-        raise NotImplementedError(f'{type(self).__name__} must define _side_norms')
-
-    def _inner_norms(self) -> Tuple[nn.BatchNorm2d, ...]:
-        """Norms between two stages of a side branch."""
-        return ()
-
-    def _fold_sides(self) -> Dict[str, Tuple[Tensor, Tensor]]:
-        """Kernel and bias ``(o,)`` of every side branch by the kept statistics, without the attach rate.
-
-        A kernel may be smaller than the layer's, around the same centre.
-        """
-        raise NotImplementedError(f'{type(self).__name__} must define _fold_sides')
-
-    def _side_kernel_bias(self) -> Tuple[Tensor, Tensor]:
-        """Kernel ``(o, i/g, kh, kw)`` and bias ``(o,)`` of the sum of the side branches, without the attach rate."""
-        with without_autocast(self.conv_kxk.weight), full_float32():
-            sides = list(self._fold_sides().values())
-            kernel = self._pad(kernels.merge_parallel([kernel for kernel, _ in sides]))
-            bias = sides[0][1]
-            for _, following in sides[1:]:
-                bias = bias + following
-        return kernel, bias
-
-    def _pad(self, kernel: Tensor) -> Tensor:
-        height, width = self.kernel_size
-        return kernels.pad_to_size(kernel, (height, width))
+    def _origin(self) -> Tuple[nn.Conv2d, nn.BatchNorm2d]:
+        return self.conv_kxk, self.norm_kxk
 
     @torch.no_grad()
     def reset_parameters(self, generator: Optional[torch.Generator] = None) -> None:
@@ -268,52 +318,8 @@ class NormedRepLayer(RepLayer):
             reset_norm_(norm)
         self._reset_annealing()
 
-    @torch.no_grad()
-    def redraw_side_branches_(self, generator: Optional[torch.Generator] = None) -> None:
-        """Draw the side branches afresh: kernels from U(-b, b) with ``b = 0.1 / sqrt(o)``, norms reset (RepAn).
-
-        Args:
-            generator: Source of the draw.
-        """
-        weights = [conv.weight for conv in self._side_convs().values()]
-        redraw_branch_(weights, (*self._side_norms(), *self._inner_norms()), self.out_channels, generator)
-
-    def compose_weight_bias(self) -> Tuple[Tensor, Tensor]:
-        """Kernel and bias by the kept statistics, at the attach rate in force, differentiably.
-
-        Returns:
-            Kernel ``(o, i/g, kh, kw)`` and bias ``(o,)``, in the parameters' dtype; composed in float32 at least.
-        """
-        kernel, bias = fold_batch_norm(self.conv_kxk.weight, None, self.norm_kxk)
-        side_kernel, side_bias = self._side_kernel_bias()
-        kernel, bias = kernel + self.attach_rate * side_kernel, bias + self.attach_rate * side_bias
-        return kernel.to(self.conv_kxk.weight.dtype), bias.to(self.conv_kxk.weight.dtype)
-
-    @torch.no_grad()
-    def branch_kernels(self) -> Dict[str, Tensor]:
-        """The kernel that each branch adds to the sum by the kept statistics, with the attach rate.
-
-        Returns:
-            A kernel ``(o, i/g, kh, kw)`` for each branch; they add up to :meth:`compose_weight`.
-        """
-        with without_autocast(self.conv_kxk.weight), full_float32():
-            folded = self._fold_sides()
-        sides = {name: self.attach_rate * self._pad(kernel) for name, (kernel, _) in folded.items()}
-        return dict(origin=fold_batch_norm(self.conv_kxk.weight, None, self.norm_kxk)[0], **sides)
-
-    def branch_gradients(self) -> Dict[str, Tensor]:
-        convs = dict(origin=self.conv_kxk, **self._side_convs())
-        return {name: conv.weight.grad for name, conv in convs.items() if conv.weight.grad is not None}
-
     def compose_weight(self) -> Tensor:
         return self.compose_weight_bias()[0]
-
-    def _refuse_training(self, verb: str) -> None:
-        if self.training:
-            raise UserError(
-                f'cannot {verb} {type(self).__name__} in training mode: its branches use batch statistics there, a '
-                'fused convolution cannot. Call model.eval() first'
-            )
 
     @torch.no_grad()
     def fuse(self) -> nn.Conv2d:
@@ -325,28 +331,8 @@ class NormedRepLayer(RepLayer):
         Raises:
             UserError: In training mode.
         """
-        self._refuse_training('fuse')
+        self._refuse_training()
         return self._plain_conv(*self.compose_weight_bias())
-
-    def _implied_statistics(self, bias: Tensor) -> Tuple[Tensor, Tensor]:
-        """Mean and variance ``(o,)`` of the outputs of the folded kernel, whose bias is given.
-
-        A norm's outputs have its bias for mean and its weight for standard deviation. So the mean is exact; the
-        variance is as if the branches were uncorrelated.
-        """
-        mean = self.norm_kxk.bias - bias
-        var = self.norm_kxk.weight.square()
-        for norm in self._side_norms():
-            mean = mean + self.attach_rate * norm.bias
-            var = var + (self.attach_rate * norm.weight).square()
-        return mean, var
-
-    @torch.no_grad()
-    def imply_statistics_(self) -> None:
-        mean, var = self._implied_statistics(self.compose_weight_bias()[1])
-        running_mean, running_var = kept_statistics(self.norm_kxk)
-        running_mean.copy_(mean)
-        running_var.copy_(var)
 
     @torch.no_grad()
     def fuse_conv_norm(self) -> Tuple[nn.Conv2d, nn.BatchNorm2d]:
@@ -362,7 +348,7 @@ class NormedRepLayer(RepLayer):
         Raises:
             UserError: In training mode.
         """
-        self._refuse_training('fuse')
+        self._refuse_training()
         kernel, bias = self.compose_weight_bias()
         mean, var = self._implied_statistics(bias)
         origin = self.norm_kxk
@@ -376,36 +362,11 @@ class NormedRepLayer(RepLayer):
         norm.load_state_dict(values)
         return self._plain_conv(kernel, None), norm.train(self.training)
 
-    @torch.no_grad()
-    def restore_(self, weight: Tensor, bias: Optional[Tensor] = None) -> None:
-        """Make the layer compute exactly this kernel and bias in eval mode, whatever the side branches hold.
-
-        The origin branch takes ``K - attach_rate * (sum of the side branches)``. Its norm keeps its running statistics
-        and gets gain one; no learnt weight is divided by.
-
-        Args:
-            weight: Kernel ``(o, i/g, kh, kw)``.
-            bias: ``(o,)``, or None for zeros.
-
-        Raises:
-            UserError: For another shape. The layer is then unchanged.
-        """
-        self._check_kernel(weight, bias)
-        norm = self.norm_kxk
-        bias = torch.zeros_like(norm.bias) if bias is None else bias.to(norm.bias)
-        side_kernel, side_bias = self._side_kernel_bias()
-        kernel, gamma, beta = kernels.unfold_norm(
-            weight.to(side_kernel) - self.attach_rate * side_kernel,
-            bias - self.attach_rate * side_bias,
-            *kept_statistics(norm),
-            norm.eps,
-        )
-        self.conv_kxk.weight.copy_(kernel)
-        norm.weight.copy_(gamma)
-        norm.bias.copy_(beta)
-        kernel, composed_bias = self.compose_weight_bias()  # take up the rounding of the first pass
-        self.conv_kxk.weight.add_(weight.to(kernel) - kernel)
-        norm.bias.add_(bias - composed_bias)
+    def stock_form(self, behind: Optional[nn.Module]) -> Tuple[nn.Module, Optional[nn.Module]]:
+        if not isinstance(behind, FoldedNorm):
+            return self.fuse(), None
+        conv, norm = self.fuse_conv_norm()
+        return conv, behind.unfolded(norm)
 
     @torch.no_grad()
     def absorb_norm_(self, weight: Tensor, bias: Optional[Tensor] = None) -> None:
@@ -420,7 +381,7 @@ class NormedRepLayer(RepLayer):
         Raises:
             UserError: For another shape. The layer is then unchanged.
         """
-        self._check_kernel(weight, bias)
+        check_kernel(self, self.weight_shape, weight, bias)
         norm = self.norm_kxk
         kernel, folded_bias = fold_batch_norm(weight, bias, norm)
         mean, var = kept_statistics(norm)
@@ -435,14 +396,20 @@ class NormedRepLayer(RepLayer):
             cls: Type[NormedT],
             conv: nn.Conv2d,
             generator: Optional[torch.Generator] = None,
+            *,
+            same_function: bool = True,
             norm: Optional[nn.BatchNorm2d] = None,
             **kwargs: Any,
     ) -> NormedT:
-        """A rep layer with the eval-mode function of a convolution and the norm behind it.
+        """A rep layer for a convolution and the norm behind it, with their function in eval mode unless told otherwise.
+
+        Of a freshly drawn layer the last norm of every branch starts with the weight and bias of the norm that it
+        replaces, so that the host decides how a residual block starts (timm's ``zero_init_last``).
 
         Args:
             conv: The convolution; it stays as it is.
-            generator: Source of the side branches' draw.
+            generator: Source of the branches' draw.
+            same_function: Whether the layer computes what the pair does, or is freshly drawn.
             norm: Batch norm behind it, see :meth:`absorb_norm_`. None for a convolution alone.
             **kwargs: More arguments of the layer's constructor.
 
@@ -452,49 +419,19 @@ class NormedRepLayer(RepLayer):
         Raises:
             UserError: If this layer cannot stand for the pair.
         """
-        layer = cls.from_geometry(conv, generator, norm, **kwargs)
         if norm is None:
-            layer.restore_(conv.weight, conv.bias)
-        else:
-            layer.norm_kxk.load_state_dict(norm.state_dict())
-            layer.absorb_norm_(conv.weight, conv.bias)
-        return layer
-
-    @classmethod
-    @torch.no_grad()
-    def from_geometry(
-            cls: Type[NormedT],
-            conv: nn.Conv2d,
-            generator: Optional[torch.Generator] = None,
-            norm: Optional[nn.BatchNorm2d] = None,
-            **kwargs: Any,
-    ) -> NormedT:
-        """A freshly drawn rep layer with the geometry of a convolution and the norm behind it, not their function.
-
-        The last norm of every branch starts with the weight and bias of the norm that it replaces, so that the host
-        decides how a residual block starts (timm's ``zero_init_last``).
-
-        Args:
-            conv: The convolution; it stays as it is.
-            generator: Source of the draw.
-            norm: Batch norm behind it, or None.
-            **kwargs: More arguments of the layer's constructor.
-
-        Returns:
-            A layer on the same device, in the same dtype and mode.
-
-        Raises:
-            UserError: If this layer cannot stand for the pair.
-        """
-        if norm is None:
-            return super().from_geometry(conv, generator, **kwargs)
+            return super().from_conv(conv, generator, same_function=same_function, **kwargs)
         if not norm.affine:
             raise UserError(f'{cls.__name__} needs a batch norm with weight and bias, got {norm}')
         kept_statistics(norm)
-        layer = super().from_geometry(conv, generator, eps=norm.eps, momentum=norm.momentum, **kwargs)
+        kwargs.update(eps=norm.eps, momentum=norm.momentum)
+        layer = super().from_conv(conv, generator, same_function=False, **kwargs)
         for own in (layer.norm_kxk, *layer._side_norms()):
             own.weight.copy_(norm.weight)
             own.bias.copy_(norm.bias)
+        if same_function:
+            layer.norm_kxk.load_state_dict(norm.state_dict())
+            layer.absorb_norm_(conv.weight, conv.bias)
         return layer
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .. import kernels
 from ..methods import Place, register_method
-from .normed import NormedMethod, NormedRepLayer, crop, fold_batch_norm
+from .normed import NormedMethod, NormedRepLayer, crop
+from .norms import fold_batch_norm
 from .repvgg import AnnealedRepVggBlock
 
 __all__ = ['Rep', 'RepConv2d']
@@ -23,22 +24,7 @@ class RepConv2d(NormedRepLayer):
 
     `RepVGG: Making VGG-style ConvNets Great Again` - https://arxiv.org/abs/2101.03697
 
-    Args:
-        in_channels: Input channels ``i``.
-        out_channels: Output channels ``o``.
-        kernel_size: Height and width, odd, not both one.
-        stride: Stride of the convolution.
-        padding: Zero padding in pixels.
-        dilation: Dilation of the kernel.
-        groups: Number of groups ``g``.
-        padding_mode: Only ``'zeros'``.
-        eps: Of all batch norms.
-        momentum: Of all batch norms.
-        generator: Source of the initial draw.
-
-    Raises:
-        UserError: For an even or 1x1 kernel, padding given as a string or mode other than zeros, or channels that the
-            groups do not divide.
+    Arguments and errors are those of :class:`NormedRepLayer`.
     """
 
     def _add_side_branches(self, dd: Dict[str, Any], norm_dd: Dict[str, Any]) -> None:

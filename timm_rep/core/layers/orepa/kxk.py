@@ -71,15 +71,9 @@ class OrepaConv2d(LinearRepLayer):
     Source: OREPA Section 3; initial values from the official ``blocks.py``.
 
     Args:
-        in_channels: Input channels ``i``.
-        out_channels: Output channels ``o``.
+        in_channels: As of :class:`torch.nn.Conv2d`, like all up to ``padding_mode``, which is only ``'zeros'``.
         kernel_size: Height and width, odd, not both one.
-        stride: Stride of the convolution.
-        padding: Zero padding in pixels, or ``'same'`` / ``'valid'``.
-        dilation: Dilation of the kernel.
         groups: Number of groups ``g``; more than 4 double the inner channels ``t`` of the sequential branch.
-        bias: Add a learnable bias.
-        padding_mode: Only ``'zeros'``.
         branch_1x1: Have the conv_1x1 branch; RepVGG, which has one of its own, does without.
         negative_slope: ``a`` of the kaiming-uniform draw; 1 in OREPA-RepVGG.
         generator: Source of the initial draw.

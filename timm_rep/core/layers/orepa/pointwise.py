@@ -45,15 +45,8 @@ class OrepaPointwiseConv2d(LinearRepLayer):
     Source: OREPA, Rep-1x1; initial values from the official ``blocks.py``.
 
     Args:
-        in_channels: Input channels ``i``.
-        out_channels: Output channels ``o``.
-        kernel_size: Only 1.
-        stride: Stride of the convolution.
-        padding: Zero padding in pixels, or ``'same'`` / ``'valid'``.
-        dilation: Has no effect on a 1x1; kept for the look of a convolution.
-        groups: Number of groups ``g``.
-        bias: Add a learnable bias.
-        padding_mode: Only ``'zeros'``.
+        in_channels: As of :class:`torch.nn.Conv2d`, like all up to ``padding_mode``, which is only ``'zeros'``.
+        kernel_size: Only 1, so that ``dilation`` has no effect.
         generator: Source of the initial draw.
 
     Raises:

@@ -45,15 +45,10 @@ class OrepaStemConv2d(LinearRepLayer):
     Source: OREPA, linear deep stem.
 
     Args:
-        in_channels: Input channels ``i``.
+        in_channels: As of :class:`torch.nn.Conv2d`, like all up to ``padding_mode``, which is only ``'zeros'``.
         out_channels: Output channels ``o``, also the stack's inner width.
         kernel_size: Odd and square, at least 5; 7 needs a stack of three.
-        stride: Stride of the squeezed convolution.
-        padding: Zero padding in pixels, or ``'same'`` / ``'valid'``.
-        dilation: Dilation of the squeezed kernel.
         groups: Only 1.
-        bias: Add a learnable bias.
-        padding_mode: Only ``'zeros'``.
         generator: Source of the initial draw.
 
     Raises:

@@ -1,7 +1,6 @@
 import argparse
 import json
 import pickle
-import re
 import sys
 
 import pytest
@@ -9,13 +8,12 @@ import safetensors.torch
 import timm
 import torch
 from click.testing import CliRunner
+from command_line import call
 from helpers import assert_near, randomize_, state_of
 from huggingface_hub import constants, file_download
 from huggingface_hub.utils import _http
 
 import timm_rep
-from timm_rep.cli import demo
-from timm_rep.cli import main as cli
 from timm_rep.cli.main import main
 from timm_rep.core.walk import annealed_modules
 from timm_rep.io.checkpoint import load_training_form, read_checkpoint
@@ -23,18 +21,6 @@ from timm_rep.io.output import save_weights
 
 NAME = 'orepa_repvgg_a0_cifar'
 DBB_NAME = 'dbb_resnet18_cifar'
-
-
-def call(*args, code=0):
-    """Run a command and return what it printed; errors are one line without traceback."""
-    result = CliRunner().invoke(main, [str(arg) for arg in args])
-    assert result.exit_code == code, (result.output, result.exception)
-    assert result.exception is None or isinstance(result.exception, SystemExit)
-    if code:
-        assert result.output.startswith('Error: ')
-        assert result.output.count('\n') == 1
-        return result.output
-    return result.output
 
 
 @pytest.fixture(scope='module')
@@ -59,34 +45,6 @@ def stock_file(model, tmp_path):
     path = tmp_path / 'stock.safetensors'
     save_weights(timm_rep.fuse(model), path)
     return path
-
-
-@pytest.mark.parametrize('command', [[], *([name] for name in sorted(main.commands))])
-def test_help_has_an_example(command):
-    printed = call(*command, '--help')
-    assert re.search(r'\n  Examples?:\n    timm-rep ', printed), printed  # the lines are kept as they are
-
-
-def test_list():
-    lines = call('list').splitlines()
-    assert 'orepa_resnet18           resnet18' in lines
-    assert 'repan_mobilenetv1_100    mobilenetv1_100' in lines
-    assert 'repan_repvgg_b0_cifar    own stock form (inference_mode=True)' in lines
-    assert len(lines) == len(timm.list_models(['orepa_*', 'dbb_*', 'repan_*']))
-    assert all('repvgg' in line for line in call('list', 'repvgg').splitlines())
-    models = json.loads(call('list', 'resnet18*cifar', '--json'))
-    assert [model['name'] for model in models] == [
-        'dbb_resnet18_cifar', 'orepa_resnet18_cifar', 'repan_resnet18_cifar']
-    assert models[0] == dict(
-        name='dbb_resnet18_cifar', stock='dbb_resnet18_cifar', input_size=[3, 32, 32], num_classes=10)
-    assert json.loads(call('list', 'nothing', '--json')) == []
-
-
-def test_demo_is_one_call(monkeypatch):
-    outputs = []
-    monkeypatch.setattr(demo, 'run_demo', outputs.append)
-    call('demo', '--output', 'there')
-    assert outputs == ['there']
 
 
 @pytest.mark.parametrize('suffix', ['.safetensors', '.pth'])
@@ -239,7 +197,7 @@ def test_expand_keeps_the_outputs(layer, stock_name, name, kwargs, tmp_path):
     stock = randomize_(timm.create_model(stock_name, inference_mode=True, num_classes=4, in_chans=1)).eval()
     source, out = tmp_path / 'stock.pth', tmp_path / 'training.safetensors'
     save_weights(stock, source)
-    options = ['--model', stock_name, '--layer', layer, '--num-classes', 4, '--in-chans', 1]
+    options = ['--model', stock_name, '--method', layer, '--num-classes', 4, '--in-chans', 1]
     assert 'outputs agree' in call('expand', source, out, *options)
     expanded = timm.create_model(name, num_classes=4, in_chans=1, checkpoint_path=str(out), **kwargs).eval()
     assert list(annealed_modules(expanded))
@@ -256,7 +214,7 @@ def test_expand_bad_input(checkpoint, stock_file, tmp_path):
     out = tmp_path / 'out.pth'
     assert 'neither a file nor a model' in call('expand', 'resnet999', out, code=2)
     assert "layer 'orepa' stands for the stock models mobilenetv1_100, rep" in call('expand', 'vgg16', out, code=2)
-    options = ['--model', 'resnext50_32x4d', '--layer', 'dbb']
+    options = ['--model', 'resnext50_32x4d', '--method', 'dbb']
     assert "got 'resnext50_32x4d'" in call('expand', stock_file, out, *options, code=2)
     assert 'does not say which model' in call('expand', stock_file, out, code=2)
     assert 'in stock form' in call('expand', checkpoint, out, code=2)
@@ -280,28 +238,6 @@ def test_expand_tells_the_hub_from_wrong_input(offline, tmp_path, monkeypatch):
     assert not out.exists()
 
 
-def test_a_defect_has_an_exit_code_of_its_own(monkeypatch):
-    """1 says that two forms do not compute the same."""
-    def defect(*args, **kwargs):
-        raise KeyError('mine')
-
-    monkeypatch.setattr(cli, 'verify_checkpoint', defect)
-    result = CliRunner().invoke(main, ['verify', 'x.pth', '--json'])
-    assert result.exit_code == 4
-    assert '{"ok": false, "error": "KeyError: \'mine\'"}\n' in result.output
-    assert 'Traceback' in result.output
-
-
-def test_an_interrupted_command_has_an_exit_code_of_its_own(monkeypatch):
-    def interrupted(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cli, 'verify_checkpoint', interrupted)
-    assert call('verify', 'x.pth', code=130) == 'Error: interrupted\n'
-    result = CliRunner().invoke(main, ['verify', 'x.pth', '--json'])
-    assert result.output.startswith('{"ok": false, "error": "interrupted"}\n')
-
-
 def test_verify_with_an_export(checkpoint, stock_file, tmp_path):
     other = timm_rep.export_folder(timm.create_model('test_resnet'), tmp_path / 'other')
     stock = timm_rep.models.names.stock_architecture(NAME)
@@ -311,21 +247,3 @@ def test_verify_with_an_export(checkpoint, stock_file, tmp_path):
     assert message in call('verify', other, stock_file, code=2)
 
 
-def test_list_says_if_it_finds_nothing():
-    result = CliRunner().invoke(main, ['list', 'nothing'])
-    assert (result.exit_code, result.output) == (0, "no model with rep layers has 'nothing' in its name\n")
-
-
-def test_run_passes_all_arguments_on(tmp_path):
-    (tmp_path / 'train.py').write_text("import sys; print('script got', sys.argv[1:])")
-    printed = call('run', '--timm-scripts', tmp_path, 'train', '--help', '--json', '-b', '4', '--', 'x')
-    assert "script got ['--help', '--json', '-b', '4', '--', 'x']" in printed
-    assert 'Run one of timm' in call('run', '--help')
-    assert 'unknown timm script' in call('run', '--timm-scripts', tmp_path, 'publish', code=2)
-    assert 'git clone' in call('run', '--timm-scripts', tmp_path, 'validate', code=2)
-
-
-def test_errors_of_a_script_keep_their_traceback(tmp_path):
-    (tmp_path / 'train.py').write_text('raise ValueError("mine")')
-    result = CliRunner().invoke(main, ['run', '--timm-scripts', str(tmp_path), 'train'])
-    assert isinstance(result.exception, ValueError)

@@ -1,0 +1,47 @@
+import json
+from dataclasses import dataclass
+
+import timm
+from click.testing import CliRunner
+from command_line import call
+
+from timm_rep.cli import demo
+from timm_rep.cli.main import main
+from timm_rep.core import methods
+
+
+def test_list(monkeypatch):
+    @dataclass(frozen=True)
+    class Toy(methods.Method):
+        name, title, summary = 'toy', 'Toy method', 'A kernel and half of it again.'
+
+    monkeypatch.setattr(methods, '_METHODS', dict(methods.registered_methods()))
+    methods.register_method(Toy)
+    lines = call('list').splitlines()
+    assert 'orepa_resnet18           resnet18' in lines
+    assert 'repan_mobilenetv1_100    mobilenetv1_100' in lines
+    assert 'repan_repvgg_b0_cifar    own stock form (inference_mode=True)' in lines
+    assert 'method toy               Toy method: A kernel and half of it again.' in lines
+    assert len(lines) == len(timm.list_models(['orepa_*', 'dbb_*', 'repan_*'])) + len(methods.registered_methods())
+    assert all('repvgg' in line for line in call('list', 'repvgg').splitlines())
+    found = json.loads(call('list', '*resnet18*cifar', '--json'))
+    assert [model['name'] for model in found['models']] == [
+        'dbb_resnet18_cifar', 'orepa_resnet18_cifar', 'repan_resnet18_cifar']
+    assert found['models'][0] == dict(
+        name='dbb_resnet18_cifar', stock='dbb_resnet18_cifar', input_size=[3, 32, 32], num_classes=10)
+    toy = dict(name='toy', title='Toy method', summary='A kernel and half of it again.')
+    assert toy in json.loads(call('list', '--json'))['methods']
+
+
+def test_list_says_if_it_finds_nothing():
+    result = CliRunner().invoke(main, ['list', 'nothing'])
+    message = "no model with rep layers and no method has 'nothing' in its name\n"
+    assert (result.exit_code, result.output) == (0, message)
+    assert json.loads(call('list', 'nothing', '--json')) == dict(models=[], methods=[])
+
+
+def test_demo_is_one_call(monkeypatch):
+    outputs = []
+    monkeypatch.setattr(demo, 'run_demo', outputs.append)
+    call('demo', '--output', 'there')
+    assert outputs == ['there']

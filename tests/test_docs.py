@@ -1,0 +1,30 @@
+"""The example of a method in the docs works as it stands, in a process of its own."""
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[1] / 'docs'
+
+USE = """
+import timm
+stock = timm.create_model('resnet18', num_classes=10).eval()
+x = torch.randn(2, 3, 64, 64)
+rep = timm_rep.expand(stock, Half(factor=0.25))
+assert str(timm_rep.expansion_of(rep)).endswith('are half'), timm_rep.expansion_of(rep)
+assert torch.allclose(rep(x), stock(x), rtol=1e-4, atol=1e-4)
+timm_rep.begin_time_step(rep)
+timm_rep.verify(rep, timm_rep.fuse(rep), inputs=x)
+trained = timm.create_model('repan_resnet18_cifar', rep_layer='half').train()
+trained(torch.randn(2, 3, 32, 32)).sum().backward()
+assert all(parameter.grad is not None for parameter in trained.parameters())
+"""
+
+
+@pytest.mark.skipif(not DOCS.is_dir(), reason='the docs are in a checkout only')
+def test_own_method_of_the_docs():
+    code, = re.findall(r'```python\n(.*?)```', (DOCS / 'methods.md').read_text(), re.S)
+    done = subprocess.run([sys.executable, '-c', code + USE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

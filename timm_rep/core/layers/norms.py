@@ -1,0 +1,112 @@
+"""Batch norms: what they keep, how they fold into the convolution before them, and what holds the place of one."""
+import copy
+from typing import Any, Optional, Tuple
+
+import torch
+import torch.nn as nn
+from timm.layers import BatchNormAct2d, freeze_batch_norm_2d
+from torch import Tensor
+
+from .. import kernels
+from ..errors import UserError
+
+__all__ = ['FoldedNorm', 'fold_batch_norm', 'is_frozen', 'kept_statistics', 'reset_norm_']
+
+
+def kept_statistics(norm: nn.BatchNorm2d) -> Tuple[Tensor, Tensor]:
+    """Running mean and variance of a batch norm.
+
+    Args:
+        norm: Batch norm.
+
+    Returns:
+        Mean and variance, both ``(o,)``.
+
+    Raises:
+        UserError: If the norm keeps none.
+    """
+    if norm.running_mean is None or norm.running_var is None:
+        raise UserError(f'a batch norm with running statistics is needed, got {norm}')
+    return norm.running_mean, norm.running_var
+
+
+def fold_batch_norm(kernel: Tensor, bias: Optional[Tensor], norm: nn.BatchNorm2d) -> Tuple[Tensor, Tensor]:
+    """:func:`timm_rep.kernels.fold_norm` with the values of a module, in float32 at least.
+
+    Args:
+        kernel: ``(o, i/g, h, w)``.
+        bias: ``(o,)`` or None.
+        norm: Batch norm with running statistics.
+
+    Returns:
+        Kernel and bias; float32 for half-precision values.
+    """
+    dtype = torch.float64 if kernel.dtype == torch.float64 else torch.float32
+    mean, var, gamma, beta = (v.to(dtype) for v in (*kept_statistics(norm), norm.weight, norm.bias))
+    return kernels.fold_norm(
+        kernel.to(dtype), None if bias is None else bias.to(dtype), mean, var, gamma, beta, norm.eps)
+
+
+def is_frozen(norm: nn.Module) -> bool:
+    """Whether this is what timm's ``freeze_batch_norm_2d`` leaves of a batch norm: its values, none to be trained."""
+    return not isinstance(norm, nn.modules.batchnorm._BatchNorm)
+
+
+@torch.no_grad()
+def reset_norm_(norm: nn.BatchNorm2d) -> None:
+    """Set a batch norm, also a frozen one, to gain one, bias zero, mean zero and variance one."""
+    if not is_frozen(norm):
+        norm.reset_parameters()
+        return
+    mean, var = kept_statistics(norm)
+    for zero, one in ((norm.bias, norm.weight), (mean, var)):
+        zero.zero_()
+        one.fill_(1.0)
+
+
+class FoldedNorm(nn.Module):
+    """Keeps the place, and the dropout and activation, of a batch norm that went into the layer before it.
+
+    Args:
+        norm: Plain batch norm, or timm's batch norm with activation.
+
+    Raises:
+        UserError: For another norm.
+    """
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__()
+        if not self.accepts(norm):
+            raise UserError(f'a plain BatchNorm2d or BatchNormAct2d can be folded, got {norm}')
+        self.drop: Optional[nn.Module] = getattr(norm, 'drop', None)
+        self.act: Optional[nn.Module] = getattr(norm, 'act', None)
+
+    @staticmethod
+    def accepts(norm: Optional[nn.Module]) -> bool:
+        """Whether a layer can take this norm in."""
+        return type(norm) in (nn.BatchNorm2d, BatchNormAct2d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.drop is not None:
+            x = self.drop(x)
+        return x if self.act is None else self.act(x)
+
+    def unfolded(self, norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
+        """A batch norm of the class that was here, with the values of another one.
+
+        Args:
+            norm: As :meth:`NormedRepLayer.fuse_conv_norm` returns it.
+
+        Returns:
+            The norm itself, or timm's with copies of the dropout and activation.
+        """
+        if self.act is None:
+            return norm
+        norm_act: Any = BatchNormAct2d(norm.num_features, norm.eps, apply_act=False).to(norm.weight)
+        if is_frozen(norm):
+            norm_act = freeze_batch_norm_2d(norm_act)
+        else:
+            norm_act.momentum = norm.momentum
+        norm_act.load_state_dict(norm.state_dict())
+        norm_act.drop, norm_act.act = copy.deepcopy(self.drop), copy.deepcopy(self.act)
+        return norm_act.train(norm.training)
