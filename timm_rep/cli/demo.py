@@ -215,10 +215,10 @@ def _draw(output: Path, history: List[Dict[str, Any]], test_loader: Any, predict
     reader = test_loader.dataset.reader
     files = [reader[index][0].name for index in range(len(targets))]
     wrong = (predicted != targets).nonzero().flatten().tolist()
-    others = (predicted == targets).nonzero().flatten()
-    others = others[torch.randperm(len(others), generator=torch.Generator().manual_seed(0))].tolist()
+    right = (predicted == targets).nonzero().flatten()
+    drawn = right[torch.randperm(len(right), generator=torch.Generator().manual_seed(0))].tolist()
     title = f'Held-out digits with the prediction: {len(wrong)} of {len(files)} are wrong'
-    _draw_digits(title, files, predicted, targets, [*wrong[:8], *others]).savefig(output / 'digits.png')
+    _draw_digits(title, files, predicted, targets, [*wrong[:8], *drawn]).savefig(output / 'digits.png')
     draw_annealing(history, f'{MODEL} on handwritten digits').savefig(output / 'annealing.png')
 
 
