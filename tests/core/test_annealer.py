@@ -186,14 +186,14 @@ def test_without_annealing_the_rate_of_a_model_stays():
 
 def test_history_holds_every_epoch_once():
     loop = Loop(log_branches=True)
-    with pytest.raises(RuntimeError, match='no epoch has begun'):
+    with pytest.raises(timm_rep.UserError, match='no epoch has begun'):
         loop.annealer.end_epoch()
     for epoch in (0, 1, 0, 1):
         loop.epoch(epoch)
     assert [row['epoch'] for row in loop.annealer.history] == [0, 1]
     keys = [(row['epoch'], row['depth'], row['branch']) for row in loop.annealer.branch_rows]
     assert len(set(keys)) == len(keys)
-    with pytest.raises(RuntimeError, match='no epoch has begun'):
+    with pytest.raises(timm_rep.UserError, match='no epoch has begun'):
         loop.annealer.end_epoch()
 
 

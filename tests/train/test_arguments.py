@@ -182,6 +182,15 @@ def test_help_shows_own_options_then_those_of_timm(scripts, command):
     assert '--checkpoint-hist' in done.stdout
 
 
+def test_help_may_be_cut_off(scripts):
+    command = [sys.executable, '-u', '-m', 'timm_rep.train', '--timm-scripts', str(scripts), '--help']
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert 'usage' in process.stdout.readline()
+        process.stdout.close()
+        assert 'Traceback' not in (errors := process.stderr.read()), errors
+    assert process.returncode == 1
+
+
 # Recipes
 
 

@@ -160,10 +160,10 @@ class Annealer:
             The row of the epoch. It takes the place of rows of the same epoch and later ones.
 
         Raises:
-            RuntimeError: If no epoch has begun.
+            UserError: If no epoch has begun.
         """
         if self._begun is None:
-            raise RuntimeError('no epoch has begun: call begin_epoch before end_epoch')
+            raise UserError('no epoch has begun: call begin_epoch before end_epoch')
         row, self._begun = dict(self._begun, **figures), None
         for rows in (self.history, self.branch_rows):
             rows[:] = [earlier for earlier in rows if earlier['epoch'] < row['epoch']]

@@ -21,6 +21,7 @@ import argparse
 import functools
 import importlib.util
 import inspect
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -208,6 +209,7 @@ def _train(argv: Sequence[str], prog: str) -> None:
         AnnealedTraining(script).run()
     finally:
         sys.argv = own_argv
+        sys.stdout.flush()
 
 
 def _exit(prog: str, error: Exception, code: int) -> NoReturn:
@@ -234,3 +236,6 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = 'timm-rep train') -> 
         _exit(prog, e, 2)
     except HubError as e:
         _exit(prog, e, 3)
+    except BrokenPipeError:  # as in `--help | head`; Python's own last flush must not fail either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
