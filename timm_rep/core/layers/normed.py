@@ -108,17 +108,13 @@ class NormedBranches(AnnealedModule):
             bias = bias + following
         return kernel, bias
 
-    def _parameter(self) -> Tensor:
-        """A parameter that has the dtype and device of all."""
-        return next(self.parameters())
-
     def compose_weight_bias(self) -> Tuple[Tensor, Tensor]:
         """Kernel and bias by the kept statistics, at the attach rate in force, differentiably.
 
         Returns:
             Kernel ``(o, i/g, kh, kw)`` and bias ``(o,)``, in the parameters' dtype; composed in float32 at least.
         """
-        parameter = self._parameter()
+        parameter = next(self.parameters())
         with without_autocast(parameter), full_float32():
             kernel, bias = self._fold_origin()
             side_kernel, side_bias = self._side_kernel_bias()
@@ -132,7 +128,7 @@ class NormedBranches(AnnealedModule):
         Returns:
             A kernel ``(o, i/g, kh, kw)`` for each branch; they add up to that of :meth:`compose_weight_bias`.
         """
-        with without_autocast(self._parameter()), full_float32():
+        with without_autocast(next(self.parameters())), full_float32():
             branches = self._origin_kernels()
             sides = self._fold_sides()
         return dict(branches, **{name: self.attach_rate * self._pad(kernel) for name, (kernel, _) in sides.items()})
@@ -198,7 +194,7 @@ class NormedBranches(AnnealedModule):
         Raises:
             UserError: For another shape. The module is then unchanged.
         """
-        with without_autocast(self._parameter()), full_float32():
+        with without_autocast(next(self.parameters())), full_float32():
             side_kernel, side_bias = self._side_kernel_bias()
             check_kernel(self, side_kernel.shape, weight, bias)
             bias = torch.zeros_like(side_bias) if bias is None else bias.to(side_bias)
