@@ -218,10 +218,12 @@ def _write_model(
         label_names: Optional[Sequence[str]],
 ) -> None:
     """Write weights, config.json and self-check, and see that timm rebuilds from the folder alone what was written."""
-    config = {} if label_names is None else dict(label_names=list(label_names))
-    save_for_hf(
-        model, str(folder), dict(config, timm_rep=provenance), model_args=dict(model_args) or None,
-        safe_serialization=True)
+    config: Dict[str, Any] = {} if label_names is None else dict(label_names=list(label_names))
+    config.update(timm_rep=provenance)
+    try:
+        save_for_hf(model, str(folder), config, model_args=dict(model_args) or None, safe_serialization=True)
+    except ValueError as e:  # arguments of the model that are not plain values
+        raise UserError(f'config.json cannot say what the model is built with: {e}') from e
     self_check = folder / SELF_CHECK_FILE
     self_check.parent.mkdir()
     with torch.no_grad():

@@ -127,7 +127,8 @@ def _default_tag(model: nn.Module, dataset: Optional[str]) -> str:
     """Methods and data set, in timm's manner."""
     methods = [method.name for method in expansion_of(model).methods.values()]
     methods += ['repan'] * (time_steps_of(model) > 1)
-    return '_'.join([*dict.fromkeys(methods), *re.findall('[a-z0-9]+', (dataset or '').lower())]) or 'timm_rep'
+    data = re.sub('[^a-z0-9]+', '', (dataset or '').lower())
+    return '_'.join(filter(None, (*dict.fromkeys(methods), data))) or 'timm_rep'
 
 
 def _training_folder(folder: Path) -> Path:
