@@ -1,10 +1,12 @@
 """Every figure on the card stands where it belongs, and what the run was is what the card says."""
 import dataclasses
+from pathlib import Path
 
 import huggingface_hub
 import pytest
 import timm
 
+import timm_rep
 from timm_rep.core.expansion import Expansion
 from timm_rep.core.methods import Method
 from timm_rep.core.verify import Difference, Report
@@ -115,5 +117,41 @@ def test_a_method_of_somebody_else_is_on_the_card(model):
 def test_a_changed_card_is_not_ours(model):
     card = text_of(model)
     assert is_generated(card)
-    for other in ('', card[:-1], card[1:], card + card, card.replace('not measured', '99.9', 1)):
+    for other in ('', '# Mine', card[:-1], card[1:], card + card, f'{card}\nMine\n', card.rpartition('<!--')[0],
+                  card.replace('not measured', '99.9', 1), card.replace('## Citation', '## Mine')):
         assert not is_generated(other)
+
+
+def example():
+    """The card of MODEL_CARD.md: a run of two epochs, its figures as they were measured."""
+    model = timm.create_model('resnet18', num_classes=10)
+    model.pretrained_cfg.update(license='apache-2.0', input_size=(3, 32, 32))
+    expansion = timm_rep.expansion_of(timm.create_model('orepa_resnet18', num_classes=10))
+    args = dict(
+        epochs=2, batch_size=32, opt='sgd', momentum=0.9, weight_decay=1e-4, lr=0.05, lr_base=0.1, sched='cosine',
+        smoothing=0.1, input_size=[3, 32, 32], model_ema=True, model_ema_decay=0.9, seed=42)
+    source = 'measured with the fused model on 10000 images, of the split `test`, when it was published'
+    provenance = dict(
+        version='0.1.0', timm='1.0.31', torch='2.14.1+cu130', training_architecture='orepa_resnet18', training_args={},
+        time_steps=1, dataset='CIFAR-10', metrics=dict(top1=12.78, top5=55.24), metrics_source=source)
+    return model_card(
+        'card',
+        model,
+        provenance,
+        expansion,
+        timm_rep.Orepa(),
+        report=Report((Difference('a', 0.0, 1.0),), Difference('', 0.0, 1.0), 1e-5, 0.0),
+        repo='ORG/resnet18.orepa_cifar10_try',
+        run=Run(args, ('data_dir', 'experiment', 'output'), {}, 1, (), 0, {}),
+        costs=Costs((37_250_000, 11_180_000), (0.455, 0.037), (25.3, 447.0), 8, 'AMD EPYC, 1 thread', '2.14.1+cu130'),
+        images=ImageCheck(10000, True, (12.78, 12.78), (55.24, 55.24), 0.0, (), ''),
+        plot='training.png',
+        labelled=True,
+        train_revision=True,
+    )
+
+
+def test_documented_card_is_one_of_these():
+    documented = (Path(__file__).parents[2] / 'MODEL_CARD.md').read_text().split('````markdown\n')[1].split('````')[0]
+    own, generated = (card.split('---\n', 2)[2].rpartition('<!--')[0] for card in (documented, example()))
+    assert own == generated

@@ -336,7 +336,7 @@ def test_arguments_that_cannot_be_written_down(tmp_path):
     card = (folder / 'README.md').read_text()
     assert "pretrained=True), 'acb')" in card
     assert '--pretrained-path' not in card
-    with pytest.raises(UserError, match="'rep_layer' is not serializable|not what timm builds"):
+    with pytest.raises(UserError, match=r"'rep_layer' is not serializable|not what timm builds"):
         hub.export_training_form(model, tmp_path / 'train', repo='me/net')
     assert names_in(tmp_path) == ['model']
 

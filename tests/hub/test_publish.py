@@ -181,9 +181,6 @@ def test_model_card(server, full_run, images):
     for row in ('Parameters (M)', 'GMACs of an image', 'Images per second', 'Top-1 accuracy (%) on 12 images'):
         assert re.search(rf'^\| {re.escape(row)}.*\| [\d.]+ \| [\d.]+ \|$', card, re.MULTILINE), row
     assert server.files(REPO)['training.png'].startswith(b'\x89PNG')
-    documented = (Path(__file__).parents[2] / 'MODEL_CARD.md').read_text().splitlines()
-    headings = [line for line in card.splitlines() if line.startswith('## ')]
-    assert [line for line in documented if line in headings] == headings
 
 
 @pytest.mark.parametrize(('use_ema', 'noted_ema', 'measured'), [
@@ -319,7 +316,7 @@ def test_all_lines_of_python_on_the_cards_run(server, images, tmp_path, caplog, 
     timm_rep.io.output.save_weights(model, tmp_path / 'weights.safetensors')
     published = timm_rep.publish(
         tmp_path / 'weights.safetensors', REPO, architecture=ARCHITECTURE, num_classes=CLASSES, data=images,
-        model_kwargs=dict(act_layer='silu', global_pool='max'), include_training_form=True)
+        split='test', model_kwargs=dict(act_layer='silu', global_pool='max'), include_training_form=True)
     (images / 'test' / 'class0' / '0.png').rename('image.jpg')
     ran = []
     for card in (card_of(server), card_of(server, 'train')):

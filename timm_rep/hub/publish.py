@@ -177,7 +177,7 @@ def _figures(
 def _registry_entry(folder: Path, full_name: str) -> Optional[Dict[str, Dict[str, Any]]]:
     """What to add to the registry of published weights: where they are, and what they must be fed with.
 
-    None unless the export has seen that the architecture without further arguments is the network of these weights.
+    None if it takes further arguments to build the network that these weights are of.
     """
     config = json.loads((folder / CONFIG_FILE).read_text())
     provenance, cfg = config['timm_rep'], dict(config['pretrained_cfg'], num_classes=config['num_classes'])

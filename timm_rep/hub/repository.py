@@ -119,7 +119,7 @@ class Publication:
             what = f'sending {folder.name} to {hub_id(self.repo, revision)}'
             state = self._seen_after_failure(folder.name, revision, parent, create_pr)
             raise self.error(f'{what} failed: {hub_message(e, self.token)}', state) from None
-        self.sent.append(str(commit.commit_url))
+        self.sent.append(f'{hub_id(self.repo, revision)} in {commit.commit_url}')
         files = file_sizes(folder)
         with self.step(f'looking at {commit.commit_url}'):
             found = self.api.get_paths_info(self.repo, list(files), revision=commit.oid)
