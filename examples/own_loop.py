@@ -4,9 +4,12 @@
 
 DATA holds `train/CLASS/*` and `val/CLASS/*` (or `validation`, `test`). All that the plugin asks of a loop is
 `import timm_rep`, which registers its models, and `timm_rep.fuse` when the training is over. Annealing in time steps
-(RepAn) is five more lines in `train`; it is for models with rep layers, at `--epochs` for each time step:
+(RepAn) is an `Annealer` with a call before and after each epoch; it is for models with rep layers, at `--epochs` for
+each time step:
 
     python examples/own_loop.py DATA --model repan_resnet18 --time-steps 2 --epochs 10 --attach-warmup-epochs 3
+
+With `--output my_model` every epoch is kept in my_model.pth; the same command with `--resume` goes on from there.
 """
 import argparse
 from pathlib import Path
@@ -21,7 +24,6 @@ from timm.utils import AverageMeter, accuracy, random_seed
 from tqdm import tqdm
 
 import timm_rep
-from timm_rep.core.annealing import time_step_of
 
 EVAL_SPLITS = ('val', 'validation', 'test')
 
@@ -45,6 +47,13 @@ def create_loaders(train_set, eval_set, data_config, batch_size, device, workers
     return train_loader, create_loader(eval_set, batch_size=batch_size, **common)
 
 
+def create_annealer(model, *, epochs, time_steps=1, attach_warmup_epochs=0, lr=0.1, weight_decay=1e-4, seed=0):
+    """An optimizer, and the annealer around it; of a single time step without warm-up it leaves any model alone."""
+    optimizer = create_optimizer_v2(model, opt='sgd', lr=lr, momentum=0.9, weight_decay=weight_decay)
+    schedule = timm_rep.AnnealingSchedule(time_steps, epochs, attach_warmup_epochs)
+    return timm_rep.Annealer(model, optimizer, schedule, seed=seed)
+
+
 @torch.no_grad()
 def evaluate(model, loader, device):
     """Mean loss and top-1 accuracy in percent."""
@@ -58,26 +67,36 @@ def evaluate(model, loader, device):
     return losses.avg, top1.avg
 
 
-def train(
-        model, train_loader, eval_loader, device, *,
-        epochs, time_steps=1, attach_warmup_epochs=0, lr=0.1, weight_decay=1e-4, warmup_epochs=0, opt='sgd'):
+def save(checkpoint, model, annealer):
+    """Keep an epoch; an interruption leaves the one before."""
+    temporary = checkpoint.with_name(f'{checkpoint.name}.tmp')
+    torch.save(
+        dict(state_dict=model.state_dict(), optimizer=annealer.optimizer.state_dict(), history=annealer.history),
+        temporary)
+    temporary.replace(checkpoint)
+
+
+def load(checkpoint, model, annealer):
+    """Go back to the epoch that was kept last."""
+    state = torch.load(checkpoint, map_location='cpu', weights_only=True)
+    model.load_state_dict(state['state_dict'])
+    annealer.optimizer.load_state_dict(state['optimizer'])
+    annealer.history = state['history']
+
+
+def train(model, annealer, train_loader, eval_loader, device, *, warmup_epochs=0, checkpoint=None):
     """Train with a cosine schedule that restarts with each time step; returns one dict of figures per epoch."""
-    schedule = timm_rep.AnnealingSchedule(time_steps, epochs, attach_warmup_epochs)
-    if time_steps > 1 or attach_warmup_epochs > 0:
-        time_step_of(model)  # raises for a model without rep layers
-    optimizer = create_optimizer_v2(model, opt=opt, lr=lr, momentum=0.9, weight_decay=weight_decay)
-    steps = len(train_loader)
+    schedule, optimizer, steps = annealer.schedule, annealer.optimizer, len(train_loader)
     scheduler, _ = create_scheduler_v2(
-        optimizer, num_epochs=epochs, cycle_limit=time_steps, cycle_decay=1.0, warmup_epochs=warmup_epochs,
-        step_on_epochs=False, updates_per_epoch=steps)
-    history = []
-    with tqdm(total=schedule.total_epochs * steps, unit='batch', dynamic_ncols=True) as progress:
-        for epoch in range(schedule.total_epochs):
-            position = schedule.position(epoch)
-            if position.begins and position.time_step > 0:  # fold all branches, start with fresh side branches
-                timm_rep.begin_time_step(model, attach_rate=position.attach_rate)
-                timm_rep.reset_optimizer(optimizer)
-            timm_rep.set_attach_rate(model, position.attach_rate)
+        optimizer, num_epochs=schedule.epochs, cycle_limit=schedule.time_steps, cycle_decay=1.0,
+        warmup_epochs=warmup_epochs, step_on_epochs=False, updates_per_epoch=steps)
+    first = len(annealer.history)
+    if first > 0:
+        scheduler.step_update(first * steps)
+    with tqdm(total=schedule.total_epochs * steps, initial=first * steps, unit='batch', dynamic_ncols=True) as progress:
+        for epoch in range(first, schedule.total_epochs):
+            random_seed(annealer.seed + epoch)  # the order of the images follows from the epoch
+            annealer.begin_epoch(epoch)  # where a time step begins: fold all branches, go on with fresh side branches
             model.train()
             losses = AverageMeter()
             for step, (images, targets) in enumerate(train_loader, start=1):
@@ -90,15 +109,15 @@ def train(
                 losses.update(loss.item(), len(targets))
                 progress.update()
             eval_loss, top1 = evaluate(model, eval_loader, device)
-            history.append(dict(
-                time_step=position.time_step, attach_rate=position.attach_rate, train_loss=losses.avg,
-                eval_loss=eval_loss, eval_top1=top1))
+            annealer.end_epoch(train_loss=losses.avg, eval_loss=eval_loss, eval_top1=top1)
+            if checkpoint:
+                save(checkpoint, model, annealer)
             progress.set_description(
                 f'epoch {epoch + 1}/{schedule.total_epochs}, loss {losses.avg:.3f}, top-1 {top1:.1f}%')
-    return history
+    return annealer.history
 
 
-def main():
+def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('data', help='image folder')
     parser.add_argument('--model', default='orepa_resnet18', help='any timm model')
@@ -111,26 +130,40 @@ def main():
     parser.add_argument('--lr', type=float, default=0.05)
     parser.add_argument('--workers', type=int, default=2)
     parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--output', help='folder to export the fused model to, in the format of the Hugging Face Hub')
+    parser.add_argument('--output', type=Path, help='folder to export the fused model to, in the format of the Hub')
+    parser.add_argument('--resume', action='store_true', help='go on from the epoch in OUTPUT.pth')
     args = parser.parse_args()
-
+    args.checkpoint = args.output and args.output.with_name(f'{args.output.name}.pth')
     if not timm.is_model(args.model):
         parser.error(f'--model: timm knows no {args.model}')
-    try:
-        train_set, eval_set, classes = create_datasets(args.data)
-        timm_rep.AnnealingSchedule(args.time_steps, args.epochs, args.attach_warmup_epochs)
-    except (FileNotFoundError, ValueError) as e:
-        parser.error(str(e))
+    if args.resume and not (args.output and args.checkpoint.is_file()):
+        parser.error(f'--resume: no checkpoint at {args.checkpoint or "OUTPUT.pth: name OUTPUT with --output"}')
+    for path in (args.output, None if args.resume else args.checkpoint):
+        if path and path.exists():
+            parser.error(f'--output: {path} exists already; name another folder, or go on with --resume')
+    return parser, args
 
+
+def main():
+    parser, args = parse_args()
     random_seed(args.seed)
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    model = timm.create_model(args.model, num_classes=len(classes)).to(device)
+    try:
+        train_set, eval_set, classes = create_datasets(args.data)
+        model = timm.create_model(args.model, num_classes=len(classes)).to(device)
+        annealer = create_annealer(
+            model, epochs=args.epochs, time_steps=args.time_steps, attach_warmup_epochs=args.attach_warmup_epochs,
+            lr=args.lr, seed=args.seed)
+    except (FileNotFoundError, timm_rep.UserError) as e:
+        parser.error(str(e))
+    if args.resume:
+        load(args.checkpoint, model, annealer)
     data_config = resolve_data_config(dict(img_size=args.img_size), model=model)
     train_loader, eval_loader = create_loaders(
         train_set, eval_set, data_config, args.batch_size, device, workers=args.workers)
-    train(
-        model, train_loader, eval_loader, device, epochs=args.epochs, time_steps=args.time_steps,
-        attach_warmup_epochs=args.attach_warmup_epochs, lr=args.lr)
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+    train(model, annealer, train_loader, eval_loader, device, checkpoint=args.checkpoint)
 
     model.eval()
     fused = timm_rep.fuse(model)  # a stock timm model from here on

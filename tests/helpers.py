@@ -2,9 +2,11 @@
 import torch
 import torch.nn as nn
 from timm.models import ByoBlockCfg, ByobNet, ByoModelCfg, ResNet
+from timm.models.byobnet import RepVggBlock
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from timm_rep.core.expand import anneal_repvgg_blocks_, expand
 from timm_rep.core.layers import RepLayer
 from timm_rep.core.walk import rep_layers
 
@@ -120,3 +122,19 @@ TINY_MODELS = dict(
     bottleneck=lambda **kwargs: tiny_resnet('bottleneck', **kwargs),
     repvgg=tiny_repvgg,
 )
+
+
+def mixed_model():
+    """A small network with a layer of every kind."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 7, stride=2, padding=3, bias=False), nn.BatchNorm2d(6),
+        nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6),
+        nn.Conv2d(6, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8),
+        nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6),
+        RepVggBlock(6, 6), RepVggBlock(6, 8, stride=2),
+    )
+    for layer, select in dict(orepa=['0', '2', '4', '14.conv_kxk.conv'], dbb='7', acb='9', rep='12').items():
+        expand(model, layer, select=select, inplace=True)
+    return anneal_repvgg_blocks_(model)

@@ -1,25 +1,50 @@
-"""Run train_scripts/train.py in a process of its own that kills itself at a chosen point."""
-import importlib.util
+"""Run the wrapper around timm's train.py in a process of its own that kills itself at a chosen point."""
+import csv
 import io
 import multiprocessing
 import os
 import signal
-import sys
 from pathlib import Path
 
-TRAIN_SCRIPT = Path(__file__).parents[1] / 'train_scripts' / 'train.py'
 STAND_IN = Path(__file__).with_name('small_train.py')
 # Children are forked from a server process that has imported the libraries and started no threads.
 CONTEXT = multiprocessing.get_context('forkserver')
-CONTEXT.set_forkserver_preload(['torch', 'timm', 'timm_rep'])
+CONTEXT.set_forkserver_preload(['torch', 'timm', 'timm_rep.train'])
 TIMEOUT = 120
 
+MODEL = 'repan_repvgg_a0_cifar'
+TIME_STEPS, EPOCHS = 3, 2
+COMMON = [
+    '--time-steps', TIME_STEPS, '--epochs', EPOCHS, '--attach-warmup-epochs', 1, '--warmup-epochs', 0,
+    '--checkpoint-hist', 20, '--experiment', 'run', '--model-ema',
+]
 
-def load_wrapper():
-    spec = importlib.util.spec_from_file_location('annealed_train', TRAIN_SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+
+def arguments(scripts, *more, model=MODEL):
+    """Command line of a run in time steps."""
+    return [*COMMON, '--timm-scripts', scripts, '--model', model, *more]
+
+
+def rows(path):
+    with path.open(newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def states(path):
+    """All that a checkpoint holds of model, averaged model and optimizer."""
+    import torch
+    checkpoint = torch.load(path, weights_only=False)
+    momentum = checkpoint['optimizer']['state']
+    return dict(
+        **{f'model.{key}': value for key, value in checkpoint['state_dict'].items()},
+        **{f'ema.{key}': value for key, value in checkpoint['state_dict_ema'].items()},
+        **{f'momentum.{key}': value['momentum_buffer'] for key, value in momentum.items()},
+    )
+
+
+def contents(folder):
+    """Every file in a folder but the log of a run."""
+    return {path: path.read_bytes() for path in folder.rglob('*') if path.is_file() and path.name != 'log.txt'}
 
 
 def _die(*_):
@@ -63,13 +88,15 @@ def _write_half_a_row(epoch, *args, **kwargs):
     _die()
 
 
-def _arm(wrapper, point, count, folder, optimizer):
+def _arm(point, count, folder, optimizer):
     """Let the process die at a point."""
     import timm.utils
     import torch
 
-    import timm_rep.core.annealing
+    from timm_rep.core import annealer
     from timm_rep.core.layers import AnnealedModule
+    from timm_rep.train import snapshots
+    from timm_rep.train.epochs import AnnealedEpochs
 
     def patch(owner, name, **kwargs):
         setattr(owner, name, _at_call(count, **kwargs)(getattr(owner, name)))
@@ -89,11 +116,11 @@ def _arm(wrapper, point, count, folder, optimizer):
     elif point == 'transition':
         patch(AnnealedModule, 'begin_time_step_', after=_die)
     elif point == 'transition of the averaged weights':
-        patch(timm_rep, 'begin_time_step', after=_die)
+        patch(annealer, 'begin_time_step', after=_die)
     elif point == 'rate set':
-        patch(timm_rep, 'set_attach_rate', after=_die)
+        patch(annealer, 'set_attach_rate', after=_die)
     elif point == 'snapshot half written':
-        patch(wrapper, 'save_weights', before=lambda model, path: (path.write_bytes(b'half'), _die()))
+        patch(snapshots, 'save_weights', before=lambda model, path: (path.write_bytes(b'half'), _die()))
     elif point == 'snapshot not yet in place':
         patch(os, 'replace', before=_die, only=lambda src, dst: 'time_step-' in str(dst))
     elif point == 'validation':
@@ -101,7 +128,7 @@ def _arm(wrapper, point, count, folder, optimizer):
     elif point == 'summary half written':
         patch(timm.utils, 'update_summary', before=_write_half_a_row)
     elif point == 'last snapshot':
-        patch(wrapper.AnnealedTraining, '_finish', before=_die)
+        patch(AnnealedEpochs, 'finish', before=_die)
     else:
         raise ValueError(point)
 
@@ -111,16 +138,16 @@ def _child(argv, cwd, point, count, folder, optimizer):
     log = os.open('log.txt', os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    sys.argv = [str(TRAIN_SCRIPT), *argv]
     import torch
+
+    from timm_rep.train import main
     torch.set_num_threads(1)
-    wrapper = load_wrapper()
     if point is not None:
-        _arm(wrapper, point, count, folder, optimizer)
-    wrapper.main()
+        _arm(point, count, folder, optimizer)
+    main(argv, prog='train.py')
 
 
-def run(argv, cwd, point=None, count=1, folder='output/train/run', optimizer='SGD'):
+def run(cwd, argv, point=None, count=1, folder='output/train/run', optimizer='SGD'):
     """Run the wrapper to its end, or to the point where it dies.
 
     Returns:

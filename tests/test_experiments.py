@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import timm_rep
+from timm_rep.core import annealer
 from timm_rep.core.walk import annealed_modules
 
 SCRIPT = Path(timm_rep.__file__).parents[1] / 'experiments' / 'cifar10' / 'run.py'
@@ -73,7 +74,7 @@ def test_methods_share_epochs_and_fused_architecture(experiment, output):
 
 @pytest.mark.parametrize('method', ['repan_rep', 'repan_rep_implied', 'rep'])
 def test_annealed_methods_are_annealed(experiment, data, tmp_path, monkeypatch, method):
-    build_model, begin_time_step = experiment.build_model, timm_rep.begin_time_step
+    build_model, begin_time_step = experiment.build_model, annealer.begin_time_step
     cross_entropy = torch.nn.functional.cross_entropy
     models, rates, begun = [], [], []
 
@@ -88,7 +89,7 @@ def test_annealed_methods_are_annealed(experiment, data, tmp_path, monkeypatch, 
 
     monkeypatch.setattr(experiment, 'build_model', lambda *args: models.append(build_model(*args)) or models[0])
     monkeypatch.setattr(experiment.F, 'cross_entropy', loss)
-    monkeypatch.setattr(timm_rep, 'begin_time_step', begin)
+    monkeypatch.setattr(annealer, 'begin_time_step', begin)
     experiment.main(['--data', str(data), '--output', str(tmp_path / 'small'), *SETTINGS, '--seeds', '0', '--methods',
                      method])
     annealed = method != 'rep'

@@ -9,16 +9,9 @@ MAX_LINES_OF_FILE = 450
 MAX_LINES_OF_BODY = 60
 # Above the limits today; a file that is mended goes, and no file may come.
 KNOWN = (
-    'timm_rep/cli/demo.py',
-    'timm_rep/cli/main.py',
-    'timm_rep/core/layers/normed.py',
     'timm_rep/hub/card.py',
     'timm_rep/hub/publish.py',
     'timm_rep/models/checkpoint_filter.py',
-    'timm_rep/official/load.py',
-    'timm_rep/report/images.py',
-    'timm_rep/report/plots.py',
-    'train_scripts/train.py',
 )
 
 

@@ -2,6 +2,7 @@
 from . import models
 from ._version import __version__
 from .core import layers, methods
+from .core.annealer import Annealer
 from .core.annealing import AnnealingSchedule, attach_rate, begin_time_step, reset_optimizer
 from .core.errors import UserError
 from .core.expand import expand
@@ -30,9 +31,9 @@ from .official.load import load_official_checkpoint
 from .report import cost, ensemble, plots  # noqa: F401  timm_rep.report.ensemble.evaluate_snapshots and the like
 
 __all__ = [
-    'ACB', 'DBB', 'AnnealingSchedule', 'AsymmetricConv2d', 'DiverseBranchConv2d', 'Expansion', 'HubError', 'Method',
-    'Orepa', 'OrepaConv2d', 'OrepaPointwiseConv2d', 'OrepaStemConv2d', 'PublishError', 'Published', 'Rep', 'RepConv2d',
-    'Report', 'UserError', 'VerificationError', '__version__', 'attach_rate', 'begin_time_step', 'check_export',
-    'expand', 'expansion_of', 'export_folder', 'fuse', 'layers', 'load_official_checkpoint', 'methods', 'models',
-    'publish', 'register_method', 'rep_layers', 'reset_optimizer', 'set_attach_rate', 'verify',
+    'ACB', 'DBB', 'Annealer', 'AnnealingSchedule', 'AsymmetricConv2d', 'DiverseBranchConv2d', 'Expansion', 'HubError',
+    'Method', 'Orepa', 'OrepaConv2d', 'OrepaPointwiseConv2d', 'OrepaStemConv2d', 'PublishError', 'Published', 'Rep',
+    'RepConv2d', 'Report', 'UserError', 'VerificationError', '__version__', 'attach_rate', 'begin_time_step',
+    'check_export', 'expand', 'expansion_of', 'export_folder', 'fuse', 'layers', 'load_official_checkpoint',
+    'methods', 'models', 'publish', 'register_method', 'rep_layers', 'reset_optimizer', 'set_attach_rate', 'verify',
 ]

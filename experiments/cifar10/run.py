@@ -230,8 +230,7 @@ def train(method, seed, attach_warmup_epochs, settings, train_images, test_image
     """One run: a row of each epoch, and what is left at the end."""
     torch.manual_seed(seed)
     data_generator = torch.Generator().manual_seed(seed)
-    side_branch_generator = torch.Generator().manual_seed(seed)
-    channels_last, annealed = settings['channels_last'], METHODS[method].annealed
+    channels_last = settings['channels_last']
     model = build_model(settings['network'], method, settings['data']['classes']).to(device)
     if channels_last:
         model.to(memory_format=torch.channels_last)
@@ -242,19 +241,16 @@ def train(method, seed, attach_warmup_epochs, settings, train_images, test_image
     scheduler, _ = create_scheduler_v2(
         optimizer, num_epochs=schedule.epochs, cycle_limit=schedule.time_steps, cycle_decay=1.0,
         step_on_epochs=False, updates_per_epoch=steps)
+    annealer = None
+    if METHODS[method].annealed:
+        annealer = timm_rep.Annealer(
+            model, optimizer, schedule, seed=seed, imply_statistics=METHODS[method].imply_statistics)
     autocast = torch.autocast(device.type, torch.bfloat16) if settings['amp'] else contextlib.nullcontext()
     rows = []
     for epoch in range(schedule.total_epochs):
         start = time.perf_counter()
-        position = schedule.position(epoch)
-        if annealed:
-            if position.begins and position.time_step > 0:
-                timm_rep.begin_time_step(
-                    model, side_branch_generator, attach_rate=position.attach_rate,
-                    imply_statistics=METHODS[method].imply_statistics)
-                timm_rep.reset_optimizer(optimizer)
-            timm_rep.set_attach_rate(model, position.attach_rate)
-        elif position.begins:
+        position = annealer.begin_epoch(epoch) if annealer else schedule.position(epoch)
+        if position.begins:
             timm_rep.reset_optimizer(optimizer)  # a restart is a fresh optimizer for every method
         lr = optimizer.param_groups[0]['lr']
         model.train()
@@ -272,9 +268,9 @@ def train(method, seed, attach_warmup_epochs, settings, train_images, test_image
         seconds = time.perf_counter() - start
         eval_loss, top1, _ = evaluate(fused(model), test_images, channels_last)
         rows.append(dict(
-            epoch=epoch, time_step=position.time_step, attach_rate=position.attach_rate if annealed else None, lr=lr,
+            epoch=epoch, time_step=position.time_step, attach_rate=position.attach_rate if annealer else None, lr=lr,
             train_loss=train_loss, eval_loss=eval_loss, eval_top1=top1, seconds=seconds))
-        attach = f', attach rate {position.attach_rate:.2f}' if annealed else ''
+        attach = f', attach rate {position.attach_rate:.2f}' if annealer else ''
         print(
             f'{run_name(method, seed, attach_warmup_epochs)}: epoch {epoch + 1}/{schedule.total_epochs}{attach}: '
             f'train loss {train_loss:.3f}, fused top-1 {top1:.2f}%, {seconds:.1f} s', flush=True)

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+from click.testing import CliRunner
 from helpers import (
     MODEL_RTOL,
     assert_near,
@@ -23,6 +24,7 @@ from torch import Tensor
 
 import timm_rep
 from timm_rep import UserError, expand, fuse, rep_layers, set_attach_rate, verify
+from timm_rep.cli.main import main
 from timm_rep.core import methods
 from timm_rep.core.annealing import begin_time_step
 from timm_rep.core.expand import expand_as_
@@ -399,3 +401,13 @@ def test_expansion_of_another_network_raises_and_changes_nothing():
     expanded = expand(model, 'toy')
     with pytest.raises(UserError, match="no plain convolution 'conv1'"):
         expand_as_(copy.deepcopy(expanded), {'conv1': Toy()})
+
+
+# What other parts know of it
+
+
+@both
+def test_command_line_lists_it(name):
+    result = CliRunner().invoke(main, ['list', name])
+    assert result.exit_code == 0, result.output
+    assert f'{TOYS[name].title}: {TOYS[name].summary}' in result.output

@@ -8,7 +8,7 @@ import torch
 from helpers import LINEAR_RTOL, MODEL_RTOL, assert_near, assert_same_state, randn, randomize_, state_of
 
 from timm_rep import expand, fuse, set_attach_rate
-from timm_rep.core.annealing import time_step_of
+from timm_rep.core.annealing import time_step
 from timm_rep.core.walk import annealed_modules
 from timm_rep.models.checkpoint_filter import checkpoint_filter_fn
 
@@ -89,7 +89,7 @@ def test_both_forms_load(name, form, suffix, weights):
     expected = load(stock_name(name), weights(name, 'stock', suffix))
     assert_same_outputs(outputs(model), outputs(expected))
     assert attach_rates(model) == {0.3 if form == 'training' else 1.0}
-    assert time_step_of(model) == (2 if form == 'training' else 0)
+    assert time_step(model) == (2 if form == 'training' else 0)
     if form == 'training':
         assert_same_state(state_of(model), safetensors.torch.load_file(file))
 
@@ -106,7 +106,7 @@ def test_changed_models_load(name, form, kwargs, weights):
     torch.manual_seed(1)
     model = load(name, weights(name, form, suffix), **kwargs)
     assert attach_rates(model) == {0.3 if form == 'training' else 1.0}
-    assert time_step_of(model) == (2 if form == 'training' else 0)
+    assert time_step(model) == (2 if form == 'training' else 0)
     expected = load(stock_name(name), weights(name, 'stock', suffix), **kwargs)
     in_chans = kwargs.get('in_chans', 3)
     classifier = kwargs.get('num_classes', 1000) != 7  # a new classifier is drawn afresh

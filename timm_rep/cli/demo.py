@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Dict, List, Optional, Tuple, Union, cast
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import timm
 import torch
@@ -18,13 +18,15 @@ from timm.utils import random_seed
 from torch import Tensor
 
 from ..core.fuse import fuse
-from ..core.verify import verify
+from ..core.verify import VerificationError, verify
 from ..hub.export import export_folder
+from ..io.extras import require_extra
 from ..report.cost import images_per_second
+from ..report.plots import draw_annealing
 
 __all__ = ['DemoResult', 'run_demo']
 
-EXTRA_PACKAGES = dict(sklearn='scikit-learn', matplotlib='matplotlib', tqdm='tqdm')
+EXTRA_PACKAGES = ('sklearn', 'matplotlib', 'tqdm')
 MODEL = 'orepa_resnet18'
 # Digits of 8x8 pixels, scaled up: a ResNet divides its input by 32.
 INPUT = dict(input_size=(3, 32, 32), pool_size=(1, 1), crop_pct=1.0, mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -101,12 +103,6 @@ class DemoResult:
     seconds: float
 
 
-def _check_extra() -> None:
-    missing = [package for module, package in EXTRA_PACKAGES.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        raise ImportError(f'the demo also needs {", ".join(missing)}: pip install "timm_rep[demo]"')
-
-
 def _load_own_loop() -> ModuleType:
     """Import examples/own_loop.py, which a wheel holds as timm_rep/cli/own_loop.py."""
     name = f'{__package__}.own_loop'
@@ -163,21 +159,18 @@ def _reload(folder: Path, images: Path) -> Dict[str, Any]:
     command = [sys.executable, '-I', '-c', RELOAD_SCRIPT, str(folder), str(images), str(BATCH_SIZE)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f'stock timm does not load {folder}:\n{done.stderr}')
+        raise VerificationError(f'stock timm does not load {folder}:\n{done.stderr}')
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _draw_digits(
-        figure: Any,
-        files: List[str],
-        predicted: Tensor,
-        targets: Tensor,
-        chosen: List[int],
-        rows: int,
-) -> None:
+def _draw_digits(title: str, files: List[str], predicted: Tensor, targets: Tensor, chosen: List[int]) -> Any:
+    """A figure of the first chosen images with their predictions."""
+    from matplotlib.figure import Figure  # an extra
     from PIL import Image
 
-    columns = 8
+    rows, columns = 4, 8
+    figure = Figure(figsize=(10, 7), layout='constrained', dpi=100)
+    figure.suptitle(title, fontsize=15, fontweight='bold')
     for axes, index in itertools.zip_longest(figure.subplots(rows, columns).flat, chosen[:rows * columns]):
         axes.axis('off')
         if index is None:
@@ -187,75 +180,46 @@ def _draw_digits(
         axes.set_title(
             str(guess) if guess == truth else f'{guess}, not {truth}',
             color='tab:green' if guess == truth else 'tab:red', fontsize=12, fontweight='bold', pad=3)
-
-
-def _draw(
-        path: Path,
-        history: List[Dict[str, float]],
-        files: List[str],
-        predicted: Tensor,
-        targets: Tensor,
-        title: str,
-        seed: int,
-) -> None:
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import MaxNLocator
-
-    figure = plt.figure(figsize=(14, 6.8), layout='constrained', dpi=100)
-    figure.suptitle(title, fontsize=16, fontweight='bold')
-    left, right = cast(Any, figure.subfigures(1, 2, width_ratios=(1.2, 1)))
-    sample, mistakes = left.subfigures(2, 1, height_ratios=(3, 1.2))
-
-    generator = torch.Generator().manual_seed(seed)
-    heading: Dict[str, Any] = dict(x=0.01, ha='left', fontsize=13)
-    sample.suptitle('Held-out digits, drawn at random, with the prediction', **heading)
-    _draw_digits(sample, files, predicted, targets, torch.randperm(len(files), generator=generator).tolist(), rows=3)
-    wrong = (predicted != targets).nonzero().flatten().tolist()
-    shown = ' (the first 8)' if len(wrong) > 8 else ''
-    mistakes.suptitle(f'Mistakes: {len(wrong)} of {len(files)}{shown}', **heading)
-    _draw_digits(mistakes, files, predicted, targets, wrong, rows=1)
-
-    epochs = range(len(history))  # counted from 0, as by timm
-    loss, accuracy, attach = right.subplots(3, 1, sharex=True, height_ratios=(1.2, 1.2, 0.7))
-    for key, label in (('train_loss', 'training'), ('eval_loss', 'held-out')):
-        loss.plot(epochs, [row[key] for row in history], marker='o', label=label)
-    loss.set(ylabel='loss', yscale='log')
-    loss.legend(frameon=False, fontsize=12, loc='lower left')
-    accuracy.plot(epochs, [row['eval_top1'] for row in history], marker='o', color='tab:orange')
-    accuracy.annotate(
-        f'{history[-1]["eval_top1"]:.1f}%', (epochs[-1], history[-1]['eval_top1']), xytext=(0, -20),
-        textcoords='offset points', ha='right', fontsize=13, fontweight='bold')
-    accuracy.set(ylabel='held-out top-1 (%)', ylim=(0, 103))
-    attach.plot(epochs, [row['attach_rate'] for row in history], marker='o', color='tab:purple')
-    attach.set(xlabel='epoch', ylabel='attach rate', ylim=(0, 1.1))
-    attach.xaxis.set_major_locator(MaxNLocator(integer=True))
-    starts = [epoch for epoch, row, before in zip(epochs[1:], history[1:], history)
-              if row['time_step'] != before['time_step']]
-    bounds = [-0.5, *(start - 0.5 for start in starts), epochs[-1] + 0.5]
-    attach.set_xlim(bounds[0], bounds[-1])
-    for number, (begin, end) in enumerate(itertools.pairwise(bounds)):
-        loss.text(
-            (begin + end) / 2, 1.03, f'time step {number}', ha='center', va='bottom', fontsize=13,
-            transform=loss.get_xaxis_transform())
-    for axes in (loss, accuracy, attach):
-        axes.grid(alpha=0.3)
-        axes.spines[['top', 'right']].set_visible(False)
-        for bound in bounds[1:-1]:
-            axes.axvline(bound, color='black', linestyle='--', linewidth=1.2)
-    for bound in bounds[1:-1]:
-        accuracy.annotate(
-            'branches folded,\nside branches redrawn', (bound, 10), xytext=(8, 0), textcoords='offset points',
-            fontsize=12)
-    right.align_ylabels()
-    figure.savefig(path)
-    plt.close(figure)
+    return figure
 
 
 def _table(rows: List[Tuple[str, ...]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows)]
     return '\n'.join('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def _train(
+        own_loop: ModuleType,
+        images: Path,
+        epochs: int,
+        seed: int,
+) -> Tuple[Any, Any, List[str], List[Dict[str, Any]]]:
+    """The trained model, its held-out images, the names of the classes, and figures of every epoch."""
+    device = torch.device('cpu')
+    train_set, test_set, classes = own_loop.create_datasets(images)
+    print(
+        f'[2/5] Training {MODEL} in {TIME_STEPS} time steps of {epochs} epochs on {len(train_set)} images; '
+        f'{len(test_set)} are held out')
+    model = timm.create_model(MODEL, num_classes=len(classes), pretrained_cfg_overlay=INPUT)
+    annealer = own_loop.create_annealer(
+        model, epochs=epochs, time_steps=TIME_STEPS, attach_warmup_epochs=min(ATTACH_WARMUP_EPOCHS, epochs - 1),
+        lr=LEARNING_RATE, seed=seed)
+    train_loader, test_loader = own_loop.create_loaders(
+        train_set, test_set, resolve_data_config(model=model), BATCH_SIZE, device, **AUGMENTATION)
+    history = own_loop.train(
+        model, annealer, train_loader, test_loader, device, warmup_epochs=min(WARMUP_EPOCHS, epochs - 1))
+    return model.eval(), test_loader, classes, history
+
+
+def _draw(output: Path, history: List[Dict[str, Any]], test_loader: Any, predicted: Tensor, targets: Tensor) -> None:
+    reader = test_loader.dataset.reader
+    files = [reader[index][0].name for index in range(len(targets))]
+    wrong = (predicted != targets).nonzero().flatten().tolist()
+    right = (predicted == targets).nonzero().flatten()
+    drawn = right[torch.randperm(len(right), generator=torch.Generator().manual_seed(0))].tolist()
+    title = f'Held-out digits with the prediction: {len(wrong)} of {len(files)} are wrong'
+    _draw_digits(title, files, predicted, targets, [*wrong[:8], *drawn]).savefig(output / 'digits.png')
+    draw_annealing(history, f'{MODEL} on handwritten digits').savefig(output / 'annealing.png')
 
 
 def run_demo(
@@ -265,7 +229,7 @@ def run_demo(
         seed: int = 0,
         images: Optional[int] = None,
 ) -> DemoResult:
-    """Train on handwritten digits, fuse, verify, export, reload with stock timm, and draw a picture of it.
+    """Train on handwritten digits, fuse, verify, export, reload with stock timm, and draw pictures of it.
 
     The training has two time steps (RepAn): after the first, all branches are folded and training goes on with fresh
     side branches, whose attach rate warms up again.
@@ -280,43 +244,29 @@ def run_demo(
         The figures that it prints at the end.
 
     Raises:
-        ImportError: If packages of the extra ``demo`` are missing.
-        VerificationError: If the fused model is not the function of its training form.
-        RuntimeError: If fusing or reloading changes the accuracy.
+        UserError: If packages of the extra ``demo`` are missing.
+        VerificationError: If the fused model is not the function of its training form, or does not keep its accuracy.
     """
-    _check_extra()
+    require_extra('the demo', 'demo', EXTRA_PACKAGES)
     own_loop = _load_own_loop()
     start = time.perf_counter()
     output = _fresh_folder(output)
     random_seed(seed)
-    device = torch.device('cpu')
 
     print(f'[1/5] Writing the images of scikit-learn\'s handwritten digits to {output / "images"}')
     _write_digits(output / 'images', seed, images)
-    train_set, test_set, classes = own_loop.create_datasets(output / 'images')
-
-    print(
-        f'[2/5] Training {MODEL} in {TIME_STEPS} time steps of {epochs} epochs on {len(train_set)} images; '
-        f'{len(test_set)} are held out')
-    model = timm.create_model(MODEL, num_classes=len(classes), pretrained_cfg_overlay=INPUT)
-    train_loader, test_loader = own_loop.create_loaders(
-        train_set, test_set, resolve_data_config(model=model), BATCH_SIZE, device, **AUGMENTATION)
-    history = own_loop.train(
-        model, train_loader, test_loader, device, epochs=epochs, time_steps=TIME_STEPS,
-        attach_warmup_epochs=min(ATTACH_WARMUP_EPOCHS, epochs - 1), lr=LEARNING_RATE,
-        warmup_epochs=min(WARMUP_EPOCHS, epochs - 1))
-    ends = tuple(history[(step + 1) * epochs - 1]['eval_top1'] for step in range(TIME_STEPS))
-    reached = ', '.join(f'{end:.2f}% after time step {step}' for step, end in enumerate(ends))
+    model, test_loader, classes, history = _train(own_loop, output / 'images', epochs, seed)
+    ends = tuple(history[step * epochs - 1]['eval_top1'] for step in range(1, TIME_STEPS + 1))
+    reached = ', '.join(f'{end:.2f}% after time step {step}' for step, end in enumerate(ends, start=1))
     print(f'      Held-out top-1: {reached}; in between, the branches were folded and the side branches drawn afresh')
 
     print('[3/5] Fusing, and comparing with the training form')
-    model.eval()
     fused: Any = fuse(model)
     report = verify(model, fused)
     print(f'      {report}')
-    predicted, targets = _predict(model, test_loader)
-    predicted_fused, _ = _predict(fused, test_loader)
-    correct, correct_fused = ((guess == targets).sum().item() for guess in (predicted, predicted_fused))
+    predicted, targets = _predict(fused, test_loader)
+    fused_correct = (predicted == targets).sum().item()
+    correct = (_predict(model, test_loader)[0] == targets).sum().item()
     speeds = images_per_second([model, fused], next(iter(test_loader))[0][:TIMING_BATCH], TIMING_ROUNDS)
 
     top1 = 100 * correct / len(targets)
@@ -325,30 +275,30 @@ def run_demo(
     export_folder(
         model, folder, dataset='scikit-learn digits', metrics=dict(top1=top1), tag='orepa_digits', label_names=classes)
     reloaded = _reload(folder, output / 'images')
-    if not correct == correct_fused == reloaded['correct']:
-        raise RuntimeError(
+    if not correct == fused_correct == reloaded['correct']:
+        raise VerificationError(
             f'accuracy is not kept: of {len(targets)} images the training form has {correct} right, the fused model '
-            f'{correct_fused}, the reloaded one {reloaded["correct"]}'
+            f'{fused_correct}, the reloaded one {reloaded["correct"]}'
         )
 
-    picture = output / 'demo.png'
-    print(f'[5/5] Drawing {picture}')
-    parameters = [sum(p.numel() for p in form.parameters()) for form in (model, fused)]
-    _draw(
-        picture, history, [test_set.reader[i][0].name for i in range(len(test_set))], predicted_fused, targets,
-        f'{MODEL} on handwritten digits: {top1:.1f}% top-1 before and after fusing, '
-        f'{parameters[0] / 1e6:.1f} M to {parameters[1] / 1e6:.1f} M parameters', seed)
+    print(f'[5/5] Drawing {output / "digits.png"} and {output / "annealing.png"}')
+    _draw(output, history, test_loader, predicted, targets)
+    parameters = (sum(p.numel() for p in model.parameters()), sum(p.numel() for p in fused.parameters()))
+    result = DemoResult(
+        output, top1, parameters, (speeds[0], speeds[1]), report.model.relative, ends, time.perf_counter() - start)
+    _print_result(result, fused.pretrained_cfg['architecture'], reloaded['model'], f'({correct}/{len(targets)})')
+    print(f'\nPictures: {output}\nModel:    {folder}\nTook {result.seconds:.0f} s')
+    return result
 
-    seconds = time.perf_counter() - start
-    accuracy = f'{top1:.2f}% ({correct}/{len(targets)})'
+
+def _print_result(result: DemoResult, stock: str, reloaded: str, count: str) -> None:
+    accuracy = f'{result.top1:.2f}% {count}'
+    trained, fused = (f'{number:,}' for number in result.parameters)
     print('\n' + _table([
         ('', 'training form', 'fused', 'reloaded by stock timm'),
-        ('model', MODEL, fused.pretrained_cfg['architecture'], reloaded['model']),
+        ('model', MODEL, stock, reloaded),
         ('held-out top-1', accuracy, accuracy, accuracy),
-        ('parameters', f'{parameters[0]:,}', f'{parameters[1]:,}', f'{parameters[1]:,}'),
-        ('images/s', f'{speeds[0]:,.0f}', f'{speeds[1]:,.0f}', '-'),
-        ('largest difference', '-', f'{report.model.relative:.1e}', '-'),
+        ('parameters', trained, fused, fused),
+        ('images/s', *(f'{speed:,.0f}' for speed in result.images_per_second), '-'),
+        ('largest difference', '-', f'{result.difference:.1e}', '-'),
     ]))
-    print(f'\nPicture: {picture}\nModel:   {folder}\nTook {seconds:.0f} s')
-    return DemoResult(
-        output, top1, (parameters[0], parameters[1]), (speeds[0], speeds[1]), report.model.relative, ends, seconds)

@@ -1,26 +1,24 @@
-"""Annealing through re-parameterization: attach rate, schedule of time steps, and the step from one to the next.
+"""Annealing through re-parameterization: the schedule of time steps, and the step from one to the next.
 
-No training loop is in here. A loop of your own needs these calls:
+:class:`~timm_rep.core.annealer.Annealer` puts them together, for any training loop:
 
->>> import timm, timm_rep
->>> model = timm.create_model('repan_resnet18_cifar')
->>> schedule = timm_rep.AnnealingSchedule(time_steps=2, epochs=3, warmup_epochs=1)
+>>> import torch, timm, timm_rep
+>>> model = timm.create_model('repan_resnet18_cifar', num_classes=2)
+>>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+>>> schedule = timm_rep.AnnealingSchedule(time_steps=2, epochs=2, warmup_epochs=1)
+>>> annealer = timm_rep.Annealer(model, optimizer, schedule)
 >>> for epoch in range(schedule.total_epochs):
-...     position = schedule.position(epoch)
-...     if position.begins and position.time_step > 0:
-...         timm_rep.begin_time_step(model, attach_rate=position.attach_rate)  # and reset_optimizer(optimizer)
-...     timm_rep.set_attach_rate(model, position.attach_rate)
+...     position = annealer.begin_epoch(epoch)
+...     loss = model(torch.randn(4, 3, 8, 8)).logsumexp(1).mean()  # an epoch of any kind
+...     optimizer.zero_grad()
+...     loss.backward()
+...     optimizer.step()
+...     row = annealer.end_epoch(train_loss=loss.item())  # of annealer.history
 ...     print(epoch, position.time_step, position.attach_rate)
 0 0 0.5
 1 0 1.0
-2 0 1.0
-3 1 0.5
-4 1 1.0
-5 1 1.0
-
-A model that starts from given weights begins with a transition of its own, or the first attach rate below one would
-change what it computes: ``begin_time_step(model, attach_rate=schedule.position(0).attach_rate, compensate=True)``, then
-``set_time_step(model, 0)``.
+2 1 0.5
+3 1 1.0
 
 Source: RepAn, `Enhanced Annealing through Re-parameterization` (CVPR 2024).
 """
@@ -36,33 +34,12 @@ import torch.nn as nn
 from .errors import UserError
 from .layers import AnnealedModule
 from .layers.base import check_attach_rate
-from .walk import annealed_modules
+from .walk import annealed_modules, set_attach_rate
 
 __all__ = [
-    'AnnealingSchedule', 'Position', 'attach_rate', 'begin_time_step', 'reset_optimizer', 'set_time_step',
-    'time_step_of',
+    'AnnealingSchedule', 'Position', 'attach_rate', 'begin_time_step', 'check_rep_layers', 'reset_optimizer',
+    'set_attach_rate', 'set_time_step', 'time_step',
 ]
-
-
-def attach_rate(epoch: int, warmup_epochs: int) -> float:
-    """Attach rate of an epoch: ``min((epoch + 1) / (warmup_epochs + 1), 1)``.
-
-    RepAn, equation 5 of the supplement, which prints ``max``; its text and code need ``min``.
-
-    Args:
-        epoch: Epoch within its time step, from 0.
-        warmup_epochs: Epochs at the start of a time step in which the rate is below one, 0 for none.
-
-    Returns:
-        Rate in (0, 1].
-
-    Raises:
-        UserError: For a number that is negative or not finite.
-    """
-    if not (0 <= epoch < math.inf and 0 <= warmup_epochs < math.inf):
-        raise UserError(
-            f'epochs must be finite and not negative, got epoch={epoch}, warmup_epochs={warmup_epochs}')
-    return min((epoch + 1) / (warmup_epochs + 1), 1.0)
 
 
 @dataclass(frozen=True)
@@ -85,6 +62,10 @@ class Position:
 @dataclass(frozen=True)
 class AnnealingSchedule:
     """Time steps of a training: cycles that each warm up the attach rate and descend the learning rate once.
+
+    The attach rate of an epoch ``e`` of a time step, from 0, with ``w`` epochs of warm-up is
+    ``min((e + 1) / (w + 1), 1)``: RepAn, equation 5 of the supplement, which prints ``max``; its text and code need
+    ``min``.
 
     Args:
         time_steps: Number of time steps.
@@ -153,6 +134,11 @@ class AnnealingSchedule:
         return [0, *(self.prefix_epochs + start for start in starts[1:])]
 
     @property
+    def anneals(self) -> bool:
+        """Whether it asks for side branches at all: it has several time steps, or warms up the attach rate."""
+        return self.time_steps > 1 or self.warmup_epochs > 0
+
+    @property
     def total_epochs(self) -> int:
         """Epochs of the whole training."""
         return self._starts()[-1] + self.cooldown_epochs
@@ -174,11 +160,42 @@ class AnnealingSchedule:
         starts = self._starts()[:-1]
         time_step = max(step for step, start in enumerate(starts) if start <= epoch)
         within = epoch - starts[time_step]
-        return Position(time_step, within, attach_rate(within, self.warmup_epochs), within == 0)
+        rate = min((within + 1) / (self.warmup_epochs + 1), 1.0)
+        return Position(time_step, within, rate, within == 0)
 
 
-def time_step_of(model: nn.Module) -> int:
-    """The time step that a model is in, as saved with its weights.
+def check_rep_layers(model: nn.Module) -> None:
+    """Raise a UserError if a model has nothing to anneal."""
+    if not any(annealed_modules(model)):
+        raise UserError(f'{type(model).__name__} has no rep layers, so no side branches to anneal')
+
+
+def _the_one(model: nn.Module, what: str) -> Any:
+    check_rep_layers(model)
+    values = {getattr(module, what).item() for _, module in annealed_modules(model)}
+    if len(values) > 1:
+        raise UserError(f'the rep layers are in different {what.replace("_", " ")}s: {sorted(values)}')
+    return values.pop()
+
+
+def attach_rate(model: nn.Module) -> float:
+    """The attach rate that is in force in a model; :func:`set_attach_rate` sets it.
+
+    Args:
+        model: Model with rep layers.
+
+    Returns:
+        Factor of the side branches, in [0, 1].
+
+    Raises:
+        UserError: If the model has no rep layers, or they have different rates.
+    """
+    rate: float = _the_one(model, 'attach_rate')
+    return rate
+
+
+def time_step(model: nn.Module) -> int:
+    """The time step that a model is in, as saved with its weights; :func:`set_time_step` sets it.
 
     Args:
         model: Model with rep layers.
@@ -189,24 +206,20 @@ def time_step_of(model: nn.Module) -> int:
     Raises:
         UserError: If the model has no rep layers, or they are not in the same time step.
     """
-    steps = {int(module.time_step) for _, module in annealed_modules(model)}
-    if not steps:
-        raise UserError(f'{type(model).__name__} has no rep layers, so no side branches to anneal')
-    if len(steps) > 1:
-        raise UserError(f'the rep layers are in different time steps: {sorted(steps)}')
-    return steps.pop()
+    number: int = _the_one(model, 'time_step')
+    return number
 
 
-def set_time_step(model: nn.Module, time_step: int) -> None:
+def set_time_step(model: nn.Module, number: int) -> None:
     """Say which time step a model is in, without changing anything else.
 
     Args:
         model: Model with rep layers.
-        time_step: Number of time steps that have begun before it.
+        number: Number of time steps that have begun before it.
     """
-    for module in model.modules():
+    for module in model.modules():  # those inside a block or a stack, too
         if isinstance(module, AnnealedModule):
-            module.time_step.fill_(time_step)
+            module.time_step.fill_(number)
 
 
 def reset_optimizer(optimizer: Any) -> None:
@@ -248,9 +261,10 @@ def begin_time_step(
 ) -> None:
     """Fold every layer's branches, draw its side branches afresh, put the folded kernel into its origin branch.
 
-    Works in place, in training and eval mode: the same parameters, the same shapes, nothing to recompile. Forget the
-    optimizer's state afterwards (:func:`reset_optimizer`). Do the same, with a generator of the same seed, on an
-    averaged copy of the model (EMA). In a distributed training call it on every process: all end up with the first
+    Works in place, in training and eval mode: the same parameters, the same shapes, nothing to recompile. An
+    :class:`~timm_rep.core.annealer.Annealer` calls it when it is due; who calls it by hand forgets the optimizer's
+    state afterwards (:func:`reset_optimizer`), and does the same, with a generator of the same seed, on an averaged
+    copy of the model (EMA). In a distributed training call it on every process: all end up with the first
     one's weights.
 
     Outputs in eval mode stay the same at every attach rate for linear (OREPA) layers, also inside RepVGG blocks. For
@@ -271,7 +285,7 @@ def begin_time_step(
     Raises:
         UserError: If the model has no rep layers, or for a rate outside [0, 1]. The model is then unchanged.
     """
-    time_step_of(model)
+    time_step(model)  # raises unless it is the same everywhere
     check_attach_rate(attach_rate)
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     for _, module in annealed_modules(model):

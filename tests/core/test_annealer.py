@@ -1,0 +1,238 @@
+"""The annealer: one object around the epochs of a loop, on the model and its averaged copies, resumed at any epoch."""
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from helpers import (
+    MODEL_RTOL,
+    assert_near,
+    assert_same_state,
+    mixed_model,
+    randn,
+    randomize_,
+    state_of,
+    tiny_resnet,
+)
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+
+import timm_rep
+from timm_rep import Annealer, AnnealingSchedule, attach_rate
+from timm_rep.core.annealing import set_time_step, time_step
+from timm_rep.core.walk import annealed_modules
+
+SCHEDULE = AnnealingSchedule(time_steps=3, epochs=2, warmup_epochs=1)
+
+
+class Loop:
+    """A loop of one's own with an averaged model, and what it would save."""
+
+    def __init__(self, **kwargs):
+        torch.manual_seed(0)
+        self.model = mixed_model().train()
+        self.averaged = ModelEmaV3(self.model, decay=0.75)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
+        self.annealer = Annealer(self.model, self.optimizer, SCHEDULE, averaged=[self.averaged], seed=3, **kwargs)
+
+    def epoch(self, epoch):
+        position = self.annealer.begin_epoch(epoch)
+        had_state = bool(self.optimizer.state)
+        for step in range(2):
+            self.optimizer.zero_grad()
+            loss = self.model(randn(4, 3, 16, 16, seed=2 * epoch + step, dtype=torch.float32)).square().mean()
+            loss.backward()
+            self.optimizer.step()
+            self.averaged.update(self.model)
+        self.annealer.end_epoch(train_loss=loss.item())
+        return position, had_state
+
+    def saved(self):
+        holders = self.model, self.averaged, self.optimizer
+        return copy.deepcopy([holder.state_dict() for holder in holders])
+
+    def load(self, saved):
+        for holder, state in zip((self.model, self.averaged, self.optimizer), saved):
+            holder.load_state_dict(state)
+
+
+@pytest.fixture(scope='module')
+def course():
+    """A loop that nothing interrupted, and its states after every epoch."""
+    loop, saved, seen = Loop(log_branches=True), [], []
+    for epoch in range(SCHEDULE.total_epochs):
+        position, had_state = loop.epoch(epoch)
+        assert time_step(loop.model) == time_step(loop.averaged) == position.time_step
+        assert attach_rate(loop.model) == attach_rate(loop.averaged) == position.attach_rate
+        seen.append((position.time_step, position.attach_rate, had_state))
+        saved.append(loop.saved())
+    return loop, saved, seen
+
+
+def test_course_of_a_training(course):
+    loop, _, seen = course
+    # no momentum where a time step begins
+    assert seen == [(step, rate, rate == 1) for step in range(3) for rate in (0.5, 1.0)]
+    assert [(row['epoch'], row['time_step'], row['attach_rate']) for row in loop.annealer.history] == [
+        (epoch, epoch // 2, (0.5, 1.0)[epoch % 2]) for epoch in range(6)]
+    assert {row['lr'] for row in loop.annealer.history} == {0.01}
+    assert all(row['train_loss'] > 0 for row in loop.annealer.history)
+    model = loop.model.eval()
+    x = randn(2, 3, 16, 16, dtype=torch.float32)
+    with torch.no_grad():
+        assert_near(timm_rep.fuse(model)(x), model(x), 1e-4)
+
+
+@pytest.mark.parametrize('epoch', [0, 1, 3])
+def test_resumed_training_ends_in_the_same_weights(course, epoch):
+    _, saved, _ = course
+    loop = Loop()
+    loop.load(saved[epoch])
+    for later in range(epoch + 1, SCHEDULE.total_epochs):
+        loop.epoch(later)
+    for state, expected in zip(loop.saved()[:2], saved[-1]):
+        assert_same_state(state, expected)
+
+
+def test_transition_is_that_of_begin_time_step_with_one_draw(course):
+    _, saved, _ = course
+    loop, other = Loop(imply_statistics=True, compensate=True), Loop()
+    for each in (loop, other):
+        each.load(saved[1])
+    loop.annealer.begin_epoch(2)
+    for form, expected in ((loop.model, other.model), (loop.averaged, other.averaged)):
+        timm_rep.begin_time_step(
+            expected, torch.Generator().manual_seed(3 + 1), attach_rate=0.5, compensate=True, imply_statistics=True)
+        assert_same_state(form.state_dict(), expected.state_dict())
+
+
+@pytest.mark.parametrize('rep_layer', ['rep', 'orepa'])
+@torch.no_grad()
+def test_weights_to_start_from_keep_their_outputs(rep_layer):
+    forms = [timm.create_model('repan_repvgg_a0_cifar', num_classes=5, rep_layer=rep_layer) for _ in range(2)]
+    x = randn(2, 3, 16, 16, dtype=torch.float32)
+    before = [(state_of(randomize_(form, seed).eval()), form(x)) for seed, form in enumerate(forms)]
+    set_time_step(forms[0], 7)  # of another training
+    optimizer = torch.optim.SGD(forms[0].parameters(), lr=0.1)
+    annealer = Annealer(forms[0], optimizer, SCHEDULE, averaged=forms[1:], start_weights=True)
+    annealer.begin_epoch(0)
+    for form, (state, outputs) in zip(forms, before):
+        assert_near(form(x), outputs, MODEL_RTOL[torch.float32])
+        assert (attach_rate(form), time_step(form)) == (0.5, 0)
+        after = form.state_dict()
+        assert {int(after[key]) for key in after if key.endswith('time_step')} == {0}  # inside of blocks, too
+        assert not any(torch.equal(after[key], state[key]) for key in after if key.endswith('conv_1x1.conv.weight'))
+    # once
+    again = state_of(forms[0])
+    annealer.begin_epoch(0)
+    assert_same_state(forms[0].state_dict(), again)
+
+
+def test_weights_to_start_from_are_left_alone_where_the_training_goes_on(course):
+    _, saved, _ = course
+    loop = Loop(start_weights=True)
+    loop.load(saved[2])
+    loop.annealer.begin_epoch(3)
+    expected = {key: torch.ones_like(v) if key.endswith('attach_rate') else v for key, v in saved[2][0].items()}
+    assert_same_state(loop.model.state_dict(), expected)
+
+
+def test_fresh_weights_start_as_they_were_drawn():
+    loop = Loop()
+    for form in (loop.model, loop.averaged):
+        state = state_of(form)
+        loop.annealer.begin_epoch(0)
+        expected = {key: torch.full_like(v, 0.5) if key.endswith('attach_rate') else v for key, v in state.items()}
+        assert_same_state(form.state_dict(), expected)
+
+
+def test_time_steps_that_do_not_fit_raise_and_change_nothing():
+    loop = Loop()
+    before = loop.saved()
+    for number, averaged_number, message in (
+            (2, 2, 'epoch 3 lies in time step 2, the model is in 3 already; .* start_weights=True'),
+            (0, 1, r'model and its averaged copies are in different time steps: \[0, 1\]'),
+    ):
+        set_time_step(loop.model, number)
+        set_time_step(loop.averaged, averaged_number)
+        with pytest.raises(timm_rep.UserError, match=message):
+            loop.annealer.begin_epoch(3)
+    for form in (loop.model, loop.averaged):
+        set_time_step(form, 0)
+    assert_same_state(loop.model.state_dict(), before[0])
+
+
+def test_plain_models_are_for_schedules_without_annealing():
+    model = tiny_resnet()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for schedule in (AnnealingSchedule(2, 1), AnnealingSchedule(1, 2, 1)):
+        with pytest.raises(timm_rep.UserError, match='ResNet has no rep layers, so no side branches to anneal'):
+            Annealer(model, optimizer, schedule)
+    before = state_of(model)
+    annealer = Annealer(model, optimizer, AnnealingSchedule(1, 2))
+    for epoch in range(2):
+        annealer.begin_epoch(epoch)
+        assert annealer.end_epoch() == dict(epoch=epoch, time_step=0, attach_rate=1.0, lr=0.1)
+    assert_same_state(model.state_dict(), before)
+
+
+def test_without_annealing_the_rate_of_a_model_stays():
+    loop = Loop()
+    timm_rep.set_attach_rate(loop.model, 0.4)
+    Annealer(loop.model, loop.optimizer, AnnealingSchedule(1, 2)).begin_epoch(0)
+    assert attach_rate(loop.model) == pytest.approx(0.4)
+
+
+def test_history_holds_every_epoch_once():
+    loop = Loop(log_branches=True)
+    with pytest.raises(timm_rep.UserError, match='no epoch has begun'):
+        loop.annealer.end_epoch()
+    for epoch in (0, 1, 0, 1):
+        loop.epoch(epoch)
+    assert [row['epoch'] for row in loop.annealer.history] == [0, 1]
+    keys = [(row['epoch'], row['depth'], row['branch']) for row in loop.annealer.branch_rows]
+    assert len(set(keys)) == len(keys)
+    with pytest.raises(timm_rep.UserError, match='no epoch has begun'):
+        loop.annealer.end_epoch()
+
+
+# Gradients of branches
+
+
+@pytest.mark.parametrize('opt', ['momentum', 'lookahead_momentum'])
+def test_branch_rows_are_the_root_mean_square_of_the_gradients(opt):
+    model = timm.create_model('repan_resnet18_cifar', rep_layer='orepa', num_classes=5)
+    optimizer = create_optimizer_v2(model, opt=opt, lr=0.0)
+    annealer = Annealer(nn.DataParallel(model), optimizer, AnnealingSchedule(1, 2), log_branches=True)
+    for epoch in range(2):
+        annealer.begin_epoch(epoch)
+        expected = {}
+        for seed in (0, 1):
+            optimizer.zero_grad()
+            model(randn(4, 3, 8, 8, seed=2 * epoch + seed, dtype=torch.float32)).square().sum().backward()
+            optimizer.step()
+            for depth, (name, module) in enumerate(annealed_modules(model)):
+                for branch, gradient in module.branch_gradients().items():
+                    key = epoch, depth, name, branch
+                    expected[key] = expected.get(key, 0) + gradient.square().mean().sqrt().item() / 2
+        annealer.end_epoch()
+        rows = [row for row in annealer.branch_rows if row['epoch'] == epoch]
+        assert {tuple(row.values())[:4]: row['rms'] for row in rows} == pytest.approx(expected, rel=1e-4)
+        assert list(rows[0]) == ['epoch', 'depth', 'layer', 'branch', 'rms']
+
+
+# What a model says of itself
+
+
+def test_attach_rate_and_time_step_read_what_is_set():
+    model = mixed_model()
+    timm_rep.set_attach_rate(model, 0.25)
+    set_time_step(model, 2)
+    for form in (model, nn.DataParallel(model), ModelEmaV3(model)):
+        assert (attach_rate(form), time_step(form)) == (0.25, 2)
+    next(iter(annealed_modules(model)))[1].set_attach_rate_(0.5)
+    with pytest.raises(timm_rep.UserError, match=r'in different attach rates: \[0.25, 0.5\]'):
+        attach_rate(model)
+    with pytest.raises(timm_rep.UserError, match='has no rep layers'):
+        attach_rate(tiny_resnet())

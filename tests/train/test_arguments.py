@@ -1,0 +1,248 @@
+"""What the wrapper refuses, in one line and before anything is written; its recipes."""
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import yaml
+from interrupted_run import MODEL, arguments, contents, rows, run
+from timm.data import resolve_data_config
+
+import timm_rep
+from timm_rep.core.walk import annealed_modules
+from timm_rep.train import main
+from timm_rep.train.arguments import recipe_file, recipe_names
+from timm_rep.train.wrapper import load_script
+
+SCRIPT = Path(timm_rep.__file__).parents[1] / 'train_scripts' / 'train.py'
+
+
+@pytest.fixture
+def refusal(tmp_path, monkeypatch, capsys):
+    """Run the wrapper in this process, in an empty folder; what it says when it refuses."""
+    def refused(argv):
+        with pytest.raises(SystemExit) as exit_info:
+            main([str(argument) for argument in argv], prog='train.py')
+        assert exit_info.value.code == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if 'Warning' not in line]
+        assert len(lines) == 1, lines
+        assert lines[0].startswith('train.py: ')
+        return lines[0]
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(timm.utils, 'setup_default_logging', lambda: None)
+    own_argv = sys.argv
+    yield refused
+    assert sys.argv is own_argv
+
+
+BAD = [
+    (['--time-steps', 0], 'time_steps must be at least 1, got 0'),
+    (['--attach-warmup-epochs', 3], 'less than the 2 epochs of a time step.*got 3'),
+    (['--attach-warmup-epochs', -1], 'got -1'),
+    (['--warmup-epochs', 2], r'warm-up of the learning rate \(--warmup-epochs 2\) must be shorter'),
+    (['--model', 'resnet18'], 'resnet18 has no rep layers'),
+    (['--sched', 'step'], '--sched step cannot restart at a time step; allowed are cosine, tanh, poly'),
+    (['--lr-cycle-limit', 2], 'contradicts --time-steps 3'),
+    (['--lr-cycle-mul', 0.5], 'at least 1, got 0.5'),
+    (['--lr-cycle-mul', 'nan'], 'a number of at least 1, got nan'),
+    (['--torchscript'], '--torchscript takes the rep layers apart'),
+    (['--model', 'resnet19'], "unknown model 'resnet19'"),
+    (['--model-kwargs', 'rep_layer=acnet'], "unknown method 'acnet'; allowed are 'orepa', 'dbb', 'acb', 'rep'"),
+    (['--time-steps', 1, '--lr-cycle-limit', 3], 'contradicts --time-steps 1'),
+    (['--sched-on-updates', '--epochs', 3, '--lr-cycle-mul', 1.5], 'whole number of epochs.*: 3, 4.5, 6.75'),
+    (['--sched-on-updates', '--epochs', 25, '--lr-cycle-mul', 1.4],
+     r'restarts at the epochs \[0, 25, 60\] and the time steps at \[0, 25, 61\], as timm rounds'),
+    (['--resume', '.'], 'takes a checkpoint file or auto, got the folder'),
+    (['--resume', 'missing.pth.tar'], 'no checkpoint file at missing.pth.tar'),
+    (['--recipe', 'repan_mnist'], "no recipe 'repan_mnist', .* there are finetune, orepa_imagenet, repan_cifar10,"),
+    (['--recipe', 'finetune', '--config', 'mine.yaml'], 'are both files of options; give one of them'),
+    (['--config', 'missing.yaml'], 'the file of options missing.yaml cannot be read: No such file or directory'),
+    (['--config', '.'], 'the file of options . cannot be read: Is a directory'),
+]
+
+
+@pytest.mark.parametrize(('more', 'message'), BAD, ids=[' '.join(map(str, more)) for more, _ in BAD])
+def test_bad_input_is_one_clear_error_and_nothing_is_written(scripts, tmp_path, refusal, more, message):
+    line = refusal(arguments(scripts, *more))
+    assert re.search(message, line), line
+    assert contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize(('content', 'message'), [
+    ('time_steps: 2.5\n', '--time-steps takes a whole number, got 2.5'),
+    ('time_steps: [2\n', 'recipe.yaml is not a YAML file'),
+    ('- 2\n', 'recipe.yaml must hold options and their values'),
+    ('', 'recipe.yaml must hold options and their values'),
+])
+def test_bad_config_files(scripts, tmp_path, refusal, content, message):
+    (tmp_path / 'recipe.yaml').write_text(content)
+    for option in ('--config', '--recipe'):
+        assert message in refusal(arguments(scripts, option, 'recipe.yaml')[2:])
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """The folder of a finished run, to go on in."""
+    folder = tmp_path / 'output/train/run'
+    folder.mkdir(parents=True)
+    for path in finished.iterdir():
+        (folder / path.name).symlink_to(path)
+    return folder
+
+
+@pytest.mark.parametrize(('more', 'message'), [
+    ([], 'holds another run; go on with it by --resume auto'),
+    (['--resume', 'auto', '--time-steps', 4], 'of a run with --time-steps 3, this one has --time-steps 4'),
+    (['--resume', 'auto', '--epochs', 3], 'of a run with --epochs 2, this one has --epochs 3'),
+    (['--resume', 'auto', '--attach-warmup-epochs', 0], 'of a run with --attach-warmup-epochs 1'),
+    (['--resume', 'auto', '--model', 'repan_repvgg_a1_cifar'], 'of a run with --model repan_repvgg_a0_cifar'),
+    (['--resume', 'auto', '--seed', 7], 'of a run with --seed 42, this one has --seed 7'),
+    (['--resume', 'auto', '--compensate'], 'of a run with --compensate False, this one has --compensate True'),
+    (['--resume', 'auto', '--start-epoch', 1], 'epoch 1 lies before time step 3'),
+    (['--resume', 'output/train/run/last.pth.tar', '--experiment', 'other', '--time-steps', 2], '--time-steps 3'),
+    (['--resume', 'auto', '--experiment', ''], 'name it with --experiment; output/train holds run'),
+    (['--resume', 'auto', '--experiment', '', '--output', 'elsewhere'], 'name it with --experiment; elsewhere holds'),
+])
+def test_folder_or_checkpoint_of_another_run_is_refused(copied, scripts, tmp_path, refusal, more, message):
+    before = contents(tmp_path)
+    assert message in refusal(arguments(scripts, *more))
+    assert contents(tmp_path) == before
+
+
+def test_weights_that_a_run_kept_are_not_started_anew_over(copied, scripts, tmp_path, refusal):
+    for path in [copied / 'last.pth.tar', *copied.glob('checkpoint-*.pth.tar')]:
+        path.unlink()
+    before = contents(tmp_path)
+    line = refusal(arguments(scripts, '--resume', 'auto'))
+    assert 'holds the weights of a run (model_best.pth.tar, time_step-1-ema-stock.safetensors, ' in line
+    assert contents(tmp_path) == before
+
+
+def test_damaged_checkpoints_are_no_reason_to_start_anew(copied, scripts, tmp_path, refusal):
+    for path in copied.glob('*.pth.tar'):
+        content = path.read_bytes()[:1000]
+        path.unlink()
+        path.write_bytes(content)
+    before = contents(tmp_path)
+    assert 'no checkpoint in output/train/run is whole: ' in refusal(arguments(scripts, '--resume', 'auto'))
+    assert contents(tmp_path) == before
+
+
+def test_checkpoint_without_an_epoch_is_refused(finished, scripts, tmp_path, refusal):
+    weights = dict(state_dict=torch.load(finished / 'last.pth.tar', weights_only=False)['state_dict'])
+    torch.save(weights, tmp_path / 'weights.pth')
+    (tmp_path / 'args.yaml').write_text((finished / 'args.yaml').read_text())
+    assert 'does not say of which epoch it is' in refusal(arguments(scripts, '--resume', 'weights.pth'))
+
+
+def test_checkpoint_of_a_run_without_time_steps_is_refused(finished, scripts, tmp_path, refusal):
+    checkpoint = torch.load(finished / 'last.pth.tar', weights_only=False)
+    for name in ('time_steps', 'attach_warmup_epochs'):
+        delattr(checkpoint['args'], name)
+    torch.save(checkpoint, tmp_path / 'plain.pth.tar')
+    assert 'of a run with --time-steps 1, this one has --time-steps 3' in refusal(
+        arguments(scripts, '--resume', 'plain.pth.tar'))
+
+
+def test_file_in_the_place_of_the_output_folder(scripts, tmp_path, refusal):
+    (tmp_path / 'output').mkdir()
+    (tmp_path / 'output/train').write_text('mine')
+    line = refusal(arguments(scripts))
+    assert 'no folder can be made at output/train/run: ' in line
+    assert line.endswith('output/train is a file')
+
+
+@pytest.mark.parametrize(('source', 'message'), [
+    ('parser = None\n', 'it lacks _parse_args, main, train_one_epoch'),
+    ('parser = _parse_args = main = None\ndef train_one_epoch(epoch, net, optimizer, args): pass\n',
+     'it lacks model of train_one_epoch, output_dir of train_one_epoch, model_ema or task of train_one_epoch'),
+])
+def test_script_that_does_not_fit_is_refused(tmp_path, refusal, source, message):
+    (tmp_path / 'train.py').write_text(source)
+    assert message in refusal(arguments(tmp_path))
+
+
+def test_missing_script_says_how_to_get_it(tmp_path, refusal):
+    assert 'git clone' in refusal(arguments(tmp_path / 'nowhere'))
+
+
+@pytest.mark.parametrize('command', [['-m', 'timm_rep.train'], [str(SCRIPT)]], ids=['module', 'script'])
+def test_help_shows_own_options_then_those_of_timm(scripts, command):
+    if not SCRIPT.exists() and command == [str(SCRIPT)]:
+        pytest.skip('the script is in a checkout only')
+    command = [sys.executable, *command, '--timm-scripts', str(scripts), '--help']
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 0 < done.stdout.index('--attach-warmup-epochs') < done.stdout.index('Stand-in training')
+    assert '--checkpoint-hist' in done.stdout
+
+
+def test_help_may_be_cut_off(scripts):
+    command = [sys.executable, '-u', '-m', 'timm_rep.train', '--timm-scripts', str(scripts), '--help']
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert 'usage' in process.stdout.readline()
+        process.stdout.close()
+        assert 'Traceback' not in (errors := process.stderr.read()), errors
+    assert process.returncode == 1
+
+
+# Recipes
+
+
+@pytest.fixture(params=recipe_names())
+def recipe(request):
+    return request.param
+
+
+def test_recipe_fits_its_model_and_schedule(recipe):
+    settings = yaml.safe_load(recipe_file(recipe).read_text())
+    model = timm.create_model(settings['model'], device='meta')
+    assert any(annealed_modules(model))
+    schedule = timm_rep.AnnealingSchedule(
+        settings.get('time_steps', 1), settings['epochs'], settings.get('attach_warmup_epochs', 0))
+    assert schedule.warmup_epochs < schedule.epochs / 2
+    assert settings['warmup_epochs'] < schedule.epochs
+    # --img-size is heard: an input_size would come before it
+    assert resolve_data_config(dict(settings, img_size=64), model=model)['input_size'] == (3, 64, 64)
+
+
+def test_the_promised_recipes_are_there():
+    assert recipe_names() == ['finetune', 'orepa_imagenet', 'repan_cifar10', 'repan_cifar100', 'repan_imagenet']
+    for name in recipe_names():
+        text = recipe_file(name).read_text()
+        assert f'timm-rep train --recipe {name} --experiment ' in text  # --resume auto needs its name
+
+
+def test_recipe_by_name_or_path(scripts, tmp_path):
+    mine = tmp_path / 'mine.yaml'
+    mine.write_text(yaml.safe_dump(dict(model=MODEL, time_steps=2, epochs=1, attach_warmup_epochs=0, warmup_epochs=0)))
+    code, log = run(tmp_path, ['--recipe', 'mine.yaml', '--timm-scripts', scripts, '--experiment', 'run'])
+    assert code == 0, log
+    assert len(rows(tmp_path / 'output/train/run/summary.csv')) == 2
+    args = yaml.safe_load((tmp_path / 'output/train/run/args.yaml').read_text())
+    assert not {'recipe', 'timm_scripts', 'config'} & set(args)  # of this machine
+
+
+def test_recipe_runs_on_a_few_images(timm_scripts, photos, tmp_path, recipe):
+    settings = yaml.safe_load(recipe_file(recipe).read_text())
+    known = load_script(timm_scripts / 'train.py').parser.parse_args([])
+    assert set(settings) <= set(vars(known)) | {'time_steps', 'attach_warmup_epochs'}
+    steps = min(settings.get('time_steps', 1), 2)
+    argv = [
+        '--timm-scripts', timm_scripts, '--recipe', recipe, '--data-dir', photos, '--dataset', '', '--val-split',
+        'validation', '--epochs', 1, '--time-steps', steps, '--warmup-epochs', 0, '--attach-warmup-epochs', 0,
+        '--num-classes', 5, '--img-size', 32, '--batch-size', 8, '--workers', 1, '--device', 'cpu', '--experiment',
+        'run',
+    ]
+    if recipe == 'finetune':
+        stock = timm.create_model('resnet18', num_classes=7)
+        safetensors.torch.save_file(stock.state_dict(), tmp_path / 'resnet18.safetensors')
+        argv += ['--pretrained', '--pretrained-path', tmp_path / 'resnet18.safetensors']
+    code, log = run(tmp_path, argv)
+    assert code == 0, log
+    assert len(rows(tmp_path / 'output/train/run/summary.csv')) == steps

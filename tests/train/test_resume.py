@@ -1,0 +1,117 @@
+"""A run that is killed at any moment and resumed ends like one that was not."""
+import os
+import signal
+
+import pytest
+import timm
+from helpers import assert_same_state
+from interrupted_run import EPOCHS, TIME_STEPS, arguments, rows, run, states
+
+from timm_rep.train.resume import drop_rows, newest_checkpoint
+from timm_rep.train.snapshots import save_snapshots
+
+KILLS = [
+    ('start', 1),
+    ('update', 2),
+    ('update', 8),  # in the first epoch of the second time step
+    ('update', 12),
+    ('update', 17),  # in the last epoch
+    ('validation', 2),
+    ('summary half written', 3),
+    ('checkpoint half written', 1),
+    ('checkpoint half written', 2),  # the last epoch of a time step
+    ('checkpoint half written', 4),
+    ('last unlinked', 1),
+    ('last unlinked', 3),
+    ('checkpoint linked', 2),
+    ('transition', 5),
+    ('transition of the averaged weights', 2),
+    ('rate set', 5),
+    ('snapshot half written', 2),
+    ('snapshot not yet in place', 3),
+    ('last snapshot', 1),
+]
+
+
+@pytest.mark.parametrize(('point', 'count'), KILLS, ids=str)
+def test_killed_and_resumed_run_ends_like_one_that_was_not(finished, scripts, tmp_path, point, count):
+    code, log = run(tmp_path, arguments(scripts, '--log-branches'), point=point, count=count)
+    assert code == -signal.SIGKILL, log
+    code, log = run(tmp_path, arguments(scripts, '--log-branches', '--resume', 'auto'))
+    assert code == 0, log
+    folder = tmp_path / 'output/train/run'
+    for epoch in range(TIME_STEPS * EPOCHS):
+        checkpoint = f'checkpoint-{epoch}.pth.tar'
+        if (folder / checkpoint).is_file():  # one that was to be linked when the process died stays away
+            assert_same_state(states(folder / checkpoint), states(finished / checkpoint))
+    assert_same_state(states(folder / 'last.pth.tar'), states(finished / 'last.pth.tar'))
+    # from timm 1.0.31 on, and not of an epoch whose checkpoint got no place in the ranking before the process died
+    if hasattr(timm.utils.CheckpointSaver, 'load_state_dict_from_checkpoint') and point != 'last unlinked':
+        assert_same_state(states(folder / 'model_best.pth.tar'), states(finished / 'model_best.pth.tar'))
+    snapshots = sorted(path.name for path in finished.glob('time_step-*'))
+    assert sorted(path.name for path in folder.glob('time_step-*')) == snapshots
+    for name in snapshots:
+        assert (folder / name).read_bytes() == (finished / name).read_bytes()
+    for name in ('summary.csv', 'branch_gradients.csv'):
+        assert rows(folder / name) == rows(finished / name)
+
+
+def test_resuming_from_a_checkpoint_in_another_folder_ends_in_the_same_weights(finished, scripts, tmp_path):
+    for epoch in (0, 1, 3):
+        checkpoint = finished / f'checkpoint-{epoch}.pth.tar'
+        more = ['--resume', checkpoint, '--experiment', f'from_{epoch}']
+        code, log = run(tmp_path, arguments(scripts, *more), folder='')
+        assert code == 0, log
+        last = tmp_path / f'output/train/from_{epoch}/last.pth.tar'
+        assert_same_state(states(last), states(finished / 'last.pth.tar'))
+
+
+def test_resuming_a_finished_run_changes_nothing(scripts, tmp_path):
+    code, log = run(tmp_path, arguments(scripts))
+    assert code == 0, log
+    folder = tmp_path / 'output/train/run'
+    before = states(folder / 'last.pth.tar')
+    code, log = run(tmp_path, arguments(scripts, '--resume', 'auto'))
+    assert code == 0, log
+    assert_same_state(states(folder / 'last.pth.tar'), before)
+
+
+def test_newest_is_the_last_that_is_whole(finished, tmp_path):
+    """A run that went back to an earlier checkpoint and was killed has later epochs in older files."""
+    for number, name in enumerate(('checkpoint-5', 'checkpoint-0', 'last', 'tmp')):
+        path = tmp_path / f'{name}.pth.tar'
+        path.write_bytes((finished / f'checkpoint-{1 if name == "last" else 5}.pth.tar').read_bytes())
+        os.utime(path, (number, number))
+    (tmp_path / 'tmp.pth.tar').write_bytes(b'cut off')
+    assert newest_checkpoint(tmp_path).name == 'last.pth.tar'
+    (tmp_path / 'last.pth.tar').unlink()
+    assert newest_checkpoint(tmp_path).name == 'checkpoint-0.pth.tar'
+    # copies have the times of their copying: they do not count as long as there is a last one
+    (tmp_path / 'last.pth.tar').write_bytes((finished / 'last.pth.tar').read_bytes())
+    os.utime(tmp_path / 'last.pth.tar', (0, 0))
+    assert newest_checkpoint(tmp_path).name == 'last.pth.tar'
+
+
+def test_rows_of_an_interrupted_run_are_dropped(tmp_path):
+    path = tmp_path / 'summary.csv'
+    path.write_text('epoch,loss\n0,1.0\n1,0.5\nepoch,loss\n1,0.4\n2,0.3\n3\n')
+    drop_rows(path, 1)
+    assert path.read_text().split() == ['epoch,loss', '0,1.0']
+    drop_rows(path, 1)
+    drop_rows(tmp_path / 'missing.csv', 1)
+    # another run's columns may follow: no row is lost
+    path.write_text('epoch,loss\n0,1.0\nepoch,loss,rate\n1,0.5,0.1\n2,0.4,0.1\n')
+    drop_rows(path, 2)
+    assert path.read_text().split() == ['epoch,loss', '0,1.0', 'epoch,loss,rate', '1,0.5,0.1']
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['summary.csv']
+
+
+def test_nothing_stays_of_a_snapshot_that_was_interrupted(tmp_path):
+    model = timm.create_model('repan_resnet18_cifar', num_classes=2)
+    save_snapshots(tmp_path, 0, {'': model})
+    whole = {path.name for path in tmp_path.iterdir()}
+    assert whole == {'time_step-1.safetensors', 'time_step-1-stock.safetensors'}
+    for name in ('time_step-1.tmp.safetensors', '.0a1b2c3d.time_step-1.tmp.safetensors'):
+        (tmp_path / name).write_bytes(b'half')
+    save_snapshots(tmp_path, 0, {'': model})
+    assert {path.name for path in tmp_path.iterdir()} == whole

@@ -1,0 +1,199 @@
+"""The wrapper's options, its recipes, and the refusal of what cannot work before anything is written."""
+import argparse
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import yaml
+
+from ..core.annealing import AnnealingSchedule
+from ..core.errors import UserError
+from ..core.walk import annealed_modules
+from ..io.checkpoint import build_model
+
+__all__ = [
+    'add_time_step_options', 'check_model', 'complete_schedule', 'output_folder', 'output_root', 'read_options',
+    'recipe_file', 'recipe_names',
+]
+
+# Schedules of timm that start anew with --lr-cycle-limit.
+RESTARTING_SCHEDULES = ('cosine', 'tanh', 'poly')
+# Options of timm that break up rep layers.
+UNFIT_OPTIONS = ('torchscript', 'split_bn')
+DEFAULT_OUTPUT = './output/train'  # timm's
+RECIPES = Path(__file__).with_name('recipes')
+RECIPE_SUFFIX = '.yaml'
+
+
+def recipe_names() -> List[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES.glob(f'*{RECIPE_SUFFIX}'))
+
+
+def recipe_file(recipe: str) -> Path:
+    """The file of a recipe.
+
+    Args:
+        recipe: Name of one that comes with the package, or path of a file.
+
+    Returns:
+        Its path.
+
+    Raises:
+        UserError: If there is none.
+    """
+    if recipe in recipe_names():
+        return RECIPES / f'{recipe}{RECIPE_SUFFIX}'
+    if not Path(recipe).is_file():
+        raise UserError(f'no recipe {recipe!r}, nor a file of that name; there are {", ".join(recipe_names())}')
+    return Path(recipe)
+
+
+def read_options(path: Path) -> Dict[str, Any]:
+    """Options of a config file.
+
+    Args:
+        path: YAML file.
+
+    Returns:
+        Values by the names of the options.
+
+    Raises:
+        UserError: If there is no such file, or it is something else.
+    """
+    try:
+        options = yaml.safe_load(path.read_text())
+    except OSError as e:
+        raise UserError(f'the file of options {path} cannot be read: {e.strerror}') from None
+    except (ValueError, RecursionError, yaml.YAMLError) as e:
+        raise UserError(f'{path} is not a YAML file: {" ".join(str(e).split())}') from None
+    if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
+        raise UserError(f'{path} must hold options and their values, as in "epochs: 30"')
+    return options
+
+
+def add_time_step_options(parser: argparse.ArgumentParser) -> None:
+    """Add what is asked about time steps to a parser, timm's own or one that shows help.
+
+    Args:
+        parser: The parser.
+    """
+    group = parser.add_argument_group('Time steps (RepAn)')
+    group.add_argument('--time-steps', type=int, default=1, metavar='N',
+                       help='Cycles of annealing, each of --epochs epochs (default: 1).')
+    group.add_argument('--attach-warmup-epochs', type=int, default=None, metavar='N',
+                       help='Epochs at the start of each time step in which the attach rate of the side branches is '
+                            'below one (default: a sixth of the epochs; none for a single time step).')
+    group.add_argument('--compensate', action='store_true', default=False,
+                       help='Take what fresh side branches add off the origin branches, so that the outputs of a model '
+                            'with norms in its branches stay the same in eval mode when a time step begins.')
+    group.add_argument('--imply-statistics', action='store_true', default=False,
+                       help='When a time step begins, give the norms of the origin branches the statistics that all '
+                            'branches imply, where RepAn keeps their own: training goes on closer to where it was.')
+    group.add_argument('--log-branches', action='store_true', default=False,
+                       help='Write the gradient magnitude of every branch to branch_gradients.csv.')
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    """Numbers from a config file have whatever type they have there."""
+    for name in ('time_steps', 'attach_warmup_epochs', 'epochs'):
+        value = getattr(args, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise UserError(f'--{name.replace("_", "-")} takes a whole number, got {value!r}')
+
+
+def _check_updates(args: argparse.Namespace, schedule: AnnealingSchedule) -> None:
+    """Where the learning rate follows the updates, timm's restarts need not fall on epochs."""
+    lengths = [args.epochs * schedule.epochs_mul ** step for step in range(args.time_steps)]
+    if any(abs(length - round(length)) > 1e-6 for length in lengths):
+        raise UserError(
+            f'with --sched-on-updates a time step must be a whole number of epochs, got {args.epochs} times '
+            f'--lr-cycle-mul {schedule.epochs_mul}: ' + ', '.join(f'{length:g}' for length in lengths)
+        )
+    starts = [epoch for epoch in range(schedule.total_epochs) if schedule.position(epoch).begins]
+    restarts = [0, *(schedule.prefix_epochs + round(sum(lengths[:n])) for n in range(1, args.time_steps))]
+    if starts != restarts:
+        raise UserError(
+            f'with --sched-on-updates --epochs {args.epochs} and --lr-cycle-mul {schedule.epochs_mul} the learning '
+            f'rate restarts at the epochs {restarts} and the time steps at {starts}, as timm rounds; take others'
+        )
+
+
+def _check_restarts(args: argparse.Namespace, schedule: AnnealingSchedule) -> None:
+    if schedule.anneals and args.lr_cycle_limit not in (1, args.time_steps):
+        raise UserError(
+            f'--lr-cycle-limit {args.lr_cycle_limit} contradicts --time-steps {args.time_steps}, which sets it')
+    if args.time_steps == 1:
+        return
+    if args.sched not in RESTARTING_SCHEDULES:
+        raise UserError(
+            f'--sched {args.sched} cannot restart at a time step; allowed are {", ".join(RESTARTING_SCHEDULES)}')
+    if args.warmup_epochs >= args.epochs and not getattr(args, 'warmup_prefix', False):
+        raise UserError(
+            f'the warm-up of the learning rate (--warmup-epochs {args.warmup_epochs}) must be shorter than a time step '
+            f'of {args.epochs} epochs'
+        )
+
+
+def complete_schedule(args: argparse.Namespace) -> AnnealingSchedule:
+    """The time steps that the arguments ask for; timm's restarts are set to them.
+
+    Args:
+        args: timm's arguments with the wrapper's; what is left open is filled in.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        UserError: For arguments that do not go together.
+    """
+    _check_numbers(args)
+    if args.attach_warmup_epochs is None:
+        args.attach_warmup_epochs = args.epochs // 6 if args.time_steps > 1 else 0
+    schedule = AnnealingSchedule(
+        args.time_steps,
+        args.epochs,
+        args.attach_warmup_epochs,
+        epochs_mul=getattr(args, 'lr_cycle_mul', 1.0),
+        prefix_epochs=args.warmup_epochs if getattr(args, 'warmup_prefix', False) else 0,
+        cooldown_epochs=getattr(args, 'cooldown_epochs', 0) if args.sched in RESTARTING_SCHEDULES else 0,
+    )
+    if getattr(args, 'sched_on_updates', False):
+        _check_updates(args, schedule)
+    _check_restarts(args, schedule)
+    if args.time_steps > 1:
+        args.lr_cycle_limit = args.time_steps
+    return schedule
+
+
+def check_model(args: argparse.Namespace, schedule: AnnealingSchedule) -> None:
+    """Refuse a model without branches, where something is to be done with them.
+
+    Args:
+        args: timm's arguments with the wrapper's.
+        schedule: The time steps.
+
+    Raises:
+        UserError: If the model is not known or has no rep layers, or an option of timm's takes them apart.
+        HubError: If the model is on the Hub and its description cannot be had.
+    """
+    if not schedule.anneals and not args.log_branches:
+        return  # timm's own training of any model
+    for option in UNFIT_OPTIONS:
+        if getattr(args, option, False):
+            raise UserError(f'--{option.replace("_", "-")} takes the rep layers apart; train without it')
+    model = build_model(args.model, **(getattr(args, 'model_kwargs', None) or {}))
+    if not any(annealed_modules(model)):
+        raise UserError(
+            f'{args.model} has no rep layers, so there are no branches to anneal or to log; `timm-rep list` shows the '
+            'models that have'
+        )
+
+
+def output_root(args: argparse.Namespace) -> Path:
+    """The folder that timm puts the folders of its runs into."""
+    return Path(args.output or DEFAULT_OUTPUT)
+
+
+def output_folder(args: argparse.Namespace) -> Optional[Path]:
+    """The folder that timm will write to, if it is known beforehand."""
+    return output_root(args) / args.experiment if args.experiment else None

@@ -1,0 +1,51 @@
+"""The weights at the end of each time step, in training form and fused."""
+import copy
+import logging
+import os
+from pathlib import Path
+from typing import Mapping
+
+import torch.nn as nn
+
+from ..core.fuse import fuse
+from ..core.verify import VerificationError
+from ..io.output import save_weights
+
+__all__ = ['DivergedError', 'save_snapshots']
+
+_logger = logging.getLogger('train')  # timm's
+
+
+class DivergedError(RuntimeError):
+    """The weights are not finite any more."""
+
+
+def _save(model: nn.Module, path: Path) -> None:
+    """Write one file whole or not at all; one that an interrupted run left is replaced."""
+    temporary = path.with_suffix('.tmp.safetensors')
+    for left_behind in path.parent.glob(f'*{temporary.name}'):
+        left_behind.unlink()
+    save_weights(model, temporary)
+    os.replace(temporary, path)
+
+
+def save_snapshots(folder: Path, time_step: int, forms: Mapping[str, nn.Module]) -> None:
+    """Keep the weights at the end of a time step: ``time_step-1.safetensors`` of the first, with ``-stock`` fused.
+
+    Args:
+        folder: Output folder of the run.
+        time_step: The time step that has ended, counted from 0.
+        forms: Models in training form by what goes behind the name: '' and '-ema'.
+
+    Raises:
+        DivergedError: If the weights are not finite.
+    """
+    for suffix, model in forms.items():
+        name = f'time_step-{time_step + 1}{suffix}'
+        model = copy.deepcopy(model).eval()
+        try:
+            _save(model, folder / f'{name}.safetensors')
+        except VerificationError as e:
+            raise DivergedError(f'the training has diverged in time step {time_step + 1} or before: {e}') from None
+        _save(fuse(model, inplace=True), folder / f'{name}-stock.safetensors')
+    _logger.info(f'Snapshot of time step {time_step + 1} in {folder}')
