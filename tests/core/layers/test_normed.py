@@ -64,7 +64,7 @@ def fresh(case, **kwargs):
 
 def make(case, rate=1.0, dtype=torch.float32):
     """A layer in eval mode with wide random values."""
-    layer = randomize_(fresh(case, dtype=dtype)).eval()
+    layer = randomize_(fresh(case, dtype=dtype, eps=1e-3, momentum=0.2)).eval()
     layer.set_attach_rate_(rate)
     return layer
 
