@@ -176,6 +176,11 @@ def test_identity_branch_where_the_shapes_allow_it():
     assert with_identity == ['square', 'uneven_square', 'grouped_square', 'depthwise']
 
 
+def test_depthwise_block_has_twice_the_inner_channels():
+    assert make('dbb-kxk').seq_1x1.shape == (4, 4, 1, 1)
+    assert make('dbb-depthwise').seq_1x1.shape == (12, 1, 1, 1)
+
+
 # Fold
 
 
