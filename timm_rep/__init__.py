@@ -24,12 +24,13 @@ from .core.walk import rep_layers, set_attach_rate
 from .hub.check import check_export
 from .hub.export import export_folder
 from .hub.publish import Published, PublishError, publish
+from .io.weights import load, save
 from .official.load import load_official_checkpoint
 
 __all__ = [
     'ACB', 'DBB', 'AnnealingSchedule', 'AsymmetricConv2d', 'DiverseBranchConv2d', 'Expansion', 'Method', 'Orepa',
     'OrepaConv2d', 'OrepaPointwiseConv2d', 'OrepaStemConv2d', 'PublishError', 'Published', 'Rep', 'RepConv2d', 'Report',
     'UserError', 'VerificationError', '__version__', 'attach_rate', 'begin_time_step', 'check_export', 'expand',
-    'expansion_of', 'export_folder', 'fuse', 'load_official_checkpoint', 'models', 'publish', 'register_method',
-    'rep_layers', 'reset_optimizer', 'set_attach_rate', 'verify',
+    'expansion_of', 'export_folder', 'fuse', 'load', 'load_official_checkpoint', 'models', 'publish', 'register_method',
+    'rep_layers', 'reset_optimizer', 'save', 'set_attach_rate', 'verify',
 ]

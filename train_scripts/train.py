@@ -34,9 +34,10 @@ from timm.utils import is_primary, random_seed, unwrap_model
 import timm_rep
 from timm_rep.core.annealing import set_time_step, time_step_of
 from timm_rep.core.walk import annealed_modules
-from timm_rep.io.checkpoint import build_model, load_training_form, read_checkpoint
-from timm_rep.io.output import save_weights
+from timm_rep.io.architecture import create_model
+from timm_rep.io.checkpoint import read_checkpoint
 from timm_rep.io.runs import complete_rows
+from timm_rep.io.weights import load_training_form, save
 from timm_rep.train.scripts import find_script
 
 _logger = logging.getLogger('train')
@@ -202,7 +203,7 @@ def _check_model(args):
         if getattr(args, option, False):
             raise UsageError(f'--{option.replace("_", "-")} takes the rep layers apart; train without it')
     try:
-        model = build_model(args.model, **(getattr(args, 'model_kwargs', None) or {}))
+        model = create_model(args.model, **(getattr(args, 'model_kwargs', None) or {}))
     except ValueError as e:
         raise UsageError(str(e)) from None
     if not any(annealed_modules(model)):
@@ -422,15 +423,6 @@ def drop_rows(path, epoch):
         os.replace(temporary, path)
 
 
-def _save_snapshot(model, path):
-    """Write one file of a snapshot, whole or not at all; one that an interrupted run left is replaced."""
-    temporary = path.with_suffix('.tmp.safetensors')
-    for left_behind in path.parent.glob(f'*{temporary.name}'):
-        left_behind.unlink()
-    save_weights(model, temporary)
-    os.replace(temporary, path)
-
-
 def save_snapshots(folder, time_step, forms):
     """Keep the weights at the end of a time step.
 
@@ -445,11 +437,11 @@ def save_snapshots(folder, time_step, forms):
     for suffix, model in forms.items():
         model = copy.deepcopy(model).eval()
         try:
-            _save_snapshot(model, folder / f'time_step-{time_step}{suffix}.safetensors')
+            save(model, folder / f'time_step-{time_step}{suffix}.safetensors', replace=True)
         except timm_rep.VerificationError as e:
             raise DivergedError(f'the training has diverged in time step {time_step} or before: {e}') from None
         fused = timm_rep.fuse(model, inplace=True)
-        _save_snapshot(fused, folder / f'time_step-{time_step}{suffix}-stock.safetensors')
+        save(fused, folder / f'time_step-{time_step}{suffix}-stock.safetensors', replace=True)
     _logger.info(f'Snapshot of time step {time_step} in {folder}')
 
 

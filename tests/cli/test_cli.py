@@ -18,8 +18,8 @@ from timm_rep.cli import demo
 from timm_rep.cli import main as cli
 from timm_rep.cli.main import main
 from timm_rep.core.walk import annealed_modules
-from timm_rep.io.checkpoint import load_training_form, read_checkpoint
-from timm_rep.io.output import save_weights
+from timm_rep.io.checkpoint import read_checkpoint
+from timm_rep.io.weights import load_training_form, save_weights
 
 NAME = 'orepa_repvgg_a0_cifar'
 DBB_NAME = 'dbb_resnet18_cifar'

@@ -441,7 +441,7 @@ def test_five_answers_of_five_classes_are_no_figure(tmp_path):
 
 def test_weights_alone(server, model, tmp_path):
     """No run beside them: the card says so, and states no figure."""
-    timm_rep.io.output.save_weights(model, tmp_path / 'weights.safetensors')
+    timm_rep.io.weights.save_weights(model, tmp_path / 'weights.safetensors')
     options = ['--model', ARCHITECTURE, '--num-classes', CLASSES]
     published = publish_json(tmp_path / 'weights.safetensors', '--repo', REPO, *options)
     assert not set(published['files']) & {'args.yaml', 'summary.csv', 'training.png'}
@@ -482,7 +482,7 @@ def test_publishing_again_keeps_the_owners_text_and_removes_what_is_stale(server
     edited = card.replace(f'{OWN_TEXT_BEGIN}\n\n', f'{OWN_TEXT_BEGIN}{own}')
     for name, content in (('README.md', edited.encode()), ('notes.txt', b'mine')):
         api.upload_file(path_or_fileobj=content, path_in_repo=name, repo_id=REPO)
-    timm_rep.io.output.save_weights(model, tmp_path / 'weights.safetensors')
+    timm_rep.io.weights.save_weights(model, tmp_path / 'weights.safetensors')
     published = timm_rep.publish(
         tmp_path / 'weights.safetensors', REPO, architecture=ARCHITECTURE, num_classes=CLASSES, dataset='Pets')
     files = server.files(REPO)
@@ -903,7 +903,7 @@ def test_the_cards_own_lines_build_the_same_network(server, tmp_path, caplog):
     model = randomize_(timm.create_model(ARCHITECTURE, num_classes=CLASSES, act_layer='silu', global_pool='max')).eval()
     with torch.no_grad():
         model.fc.weight.div_(1e4)
-    timm_rep.io.output.save_weights(model, tmp_path / 'weights.safetensors')
+    timm_rep.io.weights.save_weights(model, tmp_path / 'weights.safetensors')
     published = timm_rep.publish(
         tmp_path / 'weights.safetensors', REPO, architecture=ARCHITECTURE, num_classes=CLASSES,
         model_kwargs=dict(act_layer='silu', global_pool='max'))
@@ -1022,7 +1022,7 @@ def test_metadata_of_another_run_is_refused(server, run_folder, model, tmp_path)
     (folder / 'args.yaml').write_text(yaml.safe_dump(dict(RUN_ARGS, seed=7)))
     assert 'is of another run' in call('publish', folder, '--repo', REPO, code=2)
     (folder / 'args.yaml').write_text(yaml.safe_dump(dict(RUN_ARGS, model='orepa_resnet50')))
-    timm_rep.io.output.save_weights(model, folder / 'weights.safetensors')
+    timm_rep.io.weights.save_weights(model, folder / 'weights.safetensors')
     options = ['--model', ARCHITECTURE, '--num-classes', CLASSES]
     error = call('publish', folder / 'weights.safetensors', '--repo', REPO, *options, code=2)
     assert 'says that it trained orepa_resnet50' in error
@@ -1033,7 +1033,7 @@ def test_only_numbers_of_a_summary_are_published(run_folder, model, tmp_path):
     folder = shutil.copytree(run_folder, tmp_path / 'noted')
     (folder / 'args.yaml').unlink()
     (folder / 'summary.csv').write_text('epoch,eval_top1,note\n0,10.0,<script>\nepoch,eval_top1,note\n0,12.5,1\n1,2')
-    timm_rep.io.output.save_weights(model, folder / 'weights.safetensors')
+    timm_rep.io.weights.save_weights(model, folder / 'weights.safetensors')
     options = ['--model', ARCHITECTURE, '--num-classes', CLASSES, '--dry-run', '--out', tmp_path / 'export']
     call('publish', folder / 'weights.safetensors', '--repo', REPO, *options)
     # a resumed run repeats header and epochs, a killed one leaves a line cut off
@@ -1147,7 +1147,7 @@ def test_self_check_does_not_follow_arguments_elsewhere(server, run_folder, expo
     server.repos[REPO].commit('main').files['config.json'] = (content.encode(), False)
     assert message in call('verify', f'hf-hub:{REPO}', code=2)
     assert cached_files(tmp_path) == []
-    timm_rep.io.output.save_weights(model, tmp_path / 'weights.pth')
+    timm_rep.io.weights.save_weights(model, tmp_path / 'weights.pth')
     options = ['--model', ARCHITECTURE, '--num-classes', CLASSES]
     assert message in call('verify', tmp_path / 'weights.pth', export, *options, code=2)
 

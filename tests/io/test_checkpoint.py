@@ -15,8 +15,9 @@ import yaml
 from helpers import randomize_
 
 from timm_rep import VerificationError
-from timm_rep.io.checkpoint import load_training_form, model_args_of, read_checkpoint
-from timm_rep.io.output import new_output, save_weights
+from timm_rep.io.checkpoint import model_args_of, read_checkpoint
+from timm_rep.io.output import new_output
+from timm_rep.io.weights import load_training_form, save_weights
 
 NAME = 'orepa_resnet18_cifar'
 
@@ -222,7 +223,7 @@ import timm
 from pathlib import Path
 from timm_rep import export_folder
 from timm_rep.io.programs import export_program
-from timm_rep.io.output import save_weights
+from timm_rep.io.weights import save_weights
 
 model = timm.create_model('test_resnet')
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

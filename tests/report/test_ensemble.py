@@ -13,8 +13,7 @@ from torch.optim.swa_utils import update_bn
 
 import timm_rep
 from timm_rep.cli.main import main
-from timm_rep.io.checkpoint import load_stock_form
-from timm_rep.io.output import save_weights
+from timm_rep.io.weights import load_stock_form, save_weights
 from timm_rep.report.ensemble import average_outputs, average_weights, evaluate_snapshots, find_snapshots
 
 NAME = 'repan_repvgg_a0_cifar'

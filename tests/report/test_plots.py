@@ -11,7 +11,7 @@ from helpers import tiny_resnet
 
 import timm_rep
 from timm_rep.cli.main import main
-from timm_rep.io.output import save_weights
+from timm_rep.io.weights import save_weights
 from timm_rep.report.plots import (
     TimeStep,
     branch_similarities,

@@ -23,7 +23,8 @@ from torchvision.transforms.functional import to_pil_image
 import timm_rep
 from timm_rep.core.annealing import set_time_step
 from timm_rep.core.walk import annealed_modules
-from timm_rep.io.checkpoint import load_training_form, read_checkpoint
+from timm_rep.io.checkpoint import read_checkpoint
+from timm_rep.io.weights import load_training_form
 from timm_rep.train.scripts import find_script
 
 MODEL = 'repan_repvgg_a0_cifar'

@@ -19,10 +19,10 @@ from ..core.errors import UserError
 from ..core.methods import registered_methods
 from ..core.verify import Report, VerificationError
 from ..hub.check import HUB_PREFIX, check_export, is_export
-from ..hub.convert import expand_checkpoint, fuse_checkpoint, verify_checkpoint
+from ..hub.forms import expand_checkpoint, fuse_checkpoint, verify_checkpoint
 from ..hub.publish import Published
 from ..hub.publish import publish as publish_model
-from ..io.checkpoint import build_model
+from ..io.architecture import create_model
 from ..io.hub_errors import HubError
 from ..models.names import TRAINING_PREFIXES, stock_architecture
 from ..official.load import import_checkpoint
@@ -497,8 +497,8 @@ def ensemble(run_dir: str, data_dir: str, as_json: bool, **kwargs: Any) -> None:
 def _baseline(architecture: str, model_kwargs: Dict[str, Any]) -> Tuple[str, Any]:
     """The stock form of one of our models, or a model of timm's as it is."""
     if not architecture.startswith(TRAINING_PREFIXES):
-        return architecture, build_model(architecture, **model_kwargs)
-    return f'{architecture} (stock form)', build_model(architecture, inference_mode=True, **model_kwargs)
+        return architecture, create_model(architecture, **model_kwargs)
+    return f'{architecture} (stock form)', create_model(architecture, inference_mode=True, **model_kwargs)
 
 
 @main.command()
@@ -531,7 +531,7 @@ def bench(
     """
     with _user_errors(as_json):
         baseline, model = _baseline(architectures[0], model_kwargs)
-        models = {baseline: model, **{name: build_model(name, **model_kwargs) for name in architectures}}
+        models = {baseline: model, **{name: create_model(name, **model_kwargs) for name in architectures}}
         channels, height, width = model.pretrained_cfg['input_size']
         size = (height, width) if img_size is None else (img_size, img_size)
         input_size = (model_kwargs.get('in_chans', channels), *size)

@@ -6,9 +6,8 @@ import importlib.util
 import logging
 import math
 from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
 import safetensors.torch
 import timm
@@ -28,7 +27,7 @@ from ..core.layers import (
 )
 from ..core.verify import Report, check_values, verify
 from ..core.walk import annealed_modules, image_channels, rep_layers
-from ..io.output import written_whole
+from ..io.output import new_folder, written_whole
 from ..io.runs import Run, write_run
 from ..report.cost import Costs
 from ..report.images import ImageCheck
@@ -37,7 +36,7 @@ from .card import NOT_MEASURED, PAPERS, UNKNOWN_LICENSE, model_card, needs_plugi
 
 __all__ = [
     'CARD_FILE', 'CONFIG_FILE', 'MANAGED_FILES', 'SELF_CHECK_BYTES', 'SELF_CHECK_FILE', 'WEIGHTS_FILE',
-    'export_folder', 'export_training_form', 'methods_of', 'new_folder', 'why_not_restored',
+    'export_folder', 'export_training_form', 'methods_of', 'why_not_restored',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -82,25 +81,6 @@ def methods_of(model: nn.Module) -> List[str]:
         RepAn=any(int(layer.time_step) > 0 for layer in layers),
     )
     return [name for name, present in found.items() if present]
-
-
-def new_folder(path: Union[str, Path]) -> Path:
-    """Check that a folder can be written to.
-
-    Args:
-        path: New or empty folder.
-
-    Returns:
-        The absolute path.
-
-    Raises:
-        FileExistsError: If it is a file or a folder that is not empty.
-    """
-    path = Path(path).resolve()
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        kind = 'a folder that is not empty' if path.is_dir() else 'a file'
-        raise FileExistsError(f'{path} is {kind}; give a new or empty folder (nothing was changed)')
-    return path
 
 
 def _architecture(model: nn.Module) -> str:
@@ -254,16 +234,6 @@ def _is_literal(args: Mapping[str, Any]) -> bool:
         return False
 
 
-@contextmanager
-def _appearing(path: Path) -> Iterator[Path]:
-    """A folder to write, which appears complete or not at all, with files that all may read who may read the card."""
-    with written_whole(path) as folder:
-        yield folder
-        for file in folder.rglob('*'):
-            if file.is_file():  # safetensors writes files that only their owner can read
-                file.chmod((folder / CARD_FILE).stat().st_mode)
-
-
 def _label_config(label_names: Optional[Sequence[str]]) -> Dict[str, Any]:
     return {} if label_names is None else dict(label_names=list(label_names))
 
@@ -361,7 +331,7 @@ def export_folder(
             _logger.warning('the card does not say how to restore %s from these weights: %s', architecture, why)
             provenance['training_args'] = None
     model_args = dict(inference_mode=True) if needs_plugin(cfg['architecture']) else None
-    with _appearing(path) as temporary:
+    with written_whole(path) as temporary:
         config = dict(_label_config(label_names), timm_rep=provenance)
         save_for_hf(fused, str(temporary), config, model_args=model_args, safe_serialization=True)
         _write_self_check(fused, inputs, temporary)
@@ -414,7 +384,7 @@ def export_training_form(
     training_form.pretrained_cfg = training_form.default_cfg = cfg
     provenance = dict(_versions(), form='training', training_architecture=architecture)
     inputs = _self_check_inputs(training_form, cfg)
-    with _appearing(path) as temporary:
+    with written_whole(path) as temporary:
         config = dict(_label_config(label_names), timm_rep=provenance)
         save_for_hf(
             training_form,

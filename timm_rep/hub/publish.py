@@ -22,9 +22,11 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from ..core.errors import UserError
 from ..core.fuse import fuse
 from ..core.verify import Report, verify
-from ..io.checkpoint import Checkpoint, model_args_of, read_checkpoint, trained_architecture, training_form
+from ..io.checkpoint import Checkpoint, model_args_of, read_checkpoint, trained_architecture
 from ..io.hub_errors import HubError, reason, status_of
+from ..io.output import new_folder
 from ..io.runs import Run, read_run
+from ..io.weights import training_form
 from ..models.names import stock_architecture
 from ..models.published import published_weights
 from ..report.cost import measure_costs
@@ -38,7 +40,6 @@ from .export import (
     export_folder,
     export_training_form,
     methods_of,
-    new_folder,
     why_not_restored,
 )
 

@@ -65,7 +65,7 @@ DEFAULT_EVAL_METRIC = 'top1'
 ARG_TYPES: Dict[str, Tuple[type, ...]] = dict(
     model=(str,), num_classes=(int,), in_chans=(int,), gp=(str,), bn_eps=(float, int), model_kwargs=(dict,),
     input_size=(list,), img_size=(int,), interpolation=(str,), mean=(list,), std=(list,), crop_pct=(float, int),
-    dataset=(str,), val_split=(str,), time_steps=(int,))
+    dataset=(str,), val_split=(str,), time_steps=(int,), pool_size=(list,), crop_mode=(str,))
 # Figures of summary.csv by the name that they have on a model card.
 SUMMARY_METRICS = dict(top1='eval_top1', top5='eval_top5')
 
@@ -102,7 +102,7 @@ def _plain(value: Any) -> Any:
     return next((kind(value) for kind in (bool, int, float, str) if isinstance(value, kind)), None)
 
 
-def plain_args(args: Mapping[Any, Any], source: Path) -> Dict[str, Any]:
+def plain_args(args: Mapping[Any, Any], source: PathLike) -> Dict[str, Any]:
     """Arguments of a run as plain numbers, strings, lists and dicts; None for what is none of these.
 
     Args:

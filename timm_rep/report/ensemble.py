@@ -25,8 +25,9 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from ..core.errors import UserError
-from ..io.checkpoint import load_stock_form, read_checkpoint
-from ..io.output import new_output, save_weights
+from ..io.checkpoint import read_checkpoint
+from ..io.output import new_output
+from ..io.weights import load_stock_form, save_weights
 
 __all__ = ['EnsembleResult', 'Score', 'average_outputs', 'average_weights', 'evaluate_snapshots', 'find_snapshots']
 

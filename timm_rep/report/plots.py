@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..core.errors import UserError
 from ..core.walk import annealed_modules
-from ..io.checkpoint import load_training_form
 from ..io.runs import complete_rows, read_run_args, read_summary, to_number
+from ..io.weights import load_training_form
 
 __all__ = [
     'BranchGradients', 'BranchSimilarity', 'TimeStep', 'branch_similarities', 'draw_annealing',
