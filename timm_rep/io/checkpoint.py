@@ -96,7 +96,10 @@ def _check_records(path: Path) -> None:
             unpacked = sum(record.file_size for record in file.infolist())
             if unpacked > path.stat().st_size:
                 raise UserError(f'its records take {unpacked} bytes, more than the file')
-            damaged = file.testzip()  # torch does not compare the sums
+            try:
+                damaged = file.testzip()  # torch does not compare the sums
+            except OSError as e:  # it is sent to a place that is not in the file
+                raise UserError(f'its records cannot be found ({e})') from e
             if damaged is not None:
                 raise UserError(f'its record {damaged} is damaged')
 

@@ -239,7 +239,7 @@ def training_form(
     overrides = dict(num_classes=num_classes, in_chans=in_chans, **(model_kwargs or {}))
     if checkpoint.description is not None and architecture in (None, checkpoint.architecture):
         model = _described_model(checkpoint, overrides)
-        _check_training_form(model, f'the model of {checkpoint.path}')
+        _check_training_form(model, f'{checkpoint.path} is in stock form: it')
         return model
     architecture = architecture or checkpoint.architecture
     if architecture is None:
