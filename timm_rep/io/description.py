@@ -23,7 +23,7 @@ from ..models.names import TRAINING_PREFIXES
 from .architecture import FACTORY_ARGS, create_model, create_skeleton, has_architecture
 from .runs import plain_args
 
-__all__ = ['Description', 'describe', 'read_description']
+__all__ = ['Description', 'check_sum', 'describe', 'read_description']
 
 _logger = logging.getLogger(__name__)
 
@@ -101,9 +101,17 @@ class Description:
         return model
 
 
-def _check_sum(weights: Mapping[str, Tensor]) -> str:
-    """A sum over names, types, shapes and bytes of weights, to tell damaged ones."""
-    total = 0
+def check_sum(metadata: Mapping[str, str], weights: Mapping[str, Tensor]) -> str:
+    """A sum over all that a file holds, to tell damaged ones.
+
+    Args:
+        metadata: Texts by name; the sum itself does not count.
+        weights: Tensors on the CPU.
+
+    Returns:
+        Eight digits.
+    """
+    total = zlib.crc32(repr(sorted((key, text) for key, text in metadata.items() if key != CHECK_SUM)).encode())
     for key in sorted(weights):
         tensor = weights[key]
         total = zlib.crc32(f'{key} {tensor.dtype} {tuple(tensor.shape)}'.encode(), total)
@@ -174,8 +182,10 @@ def describe(model: nn.Module, weights: Mapping[str, Tensor]) -> Dict[str, str]:
         expansion = json.dumps(expansion_of(model).to_list())
     except TypeError as e:
         raise UserError(f'the expansion cannot be written down: {e}') from e
-    metadata = {'format': 'pt', VERSION: __version__, EXPANSION: expansion, CHECK_SUM: _check_sum(weights)}
-    return {**metadata, **(_architecture_of(model) if has_architecture(model) else {})}
+    metadata = {'format': 'pt', VERSION: __version__, EXPANSION: expansion}
+    if has_architecture(model):
+        metadata.update(_architecture_of(model))
+    return {**metadata, CHECK_SUM: check_sum(metadata, weights)}
 
 
 def read_description(metadata: Mapping[str, str], weights: Mapping[str, Tensor], path: Path) -> Optional[Description]:
@@ -197,12 +207,12 @@ def read_description(metadata: Mapping[str, str], weights: Mapping[str, Tensor],
         return None
     if sum(map(len, metadata.values())) > MAX_CHARACTERS:
         raise UserError(f'{path}: its metadata have more than {MAX_CHARACTERS} characters')
-    if metadata.get(CHECK_SUM) != _check_sum(weights):
-        raise UserError(f'{path} is damaged: its weights are not those that were written')
+    if metadata.get(CHECK_SUM) != check_sum(metadata, weights):
+        raise UserError(f'{path} is damaged: what it holds is not what was written')
     try:
         return _description(metadata)
     except (UserError, RecursionError) as e:
-        raise UserError(f'the description of the model in {path} cannot be followed: {e}') from e
+        raise UserError(f'{path} does not describe its model: {e}') from e
 
 
 def _description(metadata: Mapping[str, str]) -> Description:

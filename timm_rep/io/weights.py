@@ -2,8 +2,9 @@
 import copy
 import dataclasses
 import io
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional
+from typing import Any, Dict, Iterator, Mapping, Optional
 
 import safetensors.torch
 import torch
@@ -121,6 +122,14 @@ def load_strictly(model: nn.Module, state_dict: Dict[str, Tensor], path: Path, f
     model.load_state_dict(state_dict)
 
 
+@contextmanager
+def _errors_of(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UserError as e:
+        raise UserError(f'{path} does not describe its model: {e}') from e
+
+
 def _described_model(checkpoint: Checkpoint, overrides: Mapping[str, Any] = {}) -> nn.Module:
     """Build and load the model of one of our files. Nothing is built that the file is too small for."""
     description, weights, path = checkpoint.description, checkpoint.state_dict, checkpoint.path
@@ -130,7 +139,9 @@ def _described_model(checkpoint: Checkpoint, overrides: Mapping[str, Any] = {}) 
             f'{path} is of a model that timm does not build; give its stock form: load(file, into=stock_model)')
     given = {key: value for key, value in overrides.items() if value is not None}
     description = dataclasses.replace(description, model_args={**description.model_args, **given})
-    _check_fit(description.skeleton(len(weights)), weights, path, AS_DESCRIBED)
+    with _errors_of(path):
+        skeleton = description.skeleton(len(weights))
+    _check_fit(skeleton, weights, path, AS_DESCRIBED)
     model = description.build()
     dtypes = {value.dtype for value in weights.values() if value.is_floating_point()}
     if len(dtypes) == 1:
@@ -149,7 +160,9 @@ def _load_into_(model: nn.Module, checkpoint: Checkpoint) -> None:
         raise UserError(f'into must be the stock form, or expanded as the model of {path} was')
     form = f'weights of this {type(model).__name__}'
     if is_stock:
-        _check_fit(description.expand_(copy.deepcopy(model).to('meta')), weights, path, form)
+        with _errors_of(path):
+            skeleton = description.expand_(copy.deepcopy(model).to('meta'))
+        _check_fit(skeleton, weights, path, form)
         description.expand_(model)
     load_strictly(model, weights, path, form)
 
