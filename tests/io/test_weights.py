@@ -7,6 +7,7 @@ import struct
 import pytest
 import safetensors.torch
 import timm
+import tiny_architecture
 import torch
 from helpers import assert_same_state, randn, randomize_, state_of
 from timm.models import ResNet
@@ -35,15 +36,15 @@ def several():
 
 
 MODELS = dict(
-    ours=lambda: timm.create_model('orepa_resnet18_cifar', num_classes=3, in_chans=1),
+    ours=lambda: timm.create_model(tiny_architecture.NAME, num_classes=3, in_chans=1),
     kind=lambda: timm.create_model('repan_resnet18_cifar', rep_layer='acb', drop_path_rate=0.1),
     annealed=lambda: timm.create_model('repan_repvgg_a0_cifar'),
     annealed_with_layers=lambda: timm.create_model('repan_repvgg_a0_cifar', rep_layer='dbb'),
-    another_method=lambda: expand(timm.create_model('orepa_resnet18_cifar', inference_mode=True), 'dbb'),
+    another_method=lambda: expand(timm.create_model(tiny_architecture.NAME, inference_mode=True), 'dbb'),
     of_timm=lambda: expand(of_timm(act_layer='gelu')),
     options=lambda: expand(of_timm(), timm_rep.Orepa(branch_1x1=False)),
     several=several,
-    features=lambda: timm.create_model('orepa_resnet18_cifar', features_only=True, out_indices=(1, 2)),
+    features=lambda: timm.create_model(tiny_architecture.NAME, features_only=True, out_indices=(1, 2)),
     double=lambda: expand(of_timm()).double(),
     no_classes=lambda: expand(of_timm(num_classes=0)),
     stock=of_timm,
@@ -104,6 +105,8 @@ def test_the_commands_ask_nothing_of_such_files(tmp_path):
         load_training_form(stock)
     with pytest.raises(UserError, match='in stock form; fuse it first'):
         load_stock_form(file)
+    with pytest.raises(UserError, match=r'in training form; missing'):
+        load_training_form(file, model_kwargs=dict(rep_layer='dbb'))
     with pytest.raises(UserError, match=r'fc\.weight has shape \(3, 512\)'):
         load_training_form(file, num_classes=4)
 

@@ -16,14 +16,11 @@ from ..io.output import PathLike, is_weights_file, new_output
 from ..io.programs import ONNX_SUFFIX, PROGRAM_SUFFIX, export_onnx, export_program
 from ..io.weights import load_strictly, load_training_form, save_weights
 from ..models.checkpoint_filter import checkpoint_filter_fn
-from ..models.names import TRAINING_PREFIXES, stock_architecture
+from ..models.names import OWN_ARGS, TRAINING_PREFIXES, stock_architecture
 from .check import load_export
 from .export import export_folder
 
 __all__ = ['expand_checkpoint', 'fuse_checkpoint', 'verify_checkpoint']
-
-# Arguments that our architectures have and their stock forms have not.
-OWN_ARGS = ('inference_mode', 'rep_layer')
 
 
 def fuse_checkpoint(

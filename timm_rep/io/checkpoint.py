@@ -175,7 +175,8 @@ def read_checkpoint(path: PathLike, *, use_ema: bool = False, allow_pickle: bool
     description = read_description(metadata, weights, path)
     args = content.get('args')
     args = plain_args(vars(args), path) if isinstance(args, argparse.Namespace) else read_run_args(path)
-    architecture = description.architecture if description else args.get('model') or content.get('arch')
+    described = None if description is None else description.architecture
+    architecture = described or args.get('model') or content.get('arch')
     if description is None:
         weights = clean_state_dict(clean_state_dict(weights))  # older timm strips one prefix (compile, DDP) a call
     epoch, metric = content.get('epoch'), content.get('metric')

@@ -19,7 +19,7 @@ from ..core.expansion import expansion_of, methods_from_list
 from ..core.layers import RepLayer
 from ..core.methods import Method
 from ..core.walk import image_channels
-from ..models.names import TRAINING_PREFIXES
+from ..models.names import OWN_ARGS, TRAINING_PREFIXES
 from .architecture import FACTORY_ARGS, create_model, create_skeleton, has_architecture
 from .runs import plain_args
 
@@ -60,7 +60,7 @@ class Description:
     def _stock_args(self) -> Dict[str, Any]:
         if not (self.architecture or '').startswith(TRAINING_PREFIXES):
             return self.model_args
-        return dict({key: value for key, value in self.model_args.items() if key != 'rep_layer'}, inference_mode=True)
+        return dict({key: value for key, value in self.model_args.items() if key not in OWN_ARGS}, inference_mode=True)
 
     def expand_(self, model: nn.Module) -> nn.Module:
         """Expand a stock model as this one was, in place.

@@ -17,7 +17,7 @@ from ..core.expansion import expansion_of
 from ..core.verify import check_values
 from ..core.walk import annealed_modules
 from ..models.checkpoint_filter import first_names
-from ..models.names import TRAINING_PREFIXES
+from ..models.names import OWN_ARGS, TRAINING_PREFIXES
 from .architecture import create_model
 from .checkpoint import Checkpoint, model_args_of, read_checkpoint, take_input_settings, trained_architecture
 from .description import describe
@@ -249,8 +249,9 @@ def training_form(
         UserError: If the architecture is not known or has no rep layers.
         UserError: If the weights are not those of the architecture in training form.
     """
-    overrides = dict(num_classes=num_classes, in_chans=in_chans, **(model_kwargs or {}))
-    if checkpoint.description is not None and architecture in (None, checkpoint.architecture):
+    overrides = {**dict(num_classes=num_classes, in_chans=in_chans), **(model_kwargs or {})}
+    another_form = OWN_ARGS & overrides.keys()
+    if _is_described(checkpoint) and architecture in (None, checkpoint.architecture) and not another_form:
         model = _described_model(checkpoint, overrides)
         _check_training_form(model, f'{checkpoint.path} is in stock form: it')
         return model
@@ -264,6 +265,11 @@ def training_form(
     load_strictly(model, checkpoint.state_dict, checkpoint.path, f'{architecture} in training form')
     take_input_settings(model, checkpoint)
     return model.eval()
+
+
+def _is_described(checkpoint: Checkpoint) -> bool:
+    """Whether the file says how to build its model."""
+    return checkpoint.description is not None and checkpoint.description.architecture is not None
 
 
 def _check_training_form(model: nn.Module, name: str) -> None:
@@ -286,7 +292,7 @@ def load_stock_form(path: PathLike) -> nn.Module:
         UserError: If the weights are not those of the model in stock form.
     """
     checkpoint = read_checkpoint(path)
-    if checkpoint.description is not None and checkpoint.architecture is not None:
+    if checkpoint.description is not None and _is_described(checkpoint):
         if checkpoint.description.methods:
             raise UserError(f'{checkpoint.path} does not hold {checkpoint.architecture} in stock form; fuse it first')
         return _described_model(checkpoint)
