@@ -120,7 +120,8 @@ def _arm(point, count, folder, optimizer):
     elif point == 'rate set':
         patch(annealer, 'set_attach_rate', after=_die)
     elif point == 'snapshot half written':
-        patch(snapshots, 'save_weights', before=lambda model, path: (path.write_bytes(b'half'), _die()))
+        patch(snapshots, 'save', before=lambda model, path, **kwargs: (
+            path.with_name(f'.01234567.{path.name}').write_bytes(b'half'), _die()))
     elif point == 'snapshot not yet in place':
         patch(os, 'replace', before=_die, only=lambda src, dst: 'time_step-' in str(dst))
     elif point == 'validation':

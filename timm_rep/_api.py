@@ -27,6 +27,7 @@ from .hub.check import check_export
 from .hub.export import export_folder
 from .hub.publish import Published, PublishError, publish
 from .io.hub_errors import HubError
+from .io.weights import load, save
 from .official.load import load_official_checkpoint
 from .report import cost, ensemble, plots, run_pictures  # noqa: F401  timm_rep.report.plots and the like exist
 
@@ -34,6 +35,6 @@ __all__ = [
     'ACB', 'DBB', 'Annealer', 'AnnealingSchedule', 'AsymmetricConv2d', 'DiverseBranchConv2d', 'Expansion', 'HubError',
     'Method', 'Orepa', 'OrepaConv2d', 'OrepaPointwiseConv2d', 'OrepaStemConv2d', 'PublishError', 'Published', 'Rep',
     'RepConv2d', 'Report', 'UserError', 'VerificationError', '__version__', 'attach_rate', 'begin_time_step',
-    'check_export', 'expand', 'expansion_of', 'export_folder', 'fuse', 'layers', 'load_official_checkpoint',
-    'methods', 'models', 'publish', 'register_method', 'rep_layers', 'reset_optimizer', 'set_attach_rate', 'verify',
+    'check_export', 'expand', 'expansion_of', 'export_folder', 'fuse', 'layers', 'load', 'load_official_checkpoint',
+    'methods', 'models', 'publish', 'register_method', 'rep_layers', 'reset_optimizer', 'save', 'set_attach_rate', 'verify',
 ]

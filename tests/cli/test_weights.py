@@ -16,8 +16,8 @@ from huggingface_hub.utils import _http
 import timm_rep
 from timm_rep.cli.main import main
 from timm_rep.core.walk import annealed_modules
-from timm_rep.io.checkpoint import load_training_form, read_checkpoint
-from timm_rep.io.output import save_weights
+from timm_rep.io.checkpoint import read_checkpoint
+from timm_rep.io.weights import load_training_form, save_weights
 
 NAME = 'orepa_repvgg_a0_cifar'
 DBB_NAME = 'dbb_resnet18_cifar'
@@ -42,7 +42,7 @@ def checkpoint(model, tmp_path_factory):
 
 @pytest.fixture
 def stock_file(model, tmp_path):
-    path = tmp_path / 'stock.safetensors'
+    path = tmp_path / 'stock.pth'
     save_weights(timm_rep.fuse(model), path)
     return path
 
@@ -84,20 +84,20 @@ def test_fuse_takes_the_averaged_weights(checkpoint, tmp_path):
 
 
 def test_model_and_classes_from_args_yaml_or_options(checkpoint, model, tmp_path):
-    weights = tmp_path / 'weights.safetensors'
+    weights = tmp_path / 'weights.pth'
     save_weights(model, weights)
     assert 'does not say which model' in call('verify', weights, code=2)
-    assert 'head.fc' in call('verify', weights, '--model', NAME, code=2)
-    call('verify', weights, '--model', NAME, '--num-classes', 3)
+    call('verify', weights, '--model', NAME)
+    assert 'head.fc' in call('verify', weights, '--model', NAME, '--num-classes', 4, code=2)
     (tmp_path / 'args.yaml').write_text(f'model: {NAME}\nnum_classes: 3\n')
     call('verify', weights)
 
 
 def test_arguments_of_the_model(tmp_path):
     model = randomize_(timm.create_model('repan_resnet18_cifar', rep_layer='acb', num_classes=3)).eval()
-    weights = tmp_path / 'weights.safetensors'
+    weights = tmp_path / 'weights.pth'
     save_weights(model, weights)
-    options = ['--model', 'repan_resnet18_cifar', '--num-classes', 3]
+    options = ['--model', 'repan_resnet18_cifar']
     assert 'in training form; missing' in call('verify', weights, *options, code=2)
     options += ['--model-kwargs', 'rep_layer=acb', '--model-kwargs', 'drop_rate=0.1']
     assert 'outputs agree' in call('fuse', weights, tmp_path / 'stock.pth', *options)
@@ -117,7 +117,10 @@ def test_fuse_refuses_an_existing_output_and_other_suffixes(checkpoint, tmp_path
     out.write_text('mine')
     assert 'exists already' in call('fuse', checkpoint, out, code=2)
     assert out.read_text() == 'mine'
-    assert '.safetensors or .pth' in call('fuse', checkpoint, tmp_path / 'fused.onnx', code=2)
+    assert '.safetensors or .pth' in call('fuse', checkpoint, tmp_path / 'fused.pt', code=2)
+    for suffix, option in (('.onnx', '--onnx'), ('.pt2', '--torch-export')):
+        out = tmp_path / f'fused{suffix}'
+        assert f'write it with {option} {out}' in call('fuse', checkpoint, out, code=2)
     assert 'exists already' in call('fuse', checkpoint, tmp_path, code=2)
     assert [path.name for path in tmp_path.iterdir()] == ['fused.pth']
 
@@ -165,7 +168,7 @@ def test_verify_reports_and_finds_a_mismatch(checkpoint, stock_file, tmp_path):
     assert report['model']['relative'] <= report['rtol']
     assert len(report['layers']) == len(list(timm_rep.rep_layers(timm.create_model(NAME))))
 
-    weights = safetensors.torch.load_file(stock_file)
+    weights = torch.load(stock_file, weights_only=True)
     weights['stages.1.0.conv_kxk.conv.weight'] *= 1.01
     wrong = tmp_path / 'wrong.safetensors'
     safetensors.torch.save_file(weights, wrong)
@@ -197,7 +200,7 @@ def test_expand_keeps_the_outputs(layer, stock_name, name, kwargs, tmp_path):
     stock = randomize_(timm.create_model(stock_name, inference_mode=True, num_classes=4, in_chans=1)).eval()
     source, out = tmp_path / 'stock.pth', tmp_path / 'training.safetensors'
     save_weights(stock, source)
-    options = ['--model', stock_name, '--method', layer, '--num-classes', 4, '--in-chans', 1]
+    options = ['--model', stock_name, '--method', layer]  # the weights tell classes and channels
     assert 'outputs agree' in call('expand', source, out, *options)
     expanded = timm.create_model(name, num_classes=4, in_chans=1, checkpoint_path=str(out), **kwargs).eval()
     assert list(annealed_modules(expanded))

@@ -280,7 +280,7 @@ def test_five_answers_of_five_classes_are_no_figure(tmp_path):
 
 def test_weights_alone(server, model, tmp_path):
     """No run beside them: the card says so, and states no figure."""
-    timm_rep.io.output.save_weights(model, tmp_path / 'weights.safetensors')
+    timm_rep.io.weights.save_weights(model, tmp_path / 'weights.safetensors')
     options = ['--model', ARCHITECTURE, '--num-classes', CLASSES]
     published = publish_json(tmp_path / 'weights.safetensors', '--repo', REPO, *options)
     assert not set(published['files']) & {'args.yaml', 'summary.csv', 'training.png'}
@@ -313,7 +313,7 @@ def test_all_lines_of_python_on_the_cards_run(server, images, tmp_path, caplog, 
     model = randomize_(timm.create_model(ARCHITECTURE, num_classes=CLASSES, act_layer='silu', global_pool='max')).eval()
     with torch.no_grad():
         model.fc.weight.div_(1e4)
-    timm_rep.io.output.save_weights(model, tmp_path / 'weights.safetensors')
+    timm_rep.io.weights.save_weights(model, tmp_path / 'weights.safetensors')
     published = timm_rep.publish(
         tmp_path / 'weights.safetensors', REPO, architecture=ARCHITECTURE, num_classes=CLASSES, data=images,
         split='test', model_kwargs=dict(act_layer='silu', global_pool='max'), include_training_form=True)
@@ -427,7 +427,7 @@ def test_metadata_of_another_run_is_refused(server, run_folder, model, tmp_path)
     (folder / 'args.yaml').write_text(yaml.safe_dump(dict(RUN_ARGS, seed=7)))
     assert 'is of another run' in call('publish', folder, '--repo', REPO, code=2)
     (folder / 'args.yaml').write_text(yaml.safe_dump(dict(RUN_ARGS, model='orepa_resnet50')))
-    timm_rep.io.output.save_weights(model, folder / 'weights.safetensors')
+    timm_rep.io.weights.save_weights(model, folder / 'weights.safetensors')
     options = ['--model', ARCHITECTURE, '--num-classes', CLASSES]
     error = call('publish', folder / 'weights.safetensors', '--repo', REPO, *options, code=2)
     assert 'says that it trained orepa_resnet50' in error
@@ -438,7 +438,7 @@ def test_only_numbers_of_a_summary_are_published(run_folder, model, tmp_path):
     folder = shutil.copytree(run_folder, tmp_path / 'noted')
     (folder / 'args.yaml').unlink()
     (folder / 'summary.csv').write_text('epoch,eval_top1,note\n0,10.0,<script>\nepoch,eval_top1,note\n0,12.5,1\n1,2')
-    timm_rep.io.output.save_weights(model, folder / 'weights.safetensors')
+    timm_rep.io.weights.save_weights(model, folder / 'weights.safetensors')
     options = ['--model', ARCHITECTURE, '--num-classes', CLASSES, '--dry-run', '--out', tmp_path / 'export']
     call('publish', folder / 'weights.safetensors', '--repo', REPO, *options)
     # a resumed run repeats header and epochs, a killed one leaves a line cut off

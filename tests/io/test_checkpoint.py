@@ -15,8 +15,9 @@ import yaml
 from helpers import randomize_
 
 from timm_rep import VerificationError
-from timm_rep.io.checkpoint import load_training_form, model_args_of, read_checkpoint
-from timm_rep.io.output import new_output, save_weights
+from timm_rep.io.checkpoint import model_args_of, read_checkpoint
+from timm_rep.io.output import new_output
+from timm_rep.io.weights import load_training_form, save_weights
 
 NAME = 'orepa_resnet18_cifar'
 
@@ -78,6 +79,15 @@ def test_damaged_safetensors_are_refused(tmp_path):
             read_checkpoint(path)
 
 
+def test_a_record_that_is_not_what_was_written_is_refused(tmp_path):
+    path = saved(dict(weight=torch.full((100,), 0.1234)), tmp_path / 'x.pth')
+    content = path.read_bytes()
+    path.write_bytes(content.replace(torch.full((2,), 0.1234).numpy().tobytes(), bytes(8), 1))
+    assert len(path.read_bytes()) == len(content)
+    with pytest.raises(ValueError, match=r'its record x/data/0 is damaged'):
+        read_checkpoint(path)
+
+
 def test_compressed_records_are_refused(tmp_path):
     stored = saved(dict(weight=torch.zeros(10 ** 6)), tmp_path / 'stored.pth')
     packed = tmp_path / 'packed.pth'
@@ -135,6 +145,12 @@ def test_no_attribute_is_looked_up(tmp_path):
 # What the weights are of.
 
 
+@pytest.mark.parametrize('key', ['state_dict', 'model', 'model_state', 'model_state_dict', 'net'])
+def test_weights_by_the_names_that_are_common(key, tmp_path):
+    path = saved({key: dict(a=torch.ones(1)), 'epoch': 3, 'optimizer': dict(lr=0.1)}, tmp_path / 'x.pth')
+    assert read_checkpoint(path).state_dict == dict(a=torch.ones(1))
+
+
 @pytest.mark.parametrize('key', ['state_dict_ema', 'model_ema'])
 def test_averaged_weights_by_both_names(key, tmp_path):
     path = saved({'state_dict': dict(a=torch.ones(1)), key: dict(a=torch.zeros(1))}, tmp_path / 'x.pth')
@@ -177,6 +193,17 @@ def test_a_run_does_not_say_where_else_weights_come_from(run_of, tmp_path):
     hostile = dict(checkpoint_path='x.pth', pretrained=True, pretrained_cfg_overlay=dict(file='x.pth'), device='meta')
     checkpoint = read_checkpoint(run_of(model_kwargs=dict(hostile, drop_rate=0.1)))
     assert model_args_of(checkpoint, NAME, {}) == dict(num_classes=3, in_chans=1, drop_rate=0.1)
+
+
+@pytest.mark.parametrize(('name', 'kwargs'), [
+    ('resnet18', {}), ('repvgg_a0', {}), ('orepa_resnet18', dict(inference_mode=True)), ('dbb_resnet18', {})])
+def test_weights_tell_classes_and_channels(name, kwargs, tmp_path):
+    sizes = dict(num_classes=7, in_chans=2)
+    weights = timm.create_model(name, **sizes, **kwargs).state_dict()
+    checkpoint = read_checkpoint(saved(weights, tmp_path / 'x.pth'))
+    assert model_args_of(checkpoint, name, {}) == sizes
+    assert model_args_of(checkpoint, name, dict(num_classes=3)) == dict(sizes, num_classes=3)
+    assert model_args_of(checkpoint, 'no_such_model', {}) == {}
 
 
 def test_channels_of_the_input_size(run_of):
@@ -222,7 +249,7 @@ import timm
 from pathlib import Path
 from timm_rep import export_folder
 from timm_rep.io.programs import export_program
-from timm_rep.io.output import save_weights
+from timm_rep.io.weights import save_weights
 
 model = timm.create_model('test_resnet')
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -11,6 +11,7 @@ import timm_rep
 from timm_rep.cli.main import main
 from timm_rep.core.verify import VerificationError
 from timm_rep.io import programs as exporting
+from timm_rep.io.extras import install_command
 from timm_rep.io.programs import ONNX_PACKAGES, export_onnx, export_program
 
 MISSING = [package for package in ONNX_PACKAGES if importlib.util.find_spec(package) is None]
@@ -114,11 +115,10 @@ def test_a_program_of_one_batch_size_is_not_kept(model, tmp_path, monkeypatch):
 
 def test_without_the_extra_the_error_names_it(checkpoint, tmp_path, monkeypatch):
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(
-        exporting.importlib.util, 'find_spec', lambda name: None if name == 'onnxruntime' else find_spec(name))
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name == 'onnxruntime' else find_spec(name))
     out = str(tmp_path / 'm.onnx')
     result = CliRunner().invoke(main, ['fuse', str(checkpoint), '--num-classes', '3', '--onnx', out])
     assert result.exit_code == 2
-    assert 'pip install "timm_rep[export]"' in result.output
+    assert install_command('export') in result.output
     assert 'onnxruntime' in result.output
     assert list(tmp_path.iterdir()) == []

@@ -31,8 +31,10 @@ def test_arguments_about_the_machine_and_unknown_ones_are_left_out(checkpoint, t
         time_steps=2)
     derived = dict(world_size=8, rank=3, local_rank=3, distributed=True, prefetcher=True)
     assert shared(checkpoint, **kept, **local, **derived) == (kept, set(local))
-    unset = dict(wandb_tags=[], resume='', data_dir=None, log_wandb=False)
-    assert shared(checkpoint, **kept, **unset) == (kept, set())
+    assert shared(checkpoint, **kept, wandb_tags=[], resume='', data_dir=None) == (kept, set())
+    assert shared(checkpoint, log_wandb=False, future=[1, 0.5]) == (dict(log_wandb=False, future=[1, 0.5]), set())
+    numbers = dict(pin_code_token=1234, my_secret=[1, 2], wandb_tags=[1, 'plain'], nested=dict(a=1))
+    assert shared(checkpoint, **numbers) == ({}, set(numbers))
 
     write_run(read_run(checkpoint, dict(kept, **local)), tmp_path)
     assert yaml.safe_load((tmp_path / 'args.yaml').read_text()) == kept
@@ -100,7 +102,7 @@ def test_what_train_py_changes_itself_is_no_other_run(checkpoint):
     (checkpoint.parent / 'args.yaml').write_text(yaml.safe_dump(beside))
     changed = dict(
         beside, lr=0.05, num_classes=10, lr_base_scale='linear', workers=8, device='cuda:0', mean=(0.5,) * 3, rank=0)
-    expected = {key: value for key, value in beside.items() if key != 'num_classes'}  # None says nothing
+    expected = {key: value for key, value in beside.items() if value is not None}  # None says nothing
     assert read_run(checkpoint, changed).args == expected
 
 

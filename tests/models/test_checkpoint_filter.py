@@ -94,12 +94,11 @@ def test_both_forms_load(name, form, suffix, weights):
         assert_same_state(state_of(model), safetensors.torch.load_file(file))
 
 
-@models
 @forms
-@pytest.mark.parametrize('kwargs', [
-    dict(num_classes=7, in_chans=5),
-    dict(in_chans=1),
-    dict(features_only=True),
+@pytest.mark.parametrize(('name', 'kwargs'), [
+    *((name, dict(num_classes=7, in_chans=5)) for name in MODELS),
+    *((name, kwargs) for name in ('orepa_resnet18', 'repan_repvgg_a0:orepa')
+      for kwargs in (dict(in_chans=1), dict(features_only=True))),
 ], ids=str)
 def test_changed_models_load(name, form, kwargs, weights):
     suffix = '.pth' if form == 'training' else '.safetensors'

@@ -14,8 +14,8 @@ import timm_rep
 from timm_rep.cli.main import main
 from timm_rep.core.errors import UserError
 from timm_rep.core.walk import annealed_modules
-from timm_rep.io.output import save_weights
 from timm_rep.io.runs import read_summary
+from timm_rep.io.weights import save_weights
 from timm_rep.report import run_pictures
 from timm_rep.report.plots import branch_similarities, draw_annealing, draw_branch_gradients, draw_branch_similarity
 from timm_rep.report.run_pictures import plot_run, read_branch_gradients

@@ -14,7 +14,8 @@ from interrupted_run import EPOCHS, MODEL, TIME_STEPS, arguments, rows, run
 
 import timm_rep
 from timm_rep.core.walk import annealed_modules
-from timm_rep.io.checkpoint import load_training_form, read_checkpoint
+from timm_rep.io.checkpoint import read_checkpoint
+from timm_rep.io.weights import load_training_form
 from timm_rep.train.epochs import AnnealedEpochs
 from timm_rep.train.wrapper import AnnealedTraining
 

@@ -33,7 +33,7 @@ def fuse(checkpoint: str, out: Optional[str], **kwargs: Any) -> None:
       timm-rep fuse output/train/run/model_best.pth.tar resnet18.safetensors
       timm-rep fuse output/train/run resnet18_folder --onnx resnet18.onnx
     """
-    from ..hub.convert import fuse_checkpoint
+    from ..hub.forms import fuse_checkpoint
 
     report = fuse_checkpoint(checkpoint, out, **kwargs)
     written = ', '.join(str(path) for path in (out, kwargs['onnx'], kwargs['program']) if path)
@@ -60,7 +60,7 @@ def verify(checkpoint: str, fused: Optional[str], as_json: bool, **kwargs: Any) 
       timm-rep verify hf-hub:me/resnet18.orepa_images
     """
     from ..hub.check import check_export, is_export
-    from ..hub.convert import verify_checkpoint
+    from ..hub.forms import verify_checkpoint
 
     if fused is None and is_export(checkpoint):
         if any(kwargs.values()):
@@ -96,7 +96,7 @@ def expand(source: str, out: str, method: str, **kwargs: Any) -> None:
       timm-rep expand resnet50.a1_in1k orepa_resnet50.safetensors
       timm-rep expand resnet18.pth dbb_resnet18.pth --model resnet18 --method dbb
     """
-    from ..hub.convert import expand_checkpoint
+    from ..hub.forms import expand_checkpoint
 
     report = expand_checkpoint(source, out, method, **kwargs)
     click.echo(f'{out}: {report}')

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..core.errors import UserError
 from ..core.verify import DEFAULT_RTOL, Report, VerificationError, compare_outputs
-from ..io.checkpoint import FACTORY_ARGS, HUB_PREFIX
+from ..io.architecture import FACTORY_ARGS, HUB_PREFIX
 from ..io.hub_errors import HubError, hub_errors
 from .export import CONFIG_FILE, SELF_CHECK_BYTES, SELF_CHECK_FILE, WEIGHTS_FILE
 

@@ -21,7 +21,7 @@ from ..core.fuse import fuse
 from ..core.verify import Report, check_values, verify
 from ..core.walk import annealed_modules, image_channels
 from ..io.extras import has_packages, install_command
-from ..io.output import written_whole
+from ..io.output import new_folder, written_whole
 from ..io.runs import Run, write_run
 from ..models.names import is_training_form, stock_form_args
 from ..report.cost import Costs
@@ -31,7 +31,7 @@ from .card import NOT_MEASURED, UNKNOWN_LICENSE, Expanding, model_card, training
 
 __all__ = [
     'CARD_FILE', 'CONFIG_FILE', 'DATA_FIELDS', 'MANAGED_FILES', 'SELF_CHECK_BYTES', 'SELF_CHECK_FILE', 'WEIGHTS_FILE',
-    'export_folder', 'export_training_form', 'new_folder', 'time_steps_of',
+    'export_folder', 'export_training_form', 'time_steps_of',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -53,25 +53,6 @@ MANAGED_FILES = (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, PLOT_FILE, SELF_CHECK_FIL
 # url, test sizes, notes ...) may be about other weights, of which the model was once made.
 STRUCTURE_FIELDS = ('architecture', 'fixed_input_size', 'min_input_size', 'pool_size', 'first_conv', 'classifier')
 DATA_FIELDS = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
-
-
-def new_folder(path: Union[str, Path]) -> Path:
-    """Check that a folder can be written to.
-
-    Args:
-        path: New or empty folder.
-
-    Returns:
-        The absolute path.
-
-    Raises:
-        FileExistsError: If it is a file or a folder that is not empty.
-    """
-    path = Path(path).resolve()
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        kind = 'a folder that is not empty' if path.is_dir() else 'a file'
-        raise FileExistsError(f'{path} is {kind}; give a new or empty folder (nothing was changed)')
-    return path
 
 
 def time_steps_of(model: nn.Module) -> int:

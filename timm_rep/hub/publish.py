@@ -16,15 +16,16 @@ from ..core.errors import UserError
 from ..core.expansion import expansion_of
 from ..core.fuse import fuse
 from ..core.verify import Report, verify
-from ..io.checkpoint import Checkpoint, model_args_of, read_checkpoint, trained_architecture, training_form
-from ..io.output import PathLike
+from ..io.checkpoint import Checkpoint, model_args_of, read_checkpoint, trained_architecture
+from ..io.output import PathLike, new_folder
 from ..io.runs import Run, read_run
+from ..io.weights import training_form
 from ..models.names import stock_architecture, timm_has
 from ..models.published import published_weights
 from ..report.cost import measure_costs
 from ..report.images import TOP_K, ImageCheck, compare_on_images
 from .card import TRAIN_REVISION, UNKNOWN_LICENSE
-from .export import CONFIG_FILE, DATA_FIELDS, export_folder, export_training_form, new_folder, time_steps_of
+from .export import CONFIG_FILE, DATA_FIELDS, export_folder, export_training_form, time_steps_of
 from .repository import MAIN_REVISION, Publication, PublishError, file_sizes, hub_id, log_in, send_forms
 
 __all__ = ['PublishError', 'Published', 'publish']

@@ -1,36 +1,33 @@
-"""Checkpoint files: read safely, as the model that they are of, and written without replacing any."""
+"""Checkpoint files: read safely, with what they say of the model that they are of."""
 import argparse
-import inspect
 import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional
+from typing import Any, Dict, Mapping, Optional, Tuple
 
 import safetensors
-import safetensors.torch
 import timm
 import torch
 import torch.nn as nn
 from timm.data import resolve_data_config
-from timm.models import build_model_with_cfg, clean_state_dict, split_model_name_tag
+from timm.models import clean_state_dict, split_model_name_tag
 from torch import Tensor
 
 from ..core.errors import UserError
-from ..core.walk import annealed_modules
-from ..models.checkpoint_filter import first_names
-from ..models.names import TRAINING_PREFIXES
-from .hub_errors import HubError, hub_message
+from ..core.layers import RepLayer
+from ..models.names import stock_architecture
+from .architecture import FACTORY_ARGS, create_skeleton
+from .description import Description, read_description
 from .output import PathLike
 from .runs import plain_args, read_run_args
 
 __all__ = [
-    'FACTORY_ARGS', 'Checkpoint', 'build_model', 'find_checkpoint', 'load_stock_form', 'load_strictly',
-    'load_training_form', 'model_args_of', 'read_checkpoint', 'take_input_settings', 'trained_architecture',
-    'training_form',
+    'Checkpoint', 'find_checkpoint', 'model_args_of', 'read_checkpoint', 'take_input_settings', 'trained_architecture',
 ]
 
-WEIGHTS_KEYS = ('state_dict', 'model', 'model_state')  # the last is RepAn's
+# Of timm, OREPA and RepAn; the tutorials of PyTorch; and many CIFAR trainings.
+WEIGHTS_KEYS = ('state_dict', 'model', 'model_state', 'model_state_dict', 'net')
 EMA_KEYS = ('state_dict_ema', 'model_ema')
 # What train.py leaves in its output folder: which checkpoint speaks for the run, best first.
 RUN_CHECKPOINTS = ('model_best.pth.tar', 'last.pth.tar')
@@ -39,14 +36,8 @@ MODEL_ARGS = dict(num_classes='num_classes', in_chans='in_chans', gp='global_poo
 # What a model must be fed with, as train.py's arguments decide.
 DATA_CONFIG_KEYS = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
 
-# Arguments of timm's factory, not of a network: where weights come from, and where to. No file may give them.
-FACTORY_ARGS = {'device', 'dtype', *(
-    name for function in (timm.create_model, build_model_with_cfg)
-    for name, parameter in inspect.signature(function).parameters.items() if parameter.kind is not parameter.VAR_KEYWORD
-)}
 # Tensors of a file may share their numbers, as tied weights do, but they are not many times what it holds.
 SHARING = 2
-HUB_PREFIX = 'hf-hub:'
 
 
 @dataclass(frozen=True)
@@ -58,6 +49,7 @@ class Checkpoint:
         state_dict: The weights.
         args: Arguments of the training run, from the checkpoint or args.yaml beside it; empty if there are none.
         architecture: Name of the model, if the file or its run says it.
+        description: What the model is, if the file is one of :func:`timm_rep.save`.
         epoch: Epoch after which it was written, counted from 0, if the file says it.
         metric: Figure by which train.py ranked it, if the file says it.
     """
@@ -66,6 +58,7 @@ class Checkpoint:
     state_dict: Dict[str, Tensor]
     args: Dict[str, Any]
     architecture: Optional[str]
+    description: Optional[Description] = None
     epoch: Optional[int] = None
     metric: Optional[float] = None
 
@@ -95,22 +88,32 @@ def find_checkpoint(path: PathLike) -> Path:
 
 
 def _check_records(path: Path) -> None:
-    """Refuse compressed records, which torch.save does not write: they may take many times the file's size."""
+    """Refuse damaged records; and compressed ones, which torch.save does not write: they may take many times the file's
+    size.
+    """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:
             unpacked = sum(record.file_size for record in file.infolist())
-        if unpacked > path.stat().st_size:
-            raise UserError(f'its records take {unpacked} bytes, more than the file')
+            if unpacked > path.stat().st_size:
+                raise UserError(f'its records take {unpacked} bytes, more than the file')
+            try:
+                damaged = file.testzip()  # torch does not compare the sums
+            except OSError as e:  # it is sent to a place that is not in the file
+                raise UserError(f'its records cannot be found ({e})') from e
+            if damaged is not None:
+                raise UserError(f'its record {damaged} is damaged')
 
 
-def _read_file(path: Path, allow_pickle: bool) -> Any:
+def _read_file(path: Path, allow_pickle: bool) -> Tuple[Any, Mapping[str, str]]:
+    """What a file holds, and the metadata beside it."""
     try:
         if path.suffix == '.safetensors':
-            return safetensors.torch.load_file(path)
+            with safetensors.safe_open(path, 'pt') as file:
+                return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
         _check_records(path)
         # train.py puts its arguments into the checkpoint
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location='cpu', weights_only=not allow_pickle)
+            return torch.load(path, map_location='cpu', weights_only=not allow_pickle), {}
     except (OSError, ImportError):
         raise
     except Exception as e:  # a damaged file makes the readers raise almost anything
@@ -138,7 +141,9 @@ def _check_tensors(weights: Mapping[str, Tensor], path: Path) -> None:
 
 
 def read_checkpoint(path: PathLike, *, use_ema: bool = False, allow_pickle: bool = False) -> Checkpoint:
-    """Read a checkpoint of timm's train.py, or a file of weights alone. No code in the file is run unless allowed.
+    """Read a checkpoint of timm's train.py, a file of :func:`timm_rep.save`, or one of weights alone.
+
+    No code in the file is run unless allowed.
 
     Args:
         path: ``.safetensors``, any file of ``torch.save``, or the output folder of a run.
@@ -151,10 +156,11 @@ def read_checkpoint(path: PathLike, *, use_ema: bool = False, allow_pickle: bool
     Raises:
         FileNotFoundError: If there is no such file.
         UserError: If the file is no checkpoint, is damaged, holds other Python objects than weights and arguments, has
-            tensors that take much more than the file, or has no EMA weights to take.
+            tensors that take much more than the file, describes a model that cannot be trusted or is not known, or has
+            no EMA weights to take.
     """
     path = find_checkpoint(path)
-    content = _read_file(path, allow_pickle)
+    content, metadata = _read_file(path, allow_pickle)
     if not isinstance(content, dict):
         raise UserError(f'{path} holds a {type(content).__name__}, not weights')
     wanted = EMA_KEYS if use_ema else WEIGHTS_KEYS
@@ -166,50 +172,23 @@ def read_checkpoint(path: PathLike, *, use_ema: bool = False, allow_pickle: bool
     if not weights or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in weights.items()):
         raise UserError(f'{path} holds no weights; its keys are {", ".join(map(str, list(content)[:5]))}')
     _check_tensors(weights, path)
+    description = read_description(metadata, weights, path)
     args = content.get('args')
     args = plain_args(vars(args), path) if isinstance(args, argparse.Namespace) else read_run_args(path)
-    architecture = args.get('model') or content.get('arch')
-    weights = clean_state_dict(clean_state_dict(weights))  # older timm strips one prefix (compile, DDP) a call
+    described = None if description is None else description.architecture
+    architecture = described or args.get('model') or content.get('arch')
+    if description is None:
+        weights = clean_state_dict(clean_state_dict(weights))  # older timm strips one prefix (compile, DDP) a call
     epoch, metric = content.get('epoch'), content.get('metric')
     return Checkpoint(
         path,
         weights,
         args,
         architecture if isinstance(architecture, str) else None,
+        description,
         epoch if isinstance(epoch, int) else None,
         metric if isinstance(metric, (int, float)) else None,
     )
-
-
-def load_strictly(model: nn.Module, state_dict: Dict[str, Tensor], path: Path, form: str) -> None:
-    """Load weights that must be the model's, all of them and no more.
-
-    Args:
-        model: The model.
-        state_dict: The weights.
-        path: File that they come from, for the error.
-        form: What they should be, for the error.
-
-    Raises:
-        UserError: If keys or shapes are not those of the model, or an attach rate lies outside [0, 1].
-    """
-    own = model.state_dict()
-    missing, unexpected = own.keys() - state_dict.keys(), state_dict.keys() - own.keys()
-    if missing or unexpected:
-        raise UserError(
-            f'{path} does not hold {form}'
-            + (f'; missing: {first_names(missing)}' if missing else '')
-            + (f'; not expected: {first_names(unexpected)}' if unexpected else '')
-        )
-    for key, value in own.items():
-        if value.shape != state_dict[key].shape:
-            raise UserError(
-                f'{path} does not hold {form}: {key} has shape {tuple(state_dict[key].shape)}, the model takes '
-                f'{tuple(value.shape)}'
-            )
-        if key.endswith('attach_rate') and not 0 <= state_dict[key] <= 1:
-            raise UserError(f'{path} does not hold {form}: {key} must lie in [0, 1], got {state_dict[key].item():g}')
-    model.load_state_dict(state_dict)
 
 
 def trained_architecture(checkpoint: Checkpoint) -> Optional[str]:
@@ -227,7 +206,21 @@ def trained_architecture(checkpoint: Checkpoint) -> Optional[str]:
     return split_model_name_tag(name)[0]
 
 
-def _is_of(checkpoint: Checkpoint, architecture: str) -> bool:
+def _sizes_of(checkpoint: Checkpoint, architecture: str) -> Dict[str, int]:
+    """Classes and image channels that the shapes of the weights tell, as far as they do."""
+    if not timm.is_model(architecture):
+        return {}
+    skeleton: Any = create_skeleton(architecture, {})
+    classifier = skeleton.pretrained_cfg.get('classifier') or ''
+    classifier = classifier if isinstance(classifier, str) else classifier[0]
+    first_conv = next(name for name, module in skeleton.named_modules() if isinstance(module, (nn.Conv2d, RepLayer)))
+    shapes = {key: value.shape for key, value in checkpoint.state_dict.items()}
+    found = dict(
+        num_classes=shapes.get(f'{classifier}.weight', ())[:1], in_chans=shapes.get(f'{first_conv}.weight', ())[1:2])
+    return {name: size[0] for name, size in found.items() if size}
+
+
+def _was_of(checkpoint: Checkpoint, architecture: str) -> bool:
     """Whether a run was of an architecture, as far as it says; what it took from the Hub can be of any."""
     return bool(checkpoint.args.get('model')) and trained_architecture(checkpoint) in (
         None, split_model_name_tag(architecture)[0])
@@ -242,15 +235,20 @@ def model_args_of(checkpoint: Checkpoint, architecture: str, overrides: Mapping[
         overrides: Arguments in place of the run's; None leaves the run's.
 
     Returns:
-        The arguments by name.
+        The arguments by name. What neither says of classes and image channels is taken from the weights' shapes.
     """
-    run = checkpoint.args if _is_of(checkpoint, architecture) else {}
+    description = checkpoint.description
+    if description is not None and description.architecture == split_model_name_tag(architecture)[0]:
+        return {**description.model_args, **{name: value for name, value in overrides.items() if value is not None}}
+    run = checkpoint.args if _was_of(checkpoint, architecture) else {}
     args = {name: run[key] for key, name in MODEL_ARGS.items() if run.get(key) is not None}
     if 'in_chans' not in args and run.get('input_size'):
         args['in_chans'] = run['input_size'][0]
     model_kwargs = run.get('model_kwargs') or {}
     args.update({name: value for name, value in model_kwargs.items() if name not in FACTORY_ARGS})
     args.update({name: value for name, value in overrides.items() if value is not None})
+    if not {'num_classes', 'in_chans'} <= args.keys():
+        args = {**_sizes_of(checkpoint, architecture), **args}
     return args
 
 
@@ -258,13 +256,15 @@ def take_input_settings(model: Any, checkpoint: Checkpoint) -> None:
     """Let the model's metadata say what it was trained on, where the run's arguments differ from the defaults.
 
     Args:
-        model: A model of timm; its ``pretrained_cfg`` is changed if the run was of its architecture.
+        model: A model of timm; its ``pretrained_cfg`` is changed if the run was of its architecture, in either form.
         checkpoint: A checkpoint of the run.
 
     Raises:
         UserError: If timm does not understand the settings.
     """
-    if _is_of(checkpoint, model.pretrained_cfg.get('architecture', '')):
+    trained = trained_architecture(checkpoint)
+    own = model.pretrained_cfg.get('architecture', '')
+    if checkpoint.args.get('model') and (trained is None or stock_architecture(trained) == stock_architecture(own)):
         try:
             config = resolve_data_config(checkpoint.args, model=model)
         except AssertionError as e:
@@ -272,134 +272,3 @@ def take_input_settings(model: Any, checkpoint: Checkpoint) -> None:
         if tuple(config['input_size']) != tuple(model.pretrained_cfg['input_size']):
             model.pretrained_cfg['pool_size'] = None
         model.pretrained_cfg.update({key: config[key] for key in DATA_CONFIG_KEYS})
-
-
-def build_model(architecture: str, /, **kwargs: Any) -> nn.Module:
-    """``timm.create_model`` with errors that say what the user can do.
-
-    Args:
-        architecture: Registered name, or ``'hf-hub:ORG/NAME'`` for one that is described on the Hub.
-        **kwargs: Of the model.
-
-    Returns:
-        The model, which knows its arguments.
-
-    Raises:
-        UserError: If there is no such model, or it does not take the arguments.
-        HubError: If the description of the model cannot be had from the Hub.
-    """
-    on_hub = architecture.startswith(HUB_PREFIX)
-    if not on_hub and not timm.is_model(architecture):
-        raise UserError(f'unknown model {architecture!r}; `timm-rep list` shows the models with rep layers')
-    try:
-        model: Any = timm.create_model(architecture, **kwargs)
-    except (TypeError, LookupError, AttributeError, ArithmeticError, AssertionError) as e:
-        given = ', '.join(f'{key}={value!r}' for key, value in kwargs.items())
-        raise UserError(f'{architecture} cannot be built with {given}: {e}') from e
-    except OSError as e:
-        if not on_hub:
-            raise
-        raise HubError(f'{architecture} cannot be looked up, name its architecture: {hub_message(e)}') from None
-    if not hasattr(model, '_model_args'):  # older timm
-        model._model_args = kwargs
-    return model
-
-
-def load_training_form(
-        path: PathLike,
-        architecture: Optional[str] = None,
-        *,
-        use_ema: bool = False,
-        allow_pickle: bool = False,
-        num_classes: Optional[int] = None,
-        in_chans: Optional[int] = None,
-        model_kwargs: Optional[Mapping[str, Any]] = None,
-) -> nn.Module:
-    """Build the model that a checkpoint is of, in training form, with its weights.
-
-    Args:
-        path: Checkpoint of timm's train.py, weights alone, or the output folder of a run.
-        architecture: Name of one of our models; by default the one that the checkpoint, or args.yaml beside it, names.
-        use_ema: Take the averaged weights.
-        allow_pickle: Load Python objects too, which can run any code.
-        num_classes: Of the classifier; by default as the run was told, else the model's own.
-        in_chans: Image channels; by default as the run was told, else the model's own.
-        model_kwargs: More arguments of ``timm.create_model``, beside those that the run was given.
-
-    Returns:
-        The model, in eval mode. Its ``pretrained_cfg`` has the input settings of the run.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        UserError: If the file is not safe to read, or the architecture is not known or has no rep layers.
-        UserError: If the weights are not those of the architecture in training form.
-    """
-    checkpoint = read_checkpoint(path, use_ema=use_ema, allow_pickle=allow_pickle)
-    return training_form(
-        checkpoint, architecture, num_classes=num_classes, in_chans=in_chans, model_kwargs=model_kwargs)
-
-
-def training_form(
-        checkpoint: Checkpoint,
-        architecture: Optional[str] = None,
-        *,
-        num_classes: Optional[int] = None,
-        in_chans: Optional[int] = None,
-        model_kwargs: Optional[Mapping[str, Any]] = None,
-) -> nn.Module:
-    """Build the model that a checkpoint is of, once it is read; the rest of :func:`load_training_form`.
-
-    Args:
-        checkpoint: The checkpoint.
-        architecture: As in :func:`load_training_form`.
-        num_classes: As in :func:`load_training_form`.
-        in_chans: As in :func:`load_training_form`.
-        model_kwargs: As in :func:`load_training_form`.
-
-    Returns:
-        The model, in eval mode.
-
-    Raises:
-        UserError: If the architecture is not known or has no rep layers.
-        UserError: If the weights are not those of the architecture in training form.
-    """
-    architecture = architecture or checkpoint.architecture
-    if architecture is None:
-        raise UserError(f'{checkpoint.path} does not say which model it is of; name it (--model)')
-    if architecture == trained_architecture(checkpoint):
-        architecture = str(checkpoint.args['model'])  # with its tag, which may have input settings of its own
-    overrides = dict(num_classes=num_classes, in_chans=in_chans)
-    args = model_args_of(checkpoint, architecture, {**overrides, **(model_kwargs or {})})
-    model = build_model(architecture, **args)
-    if not any(annealed_modules(model)):
-        raise UserError(f'{architecture} has no rep layers; `timm-rep list` shows the models that have')
-    load_strictly(model, checkpoint.state_dict, checkpoint.path, f'{architecture} in training form')
-    take_input_settings(model, checkpoint)
-    return model.eval()
-
-
-def load_stock_form(path: PathLike) -> nn.Module:
-    """Build the stock form of the model that a file of fused weights is of, with these weights.
-
-    Args:
-        path: Stock weights in the folder of their run, whose args.yaml names the model.
-
-    Returns:
-        The model, in eval mode. Its ``pretrained_cfg`` has the input settings of the run.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        UserError: If the file is not safe to read, or its model is not known.
-        UserError: If the weights are not those of the model in stock form.
-    """
-    checkpoint = read_checkpoint(path)
-    architecture = checkpoint.architecture
-    if architecture is None:
-        raise UserError(f'{checkpoint.path} does not say which model it is of: no args.yaml beside it names it')
-    args = model_args_of(checkpoint, architecture, {})
-    if architecture.startswith(TRAINING_PREFIXES):
-        args['inference_mode'] = True
-    model = build_model(architecture, **args)
-    load_strictly(model, checkpoint.state_dict, checkpoint.path, f'{architecture} in stock form')
-    take_input_settings(model, checkpoint)
-    return model.eval()

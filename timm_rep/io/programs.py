@@ -1,6 +1,5 @@
 """Fused models in the formats of other runtimes, each compared with PyTorch before it gets its name."""
 import copy
-import importlib.util
 import io
 import warnings
 from pathlib import Path
@@ -14,6 +13,7 @@ from ..core.errors import UserError
 from ..core.fuse import fuse
 from ..core.verify import Difference, compare_outputs
 from ..core.walk import image_channels
+from .extras import require_extra
 from .output import new_output, written_whole
 
 __all__ = ['ONNX_PACKAGES', 'ONNX_SUFFIX', 'PROGRAM_SUFFIX', 'export_onnx', 'export_program']
@@ -28,12 +28,6 @@ EXPORT_RTOL = 1e-4
 # Batches of other sizes than the one that was exported show whether the batch is free.
 TRACED_BATCH = 2
 CHECKED_BATCHES = (1, 2, 5)
-
-
-def _check_extra() -> None:
-    missing = [package for package in ONNX_PACKAGES if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ImportError(f'ONNX export also needs {", ".join(missing)}: pip install "timm_rep[export]"')
 
 
 def _deploy_form(model: nn.Module) -> nn.Module:
@@ -112,12 +106,12 @@ def export_onnx(model: nn.Module, path: Union[str, Path]) -> Difference:
         Largest difference of the outputs of onnxruntime, over batches of several sizes.
 
     Raises:
-        ImportError: If packages of the extra ``export`` are missing.
         FileExistsError: If the file exists.
-        UserError: For another suffix, or if the model does not say its input size.
+        UserError: If packages of the extra ``export`` are missing, for another suffix, or if the model does not say its
+            input size.
         VerificationError: If onnxruntime does not compute the same. No file is left then.
     """
-    _check_extra()
+    require_extra('ONNX export', 'export', ONNX_PACKAGES)
     import onnx
     import onnxruntime
 

@@ -17,30 +17,14 @@ __all__ = ['Run', 'complete_rows', 'plain_args', 'read_run', 'read_run_args', 'r
 
 _logger = logging.getLogger(__name__)
 
-# Arguments of timm's train.py and of this package's that say what was trained and how. No others are published: they
-# say where and by whom, or may be anything.
-SHARED_ARGS = frozenset("""
-    dataset train_split val_split train_num_samples val_num_samples dataset_download input_img_mode input_key
-    target_key dataset_trust_remote_code model pretrained no_resume_opt num_classes gp img_size in_chans input_size
-    crop_pct mean std interpolation batch_size validation_batch_size channels_last fuser grad_accum_steps
-    grad_checkpointing fast_norm model_kwargs head_init_scale head_init_bias torchcompile_mode torchscript
-    torchcompile device amp amp_dtype model_dtype no_ddp_bb synchronize_step device_modules opt opt_eps opt_betas
-    momentum weight_decay clip_grad clip_mode layer_decay layer_decay_min_scale layer_decay_no_opt_scale opt_kwargs
-    sched sched_on_updates lr lr_base lr_base_size lr_base_scale lr_noise lr_noise_pct lr_noise_std lr_cycle_mul
-    lr_cycle_decay lr_cycle_limit lr_k_decay warmup_lr min_lr epochs epoch_repeats start_epoch decay_milestones
-    decay_epochs warmup_epochs warmup_prefix cooldown_epochs patience_epochs decay_rate no_aug train_crop_mode scale
-    ratio hflip vflip color_jitter color_jitter_prob grayscale_prob gaussian_blur_prob aa aug_repeats aug_splits
-    jsd_loss bce_loss bce_sum bce_target_thresh bce_pos_weight reprob remode recount resplit mixup cutmix
-    cutmix_minmax mixup_prob mixup_switch_prob mixup_mode mixup_off_epoch smoothing train_interpolation drop
-    drop_connect drop_path drop_block bn_momentum bn_eps sync_bn dist_bn split_bn model_ema model_ema_force_cpu
-    model_ema_decay model_ema_warmup seed worker_seeding log_interval val_interval recovery_interval checkpoint_hist
-    workers save_images pin_mem no_prefetcher eval_metric tta use_multi_epochs_loader train_img_sizes
-    train_batch_sizes train_size_probs train_size_schedule train_size_schedule_spread train_size_random_mix
-    train_batches_per_epoch variable_batch_loss_scale naflex_loader naflex_train_seq_lens naflex_max_seq_len
-    naflex_patch_sizes naflex_patch_size_probs naflex_loss_scale naflex_patchify_channels_first kd_model_name
-    kd_distill_type kd_loss_type distill_loss_weight task_loss_weight kd_temperature kd_student_feature_dim
-    kd_teacher_feature_dim kd_token_distill_type
-    time_steps attach_warmup_epochs compensate imply_statistics log_branches
+# Arguments of timm's train.py whose words say what was trained and how. Other words are not published: they say where
+# and by whom, or may be anything. Numbers are, under any name.
+WORD_ARGS = frozenset("""
+    aa amp_dtype clip_mode dataset device device_modules dist_bn eval_metric fuser gp input_img_mode input_key
+    interpolation kd_distill_type kd_loss_type kd_model_name kd_token_distill_type lr_base_scale mixup_mode model
+    model_dtype model_kwargs naflex_loss_scale opt opt_kwargs remode sched target_key torchcompile torchcompile_mode
+    train_crop_mode train_interpolation train_size_schedule train_split val_split variable_batch_loss_scale
+    worker_seeding
 """.split())
 # What train.py adds to its arguments for itself, once it runs.
 DERIVED_ARGS = frozenset(('distributed', 'local_rank', 'prefetcher', 'rank', 'world_size'))
@@ -52,11 +36,12 @@ PRIVATE_VALUE = re.compile(
     r'(?<!\w)[/\\~]|local-dir:|(?:hf_|gh[opsur]_|github_pat_|glpat-|xox[abp]-|(?<![a-z])sk-|AKIA|AIza)\w{8}',
     re.IGNORECASE)
 PathLike = Union[str, Path]
-# By the arguments inside a checkpoint and in the args.yaml beside it the two are told to be of one run: by all but
-# those that train.py changes itself, and those that may differ when a run is resumed.
-IDENTITY_ARGS = (SHARED_ARGS | {'experiment'}) - {
-    'checkpoint_hist', 'device', 'dist_bn', 'log_interval', 'pin_mem', 'recovery_interval', 'save_images',
-    'start_epoch', 'workers'}
+# By the arguments inside a checkpoint and in the args.yaml beside it the two are told to be of one run: by its name and
+# all that are published, but those that train.py changes itself, and those that may differ when a run is resumed.
+RUN_NAME = 'experiment'
+MAY_DIFFER = frozenset((
+    'checkpoint_hist', 'device', 'dist_bn', 'log_interval', 'log_wandb', 'pin_mem', 'recovery_interval', 'save_images',
+    'start_epoch', 'workers'))
 # Where args.yaml leaves them open, train.py decides once it runs.
 DECIDED_LATER = ('lr', 'lr_base_scale', 'num_classes')
 WHY_LEFT_OUT = "since about the machine it ran on, or not train.py's own"
@@ -65,7 +50,7 @@ DEFAULT_EVAL_METRIC = 'top1'
 ARG_TYPES: Dict[str, Tuple[type, ...]] = dict(
     model=(str,), num_classes=(int,), in_chans=(int,), gp=(str,), bn_eps=(float, int), model_kwargs=(dict,),
     input_size=(list,), img_size=(int,), interpolation=(str,), mean=(list,), std=(list,), crop_pct=(float, int),
-    dataset=(str,), val_split=(str,), time_steps=(int,))
+    dataset=(str,), val_split=(str,), time_steps=(int,), pool_size=(list,), crop_mode=(str,))
 # Figures of summary.csv by the name that they have on a model card.
 SUMMARY_METRICS = dict(top1='eval_top1', top5='eval_top5')
 
@@ -102,7 +87,7 @@ def _plain(value: Any) -> Any:
     return next((kind(value) for kind in (bool, int, float, str) if isinstance(value, kind)), None)
 
 
-def plain_args(args: Mapping[Any, Any], source: Path) -> Dict[str, Any]:
+def plain_args(args: Mapping[Any, Any], source: PathLike) -> Dict[str, Any]:
     """Arguments of a run as plain numbers, strings, lists and dicts; None for what is none of these.
 
     Args:
@@ -150,6 +135,15 @@ def read_run_args(path: Path) -> Dict[str, Any]:
     return plain_args(args, args_path) if isinstance(args, dict) else {}
 
 
+def _is_shared(name: str, value: Any) -> bool:
+    """Whether an argument is for others to know, as far as its name and the kind of its value tell."""
+    if name in WORD_ARGS:
+        return True
+    numbers = value if isinstance(value, (list, tuple)) and value else [value]
+    plain = all(isinstance(number, (bool, int, float)) for number in numbers)
+    return plain and name not in DERIVED_ARGS and not SECRET_NAME.search(name)
+
+
 def _is_private(value: Any) -> bool:
     """Whether a value holds a path of a machine, an address or something secret, or is no plain value."""
     if isinstance(value, dict):
@@ -168,7 +162,7 @@ def _without_private(args: Mapping[Any, Any], inside: str = '') -> Tuple[Dict[An
     for key, value in args.items():
         if _is_private(str(key)):
             left_out.append(f'{inside}...')
-        elif inside and SECRET_NAME.search(str(key)):  # of train.py's own arguments all names are known
+        elif inside and SECRET_NAME.search(str(key)):
             left_out.append(f'{inside}{key}')
         elif isinstance(value, dict):
             kept[key], names = _without_private(value, f'{inside}{key}.')
@@ -247,9 +241,11 @@ def read_summary(path: PathLike) -> List[Dict[str, float]]:
     return rows
 
 
-def _check_same_run(path: Path, beside: Mapping[str, Any], args: Mapping[str, Any]) -> None:
+def _check_args_beside(path: Path, beside: Mapping[str, Any], args: Mapping[str, Any]) -> None:
     """Raise a UserError if args.yaml is of another run than the checkpoint beside it."""
-    for key in sorted(IDENTITY_ARGS & beside.keys() & args.keys()):
+    for key in sorted((beside.keys() & args.keys()) - MAY_DIFFER):
+        if key != RUN_NAME and not any(_is_shared(key, given[key]) for given in (beside, args)):
+            continue
         if key in DECIDED_LATER and beside[key] in (None, ''):
             continue
         # YAML has no tuples
@@ -296,7 +292,7 @@ def read_run(
 ) -> Optional[Run]:
     """Read what is beside a checkpoint, and leave out what is nobody else's business.
 
-    Of the arguments only those in ``SHARED_ARGS`` are kept, without any path, address or secret in their values.
+    Of the arguments numbers are kept, and words only of those in ``WORD_ARGS``; and no path, address or secret.
 
     Args:
         checkpoint: Path of the checkpoint.
@@ -313,7 +309,7 @@ def read_run(
             writes.
     """
     beside = read_run_args(checkpoint)
-    _check_same_run(checkpoint, beside, args)
+    _check_args_beside(checkpoint, beside, args)
     processes = args.get('world_size')
     args = beside or args
     summary = checkpoint.parent / 'summary.csv'
@@ -323,8 +319,9 @@ def read_run(
     row = next((row for row in history if row.get('epoch') == epoch), None)
     if row is not None:
         _check_metric(checkpoint, row, epoch, args.get('eval_metric') or DEFAULT_EVAL_METRIC, metric)
-    shared, left_out = _without_private({key: value for key, value in args.items() if key in SHARED_ARGS})
-    left_out += [str(key) for key in args if key not in SHARED_ARGS | DERIVED_ARGS and args[key] not in UNSET]
+    told = {key: value for key, value in args.items() if _is_shared(str(key), value)}
+    shared, left_out = _without_private(told)
+    left_out += [str(key) for key in args.keys() - told.keys() - DERIVED_ARGS if args[key] not in UNSET]
     return Run(
         shared,
         tuple(sorted(left_out)),

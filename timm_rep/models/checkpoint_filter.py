@@ -33,7 +33,7 @@ def _adapted(weight: Tensor, in_channels: int) -> Tensor:
 
 
 def _stock_norm(model: nn.Module, name: str) -> Optional[str]:
-    """Name of the norm that a branched layer stands for besides its convolution."""
+    """Name of the norm that a normed layer stands for besides its convolution."""
     norm_name, norm = next_sibling(model, name)
     return norm_name if isinstance(norm, FoldedNorm) else None
 
@@ -51,10 +51,6 @@ def _stock_names(model: nn.Module, layers: Dict[str, RepLayer]) -> Dict[str, Dic
                 keys[f'norm_{key}'] = f'{norm}.{key}'
         stock[name] = keys
     return stock
-
-
-def _same_shapes(layer: RepLayer, weights: Dict[str, Tensor]) -> bool:
-    return all(weights[key].shape == value.shape for key, value in layer.state_dict().items())
 
 
 def _restore_from_stock(layer: RepLayer, weights: Dict[str, Tensor]) -> None:
@@ -85,6 +81,95 @@ def _annealing_defaults(model: nn.Module, layers: Dict[str, RepLayer]) -> Iterat
             yield f'{name}.time_step', torch.zeros_like(module.time_step)
 
 
+class _Fit:
+    """How a state dict fits a model: which form it has, and what of it goes where.
+
+    Args:
+        state_dict: The weights.
+        model: Model in training or stock form.
+
+    Raises:
+        UserError: If the weights fit neither form.
+    """
+
+    def __init__(self, state_dict: Dict[str, Tensor], model: nn.Module) -> None:
+        cfg = getattr(model, 'pretrained_cfg', None) or {}
+        classifier = cfg.get('classifier') or ()
+        self.heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+        self.architecture = cfg.get('architecture', type(model).__name__)
+        self.source_chans = (cfg.get('input_size') or (3,))[0]
+        self.in_chans = image_channels(model)
+        self.own = model.state_dict()
+        self.layers = dict(rep_layers(model))
+        self.stock = _stock_names(model, self.layers)
+
+        training_keys = {f'{name}.{key}' for name, layer in self.layers.items() for key in layer.state_dict()}
+        stock_keys = {key for keys in self.stock.values() for key in keys.values()}
+        self.common = set(self.own) - training_keys
+        self.is_stock = bool(self.layers) and not (training_keys - stock_keys) & set(state_dict)
+        expected = self.common | (stock_keys if self.is_stock else training_keys)
+        # Old checkpoints do not count their batches, and stock RepVGG blocks know no annealing.
+        counts = {k: self.own.get(k, torch.tensor(0)) for k in expected if k.endswith('num_batches_tracked')}
+        defaults = {k: v for k, v in _annealing_defaults(model, self.layers) if k in expected}
+        self.weights = {**counts, **defaults, **state_dict}
+        self._check_keys(expected, any(annealed_modules(model)))
+        self.adapted: Set[str] = set()  # layers in training form for another number of image channels
+        self._check_shapes()
+
+    def is_head(self, key: str) -> bool:
+        """Whether a key is of the classifier, which is left to timm."""
+        return any(key.startswith(f'{head}.') for head in self.heads)
+
+    def _check_keys(self, expected: Set[str], has_branches: bool) -> None:
+        missing = {key for key in expected - set(self.weights) if not self.is_head(key)}
+        unexpected = {key for key in set(self.weights) - expected if not self.is_head(key)}
+        if not (missing or unexpected):
+            return
+        if not has_branches and any(key.endswith('.attach_rate') for key in self.weights):
+            raise UserError(
+                f'the weights are in training form, but this {self.architecture} is in stock form; load them without '
+                'inference_mode=True and fuse, or fuse the weights first (timm-rep fuse)'
+            )
+        raise UserError(
+            f'the weights are neither the training form nor the stock form of {self.architecture}'
+            + (f'; missing: {first_names(missing)}' if missing else '')
+            + (f'; not expected: {first_names(unexpected)}' if unexpected else '')
+        )
+
+    def _check_shapes(self) -> None:
+        for key, shape in self._shapes():
+            if key in self.weights and not self._fits(key, shape):
+                raise UserError(
+                    f'the weights are of another architecture than {self.architecture}: {key} has shape '
+                    f'{tuple(self.weights[key].shape)}, the model takes {tuple(shape)}'
+                )
+
+    def _shapes(self) -> Iterator[Tuple[str, torch.Size]]:
+        """The shapes that the weights must have; notes which layers are to be adapted."""
+        yield from ((key, self.own[key].shape) for key in self.common)
+        for name, layer in self.layers.items():
+            if self.is_stock:
+                channels = torch.Size([layer.out_channels])
+                for kind, key in self.stock[name].items():
+                    if kind != 'norm_num_batches_tracked':
+                        yield key, torch.Size(layer.weight_shape) if kind == 'weight' else channels
+                continue
+            source = layer
+            weights = _part(self.weights, name)
+            if self.in_chans != self.source_chans and any(
+                    weights[key].shape != value.shape for key, value in layer.state_dict().items()):
+                source = layer.like(in_channels=self.source_chans, device='meta')
+                self.adapted.add(name)
+            yield from ((f'{name}.{key}', value.shape) for key, value in source.state_dict().items())
+
+    def _fits(self, key: str, shape: torch.Size) -> bool:
+        found = self.weights[key].shape
+        if found == shape or self.is_head(key):
+            return True
+        first_conv = len(found) == 4 and found[1] == self.source_chans and shape[1] == self.in_chans
+        return first_conv and found[0] == shape[0] and found[2:] == shape[2:]
+
+
 @torch.no_grad()
 def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dict[str, Tensor]:
     """Fit weights in training form or stock form to a model, for ``pretrained=True``.
@@ -102,81 +187,17 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dic
     Raises:
         UserError: If the weights fit neither form. No layer is left half loaded.
     """
-    cfg = getattr(model, 'pretrained_cfg', None) or {}
-    architecture = cfg.get('architecture', type(model).__name__)
-    classifier = cfg.get('classifier') or ()
-    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    source_chans = (cfg.get('input_size') or (3,))[0]
-    in_chans = image_channels(model)
-
-    own = model.state_dict()
-    layers = dict(rep_layers(model))
-    stock = _stock_names(model, layers)
-    training_keys = {f'{name}.{key}' for name, layer in layers.items() for key in layer.state_dict()}
-    stock_keys = {key for keys in stock.values() for key in keys.values()}
-    common = set(own) - training_keys
-    is_stock = bool(layers) and not (training_keys - stock_keys) & set(state_dict)
-    expected = common | (stock_keys if is_stock else training_keys)
-
-    def is_head(key: str) -> bool:
-        return any(key.startswith(f'{head}.') for head in heads)
-
-    # Old checkpoints do not count their batches, and stock RepVGG blocks know no annealing.
-    state_dict = {k: own.get(k, torch.tensor(0)) for k in expected if k.endswith('num_batches_tracked')} | state_dict
-    state_dict = {k: v for k, v in _annealing_defaults(model, layers) if k in expected} | state_dict
-    missing = {k for k in expected - set(state_dict) if not is_head(k)}
-    unexpected = {k for k in set(state_dict) - expected if not is_head(k)}
-    has_branches = any(annealed_modules(model))
-    if (missing or unexpected) and not has_branches and any(k.endswith('.attach_rate') for k in state_dict):
-        raise UserError(
-            f'the weights are in training form, but this {architecture} is in stock form; load them without '
-            'inference_mode=True and fuse, or fuse the weights first (timm-rep fuse)'
-        )
-    if missing or unexpected:
-        raise UserError(
-            f'the weights are neither the training form nor the stock form of {architecture}'
-            + (f'; missing: {first_names(missing)}' if missing else '')
-            + (f'; not expected: {first_names(unexpected)}' if unexpected else '')
-        )
-
-    def fits(key: str, value: Tensor, shape: torch.Size) -> bool:
-        if value.shape == shape or is_head(key):
-            return True
-        first_conv = value.ndim == 4 and value.shape[1] == source_chans and shape[1] == in_chans
-        return first_conv and value.shape[0] == shape[0] and value.shape[2:] == shape[2:]
-
-    adapt: Set[str] = set()  # layers in training form for another number of image channels
-    shapes = {key: own[key].shape for key in common}
-    for name, layer in layers.items():
-        if is_stock:
-            channels = torch.Size([layer.out_channels])
-            shapes.update({
-                key: torch.Size(layer.weight_shape) if kind == 'weight' else channels
-                for kind, key in stock[name].items() if kind != 'norm_num_batches_tracked'
-            })
-        else:
-            source = layer
-            if in_chans != source_chans and not _same_shapes(layer, _part(state_dict, name)):
-                source = layer.like(in_channels=source_chans, device='meta')
-                adapt.add(name)
-            shapes.update({f'{name}.{key}': value.shape for key, value in source.state_dict().items()})
-    for key, shape in shapes.items():
-        if key in state_dict and not fits(key, state_dict[key], shape):
-            raise UserError(
-                f'the weights are of another architecture than {architecture}: {key} has shape '
-                f'{tuple(state_dict[key].shape)}, the model takes {tuple(shape)}'
-            )
-
-    result = {key: value for key, value in state_dict.items() if key in common or is_head(key)}
-    for key in common & set(result):
-        if result[key].ndim == 4 and result[key].shape != own[key].shape:
-            result[key] = _adapted(result[key], in_chans)
-    for name, layer in layers.items():
-        weights = _part(state_dict, name)
-        if is_stock:
-            _restore_from_stock(layer, {kind: state_dict[key] for kind, key in stock[name].items()})
-        elif name in adapt:
-            _readapt_training_form(layer, weights, source_chans)
+    fit = _Fit(state_dict, model)
+    result = {key: value for key, value in fit.weights.items() if key in fit.common or fit.is_head(key)}
+    for key in fit.common & set(result):
+        if result[key].ndim == 4 and result[key].shape != fit.own[key].shape:
+            result[key] = _adapted(result[key], fit.in_chans)
+    for name, layer in fit.layers.items():
+        weights = _part(fit.weights, name)
+        if fit.is_stock:
+            _restore_from_stock(layer, {kind: fit.weights[key] for kind, key in fit.stock[name].items()})
+        elif name in fit.adapted:
+            _readapt_training_form(layer, weights, fit.source_chans)
         else:
             result.update({f'{name}.{key}': value for key, value in weights.items()})
             continue

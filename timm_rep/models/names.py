@@ -6,10 +6,14 @@ import timm
 from ..core.fuse import when_fused
 
 __all__ = [
-    'TRAINING_PREFIXES', 'is_training_form', 'registering_package', 'stock_architecture', 'stock_form_args', 'timm_has']
+    'OWN_ARGS', 'TRAINING_PREFIXES', 'is_training_form', 'registering_package', 'stock_architecture', 'stock_form_args',
+    'timm_has',
+]
 
 # Prefixes of our architectures whose stock form is the timm architecture named behind it.
 TRAINING_PREFIXES = ('orepa_', 'dbb_', 'repan_')
+# Arguments that our architectures have and their stock forms have not.
+OWN_ARGS = frozenset(('inference_mode', 'rep_layer'))
 
 
 def stock_architecture(architecture: str) -> str:
@@ -54,8 +58,7 @@ def name_stock_architecture(model: Any) -> None:
     architecture = cfg.get('architecture', '') if isinstance(cfg, dict) else ''
     if not isinstance(cfg, dict) or not architecture.startswith(TRAINING_PREFIXES):
         return
-    own_args = ('inference_mode', 'rep_layer')
-    args = {key: value for key, value in getattr(model, '_model_args', {}).items() if key not in own_args}
+    args = {key: value for key, value in getattr(model, '_model_args', {}).items() if key not in OWN_ARGS}
     stock = stock_architecture(architecture)
     if stock == architecture:  # timm has no such network: ours, in stock form
         model._model_args = dict(args, inference_mode=True)

@@ -3,14 +3,20 @@ import json
 from pathlib import Path
 from typing import Any, Callable, Dict, Mapping, Optional, TypeVar
 
+import safetensors
 import torch.nn as nn
-from timm.models import build_model_with_cfg, resolve_pretrained_cfg
+from timm.models import build_model_with_cfg, get_pretrained_cfg, load_model_config_from_hf, resolve_pretrained_cfg
 
 from ..core.errors import UserError
 
 __all__ = ['build_model', 'published_weights', 'with_published']
 
 REGISTRY = Path(__file__).with_name('published.json')
+
+# What a config.json says of the weights beside it, as timm takes it over for 'hf-hub:' models.
+DESCRIBED = (
+    'num_classes', 'label_names', 'label_descriptions', 'input_size', 'pool_size', 'interpolation', 'mean', 'std',
+    'crop_pct', 'crop_mode')
 
 ModelT = TypeVar('ModelT', bound=nn.Module)
 Cfgs = Dict[str, Dict[str, Any]]
@@ -50,6 +56,38 @@ def with_published(cfgs: Cfgs, published: Optional[Mapping[str, Dict[str, Any]]]
     return {**cfgs, **added}
 
 
+def _classes_of_file(path: Path, variant: str) -> Dict[str, Any]:
+    """Classes that the shape of the classifier in a file tells."""
+    cfg = get_pretrained_cfg(variant)
+    classifier = cfg.classifier if cfg is not None else None
+    if path.suffix != '.safetensors' or not isinstance(classifier, str):
+        return {}
+    with safetensors.safe_open(path, 'pt') as file:
+        key = f'{classifier}.weight'
+        return dict(num_classes=file.get_slice(key).get_shape()[0]) if key in file.keys() else {}
+
+
+def _description_of(overlay: Mapping[str, Any], variant: str, cache_dir: Any) -> Dict[str, Any]:
+    """What the repository or file that an overlay takes weights from says of them; no more than there is."""
+    try:
+        if overlay.get('state_dict'):
+            return {}
+        if overlay.get('file'):
+            file = Path(overlay['file'])
+            if not file.with_name('config.json').is_file():
+                return _classes_of_file(file, variant)
+            config = json.loads(file.with_name('config.json').read_text())
+            described = {**config.get('pretrained_cfg', {}), **config}
+        elif overlay.get('hf_hub_id'):
+            described = load_model_config_from_hf(overlay['hf_hub_id'], cache_dir=cache_dir)[0]
+        else:
+            return {}
+    except (OSError, ValueError, TypeError, AttributeError, safetensors.SafetensorError):
+        return {}  # what is wrong with the weights timm says
+    found = {key: described[key] for key in DESCRIBED if described.get(key) is not None}
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+
+
 def build_model(
         model_cls: Callable[..., ModelT],
         variant: str,
@@ -59,6 +97,9 @@ def build_model(
         **kwargs: Any,
 ) -> ModelT:
     """Call timm's ``build_model_with_cfg``, which says more where ``pretrained=True`` finds no weights.
+
+    Weights that the overlay names have the classes and input settings of the config.json beside them, as they have
+    where timm loads them by ``'hf-hub:ORG/NAME'``, unless the overlay says otherwise.
 
     Args:
         model_cls: Builds the model.
@@ -75,6 +116,8 @@ def build_model(
         UserError: If weights are asked for and none are published.
     """
     if pretrained:
+        overlay = pretrained_cfg_overlay or {}
+        pretrained_cfg_overlay = {**_description_of(overlay, variant, kwargs.get('cache_dir')), **overlay}
         cfg: Any = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
         if not (cfg.has_weights or cfg.state_dict):
             raise UserError(

@@ -13,8 +13,10 @@ from ..core.fuse import fuse
 from ..core.verify import Report, verify
 from ..core.walk import annealed_modules, set_attach_rate
 from ..hub.export import export_folder
-from ..io.checkpoint import build_model, read_checkpoint
-from ..io.output import PathLike, is_weights_file, new_output, save_weights
+from ..io.architecture import create_model
+from ..io.checkpoint import read_checkpoint
+from ..io.output import PathLike, is_weights_file, new_output
+from ..io.weights import save_weights
 from .networks import HEAD_NAMES, fill_from_official_
 from .source import Weights, is_folded
 
@@ -44,7 +46,7 @@ def _load(
             kwargs.setdefault('num_classes', len(tensors[f'{name}.weight']))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: Any = build_model(architecture, **kwargs).eval()
+        model: Any = create_model(architecture, **kwargs).eval()
     if is_folded(tensors):
         model = fuse(model, inplace=True)
     if any(value.dtype == torch.float64 for value in tensors.values()):

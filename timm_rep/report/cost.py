@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..core.errors import UserError
 from ..core.precision import full_float32
-from ..io.checkpoint import build_model
+from ..io.architecture import create_model
 from ..models.names import TRAINING_PREFIXES
 from .images import as_device
 
@@ -305,9 +305,9 @@ def bench_models(
     """
     first, *_ = architectures
     model_kwargs, own = dict(model_kwargs or {}), first.startswith(TRAINING_PREFIXES)
-    baseline: Any = build_model(first, **model_kwargs, **(dict(inference_mode=True) if own else {}))
+    baseline: Any = create_model(first, **model_kwargs, **(dict(inference_mode=True) if own else {}))
     models = {f'{first} (stock form)' if own else first: baseline}
-    models.update((name, build_model(name, **model_kwargs)) for name in architectures if name not in models)
+    models.update((name, create_model(name, **model_kwargs)) for name in architectures if name not in models)
     channels, height, width = baseline.pretrained_cfg['input_size']
     if img_size is not None:
         height = width = img_size

@@ -22,8 +22,9 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from ..core.errors import UserError
-from ..io.checkpoint import load_stock_form, read_checkpoint
-from ..io.output import new_output, save_weights
+from ..io.checkpoint import read_checkpoint
+from ..io.output import new_output
+from ..io.weights import load_stock_form, save_weights
 from .images import Score, as_device, evaluate, open_images, with_progress
 
 __all__ = ['EnsembleResult', 'average_outputs', 'average_weights', 'evaluate_snapshots', 'find_snapshots']

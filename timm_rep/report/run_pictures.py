@@ -7,9 +7,9 @@ from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 import torch.nn as nn
 
 from ..core.errors import UserError
-from ..io.checkpoint import load_training_form
 from ..io.extras import require_extra
 from ..io.runs import complete_rows, read_run_args, read_summary, to_number
+from ..io.weights import load_training_form
 from .plots import draw_annealing, draw_branch_gradients, draw_branch_similarity
 
 __all__ = ['plot_run', 'read_branch_gradients']

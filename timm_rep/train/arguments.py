@@ -8,7 +8,7 @@ import yaml
 from ..core.annealing import AnnealingSchedule
 from ..core.errors import UserError
 from ..core.walk import annealed_modules
-from ..io.checkpoint import build_model
+from ..io.architecture import create_model
 
 __all__ = [
     'add_time_step_options', 'check_model', 'complete_schedule', 'output_folder', 'output_root', 'read_options',
@@ -181,7 +181,7 @@ def check_model(args: argparse.Namespace, schedule: AnnealingSchedule) -> None:
     for option in UNFIT_OPTIONS:
         if getattr(args, option, False):
             raise UserError(f'--{option.replace("_", "-")} takes the rep layers apart; train without it')
-    model = build_model(args.model, **(getattr(args, 'model_kwargs', None) or {}))
+    model = create_model(args.model, **(getattr(args, 'model_kwargs', None) or {}))
     if not any(annealed_modules(model)):
         raise UserError(
             f'{args.model} has no rep layers, so there are no branches to anneal or to log; `timm-rep list` shows the '

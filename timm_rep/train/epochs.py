@@ -12,7 +12,7 @@ from timm.utils import is_primary, random_seed, unwrap_model
 from ..core.annealer import Annealer
 from ..core.annealing import AnnealingSchedule, Position, time_step
 from ..core.branch_log import BranchLog
-from ..io.checkpoint import load_training_form
+from ..io.weights import load_training_form
 from .arguments import output_folder
 from .resume import drop_rows, epoch_of, newest_checkpoint
 from .snapshots import save_snapshots

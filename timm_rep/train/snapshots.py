@@ -1,7 +1,6 @@
 """The weights at the end of each time step, in training form and fused."""
 import copy
 import logging
-import os
 from pathlib import Path
 from typing import Mapping
 
@@ -9,7 +8,7 @@ import torch.nn as nn
 
 from ..core.fuse import fuse
 from ..core.verify import VerificationError
-from ..io.output import save_weights
+from ..io.weights import save
 
 __all__ = ['DivergedError', 'save_snapshots']
 
@@ -18,15 +17,6 @@ _logger = logging.getLogger('train')  # timm's
 
 class DivergedError(RuntimeError):
     """The weights are not finite any more."""
-
-
-def _save(model: nn.Module, path: Path) -> None:
-    """Write one file whole or not at all; one that an interrupted run left is replaced."""
-    temporary = path.with_suffix('.tmp.safetensors')
-    for left_behind in path.parent.glob(f'*{temporary.name}'):
-        left_behind.unlink()
-    save_weights(model, temporary)
-    os.replace(temporary, path)
 
 
 def save_snapshots(folder: Path, time_step: int, forms: Mapping[str, nn.Module]) -> None:
@@ -44,8 +34,8 @@ def save_snapshots(folder: Path, time_step: int, forms: Mapping[str, nn.Module])
         name = f'time_step-{time_step + 1}{suffix}'
         model = copy.deepcopy(model).eval()
         try:
-            _save(model, folder / f'{name}.safetensors')
+            save(model, folder / f'{name}.safetensors', replace=True)
         except VerificationError as e:
             raise DivergedError(f'the training has diverged in time step {time_step + 1} or before: {e}') from None
-        _save(fuse(model, inplace=True), folder / f'{name}-stock.safetensors')
+        save(fuse(model, inplace=True), folder / f'{name}-stock.safetensors', replace=True)
     _logger.info(f'Snapshot of time step {time_step + 1} in {folder}')

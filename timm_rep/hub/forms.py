@@ -1,4 +1,4 @@
-"""Checkpoint files in, files in another form out: what ``timm-rep fuse``, ``verify`` and ``expand`` do."""
+"""Checkpoints in another form: fused, compared with their fused form, expanded."""
 import dataclasses
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple
@@ -9,19 +9,14 @@ from ..core.errors import UserError
 from ..core.fuse import fuse
 from ..core.methods import as_method
 from ..core.verify import Report, verify
-from ..io.checkpoint import (
-    build_model,
-    load_strictly,
-    load_training_form,
-    model_args_of,
-    read_checkpoint,
-    take_input_settings,
-)
+from ..io.architecture import create_model
+from ..io.checkpoint import model_args_of, read_checkpoint, take_input_settings
 from ..io.hub_errors import hub_errors
-from ..io.output import PathLike, is_weights_file, new_output, save_weights
+from ..io.output import PathLike, is_weights_file, new_output
 from ..io.programs import ONNX_SUFFIX, PROGRAM_SUFFIX, export_onnx, export_program
+from ..io.weights import load_strictly, load_training_form, save_weights
 from ..models.checkpoint_filter import checkpoint_filter_fn
-from ..models.names import TRAINING_PREFIXES, stock_architecture
+from ..models.names import OWN_ARGS, TRAINING_PREFIXES, stock_architecture
 from .check import load_export
 from .export import export_folder
 
@@ -44,8 +39,8 @@ def fuse_checkpoint(
         output: New ``.safetensors`` or ``.pth`` file for the weights alone; any other name is that of a Hub folder,
             which any timm loads without this package.
         architecture: Name of the model, if the checkpoint does not say it.
-        onnx: New ONNX file, see :func:`timm_rep.exporting.export_onnx`.
-        program: New file for a ``torch.export`` program, see :func:`timm_rep.exporting.export_program`.
+        onnx: New ONNX file, see :func:`timm_rep.io.programs.export_onnx`.
+        program: New file for a ``torch.export`` program, see :func:`timm_rep.io.programs.export_program`.
         **kwargs: More of :func:`load_training_form`.
 
     Returns:
@@ -53,17 +48,18 @@ def fuse_checkpoint(
 
     Raises:
         FileExistsError: If an output exists.
-        UserError: If no output is given, for another suffix of it, or as :func:`load_training_form` does.
-        ImportError: If packages of the extra ``export`` are missing.
-        UserError: As :func:`load_training_form` does.
+        UserError: If no output is given, for another suffix of it, if packages of the extra ``export`` are missing, or
+            as :func:`load_training_form` does.
         VerificationError: If the fused model is not the same function.
     """
     if output is None and onnx is None and program is None:
         raise UserError('no output is given: neither weights or a folder, nor ONNX, nor a torch.export program')
-    output = None if output is None else new_output(output, folder_allowed=True)
-    for exported, suffix in ((onnx, ONNX_SUFFIX), (program, PROGRAM_SUFFIX)):
+    for suffix, exported, option in ((ONNX_SUFFIX, onnx, '--onnx'), (PROGRAM_SUFFIX, program, '--torch-export')):
         if exported is not None:
             new_output(exported, suffixes=(suffix,))
+        if output is not None and Path(output).suffix == suffix:
+            raise UserError(f'{output} is no file of weights; write it with {option} {output}')
+    output = None if output is None else new_output(output, folder_allowed=True)
     model = load_training_form(path, architecture, **kwargs)
     fused = fuse(model)
     report = verify(model, fused)
@@ -97,7 +93,6 @@ def verify_checkpoint(
 
     Raises:
         FileNotFoundError: If one of the files is not there.
-        UserError: As :func:`load_training_form` does.
         UserError: If weights are not those of the model, or as :func:`load_training_form` does.
         VerificationError: If the two are not the same function.
     """
@@ -145,11 +140,11 @@ def expand_checkpoint(
     Args:
         source: Weights in stock form; or a timm model, with a tag if wanted, whose pretrained weights timm gets.
         output: New ``.safetensors`` or ``.pth`` file.
-        layer: ``'orepa'``, ``'dbb'``, ``'acb'`` or ``'rep'``. Where there is no model of that name in front, it is a
-            ``repan_`` model with this ``rep_layer``.
+        layer: Name of a method. Where there is no model of that name in front, it is a ``repan_`` model with this
+            ``rep_layer``.
         architecture: The stock model that a file of weights is of, if the file does not say it.
-        num_classes: Of the classifier; by default as the run was told, else the model's own.
-        in_chans: Image channels; by default as the run was told, else the model's own.
+        num_classes: Of the classifier; by default as the run was told, else as the weights have it.
+        in_chans: Image channels; by default as the run was told, else as the weights have it.
 
     Returns:
         What the check of the outputs found. Nothing is written unless it succeeds.
@@ -157,8 +152,8 @@ def expand_checkpoint(
     Raises:
         FileExistsError: If the output exists.
         FileNotFoundError: If the source is neither a file nor a model of timm's.
-        UserError: For an unknown layer or model, or a file that is not safe to read.
-        UserError: If the weights are not those of the model in stock form.
+        UserError: For an unknown layer or model, a file that is not safe to read, or if the weights are not those of
+            the model in stock form.
         HubError: If pretrained weights cannot be fetched.
         VerificationError: If the outputs differ.
     """
@@ -170,8 +165,9 @@ def expand_checkpoint(
         if name is None:
             raise UserError(f'{source} does not say which model it is of; name it (--model)')
         target, layer_args = _training_architecture(name, layer)
-        args = {**model_args_of(checkpoint, name, overrides), **layer_args}
-        stock: Any = build_model(target, inference_mode=True, **args)
+        args = {key: value for key, value in model_args_of(checkpoint, name, overrides).items() if key not in OWN_ARGS}
+        args.update(layer_args)
+        stock: Any = create_model(target, inference_mode=True, **args)
         load_strictly(stock, checkpoint.state_dict, checkpoint.path, f'{name} in stock form')
         take_input_settings(stock, checkpoint)
     elif timm.is_model(str(source)):
@@ -180,11 +176,11 @@ def expand_checkpoint(
         target, layer_args = _training_architecture(str(source), layer)
         args = {key: value for key, value in overrides.items() if value is not None}
         with hub_errors(f'{source}'):
-            stock = build_model(str(source), pretrained=True, **args)
+            stock = create_model(str(source), pretrained=True, **args)
         args.update(layer_args)
     else:
         raise FileNotFoundError(f'{source} is neither a file nor a model of timm')
-    model = build_model(target, **args).eval()
+    model = create_model(target, **args).eval()
     model.load_state_dict(checkpoint_filter_fn(stock.state_dict(), model))
     report = verify(model, stock.eval())
     save_weights(model, output)

@@ -1,0 +1,323 @@
+"""A file says what its model is: the same model comes back, and what the file cannot be is never built or loaded."""
+import json
+import logging
+import stat
+import struct
+
+import pytest
+import safetensors.torch
+import timm
+import tiny_architecture
+import torch
+from helpers import assert_same_state, randn, randomize_, state_of
+from timm.models import ResNet
+from timm.models.resnet import BasicBlock
+
+import timm_rep
+from timm_rep import UserError, expand, expansion_of, fuse, load, save, set_attach_rate
+from timm_rep.core.annealing import set_time_step, time_step_of
+from timm_rep.core.walk import annealed_modules
+from timm_rep.hub.forms import expand_checkpoint, fuse_checkpoint, verify_checkpoint
+from timm_rep.io.checkpoint import read_checkpoint
+from timm_rep.io.description import check_sum
+from timm_rep.io.weights import load_stock_form, load_training_form, save_weights
+
+
+def hand_made():
+    return ResNet(BasicBlock, (1, 1, 1, 1), channels=(8, 8, 12, 16), num_classes=5)
+
+
+def of_timm(**kwargs):
+    return timm.create_model('test_resnet', **dict(dict(num_classes=3), **kwargs))
+
+
+def several():
+    return expand(of_timm(in_chans=1), {'layer4.*': 'dbb', 'layer3.*': 'acb', 'layer2.*.conv2': 'rep', '*': 'orepa'})
+
+
+MODELS = dict(
+    ours=lambda: timm.create_model(tiny_architecture.NAME, num_classes=3, in_chans=1),
+    kind=lambda: timm.create_model('repan_resnet18_cifar', rep_layer='acb', drop_path_rate=0.1),
+    annealed=lambda: timm.create_model('repan_repvgg_a0_cifar'),
+    annealed_with_layers=lambda: timm.create_model('repan_repvgg_a0_cifar', rep_layer='dbb'),
+    another_method=lambda: expand(timm.create_model(tiny_architecture.NAME, inference_mode=True), 'dbb'),
+    of_timm=lambda: expand(of_timm(act_layer='gelu')),
+    options=lambda: expand(of_timm(), timm_rep.Orepa(branch_1x1=False)),
+    several=several,
+    features=lambda: timm.create_model(tiny_architecture.NAME, features_only=True, out_indices=(1, 2)),
+    double=lambda: expand(of_timm()).double(),
+    no_classes=lambda: expand(of_timm(num_classes=0)),
+    stock=of_timm,
+    own_stock=lambda: fuse(timm.create_model('orepa_resnet18_cifar', num_classes=3).eval()),
+)
+
+
+@torch.no_grad()
+def assert_same(actual, expected):
+    assert_same_state(state_of(actual), state_of(expected))
+    assert {v.dtype for v in actual.state_dict().values()} == {v.dtype for v in expected.state_dict().values()}
+    assert expansion_of(actual) == expansion_of(expected)
+    first = next(expected.parameters())
+    images = randn(2, timm_rep.core.walk.image_channels(expected), 32, 32, dtype=first.dtype)
+    found, wanted = actual.eval()(images), expected.eval()(images)
+    for one, other in zip(found, wanted) if isinstance(wanted, list) else [(found, wanted)]:
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize('make', MODELS.values(), ids=MODELS)
+def test_round_trip(make, tmp_path, caplog):
+    model = randomize_(make()).eval()
+    if any(annealed_modules(model)):
+        set_attach_rate(model, 0.3)
+        set_time_step(model, 2)
+    settings = dict(input_size=(1, 40, 40), mean=(0.1,), std=(0.2,), crop_pct=0.5, interpolation='lanczos')
+    model.pretrained_cfg = dict(model.pretrained_cfg, pool_size=None, **settings)
+    file = tmp_path / 'new' / 'x.safetensors'
+    save(model, file)
+    assert not caplog.records
+    loaded = load(file)
+    assert_same(loaded, model)
+    assert type(loaded) is type(model)
+    assert not loaded.training
+    assert {key: loaded.pretrained_cfg[key] for key in settings} == settings
+    for name in ('architecture', 'classifier', 'pool_size'):
+        assert loaded.pretrained_cfg.get(name) == model.pretrained_cfg.get(name)
+    assert getattr(loaded, 'num_classes', None) == getattr(model, 'num_classes', None)
+    args = {key: list(value) if isinstance(value, tuple) else value for key, value in model._model_args.items()}
+    assert args.items() <= loaded._model_args.items()
+    if any(annealed_modules(model)):
+        assert time_step_of(loaded) == 2
+        assert_same(load_training_form(file), model)
+    else:
+        assert_same(load_stock_form(file), model)
+    save(loaded, tmp_path / 'again.safetensors')
+    assert_same(load(tmp_path / 'again.safetensors'), model)
+
+
+def test_the_commands_ask_nothing_of_such_files(tmp_path):
+    file, stock = tmp_path / 'x.safetensors', tmp_path / 'stock.safetensors'
+    save(randomize_(timm.create_model('repan_resnet18_cifar', rep_layer='acb', num_classes=3, in_chans=1)), file)
+    fuse_checkpoint(file, stock)
+    verify_checkpoint(file, stock)
+    expand_checkpoint(stock, tmp_path / 'expanded.safetensors', 'dbb')
+    assert load(tmp_path / 'expanded.safetensors').pretrained_cfg['architecture'] == 'dbb_resnet18_cifar'
+    with pytest.raises(UserError, match='is in stock form: it has no rep layers'):
+        load_training_form(stock)
+    with pytest.raises(UserError, match='in stock form; fuse it first'):
+        load_stock_form(file)
+    with pytest.raises(UserError, match=r'in training form; missing'):
+        load_training_form(file, model_kwargs=dict(rep_layer='dbb'))
+    with pytest.raises(UserError, match=r'fc\.weight has shape \(3, 512\)'):
+        load_training_form(file, num_classes=4)
+
+
+@pytest.mark.parametrize('wrap', [torch.compile, torch.optim.swa_utils.AveragedModel, timm.utils.ModelEmaV3])
+def test_wrappers_are_no_part_of_the_model(wrap, tmp_path):
+    model = randomize_(expand(of_timm()))
+    save(wrap(model), tmp_path / 'x.safetensors')
+    assert_same(load(tmp_path / 'x.safetensors'), model)
+
+
+def test_the_classifier_may_be_another_by_now(tmp_path):
+    model = expand(of_timm())
+    model.reset_classifier(4)
+    save(model, tmp_path / 'x.safetensors')
+    assert_same(load(tmp_path / 'x.safetensors'), model)
+
+
+@pytest.mark.parametrize('change', [
+    lambda model: setattr(model, 'act1', torch.nn.Hardswish()),
+    lambda model: setattr(model, 'fc', torch.nn.Linear(96, 8)),
+    lambda model: setattr(model.layer4[0].conv2, 'dilation', (2, 2)),
+    lambda model: setattr(model, 'more', torch.nn.ReLU()),
+    lambda model: model._model_args.update(act_layer=torch.nn.GELU),
+    lambda model: model.fc.double(),
+], ids=['activation', 'classifier', 'geometry', 'module', 'argument', 'precision'])
+def test_a_network_that_timm_would_build_otherwise_is_not_said_to_be_timms(change, tmp_path, caplog):
+    model = of_timm()
+    change(model)
+    with caplog.at_level(logging.WARNING):
+        save(model, tmp_path / 'x.safetensors')
+    assert 'which is not test_resnet as timm builds it' in caplog.text
+    with pytest.raises(UserError, match=r'give its stock form: load\(file, into=stock_model\)'):
+        load(tmp_path / 'x.safetensors')
+
+
+def test_into_a_model_of_no_registry(tmp_path):
+    model = randomize_(expand(hand_made(), {'layer1.*': 'dbb', '*': 'orepa'}))
+    set_attach_rate(model, 0.3)
+    file = tmp_path / 'x.safetensors'
+    save(model, file)
+    with pytest.raises(UserError, match='into=stock_model'):
+        load(file)
+    stock = hand_made().train()
+    assert load(file, into=stock) is stock
+    assert stock.training
+    assert_same(stock, model)
+    assert_same(load(file, into=expand(hand_made(), {'layer1.*': 'dbb', '*': 'orepa'})), model)
+
+    others = (
+        (ResNet(BasicBlock, (1, 1, 1, 1), channels=(8, 8, 12, 20), num_classes=5), 'layer4.* has shape'),
+        (torch.nn.Sequential(torch.nn.Conv2d(3, 8, 7)), 'no plain convolution'),
+        (expand(hand_made()), 'into must be the stock form, or expanded as'))
+    for other, message in others:
+        before = state_of(other)
+        with pytest.raises(UserError, match=message):
+            load(file, into=other)
+        assert_same_state(state_of(other), before)
+    torch.save(model.state_dict(), tmp_path / 'x.pth')
+    with pytest.raises(UserError, match='does not say which layers were expanded'):
+        load(tmp_path / 'x.pth', into=hand_made())
+
+
+def test_files_without_a_description(tmp_path):
+    model = timm.create_model('orepa_resnet18_cifar')
+    torch.save(dict(arch='orepa_resnet18_cifar', state_dict=model.state_dict()), tmp_path / 'last.pth.tar')
+    assert_same(load(tmp_path), model)
+    safetensors.torch.save_file(model.state_dict(), tmp_path / 'x.safetensors')
+    with pytest.raises(UserError, match='does not say which model it is of'):
+        load(tmp_path / 'x.safetensors')
+
+
+# Damaged and hostile files.
+
+
+@pytest.fixture(scope='module')
+def content(tmp_path_factory):
+    file = tmp_path_factory.mktemp('file') / 'x.safetensors'
+    save(randomize_(expand(of_timm(act_layer='gelu'), timm_rep.Orepa(branch_1x1=False))), file)
+    return file.read_bytes()
+
+
+def header_of(content):
+    length = struct.unpack('<Q', content[:8])[0]
+    return json.loads(content[8:8 + length]), content[8 + length:]
+
+
+def with_metadata(content, **changes):
+    header, data = header_of(content)
+    for key, value in changes.items():
+        header['__metadata__'][key] = value if isinstance(value, str) else json.dumps(value)
+    if 'crc32' not in changes:
+        header['__metadata__']['crc32'] = check_sum(header['__metadata__'], safetensors.torch.load(content))
+    text = json.dumps(header).encode()
+    return struct.pack('<Q', len(text)) + text + data
+
+
+def test_no_damaged_file_is_read(content, tmp_path):
+    file = tmp_path / 'x.safetensors'
+    start = len(content) - len(header_of(content)[1])
+    damages = [content[:size] for size in (0, 7, start - 1, start, start + 1, len(content) // 2, len(content) - 1)]
+    damages += [content[:at] + bytes([content[at] ^ 1]) + content[at + 1:] for at in range(start, len(content), 49999)]
+    damages += [content.replace(one, other) for one, other in (
+        (b'gelu', b'relu'), (b'0.95', b'0.85'), (b'false', b'true '), (b'layer4.0.conv1', b'layer4.0.conv2'))]
+    assert content not in damages
+    for damaged in damages:
+        file.write_bytes(damaged)
+        for read in (load, read_checkpoint):
+            with pytest.raises(UserError, match=r'is damaged|is not a safetensors file'):
+                read(file)
+    file.write_bytes(content)
+    load(file)
+
+
+@pytest.mark.parametrize(('changes', 'message'), [
+    (dict(architecture='no_such_model'), "'no_such_model' is not registered"),
+    (dict(architecture='hf-hub:me/model'), "'hf-hub:me/model' is not registered"),
+    (dict(architecture='resnet34'), 'the expansion is of another network'),
+    (dict(architecture='test_resnet.r160_in1k', model_args={}), 'does not hold the model that it describes'),
+    (dict(model_args=dict(pretrained=True)), 'pretrained are no arguments of a network'),
+    (dict(model_args=dict(checkpoint_path='x.pth', pretrained_cfg_overlay={})), 'checkpoint_path, pretrained_cfg_'),
+    (dict(model_args=dict(num_classes=4)), r'fc\.\w+ has shape'),
+    (dict(model_args=dict(num_classes=10 ** 12)), 'too large numbers'),
+    (dict(model_args=dict(layers=[10 ** 12])), 'too large numbers'),
+    (dict(model_args=dict(drop_rate=float('nan'))), 'too large numbers'),
+    (dict(model_args=dict(layers=[20000, 1, 1, 1])), 'more than \\d+ modules'),
+    (dict(model_args=dict(channels=[10 ** 5, 10 ** 5, 10 ** 5, 10 ** 5])), 'does not hold the model that it describes'),
+    (dict(model_args=dict(num_classes='many')), 'cannot be built with'),
+    (dict(model_args=dict(num_classes=-3)), 'not expected: fc'),
+    (dict(model_args=dict(block='os.system')), 'cannot be built with'),
+    (dict(model_args=dict(nonsense=1)), 'cannot be built with'),
+    (dict(model_args=[]), 'model_args must be a dict'),
+    (dict(model_args='{'), 'model_args is not JSON'),
+    (dict(model_args='[' * 10 ** 5), 'does not describe its model'),
+    (dict(model_args='{"a": ' + '[' * 900 + ']' * 900 + '}'), 'cannot'),
+    (dict(model_args=dict(a='x' * 2 ** 20)), 'more than 1048576 characters'),
+    (dict(expansion=[dict(method='os', layers=[])]), "unknown method 'os'"),
+    (dict(expansion=[dict(method='orepa', layers=['fc'])]), "no plain convolution 'fc'"),
+    (dict(expansion=[dict(method='orepa', layers=['conv9'])]), "no plain convolution 'conv9'"),
+    (dict(expansion=[dict(method='orepa', nonsense=1, layers=[])]), 'orepa has the options'),
+    (dict(expansion=[dict(method='orepa', negative_slope='x', layers=['layer1.0.conv1'])]), 'cannot be expanded'),
+    (dict(expansion=[dict(method='dbb', layers=['layer1.0.conv1'])]), 'does not hold the model that it describes'),
+    (dict(expansion=[]), 'does not hold the model that it describes'),
+    (dict(expansion=[5]), 'an expansion is a list of methods'),
+    (dict(expansion=dict(method='orepa')), 'expansion must be a list'),
+    (dict(pretrained_cfg=dict(input_size=[3, 32])), 'input_size cannot be'),
+    (dict(pretrained_cfg=dict(input_size=[3, 10 ** 9, 10 ** 9])), 'input_size cannot be'),
+    (dict(pretrained_cfg=dict(mean='x')), 'mean must be of type list'),
+    (dict(crc32='00000000'), 'is damaged'),
+])
+def test_no_description_is_followed_blindly(changes, message, content, tmp_path):
+    file = tmp_path / 'x.safetensors'
+    file.write_bytes(with_metadata(content, **changes))
+    with pytest.raises(UserError, match=message) as error:
+        load(file)
+    assert str(file) in str(error.value)
+
+
+def test_settings_say_only_what_the_model_is_fed_with(content, tmp_path):
+    (tmp_path / 'x.safetensors').write_bytes(with_metadata(content, pretrained_cfg=dict(
+        file='x.pth', hf_hub_id='me/model', architecture='resnet34', classifier='conv1', crop_pct=0.5)))
+    loaded = load(tmp_path / 'x.safetensors').pretrained_cfg
+    own = of_timm().pretrained_cfg
+    assert loaded['crop_pct'] == 0.5
+    assert [loaded.get(key) for key in ('file', 'hf_hub_id', 'architecture', 'classifier')] == [
+        own.get(key) for key in ('file', 'hf_hub_id', 'architecture', 'classifier')]
+
+
+def test_an_attach_rate_of_a_file_lies_between_0_and_1(tmp_path):
+    model = expand(of_timm())
+    for _, module in annealed_modules(model):
+        module.attach_rate.fill_(7)
+    save(model, tmp_path / 'x.safetensors')
+    for into in (None, of_timm()):
+        with pytest.raises(UserError, match=r'attach_rate must lie in \[0, 1\], got 7'):
+            load(tmp_path / 'x.safetensors', into=into)
+
+
+# Writing.
+
+
+def test_a_file_is_replaced_only_if_asked(tmp_path):
+    file = tmp_path / 'x.safetensors'
+    file.write_text('mine')
+    model = of_timm()
+    with pytest.raises(FileExistsError, match='exists already'):
+        save(model, file)
+    assert file.read_text() == 'mine'
+    (tmp_path / '.0123abcd.x.safetensors').write_text('left by a process that was killed')
+    (tmp_path / '.0123abcd.y.safetensors').write_text('of another file')
+    broken = of_timm()
+    torch.nn.init.constant_(broken.fc.bias, float('nan'))
+    with pytest.raises(timm_rep.VerificationError, match=r'fc\.bias'):
+        save(broken, file, replace=True)
+    assert file.read_text() == 'mine'
+    save(model, file, replace=True)
+    assert_same(load(file), model)
+    assert {path.name for path in tmp_path.iterdir()} == {'x.safetensors', '.0123abcd.y.safetensors'}
+    for name, kind in (('x.pth', UserError), ('x', UserError)):
+        with pytest.raises(kind, match=r'must end in \.safetensors'):
+            save(model, tmp_path / name)
+    (tmp_path / 'folder.safetensors').mkdir()
+    with pytest.raises(FileExistsError):
+        save(model, tmp_path / 'folder.safetensors', replace=True)
+
+
+def test_others_may_read_as_far_as_they_may_read_new_files(tmp_path):
+    (tmp_path / 'new').touch()
+    usual = stat.S_IMODE((tmp_path / 'new').stat().st_mode)
+    save(of_timm(), tmp_path / 'x.safetensors')
+    save_weights(of_timm(), tmp_path / 'x.pth')
+    folder = timm_rep.export_folder(of_timm(), tmp_path / 'folder')
+    files = [tmp_path / 'x.safetensors', tmp_path / 'x.pth', *(path for path in folder.rglob('*') if path.is_file())]
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {usual}

@@ -1,0 +1,80 @@
+"""Weights that an overlay names bring the classes and input settings that are known of them."""
+import json
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from helpers import randomize_
+
+from timm_rep import export_folder, fuse, save
+from timm_rep.models import published
+
+NAME = 'orepa_resnet18_cifar'
+
+
+@pytest.fixture(scope='module')
+def model():
+    model = randomize_(timm.create_model(NAME, num_classes=7, in_chans=1)).eval()
+    model.pretrained_cfg = dict(model.pretrained_cfg, input_size=(1, 40, 40), mean=(0.1,))
+    return model
+
+
+def create(name=NAME, **overlay):
+    kwargs = overlay.pop('kwargs', {})
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+
+
+def assert_same_head(created, model, same=True):
+    assert torch.equal(created.fc.weight, model.fc.weight) == same
+
+
+@pytest.fixture(scope='module')
+def folder(model, tmp_path_factory):
+    return export_folder(model, tmp_path_factory.mktemp('export') / 'folder', label_names=list('abcdefg'))
+
+
+def test_a_file_is_of_the_classes_of_the_config_beside_it(model, folder):
+    created = create(file=folder / 'model.safetensors')
+    assert_same_head(created, model)
+    assert created.conv1.in_channels == 1
+    assert created.pretrained_cfg['input_size'] == (1, 40, 40)
+    assert created.pretrained_cfg['label_names'] == tuple('abcdefg')
+    assert create(file=folder / 'model.safetensors', mean=(0.2,)).pretrained_cfg['mean'] == (0.2,)
+    other = create(file=folder / 'model.safetensors', kwargs=dict(num_classes=3, in_chans=3))
+    assert (other.num_classes, other.conv1.in_channels) == (3, 3)
+
+
+@pytest.mark.parametrize('write', [
+    lambda model, path: save(model, path),
+    lambda model, path: safetensors.torch.save_file(fuse(model).state_dict(), path),
+], ids=['training form', 'stock form'])
+def test_a_file_alone_tells_its_classes(write, model, tmp_path):
+    write(model, tmp_path / 'x.safetensors')
+    overlay = dict(file=tmp_path / 'x.safetensors', input_size=(1, 32, 32))
+    assert_same_head(create(**overlay), model)
+    assert create(kwargs=dict(num_classes=3), **overlay).num_classes == 3
+
+
+def test_a_repository_is_of_the_classes_of_its_config(model, folder, monkeypatch):
+    asked = []
+
+    def config(repo, cache_dir=None):
+        asked.append(repo)
+        config = json.loads((folder / 'config.json').read_text())
+        return dict(config['pretrained_cfg'], num_classes=config['num_classes']), config['architecture'], {}
+
+    weights = safetensors.torch.load_file(folder / 'model.safetensors')
+    monkeypatch.setattr(published, 'load_model_config_from_hf', config)
+    monkeypatch.setattr(timm.models._builder, 'load_state_dict_from_hf', lambda *args, **kwargs: dict(weights))
+    assert_same_head(create(hf_hub_id='me/seven'), model)
+    assert create(hf_hub_id='me/seven').pretrained_cfg['input_size'] == (1, 40, 40)
+    assert set(asked) == {'me/seven'}
+
+
+@pytest.mark.parametrize('content', ['', '[', '[]', '{"pretrained_cfg": 5}', '{"num_classes": null}'])
+def test_what_says_nothing_of_the_weights_changes_nothing(content, tmp_path):
+    model = timm.create_model(NAME)
+    (tmp_path / 'config.json').write_text(content)
+    torch.save(model.state_dict(), tmp_path / 'x.pth')
+    assert_same_head(create(file=tmp_path / 'x.pth'), model)

@@ -1,0 +1,308 @@
+"""Weights into files and out of files: a model that is read is whole, and the one that the file is of."""
+import copy
+import dataclasses
+import io
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Dict, Iterator, Mapping, Optional
+
+import safetensors.torch
+import torch
+import torch.nn as nn
+from timm.utils import unwrap_model
+from torch import Tensor
+
+from ..core.errors import UserError
+from ..core.expansion import expansion_of
+from ..core.verify import check_values
+from ..core.walk import annealed_modules
+from ..models.checkpoint_filter import first_names
+from ..models.names import OWN_ARGS, TRAINING_PREFIXES
+from .architecture import create_model
+from .checkpoint import Checkpoint, model_args_of, read_checkpoint, take_input_settings, trained_architecture
+from .description import describe
+from .output import PathLike, new_output, written_whole
+
+__all__ = ['load', 'load_stock_form', 'load_strictly', 'load_training_form', 'save', 'save_weights', 'training_form']
+
+SUFFIX = '.safetensors'
+AS_DESCRIBED = 'the model that it describes'
+
+
+def _weights_of(model: nn.Module) -> Dict[str, Tensor]:
+    """Copies of the weights on the CPU; safetensors refuses tensors that share memory."""
+    return {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
+
+
+def save(model: nn.Module, file: PathLike, *, replace: bool = False) -> None:
+    """Write a model's weights with what they are: :func:`load` needs nothing but the file.
+
+    The metadata of the file name the architecture and its arguments, which layers are which method with which options,
+    and the input settings. Whoever reads safetensors reads the weights, too.
+
+    Args:
+        model: Model in training or stock form, also in wrappers (DDP, torch.compile). Of a model that timm cannot build
+            the file tells the expansion only: ``load(file, into=stock_model)``.
+        file: New ``.safetensors`` file, which is there whole or not at all.
+        replace: Let it be a file that exists.
+
+    Raises:
+        UserError: For another suffix, or if a method's options are no plain data.
+        FileExistsError: If the file exists. It then stays as it is.
+        OSError: If it cannot be written. None is left then.
+        VerificationError: If a value is not finite, or a running variance is negative.
+    """
+    path = new_output(file, suffixes=(SUFFIX,), replace=replace)
+    model = unwrap_model(model)
+    check_values(model)
+    weights = _weights_of(model)
+    content = safetensors.torch.save(weights, metadata=describe(model, weights))
+    with written_whole(path, replace=replace) as temporary:
+        temporary.write_bytes(content)
+
+
+def save_weights(model: nn.Module, path: PathLike) -> None:
+    """Write a model's state dict.
+
+    Args:
+        model: The model.
+        path: New file: ``.safetensors`` as :func:`save` writes it, or ``.pth`` for the weights alone.
+
+    Raises:
+        UserError: For another suffix.
+        FileExistsError: If the file exists. It then stays as it is.
+        OSError: If it cannot be written. None is left then.
+        VerificationError: If a value is not finite, or a running variance is negative.
+    """
+    path = new_output(path)
+    if path.suffix == SUFFIX:
+        save(model, path)
+        return
+    check_values(model)
+    content = io.BytesIO()
+    torch.save(_weights_of(model), content)
+    with written_whole(path) as temporary:
+        temporary.write_bytes(content.getvalue())
+
+
+def _check_fit(model: nn.Module, state_dict: Mapping[str, Tensor], path: Path, form: str) -> None:
+    """Raise a UserError if weights are not a model's, all of them and no more."""
+    own = model.state_dict()
+    missing, unexpected = own.keys() - state_dict.keys(), state_dict.keys() - own.keys()
+    if missing or unexpected:
+        raise UserError(
+            f'{path} does not hold {form}'
+            + (f'; missing: {first_names(missing)}' if missing else '')
+            + (f'; not expected: {first_names(unexpected)}' if unexpected else '')
+        )
+    for key, value in own.items():
+        if value.shape != state_dict[key].shape:
+            raise UserError(
+                f'{path} does not hold {form}: {key} has shape {tuple(state_dict[key].shape)}, the model takes '
+                f'{tuple(value.shape)}'
+            )
+        if key.endswith('attach_rate') and not 0 <= state_dict[key] <= 1:
+            raise UserError(f'{path} does not hold {form}: {key} must lie in [0, 1], got {state_dict[key].item():g}')
+
+
+def load_strictly(model: nn.Module, state_dict: Dict[str, Tensor], path: Path, form: str) -> None:
+    """Load weights that must be the model's, all of them and no more.
+
+    Args:
+        model: The model.
+        state_dict: The weights.
+        path: File that they come from, for the error.
+        form: What they should be, for the error.
+
+    Raises:
+        UserError: If keys or shapes are not those of the model, or an attach rate lies outside [0, 1]. The model is
+            then unchanged.
+    """
+    _check_fit(model, state_dict, path, form)
+    model.load_state_dict(state_dict)
+
+
+@contextmanager
+def _errors_of(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UserError as e:
+        raise UserError(f'{path} does not describe its model: {e}') from e
+
+
+def _described_model(checkpoint: Checkpoint, overrides: Mapping[str, Any] = {}) -> nn.Module:
+    """Build and load the model of one of our files. Nothing is built that the file is too small for."""
+    description, weights, path = checkpoint.description, checkpoint.state_dict, checkpoint.path
+    assert description is not None
+    if description.architecture is None:
+        raise UserError(
+            f'{path} is of a model that timm does not build; give its stock form: load(file, into=stock_model)')
+    given = {key: value for key, value in overrides.items() if value is not None}
+    description = dataclasses.replace(description, model_args={**description.model_args, **given})
+    with _errors_of(path):
+        skeleton = description.skeleton(len(weights))
+    _check_fit(skeleton, weights, path, AS_DESCRIBED)
+    model = description.build()
+    dtypes = {value.dtype for value in weights.values() if value.is_floating_point()}
+    if len(dtypes) == 1:
+        model.to(dtypes.pop())
+    load_strictly(model, weights, path, AS_DESCRIBED)
+    take_input_settings(model, checkpoint)
+    return model.eval()
+
+
+def _load_into_(model: nn.Module, checkpoint: Checkpoint) -> None:
+    description, weights, path = checkpoint.description, checkpoint.state_dict, checkpoint.path
+    if description is None:
+        raise UserError(f'{path} does not say which layers were expanded: it was not written by timm_rep.save')
+    is_stock = not any(annealed_modules(model))
+    if not is_stock and expansion_of(model).methods != description.methods:
+        raise UserError(f'into must be the stock form, or expanded as the model of {path} was')
+    form = f'weights of this {type(model).__name__}'
+    if is_stock:
+        with _errors_of(path):
+            skeleton = description.expand_(copy.deepcopy(model).to('meta'))
+        _check_fit(skeleton, weights, path, form)
+        description.expand_(model)
+    load_strictly(model, weights, path, form)
+
+
+def load(file: PathLike, into: Optional[nn.Module] = None) -> nn.Module:
+    """Read a model that :func:`save` wrote, or the checkpoint of a run of timm's train.py on one of our models.
+
+    Args:
+        file: The file; or the output folder of a run, which stands for its best checkpoint.
+        into: Stock form of the model, needed only where timm does not build it. It is expanded and loaded in place, in
+            its own precision, and stays in the mode that it is in.
+
+    Returns:
+        ``into``; else a new model in eval mode, in the precision of the file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        UserError: If the file is damaged or not safe to read, does not say what it is, or is of another network. The
+            model to load into is then unchanged.
+    """
+    checkpoint = read_checkpoint(file)
+    if into is not None:
+        _load_into_(into, checkpoint)
+        return into
+    return training_form(checkpoint) if checkpoint.description is None else _described_model(checkpoint)
+
+
+def load_training_form(
+        path: PathLike,
+        architecture: Optional[str] = None,
+        *,
+        use_ema: bool = False,
+        allow_pickle: bool = False,
+        num_classes: Optional[int] = None,
+        in_chans: Optional[int] = None,
+        model_kwargs: Optional[Mapping[str, Any]] = None,
+) -> nn.Module:
+    """Build the model that a checkpoint is of, in training form, with its weights.
+
+    Args:
+        path: Checkpoint of timm's train.py, weights alone, or the output folder of a run.
+        architecture: Name of one of our models; by default the one that the checkpoint, or args.yaml beside it, names.
+            A file of :func:`save` says all of this and of the following itself.
+        use_ema: Take the averaged weights.
+        allow_pickle: Load Python objects too, which can run any code.
+        num_classes: Of the classifier; by default as the run was told, else as the weights have it.
+        in_chans: Image channels; by default as the run was told, else as the weights have it.
+        model_kwargs: More arguments of ``timm.create_model``, beside those that the run was given.
+
+    Returns:
+        The model, in eval mode. Its ``pretrained_cfg`` has the input settings of the run.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        UserError: If the file is not safe to read, or the architecture is not known or has no rep layers.
+        UserError: If the weights are not those of the architecture in training form.
+    """
+    checkpoint = read_checkpoint(path, use_ema=use_ema, allow_pickle=allow_pickle)
+    return training_form(
+        checkpoint, architecture, num_classes=num_classes, in_chans=in_chans, model_kwargs=model_kwargs)
+
+
+def training_form(
+        checkpoint: Checkpoint,
+        architecture: Optional[str] = None,
+        *,
+        num_classes: Optional[int] = None,
+        in_chans: Optional[int] = None,
+        model_kwargs: Optional[Mapping[str, Any]] = None,
+) -> nn.Module:
+    """Build the model that a checkpoint is of, once it is read; the rest of :func:`load_training_form`.
+
+    Args:
+        checkpoint: The checkpoint.
+        architecture: As in :func:`load_training_form`.
+        num_classes: As in :func:`load_training_form`.
+        in_chans: As in :func:`load_training_form`.
+        model_kwargs: As in :func:`load_training_form`.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        UserError: If the architecture is not known or has no rep layers.
+        UserError: If the weights are not those of the architecture in training form.
+    """
+    overrides = {**dict(num_classes=num_classes, in_chans=in_chans), **(model_kwargs or {})}
+    another_form = OWN_ARGS & overrides.keys()
+    if _is_described(checkpoint) and architecture in (None, checkpoint.architecture) and not another_form:
+        model = _described_model(checkpoint, overrides)
+        _check_training_form(model, f'{checkpoint.path} is in stock form: it')
+        return model
+    architecture = architecture or checkpoint.architecture
+    if architecture is None:
+        raise UserError(f'{checkpoint.path} does not say which model it is of; name it (--model)')
+    if architecture == trained_architecture(checkpoint):
+        architecture = str(checkpoint.args['model'])  # with its tag, which may have input settings of its own
+    model = create_model(architecture, **model_args_of(checkpoint, architecture, overrides))
+    _check_training_form(model, architecture)
+    load_strictly(model, checkpoint.state_dict, checkpoint.path, f'{architecture} in training form')
+    take_input_settings(model, checkpoint)
+    return model.eval()
+
+
+def _is_described(checkpoint: Checkpoint) -> bool:
+    """Whether the file says how to build its model."""
+    return checkpoint.description is not None and checkpoint.description.architecture is not None
+
+
+def _check_training_form(model: nn.Module, name: str) -> None:
+    if not any(annealed_modules(model)):
+        raise UserError(f'{name} has no rep layers; `timm-rep list` shows the models that have')
+
+
+def load_stock_form(path: PathLike) -> nn.Module:
+    """Build the stock form of the model that a file of fused weights is of, with these weights.
+
+    Args:
+        path: Stock weights that :func:`save` wrote, or in the folder of their run, whose args.yaml names the model.
+
+    Returns:
+        The model, in eval mode. Its ``pretrained_cfg`` has the input settings of the run.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        UserError: If the file is not safe to read, or its model is not known.
+        UserError: If the weights are not those of the model in stock form.
+    """
+    checkpoint = read_checkpoint(path)
+    if checkpoint.description is not None and _is_described(checkpoint):
+        if checkpoint.description.methods:
+            raise UserError(f'{checkpoint.path} does not hold {checkpoint.architecture} in stock form; fuse it first')
+        return _described_model(checkpoint)
+    architecture = checkpoint.architecture
+    if architecture is None:
+        raise UserError(f'{checkpoint.path} does not say which model it is of: no args.yaml beside it names it')
+    args = model_args_of(checkpoint, architecture, {})
+    if architecture.startswith(TRAINING_PREFIXES):
+        args['inference_mode'] = True
+    model = create_model(architecture, **args)
+    load_strictly(model, checkpoint.state_dict, checkpoint.path, f'{architecture} in stock form')
+    take_input_settings(model, checkpoint)
+    return model.eval()
