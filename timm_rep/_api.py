@@ -36,5 +36,6 @@ __all__ = [
     'Method', 'Orepa', 'OrepaConv2d', 'OrepaPointwiseConv2d', 'OrepaStemConv2d', 'PublishError', 'Published', 'Rep',
     'RepConv2d', 'Report', 'UserError', 'VerificationError', '__version__', 'attach_rate', 'begin_time_step',
     'check_export', 'expand', 'expansion_of', 'export_folder', 'fuse', 'layers', 'load', 'load_official_checkpoint',
-    'methods', 'models', 'publish', 'register_method', 'rep_layers', 'reset_optimizer', 'save', 'set_attach_rate', 'verify',
+    'methods', 'models', 'publish', 'register_method', 'rep_layers', 'reset_optimizer', 'save', 'set_attach_rate',
+    'verify',
 ]

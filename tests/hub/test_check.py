@@ -10,7 +10,7 @@ from hub_publishing import ARCHITECTURE, CLASSES, REPO, cached_files, call, publ
 from safetensors.torch import load_file, save_file
 
 from timm_rep.cli.main import main
-from timm_rep.io.output import save_weights
+from timm_rep.io.weights import save_weights
 
 
 def test_self_check_finds_a_change(export):

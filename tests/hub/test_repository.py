@@ -50,7 +50,7 @@ def assert_not_published(server, error, folder=Path('test_resnet.orepa_pets')):
 def test_publishing_again_replaces_what_was_generated_and_nothing_else(server, full_run, model, tmp_path):
     timm_rep.publish(full_run, REPO)
     huggingface_hub.HfApi().upload_file(path_or_fileobj=b'mine', path_in_repo='notes.txt', repo_id=REPO)
-    timm_rep.io.output.save_weights(model, tmp_path / 'weights.safetensors')
+    timm_rep.io.weights.save_weights(model, tmp_path / 'weights.safetensors')
     timm_rep.publish(
         tmp_path / 'weights.safetensors', REPO, architecture=ARCHITECTURE, num_classes=CLASSES, dataset='Pets')
     files = server.files(REPO)

@@ -154,9 +154,11 @@ def send_forms(
     Args:
         publication: The folder of the stock form, and where it goes.
         training_folder: Folder of the training form, if there is one, for the revision ``train``.
+        private: As in :func:`timm_rep.publish`.
         revision: Branch of the stock form.
-
-    All others as in :func:`timm_rep.publish`.
+        create_pr: As in :func:`timm_rep.publish`.
+        git_tag: As in :func:`timm_rep.publish`.
+        replace_card: As in :func:`timm_rep.publish`.
 
     Returns:
         The commit of the stock form.
