@@ -11,7 +11,8 @@ from ._version import __version__  # noqa: F401
 
 if TYPE_CHECKING or [Path(program).stem for program in sys.argv[:1]] != ['timm-rep']:
     from ._api import *  # noqa: F403
-    from ._api import __all__  # noqa: F401
+    if not TYPE_CHECKING:  # mypy would take no name for public
+        from ._api import __all__  # noqa: F401
 else:
     def __getattr__(name: str) -> Any:
         """Load all of it when a script that the command runs asks for a part."""

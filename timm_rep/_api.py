@@ -28,7 +28,7 @@ from .hub.export import export_folder
 from .hub.publish import Published, PublishError, publish
 from .io.hub_errors import HubError
 from .official.load import load_official_checkpoint
-from .report import cost, ensemble, plots  # noqa: F401  timm_rep.report.ensemble.evaluate_snapshots and the like
+from .report import cost, ensemble, plots, run_pictures  # noqa: F401  timm_rep.report.plots and the like exist
 
 __all__ = [
     'ACB', 'DBB', 'Annealer', 'AnnealingSchedule', 'AsymmetricConv2d', 'DiverseBranchConv2d', 'Expansion', 'HubError',

@@ -14,7 +14,7 @@ import timm_rep
 from timm_rep.cli.main import main
 from timm_rep.hub import convert
 from timm_rep.hub.publish import publish
-from timm_rep.report.cost import bench_models
+from timm_rep.report.cost import time_training_steps
 from timm_rep.report.ensemble import evaluate_snapshots
 
 
@@ -25,7 +25,7 @@ def test_help_has_an_example(command):
 
 
 @pytest.mark.parametrize(('command', 'function'), [
-    ('bench', bench_models), ('ensemble', evaluate_snapshots), ('publish', publish)])
+    ('bench', time_training_steps), ('ensemble', evaluate_snapshots), ('publish', publish)])
 def test_defaults_are_those_of_the_library(command, function):
     """Their constants stand in modules that need torch."""
     known = {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}

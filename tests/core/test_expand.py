@@ -68,32 +68,6 @@ def annealed_types(model):
 # Fuse
 
 
-@pytest.mark.parametrize(('name', 'dtype'), [
-    ('orepa_resnext50_32x4d', torch.float32),
-    ('orepa_repvgg_a0', torch.float64),
-    ('dbb_resnet18', torch.float32),
-], ids=str)
-@torch.no_grad()
-def test_fused_model_is_the_stock_model(name, dtype):
-    model = randomize_(timm.create_model(name)).to(dtype).eval()
-    set_attach_rate(model, 0.7)
-    before = state_of(model)
-    fused = fuse(model)
-    stock_name = name.partition('_')[2]
-    stock = timm.create_model(stock_name).to(dtype).eval()
-    assert type(fused) is type(stock)
-    assert tree(fused) == tree(stock)
-    assert list(fused.state_dict()) == list(stock.state_dict())
-    stock.load_state_dict(fused.state_dict(), strict=True)
-    expected = model(images(dtype))
-    assert_near(fused(images(dtype)), expected, MODEL_RTOL[dtype])
-    assert torch.equal(stock(images(dtype)), fused(images(dtype)))
-    assert_same_state(state_of(model), before)
-    assert fused.pretrained_cfg['architecture'] == stock_name
-    assert fused.pretrained_cfg['first_conv'] == stock.pretrained_cfg['first_conv']
-    assert model.pretrained_cfg['architecture'] == name
-
-
 @pytest.mark.parametrize(('name', 'layer', 'dtype', 'rate'), [
     *((*case, torch.float64, 0.3) for case in TINY),
     *((*case, torch.float32, 1.0) for case in KINDS),

@@ -121,7 +121,7 @@ def test_models_without_rep_layers():
 def test_layers_that_were_made_by_hand_are_known_by_their_class():
     model = nn.Sequential(OrepaConv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 5, 1))
     expansion = expansion_of(model)
-    assert expansion.methods == {'0': Orepa()}
+    assert expansion.methods == {'0': Orepa(branch_1x1=True, negative_slope=0.0)}
     assert (expansion.convs, expansion.all_convs) == (dict(orepa=1), 2)
     assert (expansion.parameters, expansion.all_parameters) == (dict(orepa=108), 128)
 

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+from click.testing import CliRunner
 from helpers import (
     MODEL_RTOL,
     assert_near,
@@ -23,6 +24,7 @@ from torch import Tensor
 
 import timm_rep
 from timm_rep import UserError, expand, fuse, rep_layers, set_attach_rate, verify
+from timm_rep.cli.main import main
 from timm_rep.core import methods
 from timm_rep.core.annealing import begin_time_step
 from timm_rep.core.expand import expand_as_
@@ -399,3 +401,44 @@ def test_expansion_of_another_network_raises_and_changes_nothing():
     expanded = expand(model, 'toy')
     with pytest.raises(UserError, match="no plain convolution 'conv1'"):
         expand_as_(copy.deepcopy(expanded), {'conv1': Toy()})
+
+
+# What other parts know of it
+
+
+@both
+@torch.no_grad()
+def test_annealer_takes_its_layers_through_time_steps(name):
+    model = expand(tiny_resnet(), name).double().eval()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    schedule = timm_rep.AnnealingSchedule(time_steps=2, epochs=2, warmup_epochs=1)
+    annealer = timm_rep.Annealer(model, optimizer, schedule, compensate=True, log_branches=True)
+    for epoch in range(schedule.total_epochs):
+        before = model(images())
+        annealer.begin_epoch(epoch)
+        if epoch == 2:
+            assert_near(model(images()), before, MODEL_RTOL[torch.float64])
+        with torch.enable_grad():
+            model(images()).square().sum().backward()
+        optimizer.step()
+        annealer.end_epoch(train_loss=1.0)
+    assert {int(layer.time_step) for _, layer in rep_layers(model)} == {1}
+    assert {row['branch'] for row in annealer.branch_rows} == {'origin', 'side'}
+
+
+@both
+def test_card_of_an_export_says_what_it_is(name, tmp_path):
+    model = expand(timm.create_model('test_resnet', num_classes=5), name)
+    folder = timm_rep.export_folder(model, tmp_path / 'folder')
+    card = (folder / 'README.md').read_text()
+    assert TOYS[name].summary in card
+    assert f'are {name}' in card or f'{name}:' in card
+    provenance = json.loads((folder / 'config.json').read_text())['timm_rep']
+    assert methods_from_list(provenance['expansion']) == expansion_of(model).methods
+
+
+@both
+def test_command_line_lists_it(name):
+    result = CliRunner().invoke(main, ['list', name])
+    assert result.exit_code == 0, result.output
+    assert f'{TOYS[name].title}: {TOYS[name].summary}' in result.output

@@ -11,8 +11,10 @@ import torch
 from helpers import MODEL_RTOL, assert_near, randn, randomize_
 
 import timm_rep
+from timm_rep import UserError
+from timm_rep.core.expansion import methods_from_list
 from timm_rep.core.verify import VerificationError
-from timm_rep.hub import check as selfcheck
+from timm_rep.hub import check
 from timm_rep.hub import export as hub
 
 CLASSES = ['cat', 'dog', 'eel', 'fox', 'gnu']
@@ -83,10 +85,10 @@ def test_stock_timm_loads_it_in_another_process(tmp_path):
 @pytest.mark.parametrize(('room', 'images'), [(60_000, 2), (50_000, 1)])
 def test_self_check_is_small_enough_to_be_read(room, images, tmp_path, monkeypatch):
     from safetensors.torch import load_file
-    assert selfcheck.MAX_BYTES[hub.SELF_CHECK_FILE] == hub.SELF_CHECK_BYTES
+    assert check.MAX_BYTES[hub.SELF_CHECK_FILE] == hub.SELF_CHECK_BYTES
     monkeypatch.setattr(hub, 'SELF_CHECK_ALLOWANCE', 1000)
     monkeypatch.setattr(hub, 'SELF_CHECK_BYTES', room)
-    monkeypatch.setitem(selfcheck.MAX_BYTES, hub.SELF_CHECK_FILE, room)
+    monkeypatch.setitem(check.MAX_BYTES, hub.SELF_CHECK_FILE, room)
     folder = timm_rep.export_folder(training_form(), tmp_path / 'export', data_config=DATA_CONFIG)
     assert load_file(folder / hub.SELF_CHECK_FILE)['input'].shape == (images, 3, 48, 48)
     assert 'outputs agree' in str(timm_rep.check_export(folder))
@@ -94,7 +96,7 @@ def test_self_check_is_small_enough_to_be_read(room, images, tmp_path, monkeypat
 
 def test_image_too_large_for_a_self_check(tmp_path):
     config = dict(DATA_CONFIG, input_size=(3, 4000, 4000))
-    with pytest.raises(ValueError, match=r'an image of 3x4000x4000 takes 192000000 bytes, too much'):
+    with pytest.raises(UserError, match=r'an image of 3x4000x4000 takes 192000000 bytes, too much'):
         timm_rep.export_folder(training_form(), tmp_path / 'export', data_config=config)
     assert names_in(tmp_path) == []
 
@@ -127,7 +129,8 @@ def test_config_is_our_own(tmp_path):
     provenance = config['timm_rep']
     assert provenance['version'] == timm_rep.__version__
     assert provenance['training_architecture'] == 'test_resnet'
-    assert sum(provenance['rep_layers'].values()) == len(list(timm_rep.rep_layers(model)))
+    assert methods_from_list(provenance['expansion']) == timm_rep.expansion_of(model).methods
+    assert provenance['time_steps'] == 1
     assert 0 <= provenance['fused_difference']['outputs_relative'] <= MODEL_RTOL[torch.float32]
 
     assert model.pretrained_cfg == cfg_before
@@ -215,7 +218,7 @@ def test_failure_leaves_nothing(tmp_path):
 
     # Norms folded too: convolutions with bias, which timm's constructor does not build.
     deploy = timm.utils.reparameterize_model(timm_rep.fuse(timm.create_model('orepa_repvgg_a0_cifar').eval()))
-    with pytest.raises(ValueError, match='not what timm builds as orepa_repvgg_a0_cifar'):
+    with pytest.raises(UserError, match='not what timm builds as orepa_repvgg_a0_cifar'):
         timm_rep.export_folder(deploy, tmp_path / 'model')
     assert names_in(tmp_path) == []
 
@@ -228,7 +231,7 @@ def test_another_activation_is_noticed(tmp_path):
     x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     timm_rep.verify(model, other, inputs=x)  # no activation is above 6
     model._model_args = {}
-    with pytest.raises(ValueError, match='is not what timm builds as mobilenetv1_100'):
+    with pytest.raises(UserError, match='is not what timm builds as mobilenetv1_100'):
         timm_rep.export_folder(model, tmp_path / 'folder')
     assert list(tmp_path.iterdir()) == []
 
@@ -241,17 +244,17 @@ def test_another_activation_is_noticed(tmp_path):
     (dict(data_config=dict(input_size=(1, 32, 32))), 'takes 3 channels'),
 ])
 def test_bad_arguments(tmp_path, kwargs, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         timm_rep.export_folder(training_form(), tmp_path / 'model', **kwargs)
     assert names_in(tmp_path) == []
 
 
 def test_model_without_architecture(tmp_path):
-    with pytest.raises(ValueError, match='got a Sequential without architecture'):
+    with pytest.raises(UserError, match='got a Sequential without architecture'):
         timm_rep.export_folder(torch.nn.Sequential(), tmp_path / 'model')
     model = training_form()
     model.pretrained_cfg['architecture'] = 'my_net'
-    with pytest.raises(ValueError, match="unknown architecture 'my_net'"):
+    with pytest.raises(UserError, match="unknown architecture 'my_net'"):
         timm_rep.export_folder(model, tmp_path / 'model')
 
 
@@ -285,7 +288,7 @@ def test_training_form_is_checked_as_well(tmp_path):
         return timm_rep.hub.export.export_training_form(model, tmp_path / 'model', repo='me/net')
 
     model._model_args = {}
-    with pytest.raises(ValueError, match='not what timm builds as orepa_test_resnet'):
+    with pytest.raises(UserError, match='not what timm builds as orepa_test_resnet'):
         export()
     model._model_args = dict(num_classes=5, act_layer='silu')
     with torch.no_grad():
@@ -298,17 +301,61 @@ def test_training_form_is_checked_as_well(tmp_path):
     assert config_of(export())['model_args']['act_layer'] == 'silu'
 
 
-@pytest.mark.parametrize(('args', 'why'), [
-    (dict(act_layer='silu'), 'is off'), (dict(act_layer=torch.nn.ReLU), 'written down'), (dict(no_such=1), 'no_such')])
-def test_training_form_that_the_arguments_do_not_build(tmp_path, monkeypatch, caplog, args, why):
-    """The card then says how to expand the stock form, which is always right."""
-    import tiny_architecture
-    model = randomize_(timm.create_model(tiny_architecture.NAME, num_classes=5)).eval()
-    monkeypatch.setattr(timm_rep.hub.export, '_training_args', lambda model, architecture: args)
+@pytest.mark.parametrize(('expand', 'line'), [
+    (lambda stock: timm_rep.expand(stock, 'dbb'), "pretrained=True), 'dbb')"),
+    (lambda stock: timm_rep.expand(stock, timm_rep.Orepa(branch_1x1=False)),
+     'pretrained=True), timm_rep.Orepa(branch_1x1=False, negative_slope=None))'),
+    (lambda stock: timm_rep.expand(stock, {'layer1.0.conv1': 'orepa', 'layer2.0.conv2': 'dbb'}),
+     "pretrained=True), {\n    'layer1.0.conv1': 'orepa',\n    'layer2.0.conv2': 'dbb',\n})")])
+def test_card_says_how_to_expand_as_the_model_was(tmp_path, expand, line):
+    model = expand(timm.create_model('test_resnet', num_classes=5))
+    card = (timm_rep.export_folder(model, tmp_path / 'model') / 'README.md').read_text()
+    assert line in card
+    assert '--pretrained-path' not in card  # which needs an architecture with rep layers
+    model = eval(card.split('model = timm_rep.expand(')[1].split('pretrained=True), ')[1].split(')\n```')[0], dict(
+        timm_rep=timm_rep))
+    assert timm_rep.expansion_of(timm_rep.expand(timm.create_model('test_resnet'), model)).methods == (
+        timm_rep.expansion_of(expand(timm.create_model('test_resnet'))).methods)
+
+
+def test_annealed_model_names_its_time_steps(tmp_path):
+    model = training_form('dbb')
+    timm_rep.begin_time_step(model, torch.Generator().manual_seed(0))
     folder = timm_rep.export_folder(model, tmp_path / 'model')
-    assert why in caplog.text
-    assert config_of(folder)['timm_rep']['training_args'] is None
-    assert 'timm_rep.expand(' in (folder / 'README.md').read_text()
+    assert config_of(folder)['timm_rep']['time_steps'] == 2
+    card = (folder / 'README.md').read_text()
+    for text in ('`test_resnet`, in 2 time steps; ', 'RepAn trains in time steps', 'Enhanced Annealing'):
+        assert text in card
+    assert 'RepAn' not in (timm_rep.export_folder(training_form('dbb'), tmp_path / 'other') / 'README.md').read_text()
+
+
+def test_arguments_that_cannot_be_written_down(tmp_path):
+    """The card then says how to expand the stock form, and not how to build the training form by its name."""
+    model = timm.create_model('repan_mobilenetv1_100', num_classes=5, rep_layer=timm_rep.ACB())
+    folder = timm_rep.export_folder(model, tmp_path / 'model', data_config=dict(input_size=(3, 64, 64)))
+    card = (folder / 'README.md').read_text()
+    assert "pretrained=True), 'acb')" in card
+    assert '--pretrained-path' not in card
+    with pytest.raises(UserError, match=r"'rep_layer' is not serializable|not what timm builds"):
+        hub.export_training_form(model, tmp_path / 'train', repo='me/net')
+    assert names_in(tmp_path) == ['model']
+
+
+def test_architecture_of_another_package(tmp_path, monkeypatch):
+    """It is neither timm's, which needs no import, nor ours."""
+    def their_net(pretrained=False, **kwargs):
+        return timm.create_model('test_resnet', pretrained=pretrained, **kwargs)
+
+    their_net.__module__ = 'their_package.models'
+    monkeypatch.setitem(timm.models._registry._model_entrypoints, 'their_net', their_net)
+    model = timm_rep.expand(timm.create_model('their_net', num_classes=5), 'orepa')
+    model.pretrained_cfg['architecture'] = 'their_net'
+    folder = timm_rep.export_folder(model, tmp_path / 'model')
+    card = (folder / 'README.md').read_text()
+    assert 'timm has no `their_net`: install their_package and import it first' in card
+    assert 'import their_package  # registers' in card
+    assert 'inference_mode' not in config_of(folder)['model_args']
+    assert '--pretrained-path' not in card
 
 
 def test_other_image_channels_are_restored(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from helpers import MODEL_RTOL, assert_near, randn, randomize_, tree
+from helpers import MODEL_RTOL, assert_near, assert_same_state, randn, randomize_, state_of, tree
 from packaging.version import Version
 from timm.models import FeatureInfo
 from timm.models.byobnet import RepVggBlock
@@ -230,22 +230,30 @@ def test_unknown_kind_of_layer_raises(stock, inference_mode):
         timm.create_model(f'repan_{stock}', rep_layer='acnet', inference_mode=inference_mode)
 
 
-@pytest.mark.parametrize(('stock', 'rep_layer'), [
-    ('resnet18', 'acb'), ('repvgg_a0', 'dbb'), ('repvgg_a0', 'rep'), ('mobilenetv1_100', 'orepa'),
-    ('mobilenetv1_100', 'rep')])
+@pytest.mark.parametrize(('name', 'kwargs'), [
+    ('orepa_repvgg_a0', {}),
+    ('dbb_resnet18', {}),
+    ('repan_repvgg_a0', dict(rep_layer='dbb')),
+    ('repan_repvgg_a0', {}),
+    ('repan_mobilenetv1_100', dict(rep_layer='orepa')),
+    ('repan_mobilenetv1_100', dict(rep_layer='rep')),
+], ids=str)
 @torch.no_grad()
-def test_fused_model_is_timms(stock, rep_layer):
-    model = randomize_(timm.create_model(f'repan_{stock}', rep_layer=rep_layer, num_classes=5)).eval()
+def test_fused_model_is_timms(name, kwargs):
+    model = randomize_(timm.create_model(name, num_classes=5, **kwargs)).eval()
     set_attach_rate(model, 0.3)
+    before = state_of(model)
     fused = fuse(model)
+    stock = name.partition('_')[2]
     expected = timm.create_model(stock, num_classes=5).eval()
     assert type(fused) is type(expected)
     assert tree(fused) == tree(expected)
     expected.load_state_dict(fused.state_dict(), strict=True)
     assert list(fused.state_dict()) == list(expected.state_dict())
+    assert_same_state(state_of(model), before)
     assert_near(fused(images()), model(images()), MODEL_RTOL[torch.float32])
     assert torch.equal(expected(images()), fused(images()))
-    assert model.pretrained_cfg['architecture'] == f'repan_{stock}'
+    assert model.pretrained_cfg['architecture'] == name
     assert fused.pretrained_cfg['architecture'] == stock
     assert fused.pretrained_cfg['first_conv'] == expected.pretrained_cfg['first_conv']
     assert 'rep_layer' not in getattr(fused, '_model_args', {})

@@ -14,8 +14,9 @@ def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def size_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """``--in-chans`` and ``--num-classes``."""
-    for name, what in (('--in-chans', 'Image channels'), ('--num-classes', 'Classes')):
-        command = click.option(name, type=int, metavar='N', help=f'{what}, if the run does not say.')(command)
+    for name, what, least in (('--in-chans', 'Image channels', 1), ('--num-classes', 'Classes', 0)):
+        number = click.IntRange(min=least)
+        command = click.option(name, type=number, metavar='N', help=f'{what}, if the run does not say.')(command)
     return command
 
 

@@ -19,6 +19,8 @@ __all__ = ['Select', 'anneal_repvgg_blocks_', 'expand', 'expand_as_', 'expand_fr
 
 _logger = logging.getLogger(__name__)
 
+# The convolution of a RepVGG block that can be a rep layer beside annealed branches.
+KXK_CONV = 'conv_kxk.conv'
 BLOCK_ALONE = 'a model around the block is needed; for one alone use AnnealedRepVggBlock(block)'
 
 ModelT = TypeVar('ModelT', bound=nn.Module)
@@ -93,19 +95,22 @@ def _by_selection(model: nn.Module, method: Method, select: Select) -> Dict[str,
     return {name: method for name in convs if any(fnmatch.fnmatch(name, p) for p in patterns)}
 
 
-def _by_pattern(model: nn.Module, methods: Mapping[str, Optional[MethodLike]]) -> Dict[str, Method]:
+def _by_pattern(model: nn.Module, patterns: Mapping[str, Optional[Method]]) -> Dict[str, Method]:
     """The method of every convolution that it takes; the first pattern that matches a name decides."""
-    known = {pattern: None if method is None else as_method(method) for pattern, method in methods.items()}
     convs = _convs(model)
-    for pattern in known:
+    for pattern in patterns:
         _check_pattern(model, convs, pattern)
     found: Dict[str, Method] = {}
     for name in convs:
-        first = next((pattern for pattern in known if fnmatch.fnmatch(name, pattern)), '')
-        method = known.get(first)
+        first = _first_match(patterns, name)
+        method = patterns.get(first)
         if method is not None and (first == name or _takes(method, _place(model, name))):
             found[name] = method
     return found
+
+
+def _first_match(patterns: Iterable[str], name: str) -> str:
+    return next((pattern for pattern in patterns if fnmatch.fnmatch(name, pattern)), '')
 
 
 def _assign(model: nn.Module, method: Methods, select: Select) -> Dict[str, Method]:
@@ -113,20 +118,18 @@ def _assign(model: nn.Module, method: Methods, select: Select) -> Dict[str, Meth
     if isinstance(method, Mapping):
         if select is not None:
             raise UserError('select goes with one method; a mapping of patterns to methods selects by its patterns')
-        wanted = [as_method(m) for m in method.values() if m is not None]
-        assigned = _by_pattern(model, method)
+        patterns = {pattern: None if m is None else as_method(m) for pattern, m in method.items()}
+        assigned = _by_pattern(model, patterns)
     else:
-        wanted = [as_method(method)]
-        assigned = _by_selection(model, wanted[0], select)
-    blocks = {name for name, block in _repvgg_blocks(model) if block.reparam_conv is None}
-    annealed = any(m.takes_norm and _is_below(name, blocks) for name, m in assigned.items())
-    if annealed or (select is None and any(isinstance(m, Rep) for m in wanted)):
-        assigned.update(dict.fromkeys(sorted(blocks), Rep()))
+        patterns = {'*': as_method(method)} if select is None else {}
+        assigned = _by_selection(model, as_method(method), select)
+    for name, block in _repvgg_blocks(model):
+        kxk = f'{name}.{KXK_CONV}'
+        # the block's own branches are those of Rep; layers with norms in the KxK branch want the others annealed too
+        own = patterns.get(_first_match(patterns, kxk))
+        if block.reparam_conv is None and (isinstance(own, Rep) or (kxk in assigned and assigned[kxk].takes_norm)):
+            assigned[name] = Rep()
     return assigned
-
-
-def _is_below(name: str, blocks: Iterable[str]) -> bool:
-    return any(name.startswith(f'{block}.') for block in blocks)
 
 
 def expand(
@@ -205,7 +208,8 @@ def expand_as_(model: ModelT, methods: Mapping[str, Method]) -> ModelT:
     modules = dict(model.named_modules(remove_duplicate=False))
     assigned: Dict[str, Method] = {}
     for name, method in methods.items():
-        if type(modules.get(name)) not in (nn.Conv2d, RepVggBlock):
+        allowed = (nn.Conv2d, RepVggBlock) if isinstance(method, Rep) else (nn.Conv2d,)
+        if type(modules.get(name)) not in allowed:
             raise UserError(
                 f'the expansion is of another network: {type(model).__name__} has no plain convolution {name!r}')
         assigned.update(dict.fromkeys(places[id(modules[name])], method))
@@ -260,6 +264,8 @@ def _expand_assigned(
     for name, method in assigned.items():
         if name in blocks:
             continue
+        if any(name.startswith(f'{block}.') and name != f'{block}.{KXK_CONV}' for block in blocks):
+            raise UserError(f'only the KxK convolution of an annealed RepVGG block can be a rep layer, not {name}')
         place = _place(model, name)
         if id(place.conv) not in made:
             layer = _make_layer(method, place, generator, same_function)

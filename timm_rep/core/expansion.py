@@ -112,7 +112,7 @@ def expansion_of(model: nn.Module) -> Expansion:
             own = [module.conv_1x1.conv]
             kxk = module.conv_kxk.conv
             if isinstance(kxk, RepLayer):
-                note_layer(f'{name}.conv_kxk.conv', kxk)
+                note_layer(f'{name}.conv_kxk.conv' if name else 'conv_kxk.conv', kxk)
             else:
                 own.append(kxk)
             note(name, module, *(conv.weight.numel() for conv in own))

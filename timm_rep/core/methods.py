@@ -107,6 +107,11 @@ class Method:
         layer: nn.Module = layer_cls.from_conv(place.conv, generator, same_function=same_function, **kwargs)
         return layer
 
+    @classmethod
+    def of_layer(cls, layer: nn.Module) -> 'Method':
+        """The method, with the options that a layer has which was made by hand; here the default ones."""
+        return cls()
+
     def to_dict(self) -> Dict[str, Any]:
         """Name and options as plain data; :func:`method_from_dict` reads it."""
         return dict(method=self.name, **dataclasses.asdict(self))
@@ -132,7 +137,8 @@ def register_method(method_cls: Type[Method]) -> Type[Method]:
     if not name.isidentifier():
         raise ValueError(f'{method_cls.__name__} needs a name that can be an argument, got {name!r}')
     other = _METHODS.setdefault(name, method_cls)
-    if other is not method_cls and other.__qualname__ != method_cls.__qualname__:
+    names = [(cls.__module__, cls.__qualname__) for cls in (other, method_cls)]
+    if names[0] != names[1]:  # a module may be reloaded
         raise ValueError(f'the method {name!r} is {other.__name__} already')
     _METHODS[name] = method_cls
     return method_cls
@@ -170,6 +176,9 @@ def method_from_dict(data: Mapping[str, Any]) -> Method:
     """
     options = {key: value for key, value in data.items() if key != 'method'}
     method_cls = type(as_method(data.get('method', '')))
+    for key, value in options.items():
+        if not isinstance(value, (bool, int, float, str, type(None))):
+            raise UserError(f'options of a method are plain values, got {key}={value!r} of {method_cls.name}')
     try:
         return method_cls(**options)
     except TypeError:
@@ -189,4 +198,4 @@ def method_of_layer(layer: nn.Module) -> Optional[Method]:
     made_by = getattr(layer, 'method', None)
     if isinstance(made_by, Method):
         return made_by
-    return next((method_cls() for method_cls in _METHODS.values() if type(layer) in method_cls.layers), None)
+    return next((cls.of_layer(layer) for cls in _METHODS.values() if type(layer) in cls.layers), None)

@@ -3,6 +3,7 @@ from typing import Iterator, List, Optional, Set, Tuple
 
 import torch.nn as nn
 
+from .errors import UserError
 from .layers import AnnealedModule, AnnealedRepVggBlock, RepLayer
 from .layers.base import check_attach_rate
 
@@ -77,7 +78,10 @@ def image_channels(model: nn.Module) -> int:
     Returns:
         Number of channels.
     """
-    return next(m.in_channels for m in model.modules() if isinstance(m, (nn.Conv2d, RepLayer)))
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, RepLayer)):
+            return module.in_channels
+    raise UserError(f'{type(model).__name__} has no convolution that could take images')
 
 
 def parent_of(model: nn.Module, name: str) -> Tuple[nn.Module, str]:
@@ -87,7 +91,9 @@ def parent_of(model: nn.Module, name: str) -> Tuple[nn.Module, str]:
 
 def next_sibling(model: nn.Module, name: str) -> Tuple[str, Optional[nn.Module]]:
     parent_name, _, child = name.rpartition('.')
-    siblings = list(model.get_submodule(parent_name).named_children())
+    # not named_children(), which leaves out what it has named already: a shared activation lies between all the same
+    modules = model.get_submodule(parent_name)._modules
+    siblings = [(sibling, module) for sibling, module in modules.items() if module is not None]
     position = [sibling for sibling, _ in siblings].index(child) + 1
     if position >= len(siblings):
         return '', None

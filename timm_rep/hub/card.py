@@ -1,37 +1,37 @@
 """The model card of an exported model: what it is, what was measured, how to use it. It states nothing else."""
 import hashlib
-import json
 import re
 import shlex
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, List, Mapping, Optional, Tuple, Union
 
 import huggingface_hub
-import timm
-import yaml
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
+from .._version import REPOSITORY
+from ..core.expansion import Expansion
+from ..core.methods import Method, as_method
 from ..core.verify import Report
 from ..io.checkpoint import MODEL_ARGS
+from ..io.extras import install_command
 from ..io.runs import WHY_LEFT_OUT, Run
+from ..models.names import registering_package, timm_has
 from ..report.cost import Costs
 from ..report.images import ImageCheck
 
 __all__ = [
-    'NOT_MEASURED', 'OWN_TEXT_BEGIN', 'OWN_TEXT_END', 'PAPERS', 'UNKNOWN_LICENSE', 'lost_text', 'model_card',
-    'needs_plugin', 'restoring_args', 'training_form_card', 'update_card',
+    'NOT_MEASURED', 'TRAIN_REVISION', 'UNKNOWN_LICENSE', 'Expanding', 'is_generated', 'model_card',
+    'training_form_card',
 ]
+
+Expanding = Union[Method, Mapping[str, Method]]
 
 NOT_MEASURED = 'not measured'
 UNKNOWN_LICENSE = 'unknown'  # the Hub's own identifier
+TRAIN_REVISION = 'train'
+TAGS = ('image-classification', 'timm', 'timm_rep', 'structural-re-parameterization')
+# The last line of every card, by which a changed one is known.
+MARK = '<!-- written by timm_rep; sha256 of the text above: {} -->'
 # Rows that every model card has.
 METRICS = dict(top1='Top-1 accuracy (%)', top5='Top-5 accuracy (%)')
-# What stands between these lines is its owner's, and survives the next publication.
-OWN_TEXT_BEGIN = '<!-- timm_rep: your own text, from here ... -->'
-OWN_TEXT_END = '<!-- timm_rep: ... to here, is kept when the model is published again -->'
-# Tells whether anybody wrote into the rest of a card.
-CHECKSUM = '<!-- timm_rep: checksum of the generated text {} -->'
-# Metadata that is written anew; all other keys of a card are its owner's.
-GENERATED_KEYS = ('license', 'library_name', 'pipeline_tag', 'model-index')
 # Arguments of train.py that make up a recipe, for the table on the card.
 RECIPE_ARGS = (
     'epochs', 'batch_size', 'opt', 'momentum', 'weight_decay', 'lr', 'lr_base', 'sched', 'warmup_epochs', 'min_lr',
@@ -39,157 +39,54 @@ RECIPE_ARGS = (
     'smoothing', 'aa', 'mixup', 'cutmix', 'reprob', 'drop_path', 'input_size', 'img_size', 'model_ema',
     'model_ema_decay', 'amp', 'seed', 'kd_model_name',
 )
-
-PAPERS = dict(OREPA='arXiv:2204.00826', DBB='arXiv:2103.13425', ACB='arXiv:1908.03930', REP='arXiv:2101.03697')
-METHODS = dict(
-    OREPA='OREPA composes the kernel of each convolution from linear branches at every training step (up to six for a '
-          '3x3: plain, average pooling, frequency prior, 1x1-3x3, 1x1, depthwise separable), each with a learnt scale '
-          'for every output channel; the one norm comes behind their sum. The branches never see an image, so '
-          'training costs little more than that of the plain network.',
-    DBB='DBB runs four branches (3x3, 1x1, 1x1-3x3, 1x1-average pooling) in place of each 3x3 convolution while '
-        'training, each with batch norms of its own.',
-    ACB='ACB runs a 1x3 and a 3x1 beside each 3x3 convolution while training, each with a batch norm of its own.',
-    REP='RepVGG\'s blocks run a 1x1 and, where the shapes allow it, the identity beside each 3x3 convolution while '
-        'training, each with a batch norm of its own.',
-    RepAn='RepAn trains in time steps: at the start of each the branches are folded, the side branches drawn afresh '
-          'and brought in with a rising attach rate, the folded kernel put back into the origin branch, and the '
-          'learning rate restarted.',
+# Of any method, where the run had more than one time step.
+ANNEALING = (
+    'RepAn trains in time steps: at the start of each the branches are folded, the side branches drawn afresh and '
+    'brought in with a rising attach rate, the folded kernel put back into the origin branch, and the learning rate '
+    'restarted.'
 )
-# The two papers behind this package; they stand on every card.
-OWN_PAPERS = ('OREPA', 'RepAn')
-CITATIONS = dict(
-    OREPA="""@inproceedings{hu2022online,
-  title={Online Convolutional Re-parameterization},
-  author={Hu, Mu and Feng, Junyi and Hua, Jiashen and Lai, Baisheng and Huang, Jianqiang and Gong, Xiaojin and
-    Hua, Xian-Sheng},
-  booktitle={Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
-  year={2022}
-}""",
-    RepAn="""@inproceedings{fei2024repan,
+ANNEALING_CITATION = """@inproceedings{fei2024repan,
   title={RepAn: Enhanced Annealing through Re-parameterization},
   author={Fei, Xiang and Zheng, Xiawu and Wang, Yan and Chao, Fei and Wu, Chenglin and Cao, Liujuan},
   booktitle={Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
   year={2024}
-}""",
-    ACB="""@inproceedings{ding2019acnet,
-  title={ACNet: Strengthening the Kernel Skeletons for Powerful CNN via Asymmetric Convolution Blocks},
-  author={Ding, Xiaohan and Guo, Yuchen and Ding, Guiguang and Han, Jungong},
-  booktitle={Proceedings of the IEEE/CVF International Conference on Computer Vision},
-  year={2019}
-}""",
-    REP="""@inproceedings{ding2021repvgg,
-  title={RepVGG: Making VGG-style ConvNets Great Again},
-  author={Ding, Xiaohan and Zhang, Xiangyu and Ma, Ningning and Han, Jungong and Ding, Guiguang and Sun, Jian},
-  booktitle={Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
-  year={2021}
-}""",
-    DBB="""@inproceedings{ding2021diverse,
-  title={Diverse Branch Block: Building a Convolution as an Inception-like Unit},
-  author={Ding, Xiaohan and Zhang, Xiangyu and Han, Jungong and Ding, Guiguang},
-  booktitle={Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
-  year={2021}
-}""",
-    timm="""@misc{rw2019timm,
+}"""
+TIMM_CITATION = """@misc{rw2019timm,
   author={Ross Wightman},
   title={PyTorch Image Models},
   year={2019},
   howpublished={\\url{https://github.com/huggingface/pytorch-image-models}},
   doi={10.5281/zenodo.4414861}
-}""",
-)
+}"""
 
 
-def needs_plugin(architecture: str) -> bool:
-    """Whether only this package registers an architecture.
-
-    Args:
-        architecture: Name of a registered architecture.
-
-    Returns:
-        Whether timm alone has it not.
-    """
-    return timm.model_entrypoint(architecture).__module__.partition('.')[0] == __name__.partition('.')[0]
+def _marked(card: str) -> str:
+    """A card with the line behind it that tells whether anybody changed it."""
+    return f'{card}\n{MARK.format(hashlib.sha256(card.encode()).hexdigest())}\n'
 
 
-def _metadata(card: str) -> Tuple[Dict[str, Any], str]:
-    """Metadata of a card, and all behind them; a block that is no metadata is text."""
-    block = REGEX_YAML_BLOCK.match(card)
-    try:
-        data = yaml.safe_load(block[2]) if block else None
-    except yaml.YAMLError:
-        data = None
-    return (data, card[block.end():]) if block and isinstance(data, dict) else ({}, card)
-
-
-def _own_text(card: str) -> Optional[str]:
-    """What stands between the two marks; None unless both are there, once each and in order."""
-    text, end, _ = card.partition(OWN_TEXT_BEGIN)[2].partition(OWN_TEXT_END)
-    return text if end and (card.count(OWN_TEXT_BEGIN), card.count(OWN_TEXT_END)) == (1, 1) else None
-
-
-def _put_own_text(card: str, text: str) -> str:
-    before, _, rest = card.partition(OWN_TEXT_BEGIN)
-    return before + OWN_TEXT_BEGIN + text + OWN_TEXT_END + rest.partition(OWN_TEXT_END)[2]
-
-
-def _generated_lines(card: str) -> List[str]:
-    """All lines of a card that its next version does not keep."""
-    data, text = _metadata(card)
-    if _own_text(text) is not None:
-        text = _put_own_text(text, '')
-    for mark in (OWN_TEXT_BEGIN, OWN_TEXT_END):
-        text = text.replace(mark, '')
-    text = re.sub(CHECKSUM.format(r'\w*'), '', text)
-    values = [f'{key}: {json.dumps(data[key], sort_keys=True, default=str)}' for key in GENERATED_KEYS if key in data]
-    return [line.strip() for line in text.splitlines() if line.strip()] + values
-
-
-def _checksum(card: str) -> str:
-    return CHECKSUM.format(hashlib.sha256('\n'.join(_generated_lines(card)).encode()).hexdigest()[:16])
-
-
-def _with_checksum(card: str) -> huggingface_hub.ModelCard:
-    return huggingface_hub.ModelCard(f'{card}\n{_checksum(card)}\n')
-
-
-def lost_text(old: str, new: str) -> Optional[str]:
-    """Find what somebody wrote into a card that :func:`update_card` would not keep.
+def is_generated(card: str) -> bool:
+    """Whether a card is one of ours that nobody has changed since.
 
     Args:
-        old: The card that is there.
-        new: The card to put in its place.
+        card: The card that is there.
 
     Returns:
-        A line that would be lost, rather one that differs in more than its figures; None if there is none, or if all of
-        them were generated.
+        Whether nothing of anybody's is lost with it.
     """
-    if _checksum(old) in old:
-        return None
-    kept = _generated_lines(new)
-    shapes = {re.sub(r'\d', '', line) for line in kept}
-    lost = [line for line in _generated_lines(old) if line not in kept]
-    return min(lost, key=lambda line: re.sub(r'\d', '', line) in shapes, default=None)
+    return card == _marked(card.rpartition('\n' + MARK.partition('{}')[0])[0])
 
 
-def update_card(old: str, new: str) -> str:
-    """Put what its owner wrote into a card into the next version of it.
-
-    Args:
-        old: The card that is there.
-        new: A card that :func:`model_card` or :func:`training_form_card` made.
-
-    Returns:
-        The new card with the text between the marks of the old one, its tags, and its metadata of other keys.
-    """
-    text = _own_text(old)
-    data, body = _metadata(new if text is None else _put_own_text(new, text))
-    before = _metadata(old)[0]
-    added = {key: value for key, value in before.items() if key not in (*GENERATED_KEYS, *data)}
-    tags = before.get('tags') or []
-    tags = tags if isinstance(tags, list) else [tags]
-    tags = data['tags'] + [tag for tag in tags if tag not in data['tags']]
-    metadata = yaml.safe_dump({**data, 'tags': tags, **added}, sort_keys=False, allow_unicode=True)
-    return f'---\n{metadata}---\n{body}'
+def _header(name: str, license: str, results: Optional[List[huggingface_hub.EvalResult]] = None) -> str:
+    data = huggingface_hub.ModelCardData(
+        model_name=name,
+        license=license,
+        library_name='timm',
+        pipeline_tag='image-classification',
+        tags=list(TAGS),
+        eval_results=results,
+    )
+    return f'---\n{data.to_yaml()}\n---\n'
 
 
 def _name(repo: str) -> str:
@@ -206,17 +103,13 @@ def _figure(value: Optional[float], spec: str = '.4g') -> str:
     return format(value, spec) if value else '0'
 
 
-def _slug(dataset: str) -> str:
-    return re.sub(r'[\W_]+', '-', dataset.lower()).strip('-') or 'unknown'
-
-
 def _eval_results(dataset: Optional[str], metrics: Mapping[str, Any]) -> Optional[List[huggingface_hub.EvalResult]]:
     if dataset is None:
         return None
     results = [
         huggingface_hub.EvalResult(
             task_type='image-classification',
-            dataset_type=_slug(dataset),
+            dataset_type=re.sub(r'[\W_]+', '-', dataset.lower()).strip('-') or 'unknown',
             dataset_name=dataset,
             metric_type='accuracy',
             metric_name=f'top-{k} accuracy in percent',
@@ -228,17 +121,30 @@ def _eval_results(dataset: Optional[str], metrics: Mapping[str, Any]) -> Optiona
     return results or None
 
 
+def _methods(expansion: Expansion, time_steps: int) -> Tuple[str, List[str]]:
+    """What the methods of a model do, and their citations."""
+    methods = {method.name: method for method in expansion.methods.values()}.values()
+    annealed = time_steps > 1
+    summaries = [method.summary for method in methods if method.summary] + [ANNEALING] * annealed
+    citations = [method.citation for method in methods if method.citation] + [ANNEALING_CITATION] * annealed
+    return ' '.join(summaries), [*citations, TIMM_CITATION]
+
+
+def _trained_as(provenance: Mapping[str, Any], expansion: Expansion) -> str:
+    if provenance['training_architecture'] is None:
+        return 'not stated: the model was exported from its stock form'
+    time_steps = f', in {provenance["time_steps"]} time steps' if provenance['time_steps'] > 1 else ''
+    return f'`{provenance["training_architecture"]}`{time_steps}; {expansion}'
+
+
 def _training(run: Optional[Run]) -> str:
     if run is None or not run.args:
         return 'Not stated: the model was exported without the arguments of its training run.'
     start = ''.join(f' {option} {shlex.quote(name)}' for option, name in run.start_files.items())
-    annealed = (run.args.get('time_steps') or 1) > 1 or (run.args.get('attach_warmup_epochs') or 0) > 0
-    script = 'python train_scripts/train.py' if annealed else 'timm-rep run train'
-    source = ' (`train_scripts/train.py` is in the source of timm_rep)' if annealed else ''
-    text = f"""`args.yaml` holds the arguments of the run. The same again, with your own folder of the images{source}:
+    text = f"""`args.yaml` holds the arguments of the run. The same again, with your own folder of the images:
 
 ```sh
-{script} --config args.yaml --data-dir IMAGES{start}
+timm-rep train --config args.yaml --data-dir IMAGES{start}
 ```
 """
     if run.processes > 1:
@@ -258,14 +164,15 @@ def _training(run: Optional[Run]) -> str:
     return text
 
 
-def _usage(folder: str, repo: str, plugin: bool, architecture: str) -> str:
-    if plugin:
-        needs = (
-            f'timm has no `{architecture}`: install timm_rep and import it first, which registers the architecture.')
-        imports = 'import timm\nimport timm_rep  # registers the architecture'
-    else:
+def _usage(folder: str, repo: str, architecture: str, labelled: bool) -> str:
+    package = registering_package(architecture)
+    if timm_has(architecture):
         needs = f'The weights are those of timm\'s own `{architecture}`: timm alone loads them, nothing else is needed.'
         imports = 'import timm'
+    else:
+        needs = f'timm has no `{architecture}`: install {package} and import it first, which registers it.'
+        imports = f'import timm\nimport {package}  # registers the architecture'
+    label = "model.pretrained_cfg['label_names'][index]" if labelled else 'index'
     return f"""{needs}
 
 Classify an image:
@@ -278,8 +185,9 @@ from PIL import Image
 model = timm.create_model('hf-hub:{repo}', pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
 with torch.inference_mode():
-    scores = model(transform(Image.open('image.jpg').convert('RGB')).unsqueeze(0)).softmax(-1)
-print(scores.topk(min(5, scores.shape[-1])))
+    scores = model(transform(Image.open('image.jpg').convert('RGB')).unsqueeze(0)).softmax(-1)[0]
+for index in scores.argsort(descending=True)[:5].tolist():
+    print({label}, f'{{scores[index]:.1%}}')
 ```
 
 Feature maps of every stage, and embeddings (the pooled features before the classifier):
@@ -295,26 +203,6 @@ output in `test/rand_tensors.safetensors`.
 """
 
 
-def restoring_args(
-        provenance: Mapping[str, Any],
-        cfg: Mapping[str, Any],
-        classes: int,
-) -> Tuple[Dict[str, Any], Dict[str, Any]]:
-    """What puts fused weights back into the training form, besides where they are.
-
-    Args:
-        provenance: What config.json says under ``timm_rep``.
-        cfg: The ``pretrained_cfg`` of the export.
-        classes: Number of classes.
-
-    Returns:
-        Arguments of ``timm.create_model``, and its ``pretrained_cfg_overlay``.
-    """
-    keys = ('input_size', 'mean', 'std', 'crop_pct', 'interpolation')
-    overlay = {key: cfg[key] for key in keys if cfg.get(key) is not None}
-    return dict(provenance['training_args'], num_classes=classes), dict(num_classes=classes, **overlay)
-
-
 def _train_options(args: Mapping[str, Any]) -> str:
     """Arguments of a model as options of timm's train.py, which has some of its own."""
     own = {name: f'--{option.replace("_", "-")}' for option, name in MODEL_ARGS.items()}
@@ -323,41 +211,46 @@ def _train_options(args: Mapping[str, Any]) -> str:
     return ''.join(options) + (f' --model-kwargs {" ".join(others)}' if others else '')
 
 
-def _continue_training(repo: str, cfg: Mapping[str, Any], provenance: Mapping[str, Any], classes: int) -> str:
-    """How to get the weights into the training form, if one of our models is that form."""
-    training_architecture = provenance['training_architecture']
-    training_args = provenance['training_args']
-    if training_architecture is None or training_args is None or not needs_plugin(training_architecture):
-        return f"""`timm_rep.expand` puts rep layers into the model, with the same outputs:
+def _literal(methods: Expanding) -> str:
+    """An argument of ``expand`` as it is written in Python."""
+    if isinstance(methods, Mapping):
+        return '{\n' + ''.join(f'    {name!r}: {_literal(method)},\n' for name, method in methods.items()) + '}'
+    return repr(methods.name) if methods == as_method(methods.name) else f'timm_rep.{methods!r}'
+
+
+def _training_on(repo: str, provenance: Mapping[str, Any], expanding: Optional[Expanding]) -> str:
+    """How to get the weights into the training form, or into one with the default method."""
+    layers = '' if expanding is None else f', {_literal(expanding)}'
+    text = f"""`timm_rep.expand` puts the kernels into the branches of rep layers, with the same outputs:
 
 ```python
 import timm
 import timm_rep
 
-model = timm_rep.expand(timm.create_model('hf-hub:{repo}', pretrained=True))
+model = timm_rep.expand(timm.create_model('hf-hub:{repo}', pretrained=True){layers})
+```
+
+Train it as any timm model, then `timm_rep.fuse(model.eval())`.
+"""
+    architecture, args = provenance['training_architecture'], provenance['training_args']
+    if args is not None:
+        text += f"""With timm's train.py, on classes of your own, with a new classifier:
+
+```sh
+timm-rep train --data-dir IMAGES --model {architecture}{_train_options(args)} --num-classes N \\
+    --pretrained --pretrained-path model.safetensors
 ```
 """
-    args, overlay = restoring_args(provenance, cfg, classes)
-    arg_lines = ''.join(f'    {key}={value!r},\n' for key, value in args.items())
-    overlay_lines = ''.join(f'        {key}={value!r},\n' for key, value in overlay.items())
-    options = _train_options(training_args)
-    return f"""With timm_rep installed, the weights go back into the branches, with the same outputs:
+    return text
 
-```python
+
+def _training_form(repo: str) -> str:
+    return f"""```python
 import timm
-import timm_rep
+import timm_rep  # registers the architecture
 
-model = timm.create_model(
-    '{training_architecture}',
-    pretrained=True,
-{arg_lines}    pretrained_cfg_overlay=dict(
-        hf_hub_id='{repo}',
-{overlay_lines}    ),
-)
+model = timm.create_model('hf-hub:{repo.partition('@')[0]}@{TRAIN_REVISION}', pretrained=True)
 ```
-
-Train it as any timm model, then `timm_rep.fuse(model.eval())`. With timm's train.py, on classes of your own, with a new
-classifier: `--model {training_architecture}{options} --num-classes N --pretrained --pretrained-path model.safetensors`.
 """
 
 
@@ -370,108 +263,99 @@ def _forms(
     def pair(values: Any, spec: str) -> str:
         return ' | '.join(_figure(value, spec) for value in values or (None, None))
 
-    millions = (None, parameters / 1e6) if costs is None else tuple(count / 1e6 for count in costs.parameters)
+    millions = [None, parameters / 1e6] if costs is None else [count / 1e6 for count in costs.parameters]
     timed = f', batches of {costs.batch}, float32' if costs else ''
     checked = f' on {images.images} images' if images else ''
-    rows = [
-        f'| Parameters (M) | {_figure(millions[0], ".2f")} | {_figure(millions[1], ".2f")} |',
-        f'| GMACs of an image | {pair(costs and costs.gmacs, ".3f")} |',
-        f'| Images per second{timed} | {pair(costs and costs.images_per_second, ".1f")} |',
-        f'| Top-1 accuracy (%){checked} | {pair(images and images.top1, ".2f")} |',
-        f'| Top-5 accuracy (%){checked} | {pair(images and images.top5, ".2f")} |',
-    ]
-    differences = [
-        ('whole model, random inputs', None if report is None else report.model.relative),
-        ('whole model, real images', None if images is None else images.relative),
-        ('worst layer, random inputs', None if report is None else max(d.relative for d in report.layers)),
-    ]
     hardware = f'Measured on {costs.hardware}, torch {costs.torch}.' if costs else f'Speed: {NOT_MEASURED}.'
-    table = '\n'.join(rows)
-    difference_table = '\n'.join(f'| {label} | {_figure(value, ".1e")} |' for label, value in differences)
+    differences = [
+        None if report is None else report.model.relative,
+        None if images is None else images.relative,
+        None if report is None else max(layer.relative for layer in report.layers),
+    ]
+    model, real, layer = (_figure(value, '.1e') for value in differences)
     return f"""| | Training form | Stock form (this) |
 |---|---|---|
-{table}
+| Parameters (M) | {pair(millions, ".2f")} |
+| GMACs of an image | {pair(costs and costs.gmacs, ".3f")} |
+| Images per second{timed} | {pair(costs and costs.images_per_second, ".1f")} |
+| Top-1 accuracy (%){checked} | {pair(images and images.top1, ".2f")} |
+| Top-5 accuracy (%){checked} | {pair(images and images.top5, ".2f")} |
 
 {hardware}
 
 | Largest difference of the fused outputs, relative to the largest output | Value |
 |---|---|
-{difference_table}
+| whole model, random inputs | {model} |
+| whole model, real images | {real} |
+| worst layer, random inputs | {layer} |
 """
+
+
+def _results(provenance: Mapping[str, Any]) -> str:
+    metrics = provenance['metrics']
+    labels = dict(METRICS, **{key: key for key in metrics if key not in METRICS})
+    table = '\n'.join(f'| {label} | {_figure(metrics.get(key))} |' for key, label in labels.items())
+    source = provenance.get('metrics_source')
+    return f'| Figure | Value |\n|---|---|\n{table}\n' + (f'\nAccuracy: {source}.\n' if source else '')
 
 
 def model_card(
         name: str,
         model: Any,
         provenance: Mapping[str, Any],
-        report: Optional[Report],
+        expansion: Expansion,
+        expanding: Optional[Expanding] = None,
         *,
+        report: Optional[Report] = None,
         repo: Optional[str] = None,
         run: Optional[Run] = None,
         costs: Optional[Costs] = None,
         images: Optional[ImageCheck] = None,
         plot: Optional[str] = None,
-) -> huggingface_hub.ModelCard:
+        labelled: bool = False,
+        train_revision: bool = False,
+) -> str:
     """Write the model card of a fused model.
 
     Args:
         name: Name of the folder.
         model: The fused model; its ``pretrained_cfg`` is that of the export.
         provenance: What config.json says under ``timm_rep``.
+        expansion: What was a rep layer in the training form.
+        expanding: What makes that form of the stock form, as an argument of ``expand``, if that has been seen.
         report: Comparison with the training form; None if there was none.
         repo: Repository on the Hub, if known, with ``@REVISION`` unless it is the main one.
         run: The training run.
         costs: What both forms cost.
         images: Comparison on real images.
         plot: File name of the drawing of the run.
+        labelled: Whether config.json has the names of the classes.
+        train_revision: Whether the training form is on the revision ``train`` of the repository.
 
     Returns:
         The card. Figures that are not given read "not measured".
     """
-    cfg, dataset, metrics = model.pretrained_cfg, provenance['dataset'], provenance['metrics']
-    architecture = cfg['architecture']
+    cfg, dataset, architecture = model.pretrained_cfg, provenance['dataset'], model.pretrained_cfg['architecture']
     folder, name = name, _name(repo) if repo else name
     repo = repo or f'ORGANISATION/{name}'
-    data = huggingface_hub.ModelCardData(
-        model_name=name,
-        license=cfg['license'],
-        library_name='timm',
-        pipeline_tag='image-classification',
-        tags=['image-classification', 'timm', 'timm_rep', 'structural-re-parameterization'],
-        eval_results=_eval_results(dataset, metrics),
-    )
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    summary, citations = _methods(expansion, provenance['time_steps'])
+    training_form = f"""
+As its run left it, with all branches, it is on the revision `{TRAIN_REVISION}` of this repository:
 
-    labels = dict(METRICS, **{key: key for key in metrics if key not in METRICS})
-    table = '\n'.join(f'| {label} | {_figure(metrics.get(key))} |' for key, label in labels.items())
-    source = provenance.get('metrics_source')
-    source = f'\nAccuracy: {source}.\n' if source else ''
-    if provenance['rep_layers']:
-        layers = ', '.join(f'{count} {layer}' for layer, count in provenance['rep_layers'].items())
-        trained_as = f'`{provenance["training_architecture"]}` ({layers})'
-    else:
-        trained_as = 'not stated: the model was exported from its stock form'
-    methods = list(provenance['methods'])
-    block = ' '.join(METHODS[method] for method in methods)
-    citations: Dict[str, str] = {key: CITATIONS[key] for key in (*methods, *OWN_PAPERS, 'timm')}
+{_training_form(repo)}""" if train_revision else ''
     drawing = f'\n![Accuracy, loss and learning rate of every epoch]({plot})\n' if plot else ''
-    bibliography = '\n\n'.join(f'```bibtex\n{citation}\n```' for citation in citations.values())
-    return _with_checksum(f"""---
-{data.to_yaml()}
----
-
+    bibliography = '\n\n'.join(f'```bibtex\n{citation}\n```' for citation in citations)
+    return _marked(f"""{_header(name, cfg['license'], _eval_results(dataset, provenance['metrics']))}
 # {name}
 
-An image classifier, trained with timm_rep and fused into `{architecture}`: structural re-parameterization trains with
-several branches for each convolution and folds them into one afterwards.
-{block and chr(10) + block + chr(10)}
-{OWN_TEXT_BEGIN}
-
-{OWN_TEXT_END}
-
+An image classifier, trained with [timm_rep]({REPOSITORY}) and fused into `{architecture}`: structural
+re-parameterization trains with several branches for each convolution and folds them into one afterwards.
+{summary and chr(10) + summary + chr(10)}
 ## Model details
 
-- **Architecture:** `{architecture}`, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters
-- **Trained as:** {trained_as}
+- **Architecture:** `{architecture}`, {parameters / 1e6:.2f} M parameters
+- **Trained as:** {_trained_as(provenance, expansion)}
 - **Data set:** {dataset or 'not stated'}
 - **Classes:** {model.num_classes}
 - **Images:** {' x '.join(map(str, cfg['input_size']))} (channels, height, width)
@@ -480,19 +364,18 @@ several branches for each convolution and folds them into one afterwards.
 
 ## How to use it
 
-{_usage(folder, repo, needs_plugin(architecture), architecture)}
+{_usage(folder, repo, architecture, labelled)}
+timm_rep, wherever this card asks for it, is at {REPOSITORY}: `{install_command()}`.
+
 ## How to train it on
 
-{_continue_training(repo, cfg, provenance, model.num_classes)}
+{_training_on(repo, provenance, expanding)}{training_form}
 ## Results
 
-| Figure | Value |
-|---|---|
-{table}
-{source}
+{_results(provenance)}
 ## Training form and stock form
 
-{_forms(sum(p.numel() for p in model.parameters()), costs, images, report)}
+{_forms(parameters, costs, images, report)}
 ## Training
 
 {_training(run)}
@@ -503,7 +386,7 @@ several branches for each convolution and folds them into one afterwards.
 """)
 
 
-def training_form_card(repo: str, architecture: str, license: str) -> huggingface_hub.ModelCard:
+def training_form_card(repo: str, architecture: str, license: str) -> str:
     """Write the model card of weights in training form.
 
     Args:
@@ -515,26 +398,12 @@ def training_form_card(repo: str, architecture: str, license: str) -> huggingfac
         The card.
     """
     name = _name(repo)
-    data = huggingface_hub.ModelCardData(
-        model_name=name, license=license, library_name='timm', pipeline_tag='image-classification',
-        tags=['image-classification', 'timm', 'timm_rep', 'structural-re-parameterization'])
-    return _with_checksum(f"""---
-{data.to_yaml()}
----
-
+    return _marked(f"""{_header(name, license)}
 # {name}, training form
 
 The weights of `{repo}` before they were fused: `{architecture}` with all branches, to train on.
 What it is and what was measured is on the card of `{repo}`, which has the stock form, for all other uses.
 
-{OWN_TEXT_BEGIN}
-
-{OWN_TEXT_END}
-
-```python
-import timm
-import timm_rep  # registers the architecture
-
-model = timm.create_model('hf-hub:{repo.partition('@')[0]}@train', pretrained=True)
-```
+{_training_form(repo)}
+timm_rep is at {REPOSITORY}: `{install_command()}`.
 """)

@@ -1,14 +1,11 @@
 """Export a model as a folder for the Hugging Face Hub, in stock form: any timm loads it without this package."""
-import ast
 import copy
 import dataclasses
-import importlib.util
+import json
 import logging
 import math
-from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
 import safetensors.torch
 import timm
@@ -16,28 +13,25 @@ import torch
 import torch.nn as nn
 from timm.models import save_for_hf
 
+from .._version import __version__
 from ..core.errors import UserError
+from ..core.expand import expand
+from ..core.expansion import Expansion, expansion_of
 from ..core.fuse import fuse
-from ..core.layers import (
-    AnnealedModule,
-    AnnealedRepVggBlock,
-    AsymmetricConv2d,
-    DiverseBranchConv2d,
-    LinearRepLayer,
-    RepConv2d,
-)
 from ..core.verify import Report, check_values, verify
-from ..core.walk import annealed_modules, image_channels, rep_layers
+from ..core.walk import annealed_modules, image_channels
+from ..io.extras import has_packages, install_command
 from ..io.output import written_whole
 from ..io.runs import Run, write_run
+from ..models.names import is_training_form, stock_form_args
 from ..report.cost import Costs
 from ..report.images import ImageCheck
 from ..report.plots import draw_annealing
-from .card import NOT_MEASURED, PAPERS, UNKNOWN_LICENSE, model_card, needs_plugin, restoring_args, training_form_card
+from .card import NOT_MEASURED, UNKNOWN_LICENSE, Expanding, model_card, training_form_card
 
 __all__ = [
-    'CARD_FILE', 'CONFIG_FILE', 'MANAGED_FILES', 'SELF_CHECK_BYTES', 'SELF_CHECK_FILE', 'WEIGHTS_FILE',
-    'export_folder', 'export_training_form', 'methods_of', 'new_folder', 'why_not_restored',
+    'CARD_FILE', 'CONFIG_FILE', 'DATA_FIELDS', 'MANAGED_FILES', 'SELF_CHECK_BYTES', 'SELF_CHECK_FILE', 'WEIGHTS_FILE',
+    'export_folder', 'export_training_form', 'new_folder', 'time_steps_of',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -58,30 +52,7 @@ MANAGED_FILES = (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, PLOT_FILE, SELF_CHECK_FIL
 # What an exported pretrained_cfg takes over from the model's own: how to build and feed the network. All the rest (tag,
 # url, test sizes, notes ...) may be about other weights, of which the model was once made.
 STRUCTURE_FIELDS = ('architecture', 'fixed_input_size', 'min_input_size', 'pool_size', 'first_conv', 'classifier')
-# Of restored weights in float32, to tell another network: side branches are large against what they cancel to.
-RESTORED_RTOL = 1e-4
 DATA_FIELDS = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
-
-
-def methods_of(model: nn.Module) -> List[str]:
-    """Names of the published methods that a model's rep layers come from.
-
-    Args:
-        model: Any model.
-
-    Returns:
-        Keys of ``model_card.METHODS``; none for a stock model.
-    """
-    layers = [layer for _, module in annealed_modules(model) for layer in module.modules()
-              if isinstance(layer, AnnealedModule)]
-    found = dict(
-        OREPA=any(isinstance(layer, LinearRepLayer) for layer in layers),
-        DBB=any(isinstance(layer, DiverseBranchConv2d) for layer in layers),
-        ACB=any(isinstance(layer, AsymmetricConv2d) for layer in layers),
-        REP=any(isinstance(layer, (RepConv2d, AnnealedRepVggBlock)) for layer in layers),
-        RepAn=any(int(layer.time_step) > 0 for layer in layers),
-    )
-    return [name for name, present in found.items() if present]
 
 
 def new_folder(path: Union[str, Path]) -> Path:
@@ -103,6 +74,11 @@ def new_folder(path: Union[str, Path]) -> Path:
     return path
 
 
+def time_steps_of(model: nn.Module) -> int:
+    """In how many time steps a model was trained: one, unless it was annealed."""
+    return 1 + max((int(module.time_step) for _, module in annealed_modules(model)), default=0)
+
+
 def _architecture(model: nn.Module) -> str:
     architecture = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture')
     if architecture is None or not timm.is_model(architecture):
@@ -110,7 +86,7 @@ def _architecture(model: nn.Module) -> str:
             f'export_folder takes a model built by timm.create_model, got a {type(model).__name__} '
             + (f'of the unknown architecture {architecture!r}' if architecture else 'without architecture')
         )
-    return architecture
+    return str(architecture)
 
 
 def _check_labels(label_names: Optional[Sequence[str]], model: Any) -> None:
@@ -125,50 +101,21 @@ def _check_metrics(metrics: Mapping[str, Optional[float]]) -> None:
             raise UserError(f'metrics must be finite numbers, or None for {NOT_MEASURED!r}; got {name}={value!r}')
 
 
-def _pretrained_cfg(model: Any, data_config: Mapping[str, Any]) -> Dict[str, Any]:
-    """Describe a fused model's weights as weights of their own."""
+def _pretrained_cfg(model: Any, data_config: Mapping[str, Any], **own_fields: Any) -> Dict[str, Any]:
+    """Describe a model's weights as weights of their own."""
     unknown = set(data_config) - set(DATA_FIELDS)
     if unknown:
         raise UserError(f'unknown in data_config: {", ".join(sorted(unknown))}; allowed are {", ".join(DATA_FIELDS)}')
-    own = model.pretrained_cfg
-    cfg = {key: own[key] for key in (*STRUCTURE_FIELDS, *DATA_FIELDS) if key in own}
-    cfg.update(data_config)
+    before = model.pretrained_cfg
+    cfg = {key: before[key] for key in (*STRUCTURE_FIELDS, *DATA_FIELDS) if key in before}
+    cfg.update(data_config, **own_fields)
     in_chans = image_channels(model)
     if 'input_size' in data_config and cfg['input_size'][0] != in_chans:
         raise UserError(f'data_config: the model takes {in_chans} channels, got input_size {cfg["input_size"]}')
     cfg['input_size'] = (in_chans, *cfg['input_size'][1:])
-    if tuple(cfg['input_size'][1:]) != tuple(own['input_size'][1:]):
+    if tuple(cfg['input_size'][1:]) != tuple(before['input_size'][1:]):
         cfg['pool_size'] = None
     return cfg
-
-
-def _difference(report: Optional[Report]) -> Optional[Dict[str, Any]]:
-    """Numbers of a report for config.json; None where there was no training form to compare with."""
-    if report is None:
-        return None
-    worst = max(report.layers, key=lambda difference: difference.relative)
-    return dict(
-        outputs_relative=report.model.relative,
-        outputs_absolute=report.model.absolute,
-        worst_layer=worst.name,
-        worst_layer_relative=worst.relative,
-        rtol=report.rtol,
-    )
-
-
-def _check_same_network(model: nn.Module, other: nn.Module, inputs: torch.Tensor, rtol: Optional[float] = None) -> None:
-    # large inputs tell ReLU from ReLU6, but may overflow in half precision
-    for gain in (1.0, 100.0) if inputs.element_size() >= 4 else (1.0,):
-        verify(model, other, inputs=gain * inputs, rtol=rtol)
-
-
-def _check_reload(folder: Path, fused: Any, inputs: torch.Tensor) -> None:
-    """Check that timm rebuilds from the folder alone the network that was written there."""
-    architecture = fused.pretrained_cfg['architecture']
-    try:
-        _check_same_network(fused, timm.create_model(f'local-dir:{folder}', pretrained=True).to(inputs.dtype), inputs)
-    except (RuntimeError, UserError) as e:
-        raise RuntimeError(f'the fused model is not what timm builds as {architecture}: {e}') from e
 
 
 def _self_check_inputs(model: nn.Module, cfg: Mapping[str, Any]) -> torch.Tensor:
@@ -183,89 +130,115 @@ def _self_check_inputs(model: nn.Module, cfg: Mapping[str, Any]) -> torch.Tensor
     return torch.randn(images, *size, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
-@torch.no_grad()
-def _write_self_check(model: nn.Module, inputs: torch.Tensor, folder: Path) -> None:
-    path = folder / SELF_CHECK_FILE
-    path.parent.mkdir()
-    safetensors.torch.save_file(dict(input=inputs, output=model.eval()(inputs).contiguous()), path)
+def _training_args(model: nn.Module, architecture: str) -> Optional[Dict[str, Any]]:
+    """What builds one of our models besides its name and the number of classes; None if that cannot be written down."""
+    args = {
+        key: value for key, value in getattr(model, '_model_args', {}).items()
+        if key not in ('num_classes', 'in_chans', 'inference_mode')
+        and not key.endswith(('drop_rate', 'drop_path_rate', 'drop_block_rate'))  # no part of the network
+    }
+    own = timm.get_pretrained_cfg(architecture)
+    if own is None or image_channels(model) != own.input_size[0]:
+        args['in_chans'] = image_channels(model)
+    try:
+        json.dumps(args)
+    except TypeError:
+        return None
+    return args
+
+
+def _expanding(fused: nn.Module, expansion: Expansion) -> Optional[Expanding]:
+    """What makes the training form of the stock form, as an argument of ``expand``; None if there is no such."""
+    convs = {name for name, module in fused.named_modules() if isinstance(module, nn.Conv2d)}
+    by_name = {name: method for name, method in expansion.methods.items() if name in convs}
+    candidates: List[Expanding] = [*dict.fromkeys(expansion.methods.values()), by_name]
+    for methods in candidates:
+        try:
+            if expansion_of(expand(fused, methods)).to_list() == expansion.to_list():
+                return methods
+        except UserError:  # of a method that takes nothing here, or not all of this
+            continue
+    return None
+
+
+def _provenance(
+        model: nn.Module,
+        architecture: str,
+        expansion: Expansion,
+        report: Optional[Report],
+        **facts: Any,
+) -> Dict[str, Any]:
+    """What config.json says of where the weights come from."""
+    difference = None
+    if report is not None:
+        worst = max(report.layers, key=lambda layer: layer.relative)
+        difference = dict(
+            outputs_relative=report.model.relative,
+            outputs_absolute=report.model.absolute,
+            worst_layer=worst.name,
+            worst_layer_relative=worst.relative,
+            rtol=report.rtol,
+        )
+    return dict(
+        _versions(),
+        training_architecture=None if report is None else architecture,
+        training_args=_training_args(model, architecture) if is_training_form(architecture) else None,
+        expansion=expansion.to_list(),
+        time_steps=time_steps_of(model),
+        fused_difference=difference,
+        **facts,
+    )
+
+
+def _versions() -> Dict[str, Any]:
+    return dict(version=__version__, timm=timm.__version__, torch=torch.__version__)
 
 
 def _draw(run: Run, name: str, folder: Path) -> Optional[str]:
     """Draw the run, if there is what it takes."""
     if not run.history:
         return None
-    if importlib.util.find_spec('matplotlib') is None:
-        _logger.warning('no drawing of the run: matplotlib is missing (pip install "timm_rep[demo]")')
+    if not has_packages(['matplotlib']):
+        _logger.warning('no drawing of the run: matplotlib is missing (%s)', install_command('demo'))
         return None
     try:
         figure = draw_annealing(list(run.history), name, published=run.epoch)
-    except ValueError:
+    except UserError:  # of a run that noted no figure to draw
         return None
     figure.savefig(folder / PLOT_FILE)
     return PLOT_FILE
 
 
-def _training_args(model: nn.Module, architecture: str) -> Dict[str, Any]:
-    """What builds the training form besides the name of its architecture and the number of classes."""
-    args = {
-        key: value for key, value in getattr(model, '_model_args', {}).items()
-        if key not in ('num_classes', 'in_chans', 'inference_mode')
-        and not key.endswith(('drop_rate', 'drop_path_rate', 'drop_block_rate'))  # no part of the network
-    }
-    own: Any = timm.get_pretrained_cfg(architecture)
-    if image_channels(model) != own.input_size[0]:
-        args['in_chans'] = image_channels(model)
-    return args
-
-
-def why_not_restored(
-        fused: Any,
-        architecture: str,
-        args: Mapping[str, Any],
-        overlay: Mapping[str, Any],
-) -> Optional[str]:
-    """Put fused weights into the training form as timm does it, and compare.
-
-    Args:
-        fused: Stock form, on the CPU.
-        architecture: Name of the training form.
-        args: Of ``timm.create_model``.
-        overlay: What its ``pretrained_cfg_overlay`` says, besides where the weights are.
-
-    Returns:
-        None if the training form has the same outputs, else what is wrong.
-    """
-    if not _is_literal(args):
-        return f'not all of its arguments can be written down: {args}'
-    fused = copy.deepcopy(fused).float()
-    weights = dict(overlay, state_dict=fused.state_dict())
+def _write_model(
+        folder: Path,
+        model: Any,
+        inputs: torch.Tensor,
+        provenance: Mapping[str, Any],
+        model_args: Mapping[str, Any],
+        label_names: Optional[Sequence[str]],
+) -> None:
+    """Write weights, config.json and self-check, and see that timm rebuilds from the folder alone what was written."""
+    config: Dict[str, Any] = {} if label_names is None else dict(label_names=list(label_names))
+    config.update(timm_rep=provenance)
     try:
-        model = timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=weights, **args).eval()
-        _check_same_network(fused, model, _self_check_inputs(fused, fused.pretrained_cfg), RESTORED_RTOL)
-    except (RuntimeError, TypeError, ValueError) as e:
-        return str(e)
-    return None
-
-
-def _is_literal(args: Mapping[str, Any]) -> bool:
+        save_for_hf(model, str(folder), config, model_args=dict(model_args) or None, safe_serialization=True)
+    except ValueError as e:  # arguments of the model that are not plain values
+        raise UserError(f'config.json cannot say what the model is built with: {e}') from e
+    self_check = folder / SELF_CHECK_FILE
+    self_check.parent.mkdir()
+    with torch.no_grad():
+        tensors = dict(input=inputs, output=model.eval()(inputs).contiguous())
+    safetensors.torch.save_file(tensors, self_check)
+    for file in (self_check, folder / WEIGHTS_FILE):  # which only their owner could read
+        file.chmod((folder / CONFIG_FILE).stat().st_mode)
+    architecture = model.pretrained_cfg['architecture']
     try:
-        return bool(ast.literal_eval(repr(dict(args))) == args)
-    except (SyntaxError, ValueError):
-        return False
-
-
-@contextmanager
-def _appearing(path: Path) -> Iterator[Path]:
-    """A folder to write, which appears complete or not at all, with files that all may read who may read the card."""
-    with written_whole(path) as folder:
-        yield folder
-        for file in folder.rglob('*'):
-            if file.is_file():  # safetensors writes files that only their owner can read
-                file.chmod((folder / CARD_FILE).stat().st_mode)
-
-
-def _label_config(label_names: Optional[Sequence[str]]) -> Dict[str, Any]:
-    return {} if label_names is None else dict(label_names=list(label_names))
+        rebuilt = timm.create_model(f'local-dir:{folder}', pretrained=True).to(inputs.dtype)
+        # large inputs tell ReLU from ReLU6, but may overflow in half precision
+        for gain in (1.0, 100.0) if inputs.element_size() >= 4 else (1.0,):
+            verify(model, rebuilt, inputs=gain * inputs)
+    except (RuntimeError, TypeError, ValueError) as e:  # keys, shapes, arguments, outputs
+        raise UserError(f'the model is not what timm builds as {architecture}: {e}') from e
 
 
 def export_folder(
@@ -283,6 +256,7 @@ def export_folder(
         run: Optional[Run] = None,
         costs: Optional[Costs] = None,
         images: Optional[ImageCheck] = None,
+        train_revision: bool = False,
 ) -> Path:
     """Write a model in stock form as a folder that ``timm.create_model('local-dir:PATH', pretrained=True)`` loads.
 
@@ -306,15 +280,16 @@ def export_folder(
         run: The training run.
         costs: What both forms cost.
         images: How both forms compare on real images.
+        train_revision: Whether the training form will be on the repository's revision ``train``, for the model card.
 
     Returns:
         The absolute path of the folder.
 
     Raises:
         FileExistsError: If the path is a file or a folder that is not empty. Nothing is changed.
-        UserError: If the model has no architecture that timm can build, or an argument does not fit it.
+        UserError: If an argument does not fit the model, or timm does not build the fused model by its architecture's
+            name, for example one whose norms are folded too.
         VerificationError: If the fused model is not the function of its training form, or is not finite.
-        RuntimeError: If timm does not rebuild the fused model, for example one whose norms are folded too.
     """
     path = new_folder(path)
     architecture = _architecture(model)
@@ -326,53 +301,40 @@ def export_folder(
     training_form = copy.deepcopy(model).eval().cpu()
     # safetensors takes contiguous tensors only
     fused: Any = fuse(training_form).to(memory_format=torch.contiguous_format)
-    cfg = _pretrained_cfg(fused, data_config or {})
+    expansion = expansion_of(training_form)
+    cfg = _pretrained_cfg(fused, data_config or {}, tag=tag, license=license)
+    papers = dict.fromkeys(method.paper for method in expansion.methods.values() if method.paper)
+    if papers:
+        cfg['paper_ids'] = list(papers)
+    fused.pretrained_cfg = fused.default_cfg = cfg
     check_values(fused)
     inputs = _self_check_inputs(fused, cfg)
-    # RepVGG blocks with an attach rate, and rep layers, also those inside such blocks
-    modules = {**dict(annealed_modules(training_form)), **dict(rep_layers(training_form))}
-    layers = Counter(type(module).__name__ for module in modules.values())
-    checked = verify(training_form, fused, inputs=inputs)
-    report = checked if layers else None
+    verified = verify(training_form, fused, inputs=inputs)
+    report = verified if any(annealed_modules(training_form)) else None
 
-    methods = methods_of(training_form)
-    cfg.update(tag=tag, license=license)
-    if methods:
-        cfg['paper_ids'] = [PAPERS[method] for method in methods if method in PAPERS]
-    fused.pretrained_cfg = fused.default_cfg = cfg
-    provenance = dict(
-        _versions(),
-        training_architecture=architecture if layers else None,
-        training_args=_training_args(model, architecture),
-        rep_layers=dict(layers),
-        methods=methods,
-        fused_difference=_difference(report),
+    provenance = _provenance(
+        training_form,
+        architecture,
+        expansion,
+        report,
         dataset=dataset,
         metrics=metrics,
         metrics_source=metrics_source,
-        epoch=None if run is None else run.epoch,
-        costs=None if costs is None else dataclasses.asdict(costs),
+        epoch=run and run.epoch,
+        costs=costs and dataclasses.asdict(costs),
     )
     if images is not None:
         provenance['images'] = {k: v for k, v in dataclasses.asdict(images).items() if k != 'classes'}
-    if layers and needs_plugin(architecture):
-        why = why_not_restored(fused, architecture, *restoring_args(provenance, cfg, fused.num_classes))
-        if why is not None:
-            _logger.warning('the card does not say how to restore %s from these weights: %s', architecture, why)
-            provenance['training_args'] = None
-    model_args = dict(inference_mode=True) if needs_plugin(cfg['architecture']) else None
-    with _appearing(path) as temporary:
-        config = dict(_label_config(label_names), timm_rep=provenance)
-        save_for_hf(fused, str(temporary), config, model_args=model_args, safe_serialization=True)
-        _write_self_check(fused, inputs, temporary)
+    with written_whole(path) as folder:
+        _write_model(folder, fused, inputs, provenance, stock_form_args(cfg['architecture']), label_names)
         plot = None
         if run is not None:
-            write_run(run, temporary)
-            plot = _draw(run, path.name, temporary)
+            write_run(run, folder)
+            plot = _draw(run, path.name, folder)
         card = model_card(
-            path.name, fused, provenance, report, repo=repo, run=run, costs=costs, images=images, plot=plot)
-        card.save(temporary / CARD_FILE)
-        _check_reload(temporary, fused, inputs)
+            path.name, fused, provenance, expansion, _expanding(fused, expansion), report=report, repo=repo, run=run,
+            costs=costs, images=images, plot=plot, labelled=label_names is not None, train_revision=train_revision)
+        (folder / CARD_FILE).write_text(card, encoding='utf-8', newline='\n')
     _logger.info('exported %s to %s', cfg['architecture'], path)
     return path
 
@@ -401,34 +363,22 @@ def export_training_form(
 
     Raises:
         FileExistsError: If the path is a file or a folder that is not empty. Nothing is changed.
-        UserError: If the model has no architecture that timm can build, or an argument does not fit it.
+        UserError: If an argument does not fit the model, or timm does not build the model by its architecture's name.
         VerificationError: If it has values that are not finite.
-        RuntimeError: If timm does not rebuild it.
     """
     path = new_folder(path)
     architecture = _architecture(model)
     _check_labels(label_names, model)
     training_form: Any = copy.deepcopy(model).eval().cpu().to(memory_format=torch.contiguous_format)
     check_values(training_form)
-    cfg = dict(_pretrained_cfg(training_form, {}), tag=tag, license=license)
+    cfg = _pretrained_cfg(training_form, {}, tag=tag, license=license)
     training_form.pretrained_cfg = training_form.default_cfg = cfg
-    provenance = dict(_versions(), form='training', training_architecture=architecture)
+    provenance = dict(
+        _versions(), form='training', training_architecture=architecture,
+        expansion=expansion_of(training_form).to_list())
     inputs = _self_check_inputs(training_form, cfg)
-    with _appearing(path) as temporary:
-        config = dict(_label_config(label_names), timm_rep=provenance)
-        save_for_hf(
-            training_form,
-            str(temporary),
-            config,
-            model_args=_training_args(model, architecture) or None,
-            safe_serialization=True,
-        )
-        _write_self_check(training_form, inputs, temporary)
-        training_form_card(repo, architecture, license).save(temporary / CARD_FILE)
-        _check_reload(temporary, training_form, inputs)
+    with written_whole(path) as folder:
+        _write_model(folder, training_form, inputs, provenance, _training_args(model, architecture) or {}, label_names)
+        card = training_form_card(repo, architecture, license)
+        (folder / CARD_FILE).write_text(card, encoding='utf-8', newline='\n')
     return path
-
-
-def _versions() -> Dict[str, Any]:
-    from .._version import __version__
-    return dict(version=__version__, timm=timm.__version__, torch=torch.__version__)

@@ -20,7 +20,7 @@ from ..core.errors import UserError
 from ..core.walk import annealed_modules
 from ..models.checkpoint_filter import first_names
 from ..models.names import TRAINING_PREFIXES
-from .hub_errors import HubError, reason
+from .hub_errors import HubError, hub_message
 from .output import PathLike
 from .runs import plain_args, read_run_args
 
@@ -299,7 +299,7 @@ def build_model(architecture: str, /, **kwargs: Any) -> nn.Module:
     except OSError as e:
         if not on_hub:
             raise
-        raise HubError(f'{architecture} cannot be looked up, name its architecture: {reason(e)}') from None
+        raise HubError(f'{architecture} cannot be looked up, name its architecture: {hub_message(e)}') from None
     if not hasattr(model, '_model_args'):  # older timm
         model._model_args = kwargs
     return model

@@ -1,11 +1,12 @@
 """Names of architectures: which stock network a model of ours fuses into, and how it says so."""
-from typing import Any
+from typing import Any, Dict
 
 import timm
 
 from ..core.fuse import when_fused
 
-__all__ = ['TRAINING_PREFIXES', 'stock_architecture']
+__all__ = [
+    'TRAINING_PREFIXES', 'is_training_form', 'registering_package', 'stock_architecture', 'stock_form_args', 'timm_has']
 
 # Prefixes of our architectures whose stock form is the timm architecture named behind it.
 TRAINING_PREFIXES = ('orepa_', 'dbb_', 'repan_')
@@ -24,6 +25,26 @@ def stock_architecture(architecture: str) -> str:
         if architecture.startswith(prefix) and timm.is_model(architecture[len(prefix):]):
             return architecture[len(prefix):]
     return architecture
+
+
+def is_training_form(architecture: str) -> bool:
+    """Whether an architecture is one of ours, which have rep layers unless ``inference_mode=True`` is given."""
+    return architecture.startswith(TRAINING_PREFIXES)
+
+
+def stock_form_args(architecture: str) -> Dict[str, Any]:
+    """What builds the stock form, besides the name that :func:`stock_architecture` gives: nothing where timm has it."""
+    return dict(inference_mode=True) if is_training_form(stock_architecture(architecture)) else {}
+
+
+def registering_package(architecture: str) -> str:
+    """The package whose import makes a registered architecture known: ``'timm'``, ours, or that of somebody else."""
+    return timm.model_entrypoint(architecture).__module__.partition('.')[0]
+
+
+def timm_has(architecture: str) -> bool:
+    """Whether timm alone builds a registered architecture, without any other package."""
+    return registering_package(architecture) == 'timm'
 
 
 @when_fused

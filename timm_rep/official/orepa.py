@@ -101,3 +101,4 @@ def fill_stem(source: Source, prefix: str, layer: OrepaStemConv2d) -> None:
     for position, part in enumerate(layer.stack):
         assert isinstance(part, OrepaConv2d)
         fill_kxk(source, f'{prefix}.weight{position}', part, mirrored=position > 0)
+    layer.kernel_offset.zero_()

@@ -508,6 +508,14 @@ def test_channels_last_input(case):
     assert_near(actual, layer(x), 1e-6)
 
 
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
+def test_kernel_is_composed_in_the_format_of_the_input(memory_format, monkeypatch):
+    layer, kernels_seen, conv2d = make('kxk'), [], F.conv2d
+    monkeypatch.setattr(F, 'conv2d', lambda x, weight, *args: kernels_seen.append(weight) or conv2d(x, weight, *args))
+    layer(images(layer).to(memory_format=memory_format))
+    assert [kernel.is_contiguous(memory_format=memory_format) for kernel in kernels_seen] == [True]
+
+
 # Bad input
 
 

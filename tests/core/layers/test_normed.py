@@ -64,7 +64,7 @@ def fresh(case, **kwargs):
 
 def make(case, rate=1.0, dtype=torch.float32):
     """A layer in eval mode with wide random values."""
-    layer = randomize_(fresh(case, dtype=dtype)).eval()
+    layer = randomize_(fresh(case, dtype=dtype, eps=1e-3, momentum=0.2)).eval()
     layer.set_attach_rate_(rate)
     return layer
 
@@ -174,6 +174,11 @@ def test_identity_branch_where_the_shapes_allow_it():
         if same:
             with_identity.append(name)
     assert with_identity == ['square', 'uneven_square', 'grouped_square', 'depthwise']
+
+
+def test_depthwise_block_has_twice_the_inner_channels():
+    assert make('dbb-kxk').seq_1x1.shape == (4, 4, 1, 1)
+    assert make('dbb-depthwise').seq_1x1.shape == (12, 1, 1, 1)
 
 
 # Fold

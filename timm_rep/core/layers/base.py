@@ -253,6 +253,10 @@ class RepLayer(AnnealedModule):
         self.init_non_persistent_buffers()
         return self
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.init_non_persistent_buffers()  # of what load_state_dict(assign=True) has put in place of meta tensors
+
     def compose_weight(self) -> Tensor:
         """Compose the kernel at the attach rate in force, differentiably.
 

@@ -84,10 +84,10 @@ class DiverseBranchConv2d(NormedRepLayer):
     def init_non_persistent_buffers(self) -> None:
         """Fill the identity that the inner 1x1 is added to."""
         identity = kernels.grouped_identity(
-            self.in_channels, self.groups, device=self.seq_identity.device, dtype=self.seq_identity.dtype)
+            self.in_channels, self.groups, device=self.seq_1x1.device, dtype=self.seq_1x1.dtype)
         identity = identity.unflatten(0, (self.groups, -1))
-        ratio = self.seq_identity.shape[0] // self.in_channels
-        self.seq_identity.copy_(identity.repeat(1, ratio, 1, 1, 1).flatten(0, 1))
+        ratio = self.seq_1x1.shape[0] // self.in_channels
+        self.seq_identity = identity.repeat(1, ratio, 1, 1, 1).flatten(0, 1)
 
     def _side_convs(self) -> Dict[str, nn.Conv2d]:
         convs = dict(conv_1x1=self.conv_1x1, average=self.avg_conv, sequential=self.seq_kxk)

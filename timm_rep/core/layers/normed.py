@@ -18,8 +18,7 @@ __all__ = ['NormedBranches', 'NormedMethod', 'NormedRepLayer']
 
 # Redrawn kernels of side branches lie within this bound over sqrt(o) (RepAn).
 REDRAW_BOUND = 0.1
-# Larger kernels are left alone: the papers' networks have none but the stem's.
-MAX_KERNEL_SIZE = 5
+MAX_KERNEL_SIZE = 5  # larger ones are left alone: the papers' networks have none but the stem's
 
 
 NormedT = TypeVar('NormedT', bound='NormedRepLayer')
@@ -31,8 +30,8 @@ class NormedBranches(AnnealedModule):
     Folding and restoring go by the kept (running) statistics, so they are exact in eval mode at every attach rate; in
     training mode batch statistics replace the kept ones.
 
-    Subclasses say what their origin is (:meth:`_origin`) and name and fold their side branches (:meth:`_side_convs`,
-    :meth:`_side_norms`, :meth:`_fold_sides`). The origin's convolution may itself be a rep layer.
+    Subclasses have :meth:`_origin`, whose convolution may itself be a rep layer, and name and fold their side branches
+    (:meth:`_side_convs`, :meth:`_side_norms`, :meth:`_fold_sides`).
     """
 
     def _origin(self) -> Tuple[Any, Any]:
@@ -48,7 +47,7 @@ class NormedBranches(AnnealedModule):
         raise NotImplementedError(f'{type(self).__name__} must define _side_norms')
 
     def _inner_norms(self) -> Tuple[nn.BatchNorm2d, ...]:
-        """Norms between two stages of a side branch."""
+        """Norms inside a side branch."""
         return ()
 
     def _fold_sides(self) -> Dict[str, Tuple[Tensor, Tensor]]:
@@ -426,7 +425,8 @@ class NormedRepLayer(NormedBranches, RepLayer):
             own.weight.copy_(norm.weight)
             own.bias.copy_(norm.bias)
         if same_function:
-            layer.norm_kxk.load_state_dict(norm.state_dict())
+            values = norm.state_dict()  # an activation in it may have some of its own
+            layer.norm_kxk.load_state_dict({key: values[key] for key in layer.norm_kxk.state_dict()})
             layer.absorb_norm_(conv.weight, conv.bias)
         return layer
 
@@ -443,7 +443,8 @@ class NormedMethod(Method):
     takes_norm = True
 
     def takes(self, place: Place) -> bool:
-        sizes = place.conv.kernel_size
-        if place.conv.bias is not None or not FoldedNorm.accepts(place.norm):
+        conv, norm, sizes = place.conv, place.norm, place.conv.kernel_size
+        if norm is None or not FoldedNorm.accepts(norm) or not norm.affine or norm.running_mean is None:
             return False
-        return min(sizes) > 1 and max(sizes) <= MAX_KERNEL_SIZE
+        plain = conv.bias is None and not isinstance(conv.padding, str)
+        return plain and min(sizes) > 1 and max(sizes) <= MAX_KERNEL_SIZE

@@ -78,8 +78,9 @@ class FoldedNorm(nn.Module):
         super().__init__()
         if not self.accepts(norm):
             raise UserError(f'a plain BatchNorm2d or BatchNormAct2d can be folded, got {norm}')
-        self.drop: Optional[nn.Module] = getattr(norm, 'drop', None)
-        self.act: Optional[nn.Module] = getattr(norm, 'act', None)
+        # copies, since the norm may stay in a model that is expanded as a copy
+        self.drop: Optional[nn.Module] = copy.deepcopy(getattr(norm, 'drop', None))
+        self.act: Optional[nn.Module] = copy.deepcopy(getattr(norm, 'act', None))
 
     @staticmethod
     def accepts(norm: Optional[nn.Module]) -> bool:

@@ -52,6 +52,10 @@ class AnnealedRepVggBlock(RepVggBlock, NormedBranches):
     def __init__(self, block: RepVggBlock) -> None:
         if block.reparam_conv is not None:
             raise UserError('a RepVGG block in deploy form has no branches to anneal')
+        kxk: Any = block.conv_kxk
+        allowed = set(kxk.conv.modules())
+        if any(isinstance(part, RepLayer) for part in block.modules() if part not in allowed):
+            raise UserError('only the KxK convolution of an annealed RepVGG block can be a rep layer')
         self.__dict__.update(vars(_of_class(RepVggBlock, block)))
         self._init_annealing(self.conv_1x1.conv.weight.device)
 

@@ -2,12 +2,15 @@
 
 `Online Convolutional Re-parameterization` - https://arxiv.org/abs/2204.00826 (CVPR 2022)
 """
+import math
 from dataclasses import dataclass
 from typing import Any, Dict, Optional, Tuple, Type
 
+import torch.nn as nn
 from timm.models.byobnet import RepVggBlock
 from timm.models.resnet import BasicBlock
 
+from ...errors import UserError
 from ...methods import Method, Place, register_method
 from ..base import LinearRepLayer
 from .kxk import OrepaConv2d
@@ -57,6 +60,19 @@ class Orepa(Method):
 
     branch_1x1: Optional[bool] = None
     negative_slope: Optional[float] = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.branch_1x1, (bool, type(None))):
+            raise UserError(f'branch_1x1 must be True, False or None, got {self.branch_1x1!r}')
+        slope = self.negative_slope
+        if isinstance(slope, bool) or not (slope is None or (isinstance(slope, (int, float)) and math.isfinite(slope))):
+            raise UserError(f'negative_slope must be a finite number or None, got {slope!r}')
+
+    @classmethod
+    def of_layer(cls, layer: nn.Module) -> 'Orepa':
+        if not isinstance(layer, OrepaConv2d):
+            return cls()
+        return cls(branch_1x1='conv_1x1' in layer.branch_names, negative_slope=layer.negative_slope)
 
     def takes(self, place: Place) -> bool:
         if place.norm is None:

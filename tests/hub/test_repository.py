@@ -1,0 +1,344 @@
+"""Repositories: what is there already, and what can go wrong on the way, over real HTTP with the real client."""
+import functools
+import json
+import re
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+from helpers import MODEL_RTOL, assert_near, randn
+from hub_publishing import (
+    ARCHITECTURE,
+    CLASSES,
+    OLD_CLIENT,
+    REPO,
+    SECRET,
+    call,
+    card_of,
+    publish_json,
+    put_card,
+)
+from hub_server import READER, WRITER
+from huggingface_hub import HfApi, constants
+from huggingface_hub.utils import _http
+
+import timm_rep
+from timm_rep.cli.main import main
+from timm_rep.hub import publish as publishing
+from timm_rep.hub.card import is_generated
+from timm_rep.io.hub_errors import hub_message
+from timm_rep.report.cost import Costs
+
+
+@pytest.fixture(autouse=True)
+def _costs(monkeypatch):
+    """They take a third of the time, and are none of these tests' business."""
+    costs = Costs((2, 1), (2.0, 1.0), (1.0, 2.0), 8, 'an abacus', '2.6')
+    monkeypatch.setattr(publishing, 'measure_costs', lambda *args, **kwargs: costs)
+
+
+def assert_not_published(server, error, folder=Path('test_resnet.orepa_pets')):
+    """Nothing of it can be seen on the Hub; the folder is there and complete."""
+    assert set(server.files(REPO)) == {'.gitattributes'} if REPO in server.repos else True
+    assert 'Nothing of it is published' in error
+    assert str(folder.resolve()) in error
+    assert 'outputs agree' in str(timm_rep.check_export(folder))
+
+
+def test_publishing_again_replaces_what_was_generated_and_nothing_else(server, full_run, model, tmp_path):
+    timm_rep.publish(full_run, REPO)
+    huggingface_hub.HfApi().upload_file(path_or_fileobj=b'mine', path_in_repo='notes.txt', repo_id=REPO)
+    timm_rep.io.output.save_weights(model, tmp_path / 'weights.safetensors')
+    timm_rep.publish(
+        tmp_path / 'weights.safetensors', REPO, architecture=ARCHITECTURE, num_classes=CLASSES, dataset='Pets')
+    files = server.files(REPO)
+    assert '**Data set:** Pets' in card_of(server)
+    assert files['notes.txt'] == b'mine'
+    assert not set(files) & {'args.yaml', 'summary.csv', 'training.png'}
+    assert len(server.messages(REPO)) == 4
+
+
+@pytest.mark.parametrize('change', [
+    lambda card: '---\nlicense: mit\n---\n', lambda card: card.replace('license: unknown', 'license: mit')])
+def test_a_card_that_somebody_wrote_or_changed_stays(server, run_folder, tmp_path, change):
+    options = ['publish', run_folder, '--repo', REPO]
+    call(*options, '--dry-run', '--out', tmp_path / 'first')
+    generated = (tmp_path / 'first' / 'README.md').read_text()
+    assert is_generated(generated)
+    card = change(generated)
+    put_card(card)
+    error = call(*options, '--out', tmp_path / 'second', code=3)
+    assert f'the model card of {REPO} was written or changed by hand' in error
+    assert 'failed' not in error
+    assert (card_of(server), len(server.messages(REPO))) == (card, 2)
+    call(*options, '--replace-card')
+    assert is_generated(card_of(server))
+
+
+def test_card_of_the_training_form(server, run_folder):
+    api = huggingface_hub.HfApi()
+    api.create_repo(REPO)
+    api.create_branch(REPO, branch='train')
+    put_card('# Mine\n', 'train')
+    options = [run_folder, '--repo', REPO, '--include-training-form']
+    error = call('publish', *options, code=3)
+    assert f'the model card of {REPO}@train was written or changed by hand' in error
+    assert_not_published(server, error)
+    assert card_of(server, 'train') == '# Mine\n'
+    call('publish', *options, '--replace-card')
+    assert f'The weights of `{REPO}` before they were fused' in card_of(server, 'train')
+    call('publish', *options)
+
+
+def test_new_revision_train_has_a_card_of_its_own(server, run_folder):
+    """It starts as a copy of the main one, whose card is no reason to refuse."""
+    put_card('# Mine\n')
+    call('publish', run_folder, '--repo', REPO, '--revision', 'candidate', '--include-training-form')
+    assert card_of(server) == '# Mine\n'
+    assert f'The weights of `{REPO}@candidate` before they were fused' in card_of(server, 'train')
+
+
+def test_private(server, run_folder, monkeypatch):
+    publish_json(run_folder, '--repo', REPO, '--private')
+    assert server.repos[REPO].private
+    monkeypatch.setenv('HF_TOKEN', READER)
+    assert 'Error' in call('verify', f'hf-hub:{REPO}', code=3)
+    monkeypatch.setenv('HF_TOKEN', WRITER)
+    assert 'outputs agree' in call('verify', f'hf-hub:{REPO}')
+    publish_json(run_folder, '--repo', REPO, '--private')
+
+
+def test_private_does_not_write_to_a_public_repository(server, run_folder):
+    huggingface_hub.HfApi().create_repo(REPO)
+    assert 'exists and is public' in call('publish', run_folder, '--repo', REPO, '--private', code=3)
+    assert set(server.files(REPO)) == {'.gitattributes'}
+
+
+def test_another_revision_is_named_everywhere(server, run_folder, model):
+    published = publish_json(run_folder, '--repo', REPO, '--revision', 'candidate')
+    there = f'{REPO}@candidate'
+    card = card_of(server, 'candidate')
+    assert re.findall(rf'{REPO}(?!@candidate)', card) == []
+    assert card.count(f'hf-hub:{there}') == 5
+    assert '\n# test_resnet.orepa_pets\n' in card
+    assert published['registry_entry'][f'{ARCHITECTURE}.orepa']['hf_hub_id'] == there
+    output = call('publish', run_folder, '--repo', REPO, '--revision', 'candidate', '--include-training-form')
+    assert f"Load it with timm.create_model('hf-hub:{there}', pretrained=True)" in output
+    assert f"hf-hub:{REPO}@train'" in card_of(server, 'train')
+    assert f'on the card of `{there}`' in card_of(server, 'train')
+    overlay = dict(hf_hub_id=there, num_classes=CLASSES)
+    loaded = [
+        timm.create_model(f'hf-hub:{there}', pretrained=True),
+        timm.create_model(ARCHITECTURE, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=CLASSES)]
+    inputs = randn(2, 3, 32, 32, dtype=torch.float32)
+    with torch.no_grad():
+        for same in loaded:
+            assert_near(same.eval()(inputs), model(inputs), MODEL_RTOL[torch.float32])
+
+
+def test_pull_request_is_loaded_once_it_is_merged(server, run_folder):
+    assert 'in one pull request.' in call('publish', run_folder, '--repo', REPO, '--create-pr', '--dry-run')
+    output = call('publish', run_folder, '--repo', REPO, '--create-pr')
+    load = f"timm.create_model('hf-hub:{REPO}', pretrained=True)"
+    assert f'/discussions/1\nOnce it is merged, load it with {load}\n' in output
+    assert 'To let pretrained=True find' not in output
+    published = publish_json(run_folder, '--repo', REPO, '--create-pr')
+    assert published['pull_request'].endswith('/discussions/2')
+    assert published['registry_entry'] is None
+    assert set(server.files(REPO)) == {'.gitattributes'}
+    assert 'model.safetensors' in server.files(REPO, 'refs/pr/1')
+
+
+def test_branch_and_tag(server, run_folder):
+    publish_json(run_folder, '--repo', REPO, '--revision', 'candidate', '--git-tag', 'v1')
+    assert set(server.files(REPO)) == {'.gitattributes'}
+    assert server.repos[REPO].tags == dict(v1=server.repos[REPO].branches['candidate'])
+    assert 'outputs agree' in call('verify', f'hf-hub:{REPO}@v1')
+    assert 'has the tag v1 already' in call('publish', run_folder, '--repo', REPO, '--git-tag', 'v1', code=3)
+
+
+@pytest.mark.parametrize('token', ['', 'hf_wrongwrong'])
+def test_nothing_is_done_for_who_is_not_logged_in(server, run_folder, monkeypatch, token):
+    monkeypatch.setenv('HF_TOKEN', token)
+    error = call('publish', run_folder, '--repo', REPO, code=3)
+    assert 'not logged in' in error
+    assert 'Nothing was done; a dry run (--dry-run) writes the folder without' in error
+    assert not token or token not in error
+    assert REPO not in server.repos
+    assert not Path(REPO.partition('/')[2]).exists()
+
+
+def test_no_right_to_write(server, run_folder, monkeypatch):
+    monkeypatch.setenv('HF_TOKEN', READER)
+    error = call('publish', run_folder, '--repo', REPO, code=3)
+    assert 'the token may not do that' in error
+    assert READER not in error
+    assert_not_published(server, error)
+    assert REPO not in server.repos
+
+
+def test_the_token_that_is_given_is_used(server, run_folder, monkeypatch):
+    monkeypatch.setenv('HF_TOKEN', READER)
+    assert timm_rep.publish(run_folder, REPO, token=WRITER).commit is not None
+
+
+@pytest.mark.parametrize(('secret', 'token'), [
+    (SECRET, None), ('plain-environment', None), ('plain-given', 'plain-given')])
+def test_message_names_no_token(monkeypatch, secret, token):
+    monkeypatch.setenv('HF_TOKEN', 'plain-environment')
+    assert hub_message(RuntimeError(f'refused\n{secret}'), token) == 'RuntimeError: refused ***'
+
+
+def test_json_is_all_of_the_output(server, run_folder, images, capsys):
+    main(['publish', str(run_folder), '--repo', REPO, '--data', str(images), '--json'], standalone_mode=False)
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)['images']['images'] == 2 * CLASSES
+    assert 'images:' in captured.err
+
+
+def test_the_token_is_left_out_of_errors(server, run_folder):
+    server.fail('GET', 'whoami', status=400)
+    with pytest.raises(timm_rep.PublishError) as error:
+        timm_rep.publish(run_folder, f'me/test_resnet.{WRITER}', token=WRITER)
+    assert WRITER not in str(error.value).replace(f'test_resnet.{WRITER}', '')
+    assert error.value.__cause__ is None
+
+
+def test_changed_by_somebody_else(server, run_folder):
+    server.fail('POST', '/commit/main', status=409)
+    error = call('publish', run_folder, '--repo', REPO, code=3)
+    assert 'changed by somebody else' in error
+    assert_not_published(server, error)
+    publish_json(run_folder, '--repo', REPO)
+    assert 'model.safetensors' in server.files(REPO)
+
+
+def test_commit_of_somebody_else_in_between_is_not_overwritten(server, run_folder, monkeypatch):
+    send = HfApi.create_commit
+
+    def create_commit(self, *args, **kwargs):
+        repo = server.repos[REPO]
+        repo.add('main', 'of somebody else', repo.commit('main').files)
+        return send(self, *args, **kwargs)
+
+    monkeypatch.setattr(HfApi, 'create_commit', create_commit)
+    assert 'changed by somebody else' in call('publish', run_folder, '--repo', REPO, code=3)
+    assert server.messages(REPO) == ['of somebody else', 'initial commit']
+
+
+@pytest.mark.parametrize(('method', 'path'), [('PUT', '/upload/'), ('POST', '/commit/'), ('POST', '/repos/create')])
+def test_a_server_error_that_stays_publishes_nothing(server, run_folder, method, path):
+    server.fail(method, path, status=500, times=50)
+    error = call('publish', run_folder, '--repo', REPO, code=3)
+    assert '500' in error
+    assert_not_published(server, error)
+    server.faults.clear()
+    publish_json(run_folder, '--repo', REPO)
+    assert len(server.messages(REPO)) == 2
+
+
+def test_failure_behind_the_training_form_says_what_is_there(server, run_folder):
+    server.fail('POST', '/commit/main', status=500)
+    error = call('publish', run_folder, '--repo', REPO, '--include-training-form', code=3)
+    assert f'On the Hub: {REPO}@train in {server.url}/{REPO}/commit/' in error
+    assert set(server.files(REPO)) == {'.gitattributes'}
+
+
+@pytest.mark.parametrize('name', ['README.md', 'model.safetensors'])
+@pytest.mark.parametrize('damage', [None, lambda content: content[:-1]])
+def test_a_file_that_arrives_damaged_is_noticed(server, run_folder, monkeypatch, name, damage):
+    send = HfApi.create_commit
+
+    def create_commit(self, *args, **kwargs):
+        commit = send(self, *args, **kwargs)
+        files = server.repos[REPO].commit('main').files
+        content, large = files.pop(name)
+        if damage:
+            files[name] = damage(content), large
+        return commit
+
+    monkeypatch.setattr(HfApi, 'create_commit', create_commit)
+    error = call('publish', run_folder, '--repo', REPO, '--git-tag', 'v1', code=3)
+    commit = f'{server.url}/{REPO}/commit/{server.repos[REPO].branches["main"]}'
+    assert f'not all in {commit} is what was sent ({name}); publish again. On the Hub: {REPO} in {commit};' in error
+    assert server.repos[REPO].tags == {}
+
+
+def test_failure_behind_the_commit_says_that_it_is_there(server, run_folder):
+    server.fail('POST', '/paths-info/', status=500, times=50)
+    error = call('publish', run_folder, '--repo', REPO, '--git-tag', 'v1', code=3)
+    commit = f'{server.url}/{REPO}/commit/{server.repos[REPO].branches["main"]}'
+    assert f'On the Hub: {REPO} in {commit}; the folder' in error
+    assert server.repos[REPO].tags == {}
+    assert 'model.safetensors' in server.files(REPO)
+
+
+def test_tag_of_somebody_else_in_between(server, run_folder):
+    server.fail('POST', '/tag/', status=409)
+    error = call('publish', run_folder, '--repo', REPO, '--git-tag', 'v1', code=3)
+    commit = f'{server.url}/{REPO}/commit/{server.repos[REPO].branches["main"]}'
+    assert f'tagging {commit} v1 failed: it was changed by somebody else in between' in error
+    assert f'On the Hub: {REPO} in {commit};' in error
+    assert 'again' not in error
+
+
+@pytest.fixture
+def impatient(server, monkeypatch):
+    """The client waits for no answer longer than this."""
+    session, seconds = _http.get_session(), 0.5
+    if OLD_CLIENT:
+        monkeypatch.setattr(session, 'request', functools.partial(session.request, timeout=seconds))
+    else:
+        monkeypatch.setattr(session, 'timeout', seconds)
+
+
+@pytest.mark.parametrize(('option', 'fault', 'page'), [
+    ('--json', dict(cut_after=0), 'commits/main'), ('--json', dict(late=1), 'commits/main'),
+    ('--create-pr', dict(cut_after=0), 'discussions')])
+@pytest.mark.usefixtures('impatient')
+def test_answer_to_a_commit_is_lost(server, run_folder, option, fault, page):
+    server.fail('POST', '/commit', **fault)
+    error = call('publish', run_folder, '--repo', REPO, option, code=3)
+    assert f'On the Hub: perhaps test_resnet.orepa_pets, look at {server.url}/{REPO}/{page}; the folder' in error
+
+
+def test_connection_is_lost_for_good(server, run_folder, monkeypatch):
+    def upload_folder(self, **kwargs):
+        server.fail('GET', '/revision/main', status=500, times=50)
+        raise ConnectionError('cut')
+
+    monkeypatch.setattr(HfApi, 'upload_folder', upload_folder)
+    error = call('publish', run_folder, '--repo', REPO, code=3)
+    assert 'ConnectionError: cut. On the Hub: perhaps test_resnet.orepa_pets, look at' in error
+
+
+def test_server_that_is_gone(server, run_folder):
+    for real in server.servers:
+        real.shutdown()
+        real.server_close()
+    assert 'Nothing was done' in call('publish', run_folder, '--repo', REPO, code=3)
+    assert not Path(REPO.partition('/')[2]).exists()
+    assert 'cannot be fetched' in call('verify', f'hf-hub:{REPO}', code=3)
+
+
+def test_offline_from_the_cache(server, run_folder, monkeypatch):
+    publish_json(run_folder, '--repo', REPO)
+    call('verify', f'hf-hub:{REPO}')
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    getattr(_http, 'reset_sessions', lambda: None)()  # an older client looks only when it makes one
+    before = len(server.requests)
+    assert 'outputs agree' in call('verify', f'hf-hub:{REPO}')
+    assert 'is not in the cache' in call('verify', 'hf-hub:me/other', code=3)
+    assert len(server.requests) == before
+    monkeypatch.undo()
+    getattr(_http, 'reset_sessions', lambda: None)()
+
+
+@pytest.mark.parametrize('metadata', [
+    'license: [', 'model-index: [{name: x, results: []}]',
+    'model-index: [{name: x, results: [{task: {type: t}, dataset: {type: d, name: D}, metrics: [{type: m}]}]}]'])
+def test_the_server_checks_metadata_as_the_hub_does(server, metadata):
+    with pytest.raises(ValueError, match=r'Invalid metadata in README\.md'):
+        put_card(f'---\n{metadata}\n---\n')
