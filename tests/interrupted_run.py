@@ -1,4 +1,5 @@
 """Run the wrapper around timm's train.py in a process of its own that kills itself at a chosen point."""
+import contextlib
 import csv
 import io
 import multiprocessing
@@ -135,6 +136,7 @@ def _arm(point, count, folder, optimizer):
 
 
 def _child(argv, cwd, point, count, folder, optimizer):
+    os.setsid()  # a group of its own, with all that it starts
     os.chdir(cwd)
     log = os.open('log.txt', os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -157,8 +159,10 @@ def run(cwd, argv, point=None, count=1, folder='output/train/run', optimizer='SG
     process = CONTEXT.Process(target=_child, args=([str(a) for a in argv], str(cwd), point, count, folder, optimizer))
     process.start()
     process.join(TIMEOUT)
-    if process.is_alive():
-        process.kill()
+    timed_out = process.is_alive()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # workers that would wait for a killed process forever
+    if timed_out:
         raise TimeoutError(f'the run did not end in {TIMEOUT} s')
     log = Path(cwd) / 'log.txt'
     return process.exitcode, log.read_text() if log.exists() else ''
