@@ -35,7 +35,7 @@ import timm_rep
 from timm_rep.core.annealing import set_time_step, time_step_of
 from timm_rep.core.walk import annealed_modules
 from timm_rep.io.architecture import create_model
-from timm_rep.io.checkpoint import read_checkpoint
+from timm_rep.io.checkpoint import read_checkpoint, take_input_settings
 from timm_rep.io.runs import complete_rows
 from timm_rep.io.weights import load_training_form, save
 from timm_rep.train.scripts import find_script
@@ -423,19 +423,21 @@ def drop_rows(path, epoch):
         os.replace(temporary, path)
 
 
-def save_snapshots(folder, time_step, forms):
+def save_snapshots(folder, time_step, forms, args):
     """Keep the weights at the end of a time step.
 
     Args:
         folder: Output folder of the run.
         time_step: The time step that has ended.
         forms: Models in training form by what goes behind the name: '' and '-ema'.
+        args: Arguments of the run: the files say what the models were fed with.
 
     Raises:
         DivergedError: If the weights are not finite.
     """
     for suffix, model in forms.items():
         model = copy.deepcopy(model).eval()
+        take_input_settings(model, vars(args), folder)
         try:
             save(model, folder / f'time_step-{time_step}{suffix}.safetensors', replace=True)
         except timm_rep.VerificationError as e:
@@ -543,7 +545,7 @@ class AnnealedTraining:
         if begun > position.time_step:
             raise RuntimeError(f'epoch {epoch} lies in time step {position.time_step}, the model in {begun}')
         if begun < position.time_step and position.begins and self.output_folder is not None:
-            save_snapshots(self.output_folder, begun, self.forms)
+            save_snapshots(self.output_folder, begun, self.forms, self.args)
         for time_step in range(begun + 1, position.time_step + 1):
             self._begin_time_step(time_step, position.attach_rate, args.compensate)
             timm_rep.reset_optimizer(call['optimizer'])
@@ -610,7 +612,7 @@ class AnnealedTraining:
                 self.forms['-ema'] = load_training_form(last, use_ema=True)
         elif self.epoch != self.total_epochs - 1:  # interrupted by hand
             return
-        save_snapshots(folder, self.args.time_steps - 1, self.forms)
+        save_snapshots(folder, self.args.time_steps - 1, self.forms, self.args)
 
 
 def main():

@@ -285,10 +285,9 @@ def test_random_numbers_follow_from_the_epoch():
 
 def test_nothing_stays_of_a_snapshot_that_was_interrupted(tmp_path):
     wrapper, path = load_wrapper(), tmp_path / 'time_step-0.safetensors'
-    for name in ('time_step-0.tmp.safetensors', '.0a1b2c3d.time_step-0.tmp.safetensors'):
-        (tmp_path / name).write_bytes(b'half')
-    wrapper._save_snapshot(timm.create_model('test_resnet'), path)
-    assert list(tmp_path.iterdir()) == [path]
+    (tmp_path / f'.0a1b2c3d.{path.name}').write_bytes(b'half')
+    wrapper.save_snapshots(tmp_path, 0, {'': timm.create_model('orepa_resnet18_cifar')}, argparse.Namespace())
+    assert sorted(tmp_path.iterdir()) == [tmp_path / 'time_step-0-stock.safetensors', path]
 
 
 def test_snapshots_are_of_whole_time_steps(tmp_path):
