@@ -113,7 +113,7 @@ class AnnealedEpochs:
     def _anneal(self, annealer: Annealer, epoch: int) -> Position:
         begun, position = time_step(self._forms['']), self.schedule.position(self._scheduled(epoch))
         if begun < position.time_step and position.begins and self._folder is not None:
-            save_snapshots(self._folder, begun, self._forms)
+            save_snapshots(self._folder, begun, self._forms, self.args)
         annealer.begin_epoch(self._scheduled(epoch))
         if is_primary(self.args):
             drawn = ', side branches drawn afresh' if begun < position.time_step else ''
@@ -175,4 +175,4 @@ class AnnealedEpochs:
                 forms['-ema'] = load_training_form(last, use_ema=True)
         elif self._epoch != self.total_epochs - 1:  # interrupted by hand
             return
-        save_snapshots(folder, self.schedule.time_steps - 1, forms)
+        save_snapshots(folder, self.schedule.time_steps - 1, forms, self.args)
