@@ -2,7 +2,7 @@
 import hashlib
 import re
 import shlex
-from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
+from typing import Any, List, Mapping, Optional, Tuple, Union
 
 import huggingface_hub
 
@@ -25,7 +25,6 @@ TRAIN_REVISION = 'train'
 TAGS = ('image-classification', 'timm', 'timm_rep', 'structural-re-parameterization')
 # The last line of every card, by which a changed one is known.
 MARK = '<!-- written by timm_rep; sha256 of the text above: {} -->'
-# Rows that every model card has.
 METRICS = dict(top1='Top-1 accuracy (%)', top5='Top-5 accuracy (%)')
 # Arguments of train.py that the card shows; args.yaml has all.
 RECIPE_ARGS = (
@@ -70,10 +69,6 @@ def is_generated(card: str) -> bool:
     return card == _marked(card.rpartition('\n' + MARK.partition('{}')[0])[0])
 
 
-def _figure(value: Optional[float], spec: str = '.4g') -> str:
-    return NOT_MEASURED if value is None else format(value, spec)
-
-
 def _rows(rows: Mapping[str, str]) -> str:
     return '\n'.join(f'| {label} | {value} |' for label, value in rows.items())
 
@@ -91,7 +86,7 @@ def _eval_results(dataset: Optional[str], metrics: Mapping[str, Any]) -> Optiona
             metric_value=round(metrics[f'top{k}'], 4),
             metric_args=dict(k=k),
         )
-        for k in (1, 5) if metrics.get(f'top{k}') is not None
+        for k in (1, 5) if f'top{k}' in metrics
     ] or None
 
 
@@ -217,26 +212,22 @@ def _forms(costs: Optional[Costs], images: Optional[ImageCheck], difference: Opt
         pairs[f'Top-1 accuracy (%) on {images.images} images'] = '{:.2f} | {:.2f}'.format(*images.top1)
         if images.top5 is not None:
             pairs[f'Top-5 accuracy (%) on {images.images} images'] = '{:.2f} | {:.2f}'.format(*images.top5)
-    differences: Dict[str, Optional[float]] = {
-        'whole model, random inputs': difference['outputs_relative'] if difference else None,
-        'whole model, real images': images.relative if images else None,
-        'worst layer, random inputs': difference['worst_layer_relative'] if difference else None,
-    }
-    text = f'Costs and accuracy of both: {NOT_MEASURED}.\n'
-    if pairs:
-        text = f'| | Training form | Stock form (this) |\n|---|---|---|\n{_rows(pairs)}\n'
+    text = f'| | Training form | Stock form (this) |\n|---|---|---|\n{_rows(pairs)}\n\n' if pairs else ''
     if costs is not None:
-        text += f'\nMeasured on {costs.hardware}, torch {costs.torch}.\n'
-    return f"""{text}
-| Largest difference of the fused outputs, relative to the largest output | Value |
-|---|---|
-{_rows({label: _figure(value, ".1e") for label, value in differences.items()})}
-"""
+        text += f'Measured on {costs.hardware}, torch {costs.torch}.\n'
+    if difference is not None:
+        text += (
+            f'On random inputs the outputs of the two differ by {difference["outputs_relative"]:.1e} of the largest, '
+            f'those of the worst layer by {difference["worst_layer_relative"]:.1e}.\n')
+    if images is not None:
+        text += f'On the real images the outputs differ by {images.relative:.1e} of the largest.\n'
+    return text or f'Costs and differences: {NOT_MEASURED}.\n'
 
 
-def _results(provenance: Mapping[str, Any]) -> str:
-    metrics, source = provenance['metrics'], provenance['metrics_source']
-    rows = {METRICS.get(key, key): _figure(metrics.get(key)) for key in (*METRICS, *(metrics.keys() - METRICS))}
+def _results(metrics: Mapping[str, float], source: Optional[str]) -> str:
+    if not metrics:
+        return f'Accuracy: {NOT_MEASURED}.\n'
+    rows = {METRICS.get(key, key): f'{value:.4g}' for key, value in metrics.items()}
     return f'| Figure | Value |\n|---|---|\n{_rows(rows)}\n' + (f'\nAccuracy: {source}.\n' if source else '')
 
 
@@ -247,7 +238,7 @@ def model_card(
         expansion: Expansion,
         expanding: Optional[Expanding] = None,
         *,
-            repo: Optional[str] = None,
+        repo: Optional[str] = None,
         run: Optional[Run] = None,
         costs: Optional[Costs] = None,
         images: Optional[ImageCheck] = None,
@@ -328,7 +319,7 @@ timm_rep, wherever this card asks for it, is at {REPOSITORY}: `{install_command(
 {_training_on(repo, provenance, expanding)}{training_form}
 ## Results
 
-{_results(provenance)}
+{_results(provenance['metrics'], provenance['metrics_source'])}
 ## Training form and stock form
 
 {_forms(costs, images, provenance['fused_difference'])}

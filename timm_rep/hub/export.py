@@ -2,6 +2,7 @@
 import copy
 import dataclasses
 import logging
+import shutil
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
@@ -30,7 +31,7 @@ from .card import UNKNOWN_LICENSE, Expanding, model_card
 
 __all__ = [
     'CARD_FILE', 'CONFIG_FILE', 'DATA_FIELDS', 'MANAGED_FILES', 'SELF_CHECK_FILE', 'WEIGHTS_FILE', 'export_folder',
-    'export_training_form', 'time_steps_of',
+    'time_steps_of',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -67,15 +68,6 @@ def _copy_of(model: Any, label_names: Optional[Sequence[str]]) -> Any:
     return copy.deepcopy(model).eval().cpu()
 
 
-def _own_cfg(model: Any, **own_fields: Any) -> Dict[str, Any]:
-    """Describe a model's weights as weights of their own."""
-    before = model.pretrained_cfg
-    cfg = {key: before[key] for key in (*STRUCTURE_FIELDS, *DATA_FIELDS) if key in before}
-    cfg.update(own_fields)
-    cfg['input_size'] = (image_channels(model), *cfg['input_size'][1:])
-    return cfg
-
-
 def _is_built_by_name(model: Any, architecture: str) -> bool:
     """Whether the name of one of our models and the number of its classes alone build it."""
     args = {key for key in getattr(model, '_model_args', {}) if 'drop' not in key}
@@ -97,20 +89,6 @@ def _expanding(fused: nn.Module, expansion: Expansion) -> Optional[Expanding]:
     return None
 
 
-def _provenance(model: nn.Module, architecture: str, expansion: Expansion, **facts: Any) -> Dict[str, Any]:
-    """What config.json says of where the weights come from."""
-    return dict(
-        version=__version__,
-        timm=timm.__version__,
-        torch=torch.__version__,
-        training_architecture=architecture if expansion.methods else None,
-        built_by_name=_is_built_by_name(model, architecture),
-        expansion=expansion.to_list(),
-        time_steps=time_steps_of(model),
-        **facts,
-    )
-
-
 def _draw(run: Run, name: str, folder: Path) -> Optional[str]:
     """Draw the run, if there is what it takes."""
     if not run.history or not has_packages(['matplotlib']):
@@ -125,14 +103,19 @@ def _draw(run: Run, name: str, folder: Path) -> Optional[str]:
 def _write_model(
         folder: Path,
         model: Any,
+        own_fields: Mapping[str, Any],
         provenance: Mapping[str, Any],
         label_names: Optional[Sequence[str]],
         model_args: Optional[Dict[str, Any]] = None,
 ) -> None:
     """Write weights, config.json and self-check, and see that timm rebuilds from the folder alone what was written."""
+    cfg = {key: model.pretrained_cfg[key] for key in (*STRUCTURE_FIELDS, *DATA_FIELDS) if key in model.pretrained_cfg}
+    cfg.update(own_fields)
+    cfg['input_size'] = (image_channels(model), *cfg['input_size'][1:])
+    model.pretrained_cfg = model.default_cfg = cfg
     config = dict(timm_rep=provenance, **({} if label_names is None else dict(label_names=list(label_names))))
     model.to(memory_format=torch.contiguous_format)  # safetensors takes no other tensors
-    dtype, size = next(model.parameters()).dtype, model.pretrained_cfg['input_size']
+    dtype, size = next(model.parameters()).dtype, cfg['input_size']
     inputs = torch.randn(SELF_CHECK_IMAGES, *size, generator=torch.Generator().manual_seed(0)).to(dtype)
     (folder / SELF_CHECK_FILE).parent.mkdir(parents=True)
     with torch.no_grad():
@@ -145,7 +128,7 @@ def _write_model(
         for gain in (1.0, 100.0) if dtype.itemsize >= 4 else (1.0,):
             verify(model, rebuilt, inputs=gain * inputs)
     except (RuntimeError, TypeError, ValueError) as e:  # keys, shapes, arguments, outputs
-        raise UserError(f'the model is not what timm builds as {model.pretrained_cfg["architecture"]}: {e}') from e
+        raise UserError(f'the model is not what timm builds as {cfg["architecture"]}: {e}') from e
 
 
 def export_folder(
@@ -153,7 +136,7 @@ def export_folder(
         path: Union[str, Path],
         *,
         dataset: Optional[str] = None,
-        metrics: Optional[Mapping[str, Optional[float]]] = None,
+        metrics: Optional[Mapping[str, float]] = None,
         metrics_source: Optional[str] = None,
         tag: str = 'timm_rep',
         label_names: Optional[Sequence[str]] = None,
@@ -163,7 +146,7 @@ def export_folder(
         run: Optional[Run] = None,
         costs: Optional[Costs] = None,
         images: Optional[ImageCheck] = None,
-        train_revision: bool = False,
+        training_folder: Union[str, Path, None] = None,
 ) -> Path:
     """Write a model in stock form as a folder that ``timm.create_model('local-dir:PATH', pretrained=True)`` loads.
 
@@ -176,7 +159,7 @@ def export_folder(
         model: Model of timm or of this package in training or stock form, built by ``timm.create_model``; not changed.
         path: New or empty folder.
         dataset: Name of the data set that the model was trained on.
-        metrics: Measured figures by name; ``top1`` and ``top5`` are accuracies in percent, None is one not measured.
+        metrics: Measured figures by name; ``top1`` and ``top5`` are accuracies in percent.
         metrics_source: Who measured the accuracies and on what, for the model card.
         tag: Recipe and data set, in timm's sense of a tag, e.g. ``'orepa_in1k'``.
         label_names: Names of the classes, in the order of the classifier.
@@ -187,7 +170,8 @@ def export_folder(
         run: The training run.
         costs: What both forms cost.
         images: How both forms compare on real images.
-        train_revision: Whether the training form will be on the repository's revision ``train``, for the model card.
+        training_folder: New or empty folder for one of our models as it is, with all branches, which the card says is
+            on the repository's revision ``train``.
 
     Returns:
         The absolute path of the folder.
@@ -199,20 +183,22 @@ def export_folder(
         VerificationError: If the fused model is not the function of its training form, or is not finite.
     """
     path = new_folder(path)
+    training_folder = None if training_folder is None else new_folder(training_folder)
     training_form = _copy_of(model, label_names)
     architecture = training_form.pretrained_cfg['architecture']
     fused: Any = fuse(training_form)
     report = verify(training_form, fused)
     expansion = expansion_of(training_form)
-    own_fields = dict(data_config or {}, tag=tag, license=license)
     papers = dict.fromkeys(method.paper for method in expansion.methods.values() if method.paper)
-    if papers:
-        own_fields['paper_ids'] = list(papers)
-    fused.pretrained_cfg = fused.default_cfg = cfg = _own_cfg(fused, **own_fields)
-    provenance = _provenance(
-        training_form,
-        architecture,
-        expansion,
+    own_fields = dict(data_config or {}, tag=tag, license=license, **(dict(paper_ids=list(papers)) if papers else {}))
+    provenance = dict(
+        version=__version__,
+        timm=timm.__version__,
+        torch=torch.__version__,
+        training_architecture=architecture if expansion.methods else None,
+        built_by_name=_is_built_by_name(training_form, architecture),
+        expansion=expansion.to_list(),
+        time_steps=time_steps_of(training_form),
         fused_difference=dict(
             outputs_relative=report.model.relative,
             worst_layer_relative=max(layer.relative for layer in report.layers),
@@ -226,49 +212,19 @@ def export_folder(
         images=images and dataclasses.asdict(dataclasses.replace(images, classes=())),
     )
     with written_whole(path) as folder:
-        _write_model(folder, fused, provenance, label_names, stock_form_args(cfg['architecture']))
+        stock_args = stock_form_args(fused.pretrained_cfg['architecture'])
+        _write_model(folder, fused, own_fields, provenance, label_names, stock_args)
         plot = None
         if run is not None:
             write_run(run, folder)
             plot = _draw(run, path.name, folder)
         card = model_card(
             path.name, fused, provenance, expansion, _expanding(fused, expansion), repo=repo, run=run, costs=costs,
-            images=images, plot=plot, labelled=label_names is not None, train_revision=train_revision)
+            images=images, plot=plot, labelled=label_names is not None, train_revision=training_folder is not None)
         (folder / CARD_FILE).write_text(card, encoding='utf-8', newline='\n')
-    _logger.info('exported %s to %s', cfg['architecture'], path)
-    return path
-
-
-def export_training_form(
-        model: nn.Module,
-        path: Union[str, Path],
-        *,
-        tag: str = 'timm_rep',
-        label_names: Optional[Sequence[str]] = None,
-        license: str = UNKNOWN_LICENSE,
-) -> Path:
-    """Write a model in training form as a folder, without a card, that timm loads once this package is imported.
-
-    Args:
-        model: One of our models in training form; not changed.
-        path: New or empty folder.
-        tag: As in :func:`export_folder`.
-        label_names: As in :func:`export_folder`.
-        license: As in :func:`export_folder`.
-
-    Returns:
-        The absolute path of the folder.
-
-    Raises:
-        FileExistsError: If the path is a file or a folder that is not empty. Nothing is changed.
-        UserError: If an argument does not fit the model, or timm does not build the model by its architecture's name.
-        VerificationError: If it has values that are not finite.
-    """
-    path = new_folder(path)
-    training_form = _copy_of(model, label_names)
-    architecture = training_form.pretrained_cfg['architecture']
-    training_form.pretrained_cfg = training_form.default_cfg = _own_cfg(training_form, tag=tag, license=license)
-    provenance = _provenance(training_form, architecture, expansion_of(training_form), form='training')
-    with written_whole(path) as folder:
-        _write_model(folder, training_form, provenance, label_names)
+    if training_folder is not None:
+        with written_whole(training_folder) as folder:
+            _write_model(folder, training_form, own_fields, dict(provenance, form='training'), label_names)
+            shutil.copyfile(path / CARD_FILE, folder / CARD_FILE)
+    _logger.info('exported %s to %s', fused.pretrained_cfg['architecture'], path)
     return path

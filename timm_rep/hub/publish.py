@@ -2,7 +2,6 @@
 import itertools
 import json
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Tuple
@@ -22,7 +21,7 @@ from ..models.names import stock_architecture
 from ..report.cost import measure_costs
 from ..report.images import ImageCheck, compare_on_images
 from .card import TRAIN_REVISION, UNKNOWN_LICENSE
-from .export import CARD_FILE, CONFIG_FILE, DATA_FIELDS, export_folder, export_training_form, time_steps_of
+from .export import CONFIG_FILE, DATA_FIELDS, export_folder, time_steps_of
 from .repository import MAIN_REVISION, PublishError, file_sizes, hub_id, log_in, send_forms
 
 __all__ = ['PublishError', 'Published', 'publish']
@@ -220,14 +219,10 @@ def publish(
     # arguments that are given by hand may make it another model than the run measured
     metrics, metrics_source = _figures(None if model_kwargs else run, images, use_ema)
     full_name = hub_id(repo, revision)
-    common: Dict[str, Any] = dict(tag=tag, license=license, label_names=None if images is None else images.classes)
     export_folder(
-        model.cpu(), folder, dataset=dataset, metrics=metrics, metrics_source=metrics_source, repo=full_name, run=run,
-        costs=costs, images=images, train_revision=include_training_form, **common)
-    if training_folder is not None:
-        export_training_form(model, training_folder, **common)
-        shutil.copyfile(folder / CARD_FILE, training_folder / CARD_FILE)
-
+        model.cpu(), folder, dataset=dataset, metrics=metrics, metrics_source=metrics_source, tag=tag,
+        label_names=None if images is None else images.classes, license=license, repo=full_name, run=run, costs=costs,
+        images=images, training_folder=training_folder)
     commit = None
     if api is not None:
         commit = send_forms(
