@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
-import yaml
-
 TOKENS = dict(hf_testwriter='me', hf_testreader='guest')
 WRITER, READER = TOKENS
 LARGE = ('.safetensors', '.png', '.bin')
@@ -119,31 +117,6 @@ def _file_info(path, content, large):
     if large:
         info['lfs'] = dict(oid=hashlib.sha256(content).hexdigest(), size=len(content), pointerSize=130)
     return info
-
-
-def _metadata_error(card):
-    """What the Hub would say against the metadata of a card."""
-    block = re.match(r'---\n(.*?)\n---\n', card, re.DOTALL)
-    try:
-        data = yaml.safe_load(block[1]) if block else {}
-    except yaml.YAMLError as e:
-        return f'not YAML: {e}'
-    if not isinstance(data, dict):
-        return 'must be an object'
-
-    def filled(value, name, kind=str):
-        found = value.get(name) if isinstance(value, dict) else None
-        return isinstance(found, kind) and bool(found)
-
-    for model in data.get('model-index') or [None] if 'model-index' in data else []:
-        if not (filled(model, 'name') and filled(model, 'results', list)):
-            return '"model-index" must list models, each with a name and results'
-        for result in model['results']:
-            task, dataset, metrics = map(result.get, ('task', 'dataset', 'metrics'))
-            if not (filled(task, 'type') and filled(dataset, 'type') and filled(dataset, 'name') and metrics
-                    and all(filled(metric, 'type') and metric.get('value') is not None for metric in metrics)):
-                return '"model-index" must have a task, a dataset with type and name, and metrics with type and value'
-    return None
 
 
 def _git_oid(content):
@@ -253,9 +226,6 @@ class Handler(BaseHTTPRequestHandler):
         return 200, dict(type='user', name=user, orgs=[], auth=dict(accessToken=dict(role='write'))), {}
 
     def _validate(self, body):
-        error = _metadata_error(json.loads(body)['content'])
-        if error:
-            raise Failure(400, 'Invalid metadata', errors=[dict(message=error)], warnings=[])
         return 200, dict(errors=[], warnings=[]), {}
 
     def _create(self, body):

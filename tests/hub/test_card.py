@@ -71,11 +71,10 @@ def test_training_says_what_the_run_was(model):
     text = training_of(model, args=dict(RUN.args, pretrained=True))
     assert 'Started from the pretrained weights of that name.' in text
     start_files = {'--initial-checkpoint': 'start.pth'}
-    text = training_of(model, start_files=start_files, processes=8, left_out=('data_dir', 'model_kwargs.file'))
+    text = training_of(model, start_files=start_files, processes=8)
     assert '--data-dir IMAGES --initial-checkpoint start.pth\n' in text
     assert 'Started from start.pth.' in text
     assert 'on 8 processes at once, each with batches of `batch_size` images' in text
-    assert "not train.py's own: data_dir, model_kwargs.file." in text
 
 
 def test_training_on_goes_by_the_name_if_that_is_enough(model):

@@ -131,20 +131,6 @@ def test_large_files_on_the_hub_are_not_fetched(server, run_folder, tmp_path):
     assert 'holds no config.json' in call('verify', f'hf-hub:{REPO}', code=2)
 
 
-def test_a_file_of_unknown_size_is_not_fetched(server, run_folder, monkeypatch):
-    publish_json(run_folder, '--repo', REPO)
-    model_info = huggingface_hub.HfApi.model_info
-
-    def without_size(self, *args, **kwargs):
-        info = model_info(self, *args, **kwargs)
-        for file in info.siblings:
-            file.size = None if file.rfilename == 'model.safetensors' else file.size
-        return info
-
-    monkeypatch.setattr(huggingface_hub.HfApi, 'model_info', without_size)
-    assert 'model.safetensors has None bytes' in call('verify', f'hf-hub:{REPO}', code=2)
-
-
 @pytest.mark.parametrize(('call_before', 'sees_one_commit'), [('model_info', False), ('hf_hub_download', True)])
 def test_a_commit_while_files_are_fetched(server, run_folder, monkeypatch, call_before, sees_one_commit):
     """All files are of one commit: the one whose sizes were looked at."""

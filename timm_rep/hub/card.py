@@ -10,7 +10,7 @@ from .._version import REPOSITORY
 from ..core.expansion import Expansion
 from ..core.methods import Method, as_method
 from ..io.extras import install_command
-from ..io.runs import WHY_LEFT_OUT, Run
+from ..io.runs import Run
 from ..models.names import registering_package, timm_has
 from ..report.cost import Costs
 from ..report.images import ImageCheck
@@ -22,7 +22,6 @@ Expanding = Union[Method, Mapping[str, Method]]
 NOT_MEASURED = 'not measured'
 UNKNOWN_LICENSE = 'unknown'  # the Hub's own identifier
 TRAIN_REVISION = 'train'
-TAGS = ('image-classification', 'timm', 'timm_rep', 'structural-re-parameterization')
 # The last line of every card, by which a changed one is known.
 MARK = '<!-- written by timm_rep; sha256 of the text above: {} -->'
 METRICS = dict(top1='Top-1 accuracy (%)', top5='Top-5 accuracy (%)')
@@ -110,7 +109,7 @@ def _training(run: Optional[Run]) -> str:
     if run is None or not run.args:
         return 'Not stated: the model was exported without the arguments of its training run.'
     start = ''.join(f' {option} {shlex.quote(name)}' for option, name in run.start_files.items())
-    text = f"""`args.yaml` holds the arguments of the run. The same again, with your own folder of the images:
+    text = f"""`args.yaml` holds the arguments of the run and names those left out. The same on your folder of images:
 
 ```sh
 timm-rep train --config args.yaml --data-dir IMAGES{start}
@@ -118,8 +117,6 @@ timm-rep train --config args.yaml --data-dir IMAGES{start}
 """
     if run.processes > 1:
         text += f'\nThe run was on {run.processes} processes at once, each with batches of `batch_size` images.\n'
-    if run.left_out:
-        text += f'\nLeft out of `args.yaml`, {WHY_LEFT_OUT}: {", ".join(run.left_out)}.\n'
     recipe = {f'`{key}`': run.args[key] for key in RECIPE_ARGS if run.args.get(key) not in (None, '', False)}
     text += f'\n| Argument | Value |\n|---|---|\n{_rows(recipe)}\n'
     pretrained = 'the pretrained weights of that name' if run.args.get('pretrained') else 'random weights'
@@ -131,12 +128,11 @@ timm-rep train --config args.yaml --data-dir IMAGES{start}
 
 def _usage(folder: str, repo: str, architecture: str, labelled: bool) -> str:
     package = registering_package(architecture)
-    if timm_has(architecture):
-        needs = f'The weights are those of timm\'s own `{architecture}`: timm alone loads them, nothing else is needed.'
-        imports = 'import timm'
-    else:
+    needs = f"The weights are those of timm's own `{architecture}`: timm alone loads them."
+    imports = 'import timm'
+    if not timm_has(architecture):
         needs = f'timm has no `{architecture}`: install {package} and import it first, which registers it.'
-        imports = f'import timm\nimport {package}  # registers the architecture'
+        imports += f'\nimport {package}  # registers the architecture'
     label = "model.pretrained_cfg['label_names'][index]" if labelled else 'index'
     return f"""{needs}
 
@@ -273,7 +269,7 @@ def model_card(
         license=cfg['license'],
         library_name='timm',
         pipeline_tag='image-classification',
-        tags=list(TAGS),
+        tags=['image-classification', 'timm', 'timm_rep', 'structural-re-parameterization'],
         eval_results=_eval_results(provenance['dataset'], provenance['metrics']),
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
