@@ -13,16 +13,8 @@ from timm_rep.cli.main import main
 from timm_rep.io.weights import save_weights
 
 
-def test_self_check_finds_a_change(export):
-    report = json.loads(call('verify', export, '--json'))
-    assert report['ok']
-    weights = load_file(export / 'model.safetensors')
-    weights['fc.bias'][0] += 1e-2 * weights['fc.weight'].abs().max() + 1
-    save_file(weights, export / 'model.safetensors')
-    assert 'does not compute what it was published with' in call('verify', export, code=1)
-
-
 def test_self_check_is_as_strict_as_any(export):
+    assert json.loads(call('verify', export, '--json'))['ok']
     path = export / 'test' / 'rand_tensors.safetensors'
     tensors = load_file(path)
     save_file(dict(tensors, output=tensors['output'] * (1 + 1e-4)), path)

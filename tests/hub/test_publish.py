@@ -23,6 +23,7 @@ from hub_publishing import (
     call,
     card_of,
     exported,
+    fused_wrongly,
     in_own_process,
     other_run,
     publish_json,
@@ -82,22 +83,6 @@ def test_stock_timm_loads_what_is_published(server, run_folder, model, tmp_path)
             assert_near(outputs[f'features{index}'], feature, MODEL_RTOL[torch.float32])
         assert_near(outputs['embedding'], fused.forward_head(features[-1], pre_logits=True), MODEL_RTOL[torch.float32])
     assert outputs['more_classes'].shape == (2, 9)
-
-
-
-def test_training_form_takes_published_weights(server, run_folder, model):
-    timm_rep.publish(run_folder, REPO)
-
-    def load(**kwargs):
-        overlay = dict(hf_hub_id=REPO, num_classes=CLASSES)
-        return timm.create_model(ARCHITECTURE, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
-
-    inputs = randn(2, 3, 32, 32, dtype=torch.float32)
-    loaded = load(num_classes=CLASSES)
-    assert len(list(timm_rep.rep_layers(loaded))) == len(list(timm_rep.rep_layers(model)))
-    with torch.no_grad():
-        assert_near(loaded(inputs), model(inputs), MODEL_RTOL[torch.float32])
-        assert load(num_classes=9)(inputs).shape == (2, 9)
 
 
 def test_training_form_has_a_revision_of_its_own(server, run_folder, model):
@@ -361,14 +346,7 @@ def test_what_does_not_verify_is_refused(server, run_folder, monkeypatch, tmp_pa
     assert 'non-finite' in call('publish', tmp_path / 'nan.pth', '--repo', REPO, code=1)
 
     fuse = publishing.fuse
-
-    def wrong(model):
-        fused = fuse(model)
-        with torch.no_grad():
-            fused.layer2[0].conv1.weight[0] *= 1.01
-        return fused
-
-    monkeypatch.setattr(publishing, 'fuse', wrong)
+    monkeypatch.setattr(publishing, 'fuse', lambda model: fused_wrongly(fuse, model))
     result = CliRunner().invoke(main, ['publish', str(run_folder), '--repo', REPO, '--json'])
     assert result.exit_code == 1
     assert 'layer layer2.0.conv1 is off' in json.loads(result.output.splitlines()[0])['error']
