@@ -171,7 +171,7 @@ def _literal(methods: Expanding) -> str:
     return repr(methods.name) if methods == as_method(methods.name) else f'timm_rep.{methods!r}'
 
 
-def _training_on(repo: str, provenance: Mapping[str, Any], expanding: Optional[Expanding]) -> str:
+def _training_on(repo: str, provenance: Mapping[str, Any], expanding: Optional[Expanding], train_revision: bool) -> str:
     """How to get the weights into the training form, or into one with the default method."""
     layers = '' if expanding is None else f', {_literal(expanding)}'
     text = f"""`timm_rep.expand` puts the kernels into the branches of rep layers, with the same outputs:
@@ -191,6 +191,17 @@ Train it as any timm model, then `timm_rep.fuse(model.eval())`.
 ```sh
 timm-rep train --data-dir IMAGES --model {provenance['training_architecture']} --num-classes N \\
     --pretrained --pretrained-path model.safetensors
+```
+"""
+    if train_revision:
+        text += f"""
+As its run left it, with all branches, it is on the revision `{TRAIN_REVISION}` of this repository:
+
+```python
+import timm
+import timm_rep  # registers the architecture
+
+model = timm.create_model('hf-hub:{repo.partition('@')[0]}@{TRAIN_REVISION}', pretrained=True)
 ```
 """
     return text
@@ -274,16 +285,6 @@ def model_card(
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     summary, citations = _methods(expansion, provenance['time_steps'])
-    training_form = f"""
-As its run left it, with all branches, it is on the revision `{TRAIN_REVISION}` of this repository:
-
-```python
-import timm
-import timm_rep  # registers the architecture
-
-model = timm.create_model('hf-hub:{repo.partition('@')[0]}@{TRAIN_REVISION}', pretrained=True)
-```
-""" if train_revision else ''
     drawing = f'\n![Accuracy, loss and learning rate of every epoch]({plot})\n' if plot else ''
     bibliography = '\n\n'.join(f'```bibtex\n{citation}\n```' for citation in citations)
     return _marked(f"""---
@@ -312,7 +313,7 @@ timm_rep, wherever this card asks for it, is at {REPOSITORY}: `{install_command(
 
 ## How to train it on
 
-{_training_on(repo, provenance, expanding)}{training_form}
+{_training_on(repo, provenance, expanding, train_revision)}
 ## Results
 
 {_results(provenance['metrics'], provenance['metrics_source'])}
