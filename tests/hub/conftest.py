@@ -92,6 +92,11 @@ def images(tmp_path):
     return tmp_path / 'images'
 
 
+@pytest.fixture(scope='session')
+def first_export(run_folder, tmp_path_factory):
+    return timm_rep.publish(run_folder, REPO, dry_run=True, out=tmp_path_factory.mktemp('exports') / 'export').folder
+
+
 @pytest.fixture
-def export(run_folder, tmp_path):
-    return timm_rep.publish(run_folder, REPO, dry_run=True, out=tmp_path / 'export').folder
+def export(first_export, tmp_path):
+    return shutil.copytree(first_export, tmp_path / 'export')

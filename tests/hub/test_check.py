@@ -13,16 +13,8 @@ from timm_rep.cli.main import main
 from timm_rep.io.weights import save_weights
 
 
-def test_self_check_finds_a_change(export):
-    report = json.loads(call('verify', export, '--json'))
-    assert report['ok']
-    weights = load_file(export / 'model.safetensors')
-    weights['fc.bias'][0] += 1e-2 * weights['fc.weight'].abs().max() + 1
-    save_file(weights, export / 'model.safetensors')
-    assert 'does not compute what it was published with' in call('verify', export, code=1)
-
-
 def test_self_check_is_as_strict_as_any(export):
+    assert json.loads(call('verify', export, '--json'))['ok']
     path = export / 'test' / 'rand_tensors.safetensors'
     tensors = load_file(path)
     save_file(dict(tensors, output=tensors['output'] * (1 + 1e-4)), path)
@@ -49,13 +41,7 @@ def test_self_check_does_not_follow_a_config_elsewhere(export):
 
 
 @pytest.mark.parametrize('args', [
-    dict(pretrained=True),
-    dict(pretrained_cfg_overlay=dict(url='http://example.org/x.pth')),
-    dict(checkpoint_path='secret.pth'),
-    dict(cache_dir='elsewhere'),
-    dict(pretrained_strict=False),
-    dict(device='cpu'),
-], ids=str)
+    dict(pretrained_cfg_overlay=dict(url='http://example.org/x.pth')), dict(checkpoint_path='secret.pth')], ids=str)
 def test_self_check_does_not_follow_arguments_elsewhere(server, run_folder, export, model, tmp_path, args):
     """They are arguments of timm's factory: it would read or fetch what they name."""
     publish_json(run_folder, '--repo', REPO)
@@ -73,12 +59,9 @@ def test_self_check_does_not_follow_arguments_elsewhere(server, run_folder, expo
 
 
 @pytest.mark.parametrize(('change', 'message'), [
-    (dict(model_args=[1, 2]), 'model_args must be arguments by name, got list'),
-    (dict(model_args=5), 'model_args must be arguments by name, got int'),
+    (dict(model_args=[1, 2]), 'does not describe a timm model'),
     (dict(model_args=dict(nonsense=1)), "unexpected keyword argument 'nonsense'"),
-    (dict(model_args=dict(layers='x')), 'timm cannot rebuild the model from config.json'),
     (dict(model_args={}, num_classes='x'), 'timm cannot rebuild the model from config.json'),
-    (dict(model_args={}, num_classes=6.5), 'timm cannot rebuild the model from config.json'),
     (dict(pretrained_cfg=dict(unknown_field=1)), 'timm cannot rebuild the model from config.json'),
     (dict(model_args={}, num_classes=7), 'timm cannot rebuild the model from config.json and model.safetensors'),
 ], ids=str)
@@ -92,16 +75,15 @@ def test_self_check_of_nonsense_is_one_line(export, change, message):
     assert message in json.loads(result.output.splitlines()[0])['error']
 
 
-@pytest.mark.parametrize(('name', 'change'), [
-    ('input', lambda x: x.int()), ('input', lambda x: x.to(torch.uint8)), ('input', lambda x: x[0].clone()),
-    ('input', lambda x: x[:0].clone()), ('output', lambda x: x[:0].clone()), ('output', lambda x: x.int())])
-def test_self_check_takes_images_only(export, name, change):
+def test_self_check_takes_images_only(export):
     path = export / 'test' / 'rand_tensors.safetensors'
     tensors = {key: value.clone() for key, value in load_file(path).items()}  # the file is mapped, and written to
-    save_file(dict(tensors, **{name: change(tensors[name])}), path)
-    assert 'must hold an input (b, c, h, w) and an output of real numbers' in call('verify', export, code=2)
-    save_file(dict(tensors, input=tensors['input'][:, :1].clone()), path)
-    assert 'the model cannot take the input' in call('verify', export, code=2)
+    image, output = tensors['input'], tensors['output']
+    for changed in (
+            dict(input=image.int()), dict(input=image.to(torch.uint8)), dict(input=image[:, :1].clone()),
+            dict(input=image[:0].clone(), output=output[:0].clone()), dict(output=None)):
+        save_file({key: value for key, value in {**tensors, **changed}.items() if value is not None}, path)
+        assert 'does not hold an input of the model and its output' in call('verify', export, code=2)
 
 
 @pytest.mark.parametrize('change', [
@@ -115,7 +97,7 @@ def test_self_check_allocates_no_more_than_the_weights_say(export, change):
 
 
 def test_self_check_checks_sizes_and_files(export, tmp_path):
-    for name, message in (('model.safetensors', 'cannot rebuild'), ('test/rand_tensors.safetensors', 'damaged')):
+    for name, message in (('model.safetensors', 'cannot rebuild'), ('test/rand_tensors.safetensors', 'does not hold')):
         copy = shutil.copytree(export, tmp_path / name.replace('/', '-'))
         (copy / name).write_bytes((export / name).read_bytes()[:-7])
         assert message in call('verify', copy, code=2)
@@ -139,20 +121,6 @@ def test_large_files_on_the_hub_are_not_fetched(server, run_folder, tmp_path):
     del files['config.json']
     files['pytorch_model.bin'] = (b'a pickle', True)
     assert 'holds no config.json' in call('verify', f'hf-hub:{REPO}', code=2)
-
-
-def test_a_file_of_unknown_size_is_not_fetched(server, run_folder, monkeypatch):
-    publish_json(run_folder, '--repo', REPO)
-    model_info = huggingface_hub.HfApi.model_info
-
-    def without_size(self, *args, **kwargs):
-        info = model_info(self, *args, **kwargs)
-        for file in info.siblings:
-            file.size = None if file.rfilename == 'model.safetensors' else file.size
-        return info
-
-    monkeypatch.setattr(huggingface_hub.HfApi, 'model_info', without_size)
-    assert 'model.safetensors has None bytes' in call('verify', f'hf-hub:{REPO}', code=2)
 
 
 @pytest.mark.parametrize(('call_before', 'sees_one_commit'), [('model_info', False), ('hf_hub_download', True)])

@@ -1,7 +1,7 @@
 """Check that an exported model, in a folder or on the Hub, still computes what it did when it was exported."""
 import json
 from pathlib import Path
-from typing import Dict, Optional, Tuple, Union
+from typing import Optional, Union
 
 import huggingface_hub
 import safetensors.torch
@@ -9,13 +9,12 @@ import timm
 import torch
 import torch.nn as nn
 from huggingface_hub.errors import OfflineModeIsEnabled
-from torch import Tensor
 
 from ..core.errors import UserError
 from ..core.verify import DEFAULT_RTOL, Report, VerificationError, compare_outputs
 from ..io.architecture import FACTORY_ARGS, HUB_PREFIX
 from ..io.hub_errors import HubError, hub_errors
-from .export import CONFIG_FILE, SELF_CHECK_BYTES, SELF_CHECK_FILE, WEIGHTS_FILE
+from .export import CONFIG_FILE, SELF_CHECK_FILE, WEIGHTS_FILE
 
 __all__ = ['check_export', 'is_export', 'load_export']
 
@@ -23,7 +22,7 @@ __all__ = ['check_export', 'is_export', 'load_export']
 FILES = (CONFIG_FILE, SELF_CHECK_FILE, WEIGHTS_FILE)
 # What a file may weigh before it is fetched or read. Weights: what the architecture takes in half precision, to what it
 # takes in double precision, and this.
-MAX_BYTES = {CONFIG_FILE: 2 ** 20, SELF_CHECK_FILE: SELF_CHECK_BYTES}
+MAX_BYTES = {CONFIG_FILE: 2 ** 20, SELF_CHECK_FILE: 2 ** 26}
 WEIGHTS_ALLOWANCE = 2 ** 24
 # Where weights come from is not for a config.json to say.
 SOURCE_KEYS = ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'state_dict', 'custom_load', 'source')
@@ -59,16 +58,13 @@ def _check_config(path: Path) -> None:
     _check_size(path.name, path.stat().st_size, MAX_BYTES[CONFIG_FILE])
     try:
         config = json.loads(path.read_text())
-    except (ValueError, RecursionError) as e:
-        raise UserError(f'{path} is not a JSON file: {e}') from None
-    cfg = config.get('pretrained_cfg') if isinstance(config, dict) else None
-    architecture = config.get('architecture') if isinstance(cfg, dict) else None
-    if not isinstance(cfg, dict) or not isinstance(architecture, str) or not timm.is_model(architecture):
-        raise UserError(f'{path} does not describe a timm model; its architecture is {architecture!r}')
-    args = config.get('model_args', {})
-    if not isinstance(args, dict):
-        raise UserError(f'{path}: model_args must be arguments by name, got {type(args).__name__}')
-    named = [key for key in SOURCE_KEYS if cfg.get(key)] + sorted(FACTORY_ARGS & set(args))
+        cfg, args = config['pretrained_cfg'], config.get('model_args', {})
+        named = [key for key in SOURCE_KEYS if cfg.get(key)] + sorted(FACTORY_ARGS & args.keys())
+        known = timm.is_model(config['architecture'])
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as e:
+        raise UserError(f'{path} does not describe a timm model: {type(e).__name__}: {e}') from None
+    if not known:
+        raise UserError(f'{path} is of an unknown architecture, {config["architecture"]!r}')
     if named:
         raise UserError(f'{path} names another source of weights ({", ".join(named)}); it is not followed')
 
@@ -92,35 +88,27 @@ def _check_weights_size(folder: Path, size: Optional[int]) -> None:
 
 def _fetch(repo: str, revision: Optional[str]) -> Path:
     """Fetch the files of one commit into the cache of huggingface_hub, the small ones first."""
-    with hub_errors(repo):
-        return _fetch_files(repo, revision)
-
-
-def _fetch_files(repo: str, revision: Optional[str]) -> Path:
     api = huggingface_hub.HfApi(library_name='timm_rep')
-
-    def fetch(name: str, commit: Optional[str]) -> Path:
-        return Path(api.hf_hub_download(repo, name, revision=commit))
-
     try:
         info = api.model_info(repo, revision=revision, files_metadata=True)
     except OfflineModeIsEnabled:  # what is in the cache was checked when it came
-        paths = [fetch(name, revision) for name in FILES]
+        paths = [Path(api.hf_hub_download(repo, name, revision=revision)) for name in FILES]
         return paths[0].parent
     sizes = {file.rfilename: file.size for file in info.siblings or ()}
     for name in FILES:
         if name not in sizes:
             raise FileNotFoundError(f'{repo} holds no {name}, which `timm-rep publish` writes')
-        if name in MAX_BYTES:
-            _check_size(name, sizes[name], MAX_BYTES[name])
-    folder = fetch(CONFIG_FILE, revision).parent  # by its name, so that it is found offline by that name
-    if folder.name != info.sha:
+    for name, allowed in MAX_BYTES.items():
+        _check_size(name, sizes[name], allowed)
+    # by the revision's name, so that it is found offline by that name
+    config = Path(api.hf_hub_download(repo, CONFIG_FILE, revision=revision))
+    if config.parent.name != info.sha:
         raise HubError(f'{repo} was changed in between; try again')
-    _check_config(folder / CONFIG_FILE)
-    _check_weights_size(folder, sizes[WEIGHTS_FILE])
-    for name in FILES[1:]:
-        fetch(name, info.sha)
-    return folder
+    _check_config(config)
+    _check_weights_size(config.parent, sizes[WEIGHTS_FILE])
+    for name in FILES:
+        api.hf_hub_download(repo, name, revision=info.sha)
+    return config.parent
 
 
 def load_export(folder: Path) -> nn.Module:
@@ -139,24 +127,6 @@ def load_export(folder: Path) -> nn.Module:
     _check_config(_file(folder, CONFIG_FILE))
     _check_weights_size(folder, _file(folder, WEIGHTS_FILE).stat().st_size)
     return _build(folder, pretrained=True).eval()
-
-
-def _read_self_check(path: Path) -> Tuple[Tensor, Tensor]:
-    """Input and output that the model was exported with."""
-    _check_size(SELF_CHECK_FILE, path.stat().st_size, MAX_BYTES[SELF_CHECK_FILE])
-    try:
-        tensors: Dict[str, Tensor] = safetensors.torch.load_file(path)
-    except Exception as e:  # of damaged files, more than safetensors' own
-        raise UserError(f'{path} is a damaged safetensors file: {e}') from None
-    found = {key: f'{value.dtype} {tuple(value.shape)}' for key, value in tensors.items()}
-    if (
-            set(tensors) != {'input', 'output'}
-            or tensors['input'].ndim != 4
-            or 0 in (tensors['input'].numel(), tensors['output'].numel())
-            or not tensors['input'].dtype == tensors['output'].dtype in DEFAULT_RTOL
-    ):
-        raise UserError(f'{path} must hold an input (b, c, h, w) and an output of real numbers, got {found}')
-    return tensors['input'], tensors['output']
 
 
 def check_export(source: Union[str, Path]) -> Report:
@@ -179,18 +149,21 @@ def check_export(source: Union[str, Path]) -> Report:
     """
     if str(source).startswith(HUB_PREFIX):
         repo, _, revision = str(source)[len(HUB_PREFIX):].partition('@')
-        folder = _fetch(repo, revision or None)
+        with hub_errors(repo):
+            folder = _fetch(repo, revision or None)
     else:
         folder = Path(source)
     model = load_export(folder)
-    inputs, expected = _read_self_check(_file(folder, SELF_CHECK_FILE))
-    rtol = DEFAULT_RTOL[inputs.dtype]
+    path = _file(folder, SELF_CHECK_FILE)
+    _check_size(SELF_CHECK_FILE, path.stat().st_size, MAX_BYTES[SELF_CHECK_FILE])
     try:
+        tensors = safetensors.torch.load_file(path)
+        inputs, expected = tensors['input'], tensors['output']
+        rtol = DEFAULT_RTOL[inputs.dtype]
         with torch.inference_mode():
-            output = model.to(inputs.dtype)(inputs)
-    except Exception as e:  # whatever the model makes of strange inputs
-        raise UserError(f'the model cannot take the input in {folder / SELF_CHECK_FILE}: {e}') from e
-    try:
-        return Report((), compare_outputs('', expected, output, rtol), rtol, 0.0)
+            difference = compare_outputs('', expected, model.to(inputs.dtype)(inputs), rtol)
     except VerificationError as e:
         raise VerificationError(f'{source} does not compute what it was published with: {e}') from None
+    except Exception as e:  # of a damaged file, or whatever the model makes of strange inputs
+        raise UserError(f'{path} does not hold an input of the model and its output: {e}') from e
+    return Report((), difference, rtol, 0.0)

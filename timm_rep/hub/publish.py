@@ -1,8 +1,6 @@
 """Publish a trained model on the Hugging Face Hub: fuse, verify, measure, write the folder, send it in one commit."""
-import dataclasses
 import itertools
 import json
-import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,28 +8,23 @@ from typing import Any, Dict, Mapping, Optional, Tuple
 
 import timm
 import torch.nn as nn
-from huggingface_hub.utils import validate_repo_id
 
 from ..core.errors import UserError
 from ..core.expansion import expansion_of
 from ..core.fuse import fuse
 from ..core.verify import Report, verify
-from ..io.checkpoint import Checkpoint, model_args_of, read_checkpoint, trained_architecture
+from ..io.checkpoint import read_checkpoint, trained_architecture
 from ..io.output import PathLike, new_folder
 from ..io.runs import Run, read_run
 from ..io.weights import training_form
-from ..models.names import stock_architecture, timm_has
-from ..models.published import published_weights
+from ..models.names import stock_architecture
 from ..report.cost import measure_costs
-from ..report.images import TOP_K, ImageCheck, compare_on_images
+from ..report.images import ImageCheck, compare_on_images
 from .card import TRAIN_REVISION, UNKNOWN_LICENSE
-from .export import CONFIG_FILE, DATA_FIELDS, export_folder, export_training_form, time_steps_of
-from .repository import MAIN_REVISION, Publication, PublishError, file_sizes, hub_id, log_in, send_forms
+from .export import CONFIG_FILE, DATA_FIELDS, export_folder, time_steps_of
+from .repository import MAIN_REVISION, PublishError, file_sizes, hub_id, log_in, send_forms
 
 __all__ = ['PublishError', 'Published', 'publish']
-
-_logger = logging.getLogger(__name__)
-
 
 
 @dataclass(frozen=True)
@@ -69,59 +62,16 @@ class Published:
         return hub_id(self.repo, self.revision)
 
 
-def _check_arguments(
-        repo: str,
-        tag: Optional[str],
-        revision: Optional[str],
-        create_pr: bool,
-        git_tag: Optional[str],
-        include_training_form: bool,
-) -> None:
-    try:
-        validate_repo_id(repo)
-    except ValueError as e:
-        raise UserError(f'repo must be ORG/NAME, got {repo!r}: {e}') from None
-    if repo.count('/') != 1:
+def _check_arguments(repo: str, tag: Optional[str], revision: Optional[str], create_pr: bool, **others: Any) -> None:
+    if not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', repo):
         raise UserError(f'repo must be ORG/NAME, got {repo!r}')
     if tag is not None and not re.fullmatch(r'[A-Za-z0-9_]+', tag):
         raise UserError(f'tag must be letters, digits and _, as in orepa_in1k; got {tag!r}')
-    if revision is not None and not re.fullmatch(r'[\w./-]+', revision):
-        raise UserError(f'revision must be letters, digits and _ . / -; got {revision!r}')
-    if create_pr:
-        refused = dict(revision=revision, git_tag=git_tag, include_training_form=include_training_form)
-        given = [name for name, value in refused.items() if value]
-        if given:
-            raise UserError(f'a pull request changes nothing but the main revision; got {", ".join(given)} besides it')
-    if include_training_form and revision == TRAIN_REVISION:
+    if revision == TRAIN_REVISION:
         raise UserError(f'revision {TRAIN_REVISION!r} is that of the training form; give another')
-
-
-def _plain(name: str) -> str:
-    """A name without what readers overlook: case, and which mark separates its parts."""
-    return re.sub(r'[^a-z0-9]+', '-', name.lower())
-
-
-def _check_claims(checkpoint: Checkpoint, architecture: str, repo: str, tag: str) -> None:
-    """Refuse what would claim to be another model, or one of timm's own recipes."""
-    trained = trained_architecture(checkpoint)
-    if trained not in (None, architecture):
-        raise UserError(
-            f'the run of {checkpoint.path} says that it trained {trained}, not {architecture}; its arguments and '
-            'figures would be published as those of another model'
-        )
-    stock = stock_architecture(architecture)
-    name = repo.partition('/')[2]
-    owners = dict.fromkeys(timm.list_models(f'{stock}.*', pretrained=True), 'timm') if timm_has(stock) else {}
-    for published, entry in published_weights().items():
-        if published.partition('.')[0] == architecture and entry['hf_hub_id'] != repo:
-            owners[f'{stock}.{published.partition(".")[2]}'] = entry['hf_hub_id']
-    for recipe, owner in owners.items():
-        for what, own in ((f'tag {tag!r}', f'{stock}.{tag}'), (f'name {name!r}', name)):
-            if f'{_plain(own)}-'.startswith(f'{_plain(recipe)}-'):
-                raise UserError(f'{what} claims {recipe}, a recipe of {owner}; these weights are not of it')
-    claimed = re.split(r'[^a-z0-9_]', name.lower())[0]
-    if timm.is_model(claimed) and claimed not in (stock, architecture):
-        raise UserError(f'name {name!r} says {claimed}, but the model is {architecture}, whose stock form is {stock}')
+    given = [name for name, value in dict(others, revision=revision).items() if value]
+    if create_pr and given:
+        raise UserError(f'a pull request changes nothing but the main revision; got {", ".join(given)} besides it')
 
 
 def _default_tag(model: nn.Module, dataset: Optional[str]) -> str:
@@ -132,62 +82,34 @@ def _default_tag(model: nn.Module, dataset: Optional[str]) -> str:
     return '_'.join(filter(None, (*dict.fromkeys(methods), data))) or 'timm_rep'
 
 
-def _training_folder(folder: Path) -> Path:
-    return folder.with_name(f'{folder.name}.{TRAIN_REVISION}')
-
-
 def _new_folders(out: Optional[PathLike], name: str, training_form: bool) -> Tuple[Path, Optional[Path]]:
     """What to write: ``out``, else NAME in the current folder, or the first of NAME-2, NAME-3 ... that is free."""
-    if out is None:
-        names = (Path(name if number == 1 else f'{name}-{number}') for number in itertools.count(1))
-        out = next(path for path in names if not (path.exists() or _training_folder(path).exists()))
-    folder = new_folder(out)
-    return folder, new_folder(_training_folder(folder)) if training_form else None
+    names = (Path(name if number == 1 else f'{name}-{number}') for number in itertools.count(1))
+    folder = new_folder(out or next(path for path in names if not path.exists()))
+    return folder, new_folder(folder.with_name(f'{folder.name}.{TRAIN_REVISION}')) if training_form else None
 
 
-def _run_of(checkpoint: Checkpoint, use_ema: bool, model_kwargs: Mapping[str, Any]) -> Optional[Run]:
-    """The run of a checkpoint; without its figures if arguments are given that make its model another."""
-    run = read_run(checkpoint.path, checkpoint.args, checkpoint.epoch, metric=checkpoint.metric, use_ema=use_ema)
-    trained = model_args_of(checkpoint, checkpoint.args.get('model') or '', {})
-    changed = [key for key, value in model_kwargs.items() if trained.get(key) != value]
-    if run is None or not (run.metrics and checkpoint.args and changed):
-        return run
-    _logger.warning('the figures of the run are not stated: it trained another model (%s)', ', '.join(changed))
-    return dataclasses.replace(run, metrics={})
-
-
-def _figures(
-        run: Optional[Run],
-        images: Optional[ImageCheck],
-        use_ema: bool,
-        num_classes: int,
-) -> Tuple[Dict[str, float], Optional[str]]:
+def _figures(run: Optional[Run], images: Optional[ImageCheck], use_ema: bool) -> Tuple[Dict[str, float], Optional[str]]:
     """The accuracies to publish, and who measured them; none rather than one of other weights."""
     if images is not None and images.complete:
-        figures = dict(top1=images.top1[1]) if images.top5 is None else dict(top1=images.top1[1], top5=images.top5[1])
+        figures = dict(top1=images.top1[1], **({} if images.top5 is None else dict(top5=images.top5[1])))
         return figures, (
             f'measured with the fused model on {images.images} images, of {images.source}, when it was published')
     if run is not None and run.metrics:
         split = run.args.get('val_split') or 'validation'
         weights = 'averaged weights' if use_ema else 'trained weights'
-        figures = {name: value for name, value in run.metrics.items() if name != 'top5' or num_classes > TOP_K}
-        return figures, f'measured by the training run on its split `{split}`, with the {weights} in training form'
+        return run.metrics, f'measured by the training run on its split `{split}`, with the {weights} in training form'
     return {}, None
 
 
 def _registry_entry(folder: Path, full_name: str) -> Optional[Dict[str, Dict[str, Any]]]:
-    """What to add to the registry of published weights: where they are, and what they must be fed with.
-
-    None if it takes further arguments to build the network that these weights are of.
-    """
+    """What to add to the registry of published weights; None if a name there would not build the network."""
     config = json.loads((folder / CONFIG_FILE).read_text())
     provenance, cfg = config['timm_rep'], dict(config['pretrained_cfg'], num_classes=config['num_classes'])
-    architecture, args = provenance['training_architecture'], provenance['training_args']
-    if args != {}:
-        _logger.warning('no entry for the registry: %s alone does not build this network', architecture)
+    if not provenance['built_by_name']:
         return None
     entry = {key: cfg[key] for key in ('num_classes', 'license', *DATA_FIELDS) if key in cfg}
-    return {f'{architecture}.{cfg["tag"]}': dict(hf_hub_id=full_name, **entry)}
+    return {f'{provenance["training_architecture"]}.{cfg["tag"]}': dict(hf_hub_id=full_name, **entry)}
 
 
 def publish(
@@ -264,18 +186,23 @@ def publish(
         VerificationError: If the fused model is not the same function, or not finite. Nothing is written or sent.
         PublishError: If the Hub did not take it.
     """
-    _check_arguments(repo, tag, revision, create_pr, git_tag, include_training_form)
+    _check_arguments(
+        repo, tag, revision, create_pr, git_tag=git_tag, include_training_form=include_training_form)
     checkpoint = read_checkpoint(source, use_ema=use_ema, allow_pickle=allow_pickle)
     model: Any = training_form(
         checkpoint, architecture, num_classes=num_classes, in_chans=in_chans, model_kwargs=model_kwargs)
-    architecture = str(model.pretrained_cfg['architecture'])
-    run = _run_of(checkpoint, use_ema, model_kwargs or {})
+    architecture, trained = str(model.pretrained_cfg['architecture']), trained_architecture(checkpoint)
+    if trained not in (None, architecture):
+        raise UserError(f'the run of {checkpoint.path} says that it trained {trained}, not {architecture}')
+    run = read_run(checkpoint.path, checkpoint.args, checkpoint.epoch, metric=checkpoint.metric, use_ema=use_ema)
     trained_on = None if run is None else run.args.get('dataset') or None
     if data is not None and trained_on and not dataset:
         raise UserError(f'the run trained on {trained_on}; say with dataset (--dataset) what images those of data are')
     dataset = dataset or trained_on
     tag = tag or _default_tag(model, dataset)
-    _check_claims(checkpoint, architecture, repo, tag)
+    recipe = f'{stock_architecture(architecture)}.{tag}'
+    if timm.models.is_model_pretrained(recipe):
+        raise UserError(f"tag {tag!r} claims {recipe}, a recipe of timm's; these weights are not of it")
     folder, training_folder = _new_folders(out, repo.partition('/')[2], include_training_form)
     revision = revision or MAIN_REVISION
     api = None if dry_run else log_in(token)
@@ -289,21 +216,18 @@ def publish(
             model, fused, data, split=split, class_map=checkpoint.args.get('class_map'), max_images=max_images,
             device=device, progress=progress)
     costs = measure_costs(model, fused, model.pretrained_cfg['input_size'], device=device)
-    metrics, metrics_source = _figures(run, images, use_ema, model.num_classes)
+    # arguments that are given by hand may make it another model than the run measured
+    metrics, metrics_source = _figures(None if model_kwargs else run, images, use_ema)
     full_name = hub_id(repo, revision)
-    common: Dict[str, Any] = dict(
-        tag=tag, license=license, repo=full_name, label_names=None if images is None else images.classes)
     export_folder(
-        model.cpu(), folder, dataset=dataset, metrics=metrics, metrics_source=metrics_source, run=run, costs=costs,
-        images=images, train_revision=include_training_form, **common)
-    if training_folder is not None:
-        export_training_form(model, training_folder, **common)
-
+        model.cpu(), folder, dataset=dataset, metrics=metrics, metrics_source=metrics_source, tag=tag,
+        label_names=None if images is None else images.classes, license=license, repo=full_name, run=run, costs=costs,
+        images=images, training_folder=training_folder)
     commit = None
     if api is not None:
         commit = send_forms(
-            Publication(api, repo, folder, token), training_folder, private=private, revision=revision,
-            create_pr=create_pr, git_tag=git_tag, replace_card=replace_card)
+            api, repo, folder, training_folder, private=private, revision=revision, create_pr=create_pr,
+            git_tag=git_tag, replace_card=replace_card, token=token)
     return Published(
         folder,
         file_sizes(folder),

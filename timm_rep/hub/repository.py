@@ -1,8 +1,6 @@
 """A repository on the Hugging Face Hub: what is there, and folders sent to it in one commit each."""
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, List, Optional
 
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import RevisionNotFoundError
@@ -12,7 +10,7 @@ from ..io.hub_errors import HubError, hub_message
 from .card import TRAIN_REVISION, is_generated
 from .export import CARD_FILE, MANAGED_FILES
 
-__all__ = ['MAIN_REVISION', 'Publication', 'PublishError', 'file_sizes', 'hub_id', 'log_in', 'send_forms']
+__all__ = ['MAIN_REVISION', 'PublishError', 'file_sizes', 'hub_id', 'log_in', 'send_forms']
 
 MAIN_REVISION = 'main'
 
@@ -54,93 +52,39 @@ def log_in(token: Optional[str]) -> HfApi:
     return api
 
 
-@dataclass
-class Publication:
-    """A folder, the repository that it is for, and what of it is there already.
+def _head_of(api: HfApi, repo: str, revision: str, replace_card: bool) -> Any:
+    """State of a branch, if its model card may be replaced; a branch is made if there is none."""
+    try:
+        info = api.model_info(repo, revision=revision)
+    except RevisionNotFoundError:
+        api.create_branch(repo, branch=revision, exist_ok=True)
+        return api.model_info(repo, revision=revision)  # its card is a copy of one that stays
+    if CARD_FILE in {file.rfilename for file in info.siblings or ()} and not replace_card:
+        path = api.hf_hub_download(repo, CARD_FILE, revision=info.sha)
+        if not is_generated(Path(path).read_text(encoding='utf-8', errors='replace')):
+            raise HubError(
+                f'the model card of {hub_id(repo, revision)} was written or changed by hand; to put the new one in its '
+                'place give replace_card (--replace-card), and your text back afterwards')
+    return info
 
-    Attributes:
-        api: The client.
-        repo: Repository on the Hub.
-        folder: The export in stock form.
-        token: Access token, if one was given, to leave it out of messages.
-        sent: What is on the Hub.
-    """
 
-    api: HfApi
-    repo: str
-    folder: Path
-    token: Optional[str]
-    sent: List[str] = field(default_factory=list)
-
-    def error(self, problem: str, state: Optional[str] = None) -> PublishError:
-        """What went wrong, what is on the Hub all the same, and that the folder stays."""
-        state = ', '.join(filter(None, (*self.sent, state)))
-        state = f'On the Hub: {state}' if state else 'Nothing of it is published'
-        return PublishError(f'{problem}. {state}; the folder {self.folder} is complete and stays')
-
-    @contextmanager
-    def step(self, what: str) -> Iterator[None]:
-        """Say of any failure what it was a failure of."""
-        try:
-            yield
-        except HubError:
-            raise
-        except Exception as e:  # those of the HTTP library of huggingface_hub, which is not always the same one
-            raise self.error(f'{what} failed: {hub_message(e, self.token)}') from None
-
-    def head_of(self, revision: str, replace_card: bool) -> Any:
-        """State of a branch, if its model card may be replaced; a branch is made if there is none."""
-        try:
-            info = self.api.model_info(self.repo, revision=revision)
-        except RevisionNotFoundError:
-            self.api.create_branch(self.repo, branch=revision, exist_ok=True)
-            return self.api.model_info(self.repo, revision=revision)  # its card is a copy of one that stays
-        if CARD_FILE in {file.rfilename for file in info.siblings or ()} and not replace_card:
-            path = self.api.hf_hub_download(self.repo, CARD_FILE, revision=info.sha)
-            if not is_generated(Path(path).read_text(encoding='utf-8', errors='replace')):
-                raise self.error(
-                    f'the model card of {hub_id(self.repo, revision)} was written or changed by hand; to put the new '
-                    'one in its place give replace_card (--replace-card), and your text back afterwards')
-        return info
-
-    def send(self, folder: Path, revision: str, parent: str, message: str, create_pr: bool = False) -> CommitInfo:
-        """Send a folder in one commit, and look at what arrived."""
-        try:
-            commit = self.api.upload_folder(
-                repo_id=self.repo,
-                folder_path=folder,
-                commit_message=message,
-                revision=None if create_pr else revision,
-                parent_commit=parent,
-                delete_patterns=list(MANAGED_FILES),
-                create_pr=create_pr,
-            )
-        except Exception as e:
-            what = f'sending {folder.name} to {hub_id(self.repo, revision)}'
-            state = self._seen_after_failure(folder.name, revision, parent, create_pr)
-            raise self.error(f'{what} failed: {hub_message(e, self.token)}', state) from None
-        self.sent.append(f'{hub_id(self.repo, revision)} in {commit.commit_url}')
-        files = file_sizes(folder)
-        with self.step(f'looking at {commit.commit_url}'):
-            found = self.api.get_paths_info(self.repo, list(files), revision=commit.oid)
-            sizes = {file.path: getattr(file, 'size', None) for file in found}
-            wrong = [name for name, size in files.items() if sizes.get(name) != size]
-            if wrong:
-                raise self.error(f'not all in {commit.commit_url} is what was sent ({", ".join(wrong)}); publish again')
-        return commit
-
-    def _seen_after_failure(self, name: str, revision: str, parent: str, create_pr: bool) -> Optional[str]:
-        """The answer may have been lost: whether a commit is there all the same; None if there is none so far."""
-        page = f'{self.api.endpoint}/{self.repo}/' + ('discussions' if create_pr else f'commits/{revision}')
-        try:
-            changed = create_pr or self.api.model_info(self.repo, revision=revision).sha != parent
-        except Exception:  # then it is not known
-            changed = True
-        return f'perhaps {name}, look at {page}' if changed else None
+def _send(api: HfApi, repo: str, folder: Path, sent: List[str], **kwargs: Any) -> CommitInfo:
+    """Send a folder in one commit, note it, and look at what arrived."""
+    commit = api.upload_folder(repo_id=repo, folder_path=folder, delete_patterns=list(MANAGED_FILES), **kwargs)
+    sent.append(str(commit.commit_url))
+    files = file_sizes(folder)
+    found = api.get_paths_info(repo, list(files), revision=commit.oid)
+    sizes = {file.path: getattr(file, 'size', None) for file in found}
+    wrong = [name for name, size in files.items() if sizes.get(name) != size]
+    if wrong:
+        raise HubError(f'not all in {commit.commit_url} is what was sent ({", ".join(wrong)}); publish again')
+    return commit
 
 
 def send_forms(
-        publication: Publication,
+        api: HfApi,
+        repo: str,
+        folder: Path,
         training_folder: Optional[Path],
         *,
         private: bool,
@@ -148,17 +92,21 @@ def send_forms(
         create_pr: bool,
         git_tag: Optional[str],
         replace_card: bool,
+        token: Optional[str] = None,
 ) -> CommitInfo:
     """Look at the repository before anything is sent to it, then send the training form and the stock form.
 
     Args:
-        publication: The folder of the stock form, and where it goes.
-        training_folder: Folder of the training form, if there is one, for the revision ``train``.
+        api: The client.
+        repo: Repository on the Hub.
+        folder: The export in stock form.
+        training_folder: The export in training form for the revision ``train``, if there is one.
         private: As in :func:`timm_rep.publish`.
         revision: Branch of the stock form.
         create_pr: As in :func:`timm_rep.publish`.
         git_tag: As in :func:`timm_rep.publish`.
         replace_card: As in :func:`timm_rep.publish`.
+        token: Access token, if one was given, to leave it out of messages.
 
     Returns:
         The commit of the stock form.
@@ -166,22 +114,28 @@ def send_forms(
     Raises:
         PublishError: If the repository, or a model card on it, is not to be written to, or the Hub did not take it all.
     """
-    api, repo = publication.api, publication.repo
-    with publication.step(f'creating {repo}'):
-        api.create_repo(repo, private=private or None, exist_ok=True)
-    with publication.step(f'reading {repo}'):
-        head = publication.head_of(revision, replace_card)
-        if private and not head.private:
-            raise publication.error(f'{repo} exists and is public; it is not made private here, nor written to')
-        if git_tag and git_tag in {ref.name for ref in api.list_repo_refs(repo).tags}:
-            raise publication.error(f'{repo} has the tag {git_tag} already')
-        train_head = None if training_folder is None else publication.head_of(TRAIN_REVISION, replace_card)
+    sent: List[str] = []
     name = repo.partition('/')[2]
-    if training_folder is not None and train_head is not None:
-        publication.send(training_folder, TRAIN_REVISION, train_head.sha, f'{name} in training form')
-    message = f'{name}, fused by timm_rep {__version__}'
-    commit = publication.send(publication.folder, revision, head.sha, message, create_pr)
-    if git_tag:
-        with publication.step(f'tagging {commit.commit_url} {git_tag}'):
+    try:
+        api.create_repo(repo, private=private or None, exist_ok=True)
+        head = _head_of(api, repo, revision, replace_card)
+        if private and not head.private:
+            raise HubError(f'{repo} exists and is public; it is not made private here, nor written to')
+        if git_tag and git_tag in {ref.name for ref in api.list_repo_refs(repo).tags}:
+            raise HubError(f'{repo} has the tag {git_tag} already')
+        if training_folder is not None:
+            parent = _head_of(api, repo, TRAIN_REVISION, replace_card).sha
+            _send(
+                api, repo, training_folder, sent, revision=TRAIN_REVISION, parent_commit=parent,
+                commit_message=f'{name} in training form')
+        commit = _send(
+            api, repo, folder, sent, revision=None if create_pr else revision, parent_commit=head.sha,
+            create_pr=create_pr, commit_message=f'{name}, fused by timm_rep {__version__}')
+        if git_tag:
             api.create_tag(repo, tag=git_tag, revision=commit.oid)
-    return commit
+        return commit
+    except Exception as e:  # those of the HTTP library of huggingface_hub, which is not always the same one
+        problem = str(e) if isinstance(e, HubError) else f'publishing to {repo} failed: {hub_message(e, token)}'
+        state = f'On the Hub: {", ".join(sent)}' if sent else 'The Hub has confirmed no commit'
+        raise PublishError(
+            f'{problem}. {state} (look at {api.endpoint}/{repo}); the folder {folder} is complete and stays') from None
