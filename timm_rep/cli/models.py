@@ -10,6 +10,8 @@ from .output import print_json
 
 __all__ = ['bench', 'demo', 'list_models']
 
+NUMBER = click.IntRange(min=1)
+
 
 @click.command('list', cls=Command)
 @click.argument('pattern', metavar='[FILTER]', default='')
@@ -64,10 +66,11 @@ def demo(output: str) -> None:
 
 @click.command('bench', cls=Command)
 @click.argument('architectures', metavar='MODEL...', nargs=-1, required=True)
-@click.option('--batch-size', 'batch', type=int, metavar='N', default=8, show_default=True)
-@click.option('--img-size', type=int, metavar='N', help="Height and width of the images; the first model's by default.")
-@click.option('--rounds', type=int, metavar='N', default=7, show_default=True, help='Turns of each model.')
-@click.option('--steps', 'repeats', type=int, metavar='N', default=1, show_default=True, help='Steps in a turn.')
+@click.option('--batch-size', 'batch', type=NUMBER, metavar='N', default=8, show_default=True)
+@click.option(
+    '--img-size', type=NUMBER, metavar='N', help="Height and width of the images; the first model's by default.")
+@click.option('--rounds', type=NUMBER, metavar='N', default=7, show_default=True, help='Turns of each model.')
+@click.option('--steps', 'repeats', type=NUMBER, metavar='N', default=1, show_default=True, help='Steps in a turn.')
 @click.option('--device', metavar='NAME', default='cpu', show_default=True, help='Where to compute.')
 @click.option('--amp', is_flag=True, help='Compute in bfloat16 under autocast.')
 @click.option('--channels-last', is_flag=True, help='Keep images and kernels channels-last.')
@@ -88,5 +91,10 @@ def bench(architectures: Tuple[str, ...], as_json: bool, **kwargs: Any) -> None:
     result = bench_models(architectures, **kwargs)
     if as_json:
         print_json(result)
-    else:
-        click.echo(result)
+        return
+    size = 'x'.join(map(str, result['input_size']))
+    click.echo(f'A training step of {result["batch"]} images of {size}, {result["dtype"]}, on {result["hardware"]}:')
+    for row in result['models']:
+        ratio = f'{row["ratio"]:.2f} ({row["smallest"]:.2f} to {row["largest"]:.2f})'
+        million = row['parameters'] / 1e6
+        click.echo(f'{row["name"]:40} {1e3 * row["median"]:9.1f} ms  x {ratio:20} {million:8.2f}M parameters')

@@ -1,6 +1,7 @@
 """What commands print with ``--json``."""
 import dataclasses
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict
 
 import click
@@ -12,8 +13,8 @@ __all__ = ['print_json', 'report_content']
 
 
 def print_json(content: Any) -> None:
-    """Print plain data and dataclasses of it."""
-    click.echo(json.dumps(content, indent=2, default=dataclasses.asdict))
+    """Print plain data, dataclasses of it, and paths."""
+    click.echo(json.dumps(content, indent=2, default=lambda part: str(part) if isinstance(part, Path) else vars(part)))
 
 
 def report_content(report: 'Report') -> Dict[str, Any]:
