@@ -132,12 +132,6 @@ def import_official(file: str, out: str, as_json: bool, **kwargs: Any) -> None:
     if not as_json:
         click.echo(f'{imported.output}: {imported}')
         return
-    report = imported.report
-    print_json(dict(
-        output=str(imported.output),
-        architecture=imported.architecture,
-        form=imported.form,
-        num_classes=imported.num_classes,
-        model_kwargs=imported.model_kwargs,
-        fused=None if report is None else dict(report_content(report), ok=True),
-    ))
+    content = dict(vars(imported))
+    report = content.pop('report')
+    print_json(dict(content, fused=None if report is None else dict(report_content(report), ok=True)))
