@@ -25,8 +25,7 @@ def test_list(monkeypatch):
     found = json.loads(call('list', '*resnet18*cifar', '--json'))
     assert [model['name'] for model in found['models']] == [
         'dbb_resnet18_cifar', 'orepa_resnet18_cifar', 'repan_resnet18_cifar']
-    assert found['models'][0] == dict(
-        name='dbb_resnet18_cifar', stock='dbb_resnet18_cifar', input_size=[3, 32, 32], num_classes=10)
+    assert found['models'][0]['stock'] == 'dbb_resnet18_cifar'
     toy = dict(name='toy', title='Toy method', summary='A kernel and half of it again.')
     assert toy in json.loads(call('list', '--json'))['methods']
     assert json.loads(call('list', 'nothing', '--json')) == dict(models=[], methods=[])

@@ -36,7 +36,6 @@ def test_run_passes_all_arguments_on(scripts):
     assert 'Run one of timm' in call('run', '--help')
     assert 'unknown timm script' in call(*script[:-1], 'publish', code=2)
     assert 'git clone' in call(*script[:-1], 'validate', code=2)
-    assert 'no config file at x.yaml' in call(*script, '--config', 'x.yaml', code=2)
 
 
 def test_a_script_ends_with_its_own_exit_code_or_that_of_its_error(scripts):

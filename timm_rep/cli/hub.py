@@ -1,5 +1,4 @@
 """Commands about the Hub: ``publish``."""
-import json
 from typing import Any
 
 import click
@@ -69,4 +68,4 @@ def publish(source: str, repo: str, as_json: bool, dry_run: bool, create_pr: boo
         click.echo(f'Once it is merged, load it with {load}' if create_pr else f'Load it with {load}')
     if published.entry is not None:
         click.echo('To let pretrained=True find the weights, add to timm_rep/models/published.json:')
-        click.echo(json.dumps(published.entry, indent=2))
+        print_json(published.entry)

@@ -30,19 +30,15 @@ def list_models(pattern: str, as_json: bool) -> None:
     from ..core.methods import registered_methods
     from ..models.names import TRAINING_PREFIXES, stock_architecture
 
-    models = []
-    for name in fnmatch.filter(timm.list_models([f'{prefix}*' for prefix in TRAINING_PREFIXES]), f'*{pattern}*'):
-        fields = {key: timm.get_pretrained_cfg_value(name, key) for key in ('input_size', 'num_classes')}
-        models.append(dict(name=name, stock=stock_architecture(name), **fields))
-    known = registered_methods()
+    names = fnmatch.filter(timm.list_models([f'{prefix}*' for prefix in TRAINING_PREFIXES]), f'*{pattern}*')
+    models = [dict(name=name, stock=stock_architecture(name)) for name in names]
     methods = [
-        dict(name=name, title=known[name].title, summary=known[name].summary)
-        for name in fnmatch.filter(known, f'*{pattern}*')]
+        dict(name=name, title=method.title, summary=method.summary)
+        for name, method in registered_methods().items() if fnmatch.fnmatch(name, f'*{pattern}*')
+    ]
     if as_json:
         print_json(dict(models=models, methods=methods))
         return
-    if not models and not methods:
-        click.echo(f'no model with rep layers and no method has {pattern!r} in its name', err=True)
     for model in models:
         own = model['stock'] == model['name']
         click.echo(f'{model["name"]:24} {"own stock form (inference_mode=True)" if own else model["stock"]}')

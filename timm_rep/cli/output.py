@@ -1,5 +1,4 @@
 """What commands print with ``--json``."""
-import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict
@@ -19,12 +18,5 @@ def print_json(content: Any) -> None:
 
 def report_content(report: 'Report') -> Dict[str, Any]:
     """What a check found, as plain data."""
-    def difference(found: Any) -> Dict[str, Any]:
-        return dict(dataclasses.asdict(found), relative=found.relative)
-
-    return dict(
-        model=difference(report.model),
-        layers=[difference(layer) for layer in report.layers],
-        rtol=report.rtol,
-        atol=report.atol,
-    )
+    parts = [dict(vars(part), relative=part.relative) for part in (report.model, *report.layers)]
+    return dict(model=parts[0], layers=parts[1:], rtol=report.rtol, atol=report.atol)

@@ -1,5 +1,5 @@
 """Commands about training runs: ``train``, ``run``, ``plot``, ``ensemble``."""
-from typing import Any, List, Optional, Tuple
+from typing import Any, Optional, Tuple
 
 import click
 
@@ -10,15 +10,10 @@ from .output import print_json
 __all__ = ['ensemble', 'plot', 'run', 'train']
 
 
-class _TrainCommand(Command):
-    """Hands everything through, also --help and options that click does not know."""
-
-    def parse_args(self, context: click.Context, args: List[str]) -> List[str]:
-        context.params['args'] = tuple(args)
-        return []
-
-
-@click.command('train', cls=_TrainCommand, add_help_option=False)
+@click.command(
+    'train', cls=Command, add_help_option=False,
+    context_settings=dict(ignore_unknown_options=True, allow_interspersed_args=False))
+@click.argument('args', nargs=-1, type=click.UNPROCESSED)
 def train(args: Tuple[str, ...]) -> None:
     """Train as timm's train.py does, with all its arguments, and anneal: --time-steps, --recipe. See train --help."""
     from ..train import main

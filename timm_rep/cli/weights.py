@@ -3,7 +3,6 @@ from typing import Any, Optional
 
 import click
 
-from ..core.errors import UserError
 from .errors import Command
 from .options import checkpoint_options, json_option, model_kwargs_option, size_options
 from .output import print_json, report_content
@@ -63,11 +62,7 @@ def verify(checkpoint: str, fused: Optional[str], as_json: bool, **kwargs: Any) 
     from ..hub.forms import verify_checkpoint
 
     if fused is None and is_export(checkpoint):
-        if any(kwargs.values()):
-            raise UserError(f'{checkpoint} is an export, which says what it is: only --json goes with it')
         report = check_export(checkpoint)
-    elif is_export(checkpoint):
-        raise UserError(f'{checkpoint} is compared with what is published with it, not with {fused}')
     else:
         report = verify_checkpoint(checkpoint, fused, **kwargs)
     if as_json:
