@@ -6,11 +6,10 @@ import timm
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
-from helpers import assert_near, randomize_
+from helpers import assert_near
 from PIL import Image
 from torch.optim.swa_utils import update_bn
 
-import timm_rep
 from timm_rep.cli.main import main
 from timm_rep.io.weights import load_stock_form, save_weights
 from timm_rep.report.ensemble import average_outputs, evaluate_snapshots, find_snapshots
@@ -136,24 +135,6 @@ def test_average_of_outputs_is_that_of_probabilities():
     expected = sum(output.double().softmax(dim=1) for output in logits) / 3
     assert_near(average_outputs(logits).double().exp(), expected, 1e-5)
     assert torch.isfinite(average_outputs([output * 1e4 for output in logits])).all()
-
-
-def test_snapshots_in_training_and_stock_form_agree(tmp_path):
-    """What the wrapper writes at the end of a time step: load_stock_form builds the function of the training form."""
-    (tmp_path / 'args.yaml').write_text(ARGS)
-    model = randomize_(timm.create_model(NAME, rep_layer='orepa', num_classes=3)).eval()
-    save_weights(timm_rep.fuse(model), tmp_path / 'time_step-1-stock.safetensors')
-    stock = load_stock_form(tmp_path / 'time_step-1-stock.safetensors')
-    assert stock.pretrained_cfg['input_size'] == (3, SIZE, SIZE)
-    assert tuple(stock.pretrained_cfg['std']) == STD
-    x = torch.randn(2, 3, SIZE, SIZE)
-    with torch.no_grad():
-        assert_near(stock(x), model(x), 1e-5)
-
-    # a network of timm's own, trained with restarts
-    save_weights(timm.create_model('test_resnet', num_classes=2), tmp_path / 'time_step-2-stock.safetensors')
-    (tmp_path / 'args.yaml').write_text('model: test_resnet\nnum_classes: 2\n')
-    assert load_stock_form(tmp_path / 'time_step-2-stock.safetensors').num_classes == 2
 
 
 def test_command(run, images):
