@@ -114,12 +114,6 @@ def test_plain_repvgg_has_one_convolution_per_block(train_cost):
     assert all(conv.kernel_size == (3, 3) for conv in convs)
 
 
-def test_official_import_needs_clones(official_import, tmp_path, capsys):
-    with pytest.raises(SystemExit, match='2'):
-        official_import.main(['--repan', str(tmp_path)])
-    assert 'is no clone of xfey/RepAn: it has no net/repvgg_IMG.py' in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(('dtype', 'difference', 'fused_difference', 'expected'), [
     ('float32', 1e-5, None, False), ('float32', 1e-5, 2e-4, True), ('float64', 1e-5, None, True),
     ('float32', float('nan'), None, True)])

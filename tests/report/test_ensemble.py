@@ -11,7 +11,7 @@ from PIL import Image
 from torch.optim.swa_utils import update_bn
 
 from timm_rep.cli.main import main
-from timm_rep.io.weights import load_stock_form, save_weights
+from timm_rep.io.weights import load, save_weights
 from timm_rep.report.ensemble import average_outputs, evaluate_snapshots, find_snapshots
 
 NAME = 'repan_repvgg_a0_cifar'
@@ -119,7 +119,7 @@ def test_scores_are_those_of_a_computation_by_hand(run, images, models, tmp_path
     assert (result.images, result.bn_images) == (15, 12)
 
     # weights: the mean; norms: statistics of the training images, by hand for the first one
-    average = load_stock_form(out)
+    average = load(out)
     for key, value in average.state_dict().items():
         if 'running' not in key and value.is_floating_point():
             assert_near(value, sum(model.state_dict()[key] for model in models) / 3, 1e-6)

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from ..io.checkpoint import read_checkpoint
 from ..io.output import new_output
-from ..io.weights import load_stock_form, save_weights
+from ..io.weights import load, save_weights
 from .images import Score, as_device, evaluate, open_images, with_progress
 
 __all__ = ['EnsembleResult', 'average_outputs', 'evaluate_snapshots', 'find_snapshots']
@@ -143,7 +143,7 @@ def evaluate_snapshots(
     device = as_device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     snapshots = find_snapshots(run_dir, use_ema=use_ema)
     args = read_checkpoint(snapshots[0][1]).args
-    models: List[Any] = [load_stock_form(path).to(device) for _, path in snapshots]
+    models: List[Any] = [load(path).to(device) for _, path in snapshots]
     average = AveragedModel(models[0]).eval()
     for model in models:
         average.update_parameters(model)
