@@ -10,7 +10,7 @@ from timm.data import create_transform, resolve_data_config
 
 from timm_rep.core.errors import UserError
 from timm_rep.core.verify import VerificationError
-from timm_rep.report.images import as_device, compare_on_images, evaluate
+from timm_rep.report.images import compare_on_images, evaluate
 
 NAMES = [f'class{label}' for label in range(6)]
 
@@ -150,10 +150,3 @@ def test_scores_are_those_of_all_images_together_in_full_precision(monkeypatch):
     assert count == 7
     with pytest.raises(UserError, match='no images'):
         evaluate(forward, ('plus', 'minus'), [], torch.device('cpu'))
-
-
-def test_a_device_that_is_not_there_is_refused():
-    assert as_device('cpu') == torch.device('cpu')
-    for name in ('abacus', 'cuda:99'):
-        with pytest.raises(UserError, match=f'device {name!r} cannot be used'):
-            as_device(name)

@@ -6,11 +6,10 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from click.testing import CliRunner
+from command_line import call
 from helpers import tiny_resnet
 
 import timm_rep
-from timm_rep.cli.main import main
 from timm_rep.core.errors import UserError
 from timm_rep.core.walk import annealed_modules
 from timm_rep.io.runs import read_summary
@@ -74,12 +73,6 @@ def run(tmp_path, snapshot):
     write_csv(folder / 'branch_gradients.csv', gradient_rows(range(EPOCHS)))
     (folder / snapshot.name).symlink_to(snapshot)
     return folder
-
-
-def call(*args, code=0):
-    result = CliRunner().invoke(main, [str(arg) for arg in args])
-    assert result.exit_code == code, (result.output, result.exception)
-    return result.output
 
 
 def drawn(axes, label):
