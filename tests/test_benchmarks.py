@@ -120,12 +120,3 @@ def test_plain_repvgg_has_one_convolution_per_block(train_cost):
 def test_official_import_tolerances(official_import, dtype, difference, fused_difference, expected):
     row = dict(dtype=dtype, difference=difference, fused_difference=fused_difference)
     assert official_import.exceeds(row) is expected
-
-
-def test_official_import_keeps_clones_apart(official_import, tmp_path):
-    for number in (1, 2):
-        clone = tmp_path / str(number)
-        clone.mkdir()
-        (clone / 'same_name_in_every_clone.py').write_text(f'NUMBER = {number}')
-        with official_import.importable(clone):
-            assert importlib.import_module('same_name_in_every_clone').NUMBER == number
