@@ -89,7 +89,9 @@ def bench(architectures: Tuple[str, ...], as_json: bool, **kwargs: Any) -> None:
         print_json(result)
         return
     size = 'x'.join(map(str, result['input_size']))
-    click.echo(f'A training step of {result["batch"]} images of {size}, {result["dtype"]}, on {result["hardware"]}:')
+    click.echo(
+        f'A training step of {result["batch"]} images of {size}, {result["dtype"]}, on {result["hardware"]}, '
+        f'torch {result["torch"]}:')
     for row in result['models']:
         ratio = f'{row["ratio"]:.2f} ({row["smallest"]:.2f} to {row["largest"]:.2f})'
         million = row['parameters'] / 1e6
