@@ -192,7 +192,7 @@ def measure(name, args):
     }
     print(f'{name}: {args.rounds} rounds of {", ".join(steps)}', file=sys.stderr)
     seconds = dict(zip(steps, seconds_in_turns(
-        list(steps.values()), x.device, rounds=args.rounds, warmup=args.warmup, repeats=args.steps)))
+        list(steps.values()), rounds=args.rounds, warmup=args.warmup, repeats=args.steps)))
     forms = {}
     for form, step in steps.items():
         forms[form] = dict(

@@ -1,6 +1,5 @@
 import argparse
 import json
-import pickle
 import sys
 
 import pytest
@@ -9,7 +8,7 @@ import timm
 import torch
 from click.testing import CliRunner
 from command_line import call
-from helpers import assert_near, randomize_, state_of
+from helpers import assert_near, randomize_
 from huggingface_hub import constants, file_download
 from huggingface_hub.utils import _http
 
@@ -17,10 +16,9 @@ import timm_rep
 from timm_rep.cli.main import main
 from timm_rep.core.walk import annealed_modules
 from timm_rep.io.checkpoint import read_checkpoint
-from timm_rep.io.weights import load_training_form, save_weights
+from timm_rep.io.weights import save_weights
 
 NAME = 'orepa_repvgg_a0_cifar'
-DBB_NAME = 'dbb_resnet18_cifar'
 
 
 @pytest.fixture(scope='module')
@@ -47,6 +45,12 @@ def stock_file(model, tmp_path):
     return path
 
 
+def assert_same_outputs(model, other, shape):
+    x = torch.randn(2, *shape)
+    with torch.no_grad():
+        assert_near(model(x), other(x), 1e-5)
+
+
 @pytest.mark.parametrize('suffix', ['.safetensors', '.pth'])
 def test_fuse_writes_the_stock_state_dict(suffix, model, checkpoint, tmp_path):
     out = tmp_path / 'new' / f'fused{suffix}'
@@ -54,9 +58,7 @@ def test_fuse_writes_the_stock_state_dict(suffix, model, checkpoint, tmp_path):
     weights = safetensors.torch.load_file(out) if suffix == '.safetensors' else torch.load(out, weights_only=True)
     stock = timm.create_model(NAME, num_classes=3, inference_mode=True).eval()
     stock.load_state_dict(weights)
-    x = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        assert_near(stock(x), model(x), 1e-5)
+    assert_same_outputs(stock, model, (3, 32, 32))
 
 
 def test_fuse_writes_a_hub_folder(model, checkpoint, tmp_path):
@@ -66,11 +68,13 @@ def test_fuse_writes_a_hub_folder(model, checkpoint, tmp_path):
     assert config['num_classes'] == 3
     assert config['pretrained_cfg']['input_size'] == [3, 24, 24]  # as the run was told
     assert config['pretrained_cfg']['mean'] == [0.5, 0.5, 0.5]
-    reloaded = timm.create_model(f'local-dir:{out}', pretrained=True).eval()
-    x = torch.randn(2, 3, 24, 24)
-    with torch.no_grad():
-        assert_near(reloaded(x), model(x), 1e-5)
+    assert_same_outputs(timm.create_model(f'local-dir:{out}', pretrained=True).eval(), model, (3, 24, 24))
     assert 'outputs agree' in call('verify', checkpoint, out)
+
+    other = timm_rep.export_folder(timm.create_model('test_resnet'), tmp_path / 'other')
+    stock = timm_rep.models.names.stock_architecture(NAME)
+    message = f'is an export of test_resnet, not of {stock}, the stock form of {NAME}'
+    assert message in call('verify', checkpoint, other, code=2)
 
 
 def test_fuse_takes_the_averaged_weights(checkpoint, tmp_path):
@@ -83,27 +87,18 @@ def test_fuse_takes_the_averaged_weights(checkpoint, tmp_path):
     assert 'no EMA weights' in call('fuse', plain, tmp_path / 'x.pth', '--use-ema', code=2)
 
 
-def test_model_and_classes_from_args_yaml_or_options(checkpoint, model, tmp_path):
+def test_model_and_its_arguments_from_args_yaml_or_options(tmp_path):
     weights = tmp_path / 'weights.pth'
-    save_weights(model, weights)
+    name = 'repan_resnet18_cifar'
+    save_weights(randomize_(timm.create_model(name, rep_layer='acb', num_classes=3)).eval(), weights)
     assert 'does not say which model' in call('verify', weights, code=2)
-    call('verify', weights, '--model', NAME)
-    assert 'head.fc' in call('verify', weights, '--model', NAME, '--num-classes', 4, code=2)
-    (tmp_path / 'args.yaml').write_text(f'model: {NAME}\nnum_classes: 3\n')
-    call('verify', weights)
-
-
-def test_arguments_of_the_model(tmp_path):
-    model = randomize_(timm.create_model('repan_resnet18_cifar', rep_layer='acb', num_classes=3)).eval()
-    weights = tmp_path / 'weights.pth'
-    save_weights(model, weights)
-    options = ['--model', 'repan_resnet18_cifar']
-    assert 'in training form; missing' in call('verify', weights, *options, code=2)
-    options += ['--model-kwargs', 'rep_layer=acb', '--model-kwargs', 'drop_rate=0.1']
-    assert 'outputs agree' in call('fuse', weights, tmp_path / 'stock.pth', *options)
-    assert 'outputs agree' in call('verify', weights, tmp_path / 'stock.pth', *options)
+    options = ['--model', name, '--model-kwargs', 'rep_layer=acb', '--model-kwargs', 'drop_rate=0.1']
+    assert 'outputs agree' in call('verify', weights, *options)
+    assert 'fc.weight' in call('verify', weights, *options, '--num-classes', 4, code=2)
     message = call('verify', weights, *options, '--model-kwargs', 'nonsense=1', code=2)
     assert 'repan_resnet18_cifar cannot be built with ' in message
+    (tmp_path / 'args.yaml').write_text(f'model: {name}\nnum_classes: 3\nmodel_kwargs: {{rep_layer: acb}}\n')
+    assert 'outputs agree' in call('verify', weights)
 
 
 def test_compiled_and_distributed_prefixes_are_removed(model, tmp_path):
@@ -128,17 +123,12 @@ def test_fuse_refuses_an_existing_output_and_other_suffixes(checkpoint, tmp_path
 def test_bad_checkpoints_are_one_line_and_write_nothing(checkpoint, stock_file, tmp_path):
     out = tmp_path / 'out' / 'fused.pth'
     assert 'no checkpoint file at' in call('fuse', tmp_path / 'missing.pth', out, code=2)
-    for name in ('garbage.pth', 'garbage.safetensors', 'empty.pth'):
-        (tmp_path / name).write_bytes(b'' if name.startswith('empty') else b'not a checkpoint')
-        assert 'is not a' in call('fuse', tmp_path / name, out, '--model', NAME, code=2)
+    (tmp_path / 'garbage.pth').write_bytes(b'not a checkpoint')
+    assert 'is not a' in call('fuse', tmp_path / 'garbage.pth', out, '--model', NAME, code=2)
     torch.save(dict(epoch=1), tmp_path / 'other.pth')
     assert 'holds no weights; its keys are epoch' in call('fuse', tmp_path / 'other.pth', out, code=2)
-    torch.save([1, 2], tmp_path / 'list.pth')
-    assert 'holds a list' in call('fuse', tmp_path / 'list.pth', out, code=2)
     assert 'unknown model' in call('fuse', checkpoint, out, '--model', 'orepa_nothing', code=2)
     assert 'has no rep layers' in call('fuse', checkpoint, out, '--model', 'resnet18', code=2)
-    assert 'does not hold orepa_repvgg_a1_cifar in training form' in call(
-        'fuse', checkpoint, out, '--model', 'orepa_repvgg_a1_cifar', '--num-classes', 3, code=2)
     assert 'in training form; missing' in call(
         'fuse', stock_file, out, '--model', NAME, '--num-classes', 3, code=2)
     assert not out.parent.exists()
@@ -151,13 +141,11 @@ class Payload:
         return sys.setrecursionlimit, (1234,)
 
 
-@pytest.mark.parametrize('save', [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
-def test_pickles_with_other_objects_are_not_run(save, tmp_path):
+def test_pickles_with_other_objects_are_not_run(tmp_path):
     path = tmp_path / 'evil.pth'
-    save(dict(state_dict=Payload()), path)
+    torch.save(dict(state_dict=Payload()), path)
     limit = sys.getrecursionlimit()
-    message = call('fuse', path, tmp_path / 'fused.pth', code=2)
-    assert 'setrecursionlimit' in message or 'is not a PyTorch checkpoint' in message
+    assert 'setrecursionlimit' in call('fuse', path, tmp_path / 'fused.pth', code=2)
     assert sys.getrecursionlimit() == limit
 
 
@@ -180,21 +168,11 @@ def test_verify_reports_and_finds_a_mismatch(checkpoint, stock_file, tmp_path):
     assert 'stages.1.0' in report['error']
 
     assert 'does not hold orepa_repvgg_a0_cifar in stock form' in call('verify', checkpoint, checkpoint, code=2)
-    assert 'no checkpoint file' in call('verify', checkpoint, tmp_path / 'missing.pth', code=2)
-
-
-def test_run_settings_reach_the_model(checkpoint):
-    loaded = load_training_form(checkpoint)
-    assert not loaded.training
-    assert loaded.pretrained_cfg['input_size'] == (3, 24, 24)
-    assert tuple(loaded.pretrained_cfg['mean']) == (0.5, 0.5, 0.5)
 
 
 @pytest.mark.parametrize(('layer', 'stock_name', 'name', 'kwargs'), [
     ('orepa', NAME, NAME, {}),
-    ('dbb', DBB_NAME, DBB_NAME, {}),
-    ('acb', DBB_NAME, 'repan_resnet18_cifar', dict(rep_layer='acb')),
-    ('rep', 'orepa_repvgg_a0_cifar', 'repan_repvgg_a0_cifar', dict(rep_layer='rep')),
+    ('acb', 'dbb_resnet18_cifar', 'repan_resnet18_cifar', dict(rep_layer='acb')),
 ])
 def test_expand_keeps_the_outputs(layer, stock_name, name, kwargs, tmp_path):
     stock = randomize_(timm.create_model(stock_name, inference_mode=True, num_classes=4, in_chans=1)).eval()
@@ -204,21 +182,16 @@ def test_expand_keeps_the_outputs(layer, stock_name, name, kwargs, tmp_path):
     assert 'outputs agree' in call('expand', source, out, *options)
     expanded = timm.create_model(name, num_classes=4, in_chans=1, checkpoint_path=str(out), **kwargs).eval()
     assert list(annealed_modules(expanded))
-    x = torch.randn(2, 1, 32, 32)
-    with torch.no_grad():
-        assert_near(expanded(x), stock(x), 1e-5)
-    before = state_of(expanded)
+    assert_same_outputs(expanded, stock, (1, 32, 32))
+    before = out.read_bytes()
     assert 'exists already' in call('expand', source, out, *options, code=2)
-    expanded.load_state_dict(safetensors.torch.load_file(out))
-    assert all(torch.equal(value, before[key]) for key, value in expanded.state_dict().items())
+    assert out.read_bytes() == before
 
 
 def test_expand_bad_input(checkpoint, stock_file, tmp_path):
     out = tmp_path / 'out.pth'
     assert 'neither a file nor a model' in call('expand', 'resnet999', out, code=2)
     assert "layer 'orepa' stands for the stock models mobilenetv1_100, rep" in call('expand', 'vgg16', out, code=2)
-    options = ['--model', 'resnext50_32x4d', '--method', 'dbb']
-    assert "got 'resnext50_32x4d'" in call('expand', stock_file, out, *options, code=2)
     assert 'does not say which model' in call('expand', stock_file, out, code=2)
     assert 'in stock form' in call('expand', checkpoint, out, code=2)
     assert 'must end in .safetensors or .pth' in call('expand', stock_file, tmp_path / 'folder', code=2)
@@ -239,14 +212,3 @@ def test_expand_tells_the_hub_from_wrong_input(offline, tmp_path, monkeypatch):
     assert 'resnet18 is not in the cache, and cannot be fetched' in call('expand', 'resnet18', out, code=3)
     assert 'no pretrained weights of orepa_resnet18' in call('expand', 'orepa_resnet18', out, code=2)
     assert not out.exists()
-
-
-def test_verify_with_an_export(checkpoint, stock_file, tmp_path):
-    other = timm_rep.export_folder(timm.create_model('test_resnet'), tmp_path / 'other')
-    stock = timm_rep.models.names.stock_architecture(NAME)
-    message = f'is an export of test_resnet, not of {stock}, the stock form of {NAME}'
-    assert message in call('verify', checkpoint, other, code=2)
-    message = f'other is compared with what is published with it, not with {stock_file}'
-    assert message in call('verify', other, stock_file, code=2)
-
-

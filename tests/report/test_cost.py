@@ -6,13 +6,11 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
-from click.testing import CliRunner
+from command_line import call
 
 import timm_rep.report.cost
-from timm_rep.cli.main import main
-from timm_rep.report.cost import TrainingStep, measure_costs, seconds_in_turns, time_training_steps
+from timm_rep.report.cost import TrainingStep, bench_models, measure_costs, seconds_in_turns
 
-CPU = torch.device('cpu')
 SMALL = 'orepa_repvgg_a0_cifar'
 
 
@@ -20,7 +18,7 @@ SMALL = 'orepa_repvgg_a0_cifar'
 def clock(monkeypatch):
     """A clock that only the timed calls put forward."""
     now = SimpleNamespace(seconds=0.0)
-    monkeypatch.setattr(timm_rep.report.cost.time, 'perf_counter', lambda: now.seconds)
+    monkeypatch.setattr(timm_rep.report.cost, 'timer', lambda: now.seconds)
     return now
 
 
@@ -34,7 +32,7 @@ def test_calls_take_turns(clock):
         return run
 
     calls = [call('a', itertools.count(1.0)), call('b', itertools.count(10.0))]
-    times = seconds_in_turns(calls, CPU, rounds=3, warmup=2, repeats=2)
+    times = seconds_in_turns(calls, rounds=3, warmup=2, repeats=2)
     assert ''.join(called) == 'aabb' + 'aabb' * 3
     assert times == [(3.5, 5.5, 7.5), (12.5, 14.5, 16.5)]
 
@@ -61,59 +59,33 @@ def test_step_is_that_of_a_training_loop(autocast):
 
 
 def test_ratios_are_to_the_first_model(clock, monkeypatch):
-    seconds = dict(a=iter([1, 1, 2, 4, 3]), b=iter([1, 1, 6, 4, 6]))
-    monkeypatch.setattr(TrainingStep, '__call__', lambda step: tick(step.model.name))
+    seconds = {True: iter([1, 1, 2, 4, 3]), False: iter([1, 1, 6, 4, 6])}
 
-    def tick(name):
-        clock.seconds += next(seconds[name])
+    def tick(step):
+        clock.seconds += next(seconds[isinstance(step.model, timm.models.ResNet)])
 
-    models = {name: timm.create_model('test_resnet') for name in 'ab'}
-    for name, model in models.items():
-        model.name = name
-    baseline, other = time_training_steps(models, (3, 32, 32), batch=1, rounds=3).models
-    assert baseline.seconds == (2, 4, 3)
-    assert (baseline.ratio, baseline.smallest, baseline.largest) == (1, 1, 1)
-    assert (other.ratio, other.smallest, other.largest) == (2, 1, 3)
-    assert other.parameters == sum(parameter.numel() for parameter in models['b'].parameters())
+    monkeypatch.setattr(TrainingStep, '__call__', tick)
+    baseline, other = bench_models(['test_resnet', 'test_byobnet'], batch=1, rounds=3, img_size=32)['models']
+    assert baseline['seconds'] == (2, 4, 3)
+    assert [baseline[key] for key in ('median', 'ratio', 'smallest', 'largest')] == [3, 1, 1, 1]
+    assert [other[key] for key in ('median', 'ratio', 'smallest', 'largest')] == [6, 2, 1, 3]
 
 
-def bench(*args, code=0):
-    result = CliRunner().invoke(main, ['bench', *args])
-    assert result.exit_code == code, result.output
-    return result
-
-
-@pytest.mark.parametrize('options', [[], ['--amp', '--channels-last', '--img-size', '16', '--steps', '2']])
-def test_bench(options):
-    printed = bench(SMALL, '--rounds', '1', '--batch-size', '2', '--json', *options).stdout
-    content = json.loads(printed)
+def test_bench():
+    options = ['--rounds', '1', '--batch-size', '2', '--amp', '--channels-last', '--img-size', '16', '--steps', '2']
+    content = json.loads(call('bench', SMALL, '--json', *options))
     assert [row['name'] for row in content['models']] == [f'{SMALL} (stock form)', SMALL]
     assert all(len(row['seconds']) == 1 and row['seconds'][0] > 0 for row in content['models'])
     stock, training = (row['parameters'] for row in content['models'])
     assert stock == sum(p.numel() for p in timm.create_model(SMALL, inference_mode=True).parameters()) < training
-    assert content['input_size'] == ([3, 16, 16] if options else [3, 32, 32])
-    assert content['dtype'] == ('bfloat16' if options else 'float32')
+    assert (content['input_size'], content['dtype']) == ([3, 16, 16], 'bfloat16')
 
-
-def test_bench_table():
-    lines = bench(SMALL, 'test_resnet', '--rounds', '1', '--batch-size', '2').stdout.splitlines()
+    lines = call('bench', SMALL, 'test_resnet', '--rounds', 1, '--batch-size', 2).splitlines()
     assert lines[0].startswith('A training step of 2 images of 3x32x32, float32, on ')
-    assert [line.partition('  ')[0] for line in lines[2:]] == [f'{SMALL} (stock form)', SMALL, 'test_resnet']
-    assert '1.00 (1.00 to 1.00)' in lines[2]
-    assert '1.00 (1.00 to 1.00)' not in lines[3]
-
-
-@pytest.mark.parametrize(('args', 'error'), [
-    (['resnet1'], "unknown model 'resnet1'; `timm-rep list` shows the models with rep layers"),
-    ([SMALL, '--rounds', '0'], 'rounds must be at least 1, got 0'),
-    ([SMALL, '--img-size', '0'], 'input_size must be at least 1, got 0'),
-    ([SMALL, '--model-kwargs', 'num_classes=0'], 'has no classifier to train'),
-    ([SMALL, '--device', 'abacus'], "device 'abacus' cannot be used"),
-])
-def test_bench_with_wrong_input(args, error):
-    result = bench(*args, code=2)
-    assert error in result.output
-    assert 'Traceback' not in result.output
+    assert [line.partition('  ')[0] for line in lines[1:]] == [f'{SMALL} (stock form)', SMALL, 'test_resnet']
+    assert ['1.00 (1.00 to 1.00)' in line for line in lines[1:]] == [True, False, False]
+    assert "unknown model 'resnet1'; `timm-rep list` shows" in call('bench', 'resnet1', code=2)
+    assert "device 'abacus' cannot be used" in call('bench', SMALL, '--device', 'abacus', code=2)
 
 
 def test_speed_is_measured_in_full_precision(monkeypatch):

@@ -10,7 +10,7 @@ from timm.data import create_transform, resolve_data_config
 
 from timm_rep.core.errors import UserError
 from timm_rep.core.verify import VerificationError
-from timm_rep.report.images import as_device, compare_on_images, evaluate
+from timm_rep.report.images import compare_on_images, evaluate
 
 NAMES = [f'class{label}' for label in range(6)]
 
@@ -84,9 +84,7 @@ def test_accuracy_is_of_the_images_that_were_taken(tmp_path):
 
 @pytest.mark.parametrize(('splits', 'given', 'split', 'source'), [
     (['train', 'val'], '', 'validation', 'the split `val`'),
-    (['train', 'val'], '', 'train', 'the split `train`'),
     (['train', 'test'], 'train', 'validation', 'the folder `train`'),  # named by hand; the card says so
-    (['joe', 'train'], 'joe', 'validation', 'the folder `joe`'),
 ])
 def test_the_images_that_were_taken_are_named(tmp_path, splits, given, split, source):
     for count, name in enumerate(splits, 1):
@@ -96,15 +94,10 @@ def test_the_images_that_were_taken_are_named(tmp_path, splits, given, split, so
     assert check.images == 6 * (1 + splits.index(source.split('`')[1]))
 
 
-@pytest.mark.parametrize(('splits', 'error'), [
-    (['train', 'test'], "has no split 'validation' but test, train; give the name"),
-    (['train2017', 'mine'], "has no split 'validation' but mine, train2017"),
-    (['train'], "has no split 'validation' but train"),
-])
-def test_images_of_several_splits_are_never_taken_as_one(tmp_path, splits, error):
-    for name in splits:
+def test_images_of_several_splits_are_never_taken_as_one(tmp_path):
+    for name in ('mine', 'train2017'):
         write_images(tmp_path / name, count=1)
-    with pytest.raises(UserError, match=error):
+    with pytest.raises(UserError, match="has no split 'validation'; give the name"):
         compare(classifier(), tmp_path)
 
 
@@ -132,7 +125,7 @@ def test_classes_in_the_order_of_the_class_map(tmp_path):
     for image in (folder / 'class1').iterdir():
         image.unlink()
     assert compare(always(0), folder, class_map='map.txt').top1 == (0, 0)
-    with pytest.raises(FileNotFoundError, match=r'the class map gone\.txt, which is not there'):
+    with pytest.raises(UserError, match=r'class map file \(gone\.txt\)'):
         compare(always(0), folder, class_map='gone.txt')
     with pytest.raises(UserError, match=r'not a text file, got map\.pkl'):
         compare(always(0), folder, class_map='map.pkl')
@@ -157,10 +150,3 @@ def test_scores_are_those_of_all_images_together_in_full_precision(monkeypatch):
     assert count == 7
     with pytest.raises(UserError, match='no images'):
         evaluate(forward, ('plus', 'minus'), [], torch.device('cpu'))
-
-
-def test_a_device_that_is_not_there_is_refused():
-    assert as_device('cpu') == torch.device('cpu')
-    for name in ('abacus', 'cuda:99'):
-        with pytest.raises(UserError, match=f'device {name!r} cannot be used'):
-            as_device(name)

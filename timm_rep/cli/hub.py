@@ -1,15 +1,11 @@
 """Commands about the Hub: ``publish``."""
-import json
-from typing import TYPE_CHECKING, Any, Dict
+from typing import Any
 
 import click
 
 from .errors import Command
 from .options import checkpoint_options, json_option
 from .output import print_json, report_content
-
-if TYPE_CHECKING:
-    from ..hub.publish import Published
 
 __all__ = ['publish']
 
@@ -53,41 +49,23 @@ def publish(source: str, repo: str, as_json: bool, dry_run: bool, create_pr: boo
 
     published = publish_model(source, repo, dry_run=dry_run, create_pr=create_pr, progress=True, **kwargs)
     if as_json:
-        print_json(_published_content(published))
+        content = dict(vars(published), ok=True)
+        content.update(verification=report_content(content.pop('report')), registry_entry=content.pop('entry'))
+        print_json(content)
         return
     click.echo(f'{published.folder}: {published.report}')
     for name, size in published.files.items():
         click.echo(f'  {size:>12,}  {name}')
     if dry_run:
-        _print_plan(published, create_pr)
+        way = 'pull request' if create_pr else 'commit'
+        target = f'{published.repo}@{published.revision}'
+        click.echo(f'Dry run, nothing was sent: these {len(published.files)} files would go to {target} in one {way}.')
+        if published.training_folder is not None:
+            click.echo(f'The training form in {published.training_folder} would go to {published.repo}@train.')
     else:
         load = f"timm.create_model('hf-hub:{published.hub_id}', pretrained=True)"
         click.echo(f'Published: {published.pull_request or published.commit}')
         click.echo(f'Once it is merged, load it with {load}' if create_pr else f'Load it with {load}')
     if published.entry is not None:
         click.echo('To let pretrained=True find the weights, add to timm_rep/models/published.json:')
-        click.echo(json.dumps(published.entry, indent=2))
-
-
-def _published_content(published: 'Published') -> Dict[str, Any]:
-    return dict(
-        ok=True,
-        folder=str(published.folder),
-        files=published.files,
-        training_folder=published.training_folder and str(published.training_folder),
-        repo=published.repo,
-        revision=published.revision,
-        commit=published.commit,
-        pull_request=published.pull_request,
-        verification=report_content(published.report),
-        images=published.images,
-        registry_entry=published.entry,
-    )
-
-
-def _print_plan(published: 'Published', create_pr: bool) -> None:
-    target = f'{published.repo}@{published.revision}'
-    way = 'pull request' if create_pr else 'commit'
-    click.echo(f'Dry run, nothing was sent: these {len(published.files)} files would go to {target} in one {way}.')
-    if published.training_folder is not None:
-        click.echo(f'The training form in {published.training_folder} would go to {published.repo}@train.')
+        print_json(published.entry)

@@ -22,7 +22,7 @@ def main() -> None:
       timm-rep publish output/train/run --repo me/resnet18.orepa_images --dry-run
 
     Exit codes: 0 all well; 1 two forms of a model do not compute the same; 2 wrong input; 3 the Hub could not be
-    reached, or refused; 4 a defect of timm-rep, with its traceback; 130 interrupted.
+    reached, or refused; 4 what nobody foresaw, with its traceback; 130 interrupted.
     """
 
 

@@ -10,6 +10,8 @@ from .output import print_json
 
 __all__ = ['bench', 'demo', 'list_models']
 
+NUMBER = click.IntRange(min=1)
+
 
 @click.command('list', cls=Command)
 @click.argument('pattern', metavar='[FILTER]', default='')
@@ -28,19 +30,15 @@ def list_models(pattern: str, as_json: bool) -> None:
     from ..core.methods import registered_methods
     from ..models.names import TRAINING_PREFIXES, stock_architecture
 
-    models = []
-    for name in fnmatch.filter(timm.list_models([f'{prefix}*' for prefix in TRAINING_PREFIXES]), f'*{pattern}*'):
-        fields = {key: timm.get_pretrained_cfg_value(name, key) for key in ('input_size', 'num_classes')}
-        models.append(dict(name=name, stock=stock_architecture(name), **fields))
-    known = registered_methods()
+    names = fnmatch.filter(timm.list_models([f'{prefix}*' for prefix in TRAINING_PREFIXES]), f'*{pattern}*')
+    models = [dict(name=name, stock=stock_architecture(name)) for name in names]
     methods = [
-        dict(name=name, title=known[name].title, summary=known[name].summary)
-        for name in fnmatch.filter(known, f'*{pattern}*')]
+        dict(name=name, title=method.title, summary=method.summary)
+        for name, method in registered_methods().items() if fnmatch.fnmatch(name, f'*{pattern}*')
+    ]
     if as_json:
         print_json(dict(models=models, methods=methods))
         return
-    if not models and not methods:
-        click.echo(f'no model with rep layers and no method has {pattern!r} in its name', err=True)
     for model in models:
         own = model['stock'] == model['name']
         click.echo(f'{model["name"]:24} {"own stock form (inference_mode=True)" if own else model["stock"]}')
@@ -64,10 +62,11 @@ def demo(output: str) -> None:
 
 @click.command('bench', cls=Command)
 @click.argument('architectures', metavar='MODEL...', nargs=-1, required=True)
-@click.option('--batch-size', 'batch', type=int, metavar='N', default=8, show_default=True)
-@click.option('--img-size', type=int, metavar='N', help="Height and width of the images; the first model's by default.")
-@click.option('--rounds', type=int, metavar='N', default=7, show_default=True, help='Turns of each model.')
-@click.option('--steps', 'repeats', type=int, metavar='N', default=1, show_default=True, help='Steps in a turn.')
+@click.option('--batch-size', 'batch', type=NUMBER, metavar='N', default=8, show_default=True)
+@click.option(
+    '--img-size', type=NUMBER, metavar='N', help="Height and width of the images; the first model's by default.")
+@click.option('--rounds', type=NUMBER, metavar='N', default=7, show_default=True, help='Turns of each model.')
+@click.option('--steps', 'repeats', type=NUMBER, metavar='N', default=1, show_default=True, help='Steps in a turn.')
 @click.option('--device', metavar='NAME', default='cpu', show_default=True, help='Where to compute.')
 @click.option('--amp', is_flag=True, help='Compute in bfloat16 under autocast.')
 @click.option('--channels-last', is_flag=True, help='Keep images and kernels channels-last.')
@@ -88,5 +87,12 @@ def bench(architectures: Tuple[str, ...], as_json: bool, **kwargs: Any) -> None:
     result = bench_models(architectures, **kwargs)
     if as_json:
         print_json(result)
-    else:
-        click.echo(result)
+        return
+    size = 'x'.join(map(str, result['input_size']))
+    click.echo(
+        f'A training step of {result["batch"]} images of {size}, {result["dtype"]}, on {result["hardware"]}, '
+        f'torch {result["torch"]}:')
+    for row in result['models']:
+        ratio = f'{row["ratio"]:.2f} ({row["smallest"]:.2f} to {row["largest"]:.2f})'
+        million = row['parameters'] / 1e6
+        click.echo(f'{row["name"]:40} {1e3 * row["median"]:9.1f} ms  x {ratio:20} {million:8.2f}M parameters')

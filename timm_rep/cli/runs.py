@@ -1,24 +1,19 @@
 """Commands about training runs: ``train``, ``run``, ``plot``, ``ensemble``."""
-from typing import Any, List, Optional, Tuple
+from typing import Any, Optional, Tuple
 
 import click
 
-from .errors import Command, ScriptCommand
+from .errors import Command
 from .options import json_option
 from .output import print_json
 
 __all__ = ['ensemble', 'plot', 'run', 'train']
 
 
-class _TrainCommand(Command):
-    """Hands everything through, also --help and options that click does not know."""
-
-    def parse_args(self, context: click.Context, args: List[str]) -> List[str]:
-        context.params['args'] = tuple(args)
-        return []
-
-
-@click.command('train', cls=_TrainCommand, add_help_option=False)
+@click.command(
+    'train', cls=Command, add_help_option=False,
+    context_settings=dict(ignore_unknown_options=True, allow_interspersed_args=False))
+@click.argument('args', nargs=-1, type=click.UNPROCESSED)
 def train(args: Tuple[str, ...]) -> None:
     """Train as timm's train.py does, with all its arguments, and anneal: --time-steps, --recipe. See train --help."""
     from ..train import main
@@ -26,7 +21,7 @@ def train(args: Tuple[str, ...]) -> None:
     main(list(args), prog='timm-rep train')
 
 
-@click.command('run', cls=ScriptCommand, context_settings=dict(allow_interspersed_args=False))
+@click.command('run', cls=Command, context_settings=dict(allow_interspersed_args=False))
 @click.option('--timm-scripts', metavar='DIR', type=click.Path(file_okay=False), help='Folder of the scripts.')
 @click.argument('script', metavar='SCRIPT')
 @click.argument('args', metavar='[ARGS...]', nargs=-1, type=click.UNPROCESSED)
@@ -73,11 +68,11 @@ def plot(run_dir: str, out: Optional[str]) -> None:
 @click.option('--data-dir', metavar='DIR', type=click.Path(), required=True, help='Images, as for train.py.')
 @click.option('--val-split', metavar='NAME', help="Split to evaluate on; the run's by default.")
 @click.option('--train-split', metavar='NAME', help="Split to re-estimate batch norms on; the run's by default.")
-@click.option('--batch-size', type=int, metavar='N', help="Images a batch; the run's by default.")
+@click.option('--batch-size', type=click.IntRange(min=1), metavar='N', help="Images a batch; the run's by default.")
 @click.option('--workers', type=int, metavar='N', help='Processes that load images; as in the run by default.')
 @click.option('--device', metavar='NAME', help='Where to compute; cuda if there is one by default.')
 @click.option(
-    '--bn-images', type=int, metavar='N', default=2048, show_default=True,
+    '--bn-images', type=click.IntRange(min=2), metavar='N', default=2048, show_default=True,
     help='Training images to re-estimate batch norms on.')
 @click.option('--use-ema', is_flag=True, help='Take the snapshots of the averaged weights.')
 @click.option('--out', 'output', type=click.Path(), metavar='FILE', help='New file for the average of the weights.')
@@ -97,9 +92,8 @@ def ensemble(run_dir: str, data_dir: str, as_json: bool, **kwargs: Any) -> None:
 
     result = evaluate_snapshots(run_dir, data_dir, progress=True, **kwargs)
     if as_json:
-        fields = ('snapshots', 'outputs', 'weights', 'images', 'bn_images')
-        print_json({field: getattr(result, field) for field in fields})
+        print_json(result)
         return
-    click.echo(f'{f"on {result.images} images":20}{"top-1 (%)":>10} {"top-5 (%)":>10} {"loss":>9}')
+    click.echo(f'on {result.images} images: top-1 (%), top-5 (%), loss')
     for score in (*result.snapshots, result.outputs, result.weights):
-        click.echo(f'{score.name:20}{score.top1:10.2f} {score.top5:10.2f} {score.loss:9.4f}')
+        click.echo(f'{score.name:20}{score.top1:8.2f}{score.top5:8.2f}{score.loss:9.4f}')

@@ -3,7 +3,6 @@ from typing import Any, Optional
 
 import click
 
-from ..core.errors import UserError
 from .errors import Command
 from .options import checkpoint_options, json_option, model_kwargs_option, size_options
 from .output import print_json, report_content
@@ -63,11 +62,7 @@ def verify(checkpoint: str, fused: Optional[str], as_json: bool, **kwargs: Any) 
     from ..hub.forms import verify_checkpoint
 
     if fused is None and is_export(checkpoint):
-        if any(kwargs.values()):
-            raise UserError(f'{checkpoint} is an export, which says what it is: only --json goes with it')
         report = check_export(checkpoint)
-    elif is_export(checkpoint):
-        raise UserError(f'{checkpoint} is compared with what is published with it, not with {fused}')
     else:
         report = verify_checkpoint(checkpoint, fused, **kwargs)
     if as_json:
@@ -132,12 +127,6 @@ def import_official(file: str, out: str, as_json: bool, **kwargs: Any) -> None:
     if not as_json:
         click.echo(f'{imported.output}: {imported}')
         return
-    report = imported.report
-    print_json(dict(
-        output=str(imported.output),
-        architecture=imported.architecture,
-        form=imported.form,
-        num_classes=imported.num_classes,
-        model_kwargs=imported.model_kwargs,
-        fused=None if report is None else dict(report_content(report), ok=True),
-    ))
+    content = dict(vars(imported))
+    report = content.pop('report')
+    print_json(dict(content, fused=None if report is None else dict(report_content(report), ok=True)))

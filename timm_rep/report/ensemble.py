@@ -6,7 +6,6 @@ ensemble at no extra training cost.
 Source: `Snapshot Ensembles: Train 1, Get M for Free` (ICLR 2017), and, for the weights, `Averaging Weights Leads to
 Wider Optima and Better Generalization` (SWA, UAI 2018).
 """
-import copy
 import itertools
 import math
 import re
@@ -15,19 +14,17 @@ from pathlib import Path
 from typing import Any, Iterable, List, Optional, Sequence, Tuple, Union
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim.swa_utils import update_bn
+from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from ..core.errors import UserError
 from ..io.checkpoint import read_checkpoint
 from ..io.output import new_output
-from ..io.weights import load_stock_form, save_weights
+from ..io.weights import load, save_weights
 from .images import Score, as_device, evaluate, open_images, with_progress
 
-__all__ = ['EnsembleResult', 'average_outputs', 'average_weights', 'evaluate_snapshots', 'find_snapshots']
+__all__ = ['EnsembleResult', 'average_outputs', 'evaluate_snapshots', 'find_snapshots']
 
 BN_IMAGES = 2048
 BATCH_SIZE = 128  # if the run does not say
@@ -45,7 +42,6 @@ class EnsembleResult:
         weights: Score of the mean of their weights, with batch norms re-estimated.
         images: Number of held-out images.
         bn_images: Number of training images that the batch norms were re-estimated on.
-        model: The mean of the weights, stock form, in eval mode on the CPU.
     """
 
     snapshots: List[Score]
@@ -53,7 +49,6 @@ class EnsembleResult:
     weights: Score
     images: int
     bn_images: int
-    model: nn.Module
 
 
 def find_snapshots(run_dir: PathLike, *, use_ema: bool = False) -> List[Tuple[int, Path]]:
@@ -64,57 +59,18 @@ def find_snapshots(run_dir: PathLike, *, use_ema: bool = False) -> List[Tuple[in
         use_ema: Take those of the averaged weights, ``time_step-N-ema-stock.safetensors``.
 
     Returns:
-        Time step and file, in order; at least two.
+        Time step and file, in order.
 
     Raises:
         FileNotFoundError: If there is no such folder, or it has no snapshots.
-        UserError: If there is only one snapshot.
     """
-    run_dir = Path(run_dir)
-    if not run_dir.is_dir():
-        raise FileNotFoundError(f'no run folder at {run_dir}')
     name = f'time_step-N{"-ema" if use_ema else ""}-stock.safetensors'
     pattern = re.escape(name).replace('N', r'(\d+)')
-    matches = ((re.fullmatch(pattern, path.name), path) for path in run_dir.iterdir())
+    matches = ((re.fullmatch(pattern, path.name), path) for path in Path(run_dir).iterdir())
     found = sorted((int(match[1]), path) for match, path in matches if match)
     if not found:
-        other = ' (the run kept no averaged weights?)' if use_ema else ''
-        raise FileNotFoundError(f'{run_dir} has no snapshots of time steps, {name}{other}')
-    if len(found) == 1:
-        raise UserError(f'{run_dir} has one snapshot, {found[0][1].name}; it takes two or more to average')
+        raise FileNotFoundError(f'{run_dir} has no snapshots of time steps, {name}')
     return found
-
-
-@torch.no_grad()
-def average_weights(models: Sequence[nn.Module]) -> nn.Module:
-    """Average the weights of models of one architecture.
-
-    The kept statistics of batch norms are averaged too, which does not make them those of the averaged network:
-    re-estimate them on training images (``torch.optim.swa_utils.update_bn``).
-
-    Args:
-        models: One or more models with the same state_dict keys and shapes; they stay as they are.
-
-    Returns:
-        A new model; what is no floating-point number, like counters, is the last model's.
-
-    Raises:
-        UserError: If there is no model, or they are of different architectures.
-    """
-    if not models:
-        raise UserError('average_weights needs at least one model')
-    states = [model.state_dict() for model in models]
-    shapes = [{key: value.shape for key, value in state.items()} for state in states]
-    for number, other in enumerate(shapes):
-        if other != shapes[0]:
-            key = next(key for key in (*shapes[0], *other) if shapes[0].get(key) != other.get(key))
-            raise UserError(f'models 0 and {number} are of different architectures: they differ in {key}')
-    average = copy.deepcopy(models[-1])
-    for key, value in average.state_dict().items():
-        if value.is_floating_point():
-            # in double precision, so that the order of the models does not matter
-            value.copy_(torch.stack([state[key].double() for state in states]).mean(dim=0))
-    return average
 
 
 def average_outputs(logits: Sequence[Tensor]) -> Tensor:
@@ -162,7 +118,7 @@ def evaluate_snapshots(
     augmentation.
 
     Args:
-        run_dir: Folder with two or more ``time_step-N-stock.safetensors`` and the args.yaml of the run.
+        run_dir: Folder with ``time_step-N-stock.safetensors`` and the args.yaml of the run.
         data_dir: The images, as timm's train.py takes them.
         val_split: Split to evaluate on; by default the run's.
         train_split: Split to re-estimate batch norms on; by default the run's.
@@ -175,27 +131,22 @@ def evaluate_snapshots(
         progress: Show progress bars.
 
     Returns:
-        The scores, and the average of the weights as a model.
+        The scores.
 
     Raises:
         FileExistsError: If the output exists. Nothing is evaluated then.
         FileNotFoundError: If there is no such folder, or no snapshots in it.
-        UserError: If there is only one snapshot, the snapshots are not all of the run's model, there are no images, no
-            such split or device, or for a number out of range.
+        UserError: If the snapshots are not all of the run's model, or there are no images, no such split or device.
     """
     if output is not None:
         output = new_output(output)
-    for name, value, least in (('bn_images', bn_images, 2), ('batch_size', batch_size, 1), ('workers', workers, 0)):
-        if value is not None and value < least:
-            raise UserError(f'{name} must be at least {least}, got {value}')
-    snapshots = find_snapshots(run_dir, use_ema=use_ema)
-    data_dir = Path(data_dir)
-    if not data_dir.exists():  # before the models are loaded
-        raise FileNotFoundError(f'no images at {data_dir}')
     device = as_device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    snapshots = find_snapshots(run_dir, use_ema=use_ema)
     args = read_checkpoint(snapshots[0][1]).args
-    models: List[Any] = [load_stock_form(path) for _, path in snapshots]
-    average = average_weights(models)
+    models: List[Any] = [load(path).to(device) for _, path in snapshots]
+    average = AveragedModel(models[0]).eval()
+    for model in models:
+        average.update_parameters(model)
 
     batch_size = batch_size or args.get('validation_batch_size') or args.get('batch_size') or BATCH_SIZE
     workers = args.get('workers') or 0 if workers is None else workers
@@ -203,13 +154,11 @@ def evaluate_snapshots(
     train_split = train_split or args.get('train_split') or 'train'
     val_loader, train_loader = (
         open_images(
-            data_dir, split, models[0], batch_size=batch_size, workers=workers, device=device,
+            Path(data_dir), split, models[0], batch_size=batch_size, workers=workers, device=device,
             dataset=args.get('dataset') or '', class_map=args.get('class_map'), img_mode=args.get('input_img_mode'),
             input_key=args.get('input_key'), target_key=args.get('target_key'), is_training=training)
         for split, training in ((val_split, False), (train_split, True))
     )
-    for model in (*models, average):
-        model.to(device)
     train_batches, bn_images = _some_images(train_loader, bn_images, batch_size)
     update_bn(with_progress(train_batches, 'batch norms', progress), average, device)
 
@@ -219,7 +168,6 @@ def evaluate_snapshots(
 
     names = [*(f'time step {number}' for number, _ in snapshots), 'average of outputs', 'average of weights']
     scores, images = evaluate(forward, names, val_loader, device, progress)
-    average.cpu()
     if output is not None:
-        save_weights(average, output)
-    return EnsembleResult(scores[:-2], scores[-2], scores[-1], images, bn_images, average)
+        save_weights(average.module, output)
+    return EnsembleResult(scores[:-2], scores[-2], scores[-1], images, bn_images)

@@ -1,5 +1,4 @@
 """What models make of real images: one way to open them, one loop over them, and both forms of a model compared."""
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Iterable, List, Optional, Sequence, Tuple, Union
@@ -21,7 +20,6 @@ __all__ = [
 
 IMAGE_BATCH = 32
 TOP_K = 5
-LISTED_FOLDERS = 10
 
 PathLike = Union[str, Path]
 
@@ -124,29 +122,20 @@ def open_images(
         timm's loader.
 
     Raises:
-        FileNotFoundError: If there is no such class map.
-        UserError: If there are no images, no such split, or more classes than the model knows.
+        UserError: If there are no images, no such split or class map, or more classes than the model knows.
     """
     if class_map and not class_map.lower().endswith('.txt'):  # older timm unpickles others without a check
         raise UserError(f'no images can be read for a run whose class map is not a text file, got {class_map}')
     kwargs.update(class_map=class_map or '', input_img_mode=img_mode or ('L' if image_channels(model) == 1 else 'RGB'))
     try:
         images: Any = create_dataset(dataset, root=str(folder), split=split, batch_size=batch_size, **kwargs)
-    except (RuntimeError, ValueError, ImportError, AssertionError) as e:
-        if class_map and isinstance(e, AssertionError):
-            raise FileNotFoundError(
-                f'the run took its classes from the class map {class_map}, which is not there: without it no images '
-                'can be compared'
-            ) from None
+    except (RuntimeError, ValueError, ImportError, AssertionError) as e:  # the last for a class map that is not there
         raise UserError(f'{folder} holds no images that timm reads: {e}') from None
     reader: Any = getattr(images, 'reader', None)
-    if not dataset and folder.is_dir() and Path(reader.root) == folder:
-        # timm takes the whole folder where it finds no split of that name
-        depth = str(folder).count(os.sep) + 2  # of images in folders of classes
-        if splits_only or any(path.count(os.sep) > depth for path, _ in reader.samples):
-            names = sorted(path.name for path in folder.iterdir() if path.is_dir())
-            listed = ', '.join(names[:LISTED_FOLDERS]) + (', ...' if len(names) > LISTED_FOLDERS else '')
-            raise UserError(f'{folder} has no split {split!r} but {listed}; give the name of a split')
+    if not dataset and Path(reader.root) == folder:  # timm takes all of it where it finds no split of that name
+        depth = len(folder.parts) + 2  # of images in folders of classes
+        if splits_only or any(len(Path(path).parts) > depth for path, _ in reader.samples):
+            raise UserError(f'{folder} has no split {split!r}; give the name of a split')
     classes = len(getattr(reader, 'class_to_idx', None) or ())
     if classes > model.num_classes:
         raise UserError(f'{reader.root} holds images of {classes} classes, the model knows {model.num_classes}')
@@ -221,25 +210,17 @@ def compare_on_images(
         What was found.
 
     Raises:
-        FileNotFoundError: If there is no such folder or class map.
-        UserError: If the images are not of as many classes as the model knows, none are to be taken, the folder
-            holds other splits than the one asked for, or torch has no such device.
+        UserError: If there are no images or no such class map, the images are not of as many classes as the model
+            knows, the folder holds other splits than the one asked for, or torch has no such device.
         VerificationError: If the outputs differ by more than the tolerance, or are not finite.
     """
-    if max_images is not None and max_images < 1:
-        raise UserError(f'max_images must be at least 1, got {max_images}')
     device, folder = as_device(device), Path(folder).absolute()
-    if not folder.is_dir():
-        raise FileNotFoundError(f'no folder of images at {folder}')
     loader = open_images(
         folder, split, model, batch_size=IMAGE_BATCH, device=device, class_map=class_map, splits_only=False)
     reader = loader.dataset.reader
     index_of, samples, root = reader.class_to_idx, reader.samples, Path(reader.root)
     if len(index_of) != model.num_classes:
-        raise UserError(
-            f'{root} holds images of {len(index_of)} classes, the model knows {model.num_classes}; give the folder '
-            'with one folder for each class'
-        )
+        raise UserError(f'{root} holds images of {len(index_of)} classes, the model knows {model.num_classes}')
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).tolist()
     reader.samples = [samples[index] for index in sorted(order[:max_images])]
     model, fused = model.to(device), fused.to(device)

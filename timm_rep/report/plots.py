@@ -10,12 +10,11 @@ Needs matplotlib, of the extra ``demo``.
 """
 import math
 from dataclasses import dataclass
-from itertools import zip_longest
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from itertools import chain
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.errors import UserError
@@ -32,10 +31,7 @@ BLUE, VERMILLION, GREEN, PURPLE, BLACK = '#0072B2', '#D55E00', '#009E73', '#CC79
 # Red where the side branches are ahead, blue where the origin branch is; also for cosines above and below zero.
 DIVERGING = 'RdBu_r'
 MISSING = '0.85'
-MARKED_EPOCHS = 40  # a line of more epochs has no markers
-LABELLED_STEPS = 6  # more time steps than that are only numbered
-WIDE_LOSS = 20.0  # a loss that spans more than this factor is drawn on a logarithmic axis
-MAX_RATIO = 32.0  # of the colours for gradients
+RATIOS = {1 / 16: '1/16', 1 / 4: '1/4', 1: '1', 4: '4', 16: '16'}  # of the colours for gradients
 # Panels of the picture of a run: label, height, and style of each column.
 PANELS: Tuple[Tuple[str, float, Dict[str, Dict[str, Any]]], ...] = (
     ('accuracy (%)', 2.0, dict(
@@ -84,32 +80,26 @@ def branch_similarities(model: nn.Module) -> List[BranchSimilarity]:
     Raises:
         UserError: If there is no layer with two such branches.
     """
-    found: Dict[str, Dict[str, Dict[Tuple[str, str], float]]] = {}  # by kind, layer and pair of branches
+    found: Dict[str, Dict[str, Dict[str, Tensor]]] = {}  # directions of kernels by kind, layer and branch
     for name, module in annealed_modules(model):
-        flat = {branch: kernel.flatten().double() for branch, kernel in module.branch_kernels().items()}
-        unit = {branch: F.normalize(kernel, dim=0) if kernel.any() else None for branch, kernel in flat.items()}
-        if sum(kernel is not None for kernel in unit.values()) < 2:
-            continue
-        found.setdefault(type(module).__name__, {})[name] = {
-            (a, b): math.nan if first is None or second is None else (first @ second).item()
-            for a, first in unit.items() for b, second in unit.items()
-        }
+        kernels = {branch: kernel.flatten().double() for branch, kernel in module.branch_kernels().items()}
+        if sum(bool(kernel.any()) for kernel in kernels.values()) > 1:
+            directions = {branch: kernel / kernel.norm() for branch, kernel in kernels.items()}  # of zeros NaN
+            found.setdefault(type(module).__name__, {})[name] = directions
     if not found:
         raise UserError(f'{type(model).__name__} has no layer with two branches to compare')
     similarities = []
     for kind, layers in sorted(found.items(), key=lambda entry: -len(entry[1])):
-        branches = list(dict.fromkeys(branch for cosines in layers.values() for branch, _ in cosines))
-        cosine = torch.tensor(
-            [[[cosines.get((a, b), math.nan) for b in branches] for a in branches] for cosines in layers.values()],
-            dtype=torch.float64)
+        branches = list(dict.fromkeys(chain.from_iterable(layers.values())))
+        cosine = torch.tensor([
+            [[_cosine(directions, a, b) for b in branches] for a in branches] for directions in layers.values()
+        ], dtype=torch.float64)
         similarities.append(BranchSimilarity(kind, branches, list(layers), cosine.nanmean(dim=0)))
     return similarities
 
 
-class _TimeStep(NamedTuple):
-    number: int  # from 0
-    first: int  # epoch
-    last: int  # epoch, as far as the run went
+def _cosine(directions: Mapping[str, Tensor], a: str, b: str) -> float:
+    return (directions[a] @ directions[b]).item() if {a, b} <= directions.keys() else math.nan
 
 
 def _points(rows: Rows, column: str) -> Points:
@@ -119,13 +109,6 @@ def _points(rows: Rows, column: str) -> Points:
         (int(epoch), float(value)) for epoch, value in pairs
         if isinstance(value, (int, float)) and math.isfinite(value)
     ]
-
-
-def _time_steps(history: Rows) -> List[_TimeStep]:
-    epochs_of: Dict[int, List[int]] = {}
-    for epoch, number in _points(history, 'time_step'):
-        epochs_of.setdefault(int(number), []).append(epoch)
-    return [_TimeStep(number, min(epochs), max(epochs)) for number, epochs in sorted(epochs_of.items())]
 
 
 def _new_figure(width: float, height: float, title: str) -> Any:
@@ -146,53 +129,33 @@ def _tidy(axes: Any) -> None:
     axes.yaxis.label.set_size(12)
 
 
-def _log_axis(axis: Any) -> None:
-    """Few short labels on a logarithmic axis, but never none."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    low, high = axis.get_view_interval()
-    decades = math.log10(high / low)
-    steps = (1.0,) if decades > 3 else (1.0, 3.0) if decades > 1 else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
-    axis.set_major_locator(LogLocator(subs=steps))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def _short(value: float) -> str:
-    if 0.01 <= value < 10000:
-        return f'{value:g}'
-    mantissa, exponent = f'{value:.1e}'.split('e')
-    return f'{float(mantissa):g}e{int(exponent)}'
-
-
 def _epoch_axis(axes: Any, epochs: List[int]) -> None:
-    from matplotlib.ticker import MaxNLocator
-
     axes.set(xlabel='epoch', xlim=(epochs[0] - 0.5, epochs[-1] + 0.5))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.locator_params(axis='x', integer=True, min_n_ticks=1)
 
 
-def _draw_bands(axes: Any, steps: List[_TimeStep], labels: bool) -> None:
-    """Shade every other time step, and name them above the axes, the first being 1."""
-    words = len(steps) <= LABELLED_STEPS
-    if labels and not words:
-        axes.text(0, 1.02, 'time step ', transform=axes.transAxes, ha='right', va='bottom', fontsize=11)
-    for step, following in zip_longest(steps, steps[1:]):
-        start, end = step.first - 0.5, (step.last + 0.5 if following is None else following.first - 0.5)
-        if step.number % 2 == 0:
+def _draw_bands(axes: Any, history: Rows, labels: bool) -> None:
+    """Shade every other time step, and number them above the axes, from 1."""
+    epochs_of: Dict[int, List[int]] = {}
+    for epoch, number in _points(history, 'time_step'):
+        epochs_of.setdefault(int(number), []).append(epoch)
+    for number, epochs in epochs_of.items():
+        start, end = min(epochs) - 0.5, max(epochs) + 0.5
+        if number % 2 == 0:
             axes.axvspan(start, end, color='0.93', zorder=0, linewidth=0)
         if labels:
             axes.text(
-                (start + end) / 2, 1.02, f'time step {step.number + 1}' if words else str(step.number + 1),
-                fontsize=11, transform=axes.get_xaxis_transform(), ha='center', va='bottom')
+                (start + end) / 2, 1.02, str(number + 1), transform=axes.get_xaxis_transform(), ha='center',
+                va='bottom', fontsize=11)
+    if labels and epochs_of:
+        axes.text(0, 1.02, 'time step ', transform=axes.transAxes, ha='right', va='bottom', fontsize=11)
 
 
 def _draw_curve(axes: Any, points: Points, **style: Any) -> None:
-    marker = 'o' if len(points) <= MARKED_EPOCHS else None
-    axes.plot(*zip(*points), marker=marker, markersize=4, linewidth=1.8, **style)
+    axes.plot(*zip(*points), marker='.', linewidth=1.8, **style)
 
 
-def draw_annealing(history: Rows, title: str = '', *, published: Optional[int] = None) -> Any:
+def draw_annealing(history: Rows, title: str = 'training run', *, published: Optional[int] = None) -> Any:
     """Draw accuracy, loss, learning rate and attach rate over the epochs, the time steps as bands.
 
     Args:
@@ -216,25 +179,27 @@ def draw_annealing(history: Rows, title: str = '', *, published: Optional[int] =
     if not panels:
         columns = ', '.join(history[0]) if history else 'no row'
         raise UserError(f'none of accuracy, loss and learning rate is noted; there is {columns}')
-    title = title or 'training run'
     top1 = _points(history, 'eval_top1')
     if top1:
         best = max(top1, key=lambda point: point[1])
-        title += f': top-1 {top1[-1][1]:.2f}% at the end'
-        title += ' (the best)' if best == top1[-1] else f', best {best[1]:.2f}% (epoch {best[0]})'
+        title += f': top-1 {top1[-1][1]:.2f}% at the end, best {best[1]:.2f}% (epoch {best[0]})'
 
     heights = [height for _, height, _, _ in panels]
     figure = _new_figure(11, 1.3 + 1.45 * sum(heights), title)
-    steps = _time_steps(history)
     rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (label, _, styles, curves) in zip(rows, panels):
-        _draw_bands(axes, steps, labels=axes is rows[0])
+        _draw_bands(axes, history, labels=axes is rows[0])
         for column, points in curves.items():
             _draw_curve(axes, points, **styles[column])
         if published is not None:
             axes.axvline(
                 published, color='0.5', linestyle=':', linewidth=2, label='published' if axes is rows[0] else None)
-        _finish_panel(axes, label, [value for points in curves.values() for _, value in points])
+        axes.set_ylabel(label)
+        if len(axes.get_legend_handles_labels()[1]) > 1:
+            axes.legend(frameon=False, fontsize=11, ncols=3)
+        if label.endswith('rate'):
+            axes.set_ylim(bottom=0)
+        _tidy(axes)
         if 'eval_top1' in curves:
             axes.plot(*best, marker='*', markersize=14, color=VERMILLION, zorder=3)
     _epoch_axis(rows[-1], [int(row['epoch']) for row in history])
@@ -242,48 +207,16 @@ def draw_annealing(history: Rows, title: str = '', *, published: Optional[int] =
     return figure
 
 
-def _finish_panel(axes: Any, label: str, values: List[float]) -> None:
-    axes.set_ylabel(label)
-    if len(axes.get_legend_handles_labels()[1]) > 1:
-        axes.legend(frameon=False, fontsize=11, ncols=3)
-    if label == 'loss' and 0 < WIDE_LOSS * min(values) < max(values):
-        axes.set_yscale('log')
-        _log_axis(axes.yaxis)
-    elif label in ('learning rate', 'attach rate'):
-        axes.set_ylim(0, 1.08 * max(values) or 1.0)
-    _tidy(axes)
-
-
-class _Gradients(NamedTuple):
-    """Gradient magnitudes of origin and side branches ``(d, e)`` by depth and epoch; NaN where none was noted."""
-
-    epochs: List[int]
-    depths: List[int]
-    origin: Tensor
-    sides: Tensor  # mean over the side branches
-
-    def branches(self) -> Tuple[Tuple[Tensor, str, str], ...]:
-        return (self.sides, VERMILLION, 'side branches'), (self.origin, BLUE, 'origin branch')
-
-    def ratio(self) -> Tensor:
-        ratio = self.sides / self.origin
-        return ratio.where(torch.isfinite(ratio) & (ratio > 0), math.nan)
-
-
-def _gradients(rows: Rows) -> _Gradients:
+def _gradients(rows: Rows) -> Tuple[List[int], List[int], Tensor, Tensor]:
+    """Epochs, depths, and gradients ``(d, e)`` of the origin and the mean side branch; NaN where none was noted."""
     epochs, depths = (sorted({int(row[column]) for row in rows}) for column in ('epoch', 'depth'))
-    shape = (2, len(depths), len(epochs))  # of the origin branch, of the side branches
-    sums, counts = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+    sums, counts = torch.zeros(2, 2, len(depths), len(epochs), dtype=torch.float64)
     for row in rows:
         place = (int(row['branch'] != ORIGIN), depths.index(int(row['depth'])), epochs.index(int(row['epoch'])))
         sums[place] += row['rms']
         counts[place] += 1
-    return _Gradients(epochs, depths, *(sums / counts))
-
-
-def _power_label(exponent: float) -> str:
-    """``2 ** exponent`` as text, as a fraction below one."""
-    return f'{2 ** exponent:g}' if exponent >= 0 else f'1/{2 ** -exponent:g}'
+    origin, sides = sums / counts
+    return epochs, depths, origin, sides
 
 
 def _edges(numbers: List[int]) -> List[float]:
@@ -294,8 +227,7 @@ def _edges(numbers: List[int]) -> List[float]:
 def draw_branch_gradients(rows: Rows, title: str = '', *, history: Rows = ()) -> Any:
     """Draw the gradient magnitude of origin and side branches by depth and epoch (RepAn, Fig. 1).
 
-    On the left both over the epochs, and their ratio by depth and epoch as colours; beside that both over the depth, at
-    the start and the end of the time steps.
+    Above both over the epochs, below their ratio by depth and epoch as colours.
 
     Args:
         rows: One row for each branch, layer and epoch, as in ``Annealer.branch_rows`` and in branch_gradients.csv:
@@ -310,80 +242,35 @@ def draw_branch_gradients(rows: Rows, title: str = '', *, history: Rows = ()) ->
     Raises:
         UserError: If no layer has both an origin and a side branch, or matplotlib is missing.
     """
-    gradients = _gradients(rows)
-    ratio = gradients.ratio()
+    from matplotlib.colors import LogNorm
+
+    epochs, depths, origin, sides = _gradients(rows)
+    ratio = sides / origin
     if ratio.isnan().all():
         raise UserError('no layer has gradients of both an origin and a side branch')
-    epochs = gradients.epochs
-    steps = [step for step in _time_steps(history) if step.first in epochs and step.last in epochs]
-
-    figure = _new_figure(13, 8.6, 'gradients of side and origin branches' + (f', {title}' if title else ''))
-    grid = figure.add_gridspec(2, 2, width_ratios=(2.2, 1), height_ratios=(1, 1.7))
-    over_epochs, note = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
-    middle, over_depth = figure.add_subplot(grid[1, 0]), figure.add_subplot(grid[1, 1])
-    _draw_bands(over_epochs, steps, labels=True)
-    for values, colour, label in gradients.branches():
-        _draw_curve(over_epochs, list(zip(epochs, values.nanmedian(dim=0).values.tolist())), color=colour, label=label)
-    over_epochs.set(ylabel='gradient (RMS of elements),\nmedian of the layers', yscale='log')
-    over_epochs.legend(frameon=False, fontsize=11)
-    _log_axis(over_epochs.yaxis)
-    _tidy(over_epochs)
-    _epoch_axis(over_epochs, epochs)
-    _draw_ratio(middle, gradients, steps)
-    _draw_over_depth(over_depth, gradients, steps)
-    over_depth.set_ylim(middle.get_ylim())
-
     share = (ratio > 1).sum().item() / (~ratio.isnan()).sum().item()
-    note.axis('off')
-    note.text(
-        0, 1, f'Side branches have the larger gradient\nin {100 * share:.0f}% of all layers and epochs.', va='top',
-        transform=note.transAxes, fontsize=12)
-    note.legend(  # right above the curves
-        *over_depth.get_legend_handles_labels(), loc='lower left', frameon=False, fontsize=11, borderaxespad=0)
+    figure = _new_figure(11, 9, '\n'.join(filter(None, (
+        f'gradients: side branches ahead in {100 * share:.0f}% of all layers and epochs', title))))
+    curves, colours = figure.subplots(2, 1, sharex=True, height_ratios=(1, 1.7))
+    _draw_bands(curves, history, labels=True)
+    for values, colour, label in ((sides, VERMILLION, 'side branches'), (origin, BLUE, 'origin branch')):
+        _draw_curve(curves, list(zip(epochs, values.nanmedian(dim=0).values.tolist())), color=colour, label=label)
+    curves.set(ylabel='gradient (RMS of elements),\nmedian of the layers', yscale='log')
+    curves.legend(frameon=False, fontsize=11)
+    _tidy(curves)
+
+    colours.set_facecolor(MISSING)
+    image = colours.pcolormesh(
+        _edges(epochs), _edges(depths), ratio.numpy(), cmap=DIVERGING, norm=LogNorm(min(RATIOS), max(RATIOS)))
+    bar = figure.colorbar(image, ax=colours, extend='both', pad=0.02, fraction=0.05, label='side / origin')
+    bar.set_ticks(list(RATIOS), labels=list(RATIOS.values()), minor=False)
+    bar.minorticks_off()
+    colours.set_ylabel('depth (layers from the input)')
+    colours.locator_params(axis='y', integer=True, min_n_ticks=1)
+    _tidy(colours)
+    colours.grid(visible=False)
+    _epoch_axis(colours, epochs)
     return figure
-
-
-def _draw_ratio(axes: Any, gradients: _Gradients, steps: List[_TimeStep]) -> None:
-    logs = gradients.ratio().log2()
-    limit = min(max(round(logs[~logs.isnan()].abs().quantile(0.98).item()), 2), int(math.log2(MAX_RATIO)))
-    axes.set_facecolor(MISSING)
-    image = axes.pcolormesh(
-        _edges(gradients.epochs), _edges(gradients.depths), logs.numpy(), cmap=DIVERGING, vmin=-limit, vmax=limit)
-    for step in steps[1:]:
-        axes.axvline(step.first - 0.5, color=BLACK, linewidth=1, linestyle=':')
-    bar = axes.figure.colorbar(image, ax=axes, ticks=range(-limit, limit + 1), extend='both', pad=0.02, fraction=0.05)
-    bar.ax.set_yticklabels([_power_label(exponent) for exponent in range(-limit, limit + 1)])
-    bar.ax.tick_params(labelsize=11)
-    bar.ax.set_title('side / origin', fontsize=11)  # beside the bar it would run into the next plot
-    _tidy(axes)
-    axes.grid(visible=False)
-    _depth_axis(axes, 'depth (layers from the input)')
-    _epoch_axis(axes, gradients.epochs)
-
-
-def _draw_over_depth(axes: Any, gradients: _Gradients, steps: List[_TimeStep]) -> None:
-    epochs, period = gradients.epochs, ' of a time step' if steps else ''
-    steps = steps or [_TimeStep(0, epochs[0], epochs[-1])]
-    for chosen, line, when in (
-            ([step.first for step in steps], '-', f'first epoch{period}'),
-            ([step.last for step in steps], ':', f'last epoch{period}'),
-    ):
-        columns = [epochs.index(epoch) for epoch in chosen]
-        for values, colour, label in gradients.branches():
-            axes.plot(
-                values[:, columns].nanmean(dim=1), gradients.depths, color=colour, linestyle=line, linewidth=2,
-                label=f'{label}, {when}')
-    axes.set(xlabel='gradient (RMS of elements)', xscale='log')
-    _log_axis(axes.xaxis)
-    _depth_axis(axes, 'depth')
-    _tidy(axes)
-
-
-def _depth_axis(axes: Any, label: str) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.set_ylabel(label, fontsize=12)
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def draw_branch_similarity(model: nn.Module, title: str = '') -> Any:
@@ -418,8 +305,6 @@ def draw_branch_similarity(model: nn.Module, title: str = '') -> Any:
         axes.set_yticks(ticks, similarity.branches, fontsize=12)
         axes.spines[:].set_visible(False)
         axes.set_anchor('N')
-        count = len(similarity.layers)
-        axes.set_title(f'{similarity.kind}\nmean of {count} layer{"s" if count > 1 else ""}', fontsize=12)
-    bar = figure.colorbar(image, ax=panels, shrink=0.8)
-    bar.set_label('cosine similarity', fontsize=12)
+        axes.set_title(f'{similarity.kind}\nlayers: {len(similarity.layers)}', fontsize=12)
+    figure.colorbar(image, ax=panels, shrink=0.8, label='cosine similarity')
     return figure

@@ -1,13 +1,9 @@
 """Pictures of the folder of a run."""
 import logging
-import re
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
-import torch.nn as nn
-
 from ..core.errors import UserError
-from ..io.extras import require_extra
 from ..io.runs import complete_rows, read_run_args, read_summary, to_number
 from ..io.weights import load_training_form
 from .plots import draw_annealing, draw_branch_gradients, draw_branch_similarity
@@ -34,45 +30,24 @@ def read_branch_gradients(path: PathLike) -> List[Dict[str, Any]]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        UserError: If it has other columns, or holds no complete epoch.
     """
-    path = Path(path)
-    wanted = {'epoch', 'depth', 'layer', 'branch', 'rms'}
     found: Dict[int, Dict[Tuple[str, str], Dict[str, Any]]] = {}  # by epoch, then depth and branch
-    for cells in complete_rows(path):
-        if not wanted <= cells.keys() or not cells['depth'].isdigit():
-            raise UserError(f'{path} must have the columns {", ".join(sorted(wanted))}, got {", ".join(cells)}')
+    for cells in complete_rows(Path(path)):
         epoch = int(cells['epoch'])
         for undone in [later for later in found if later > epoch]:
             del found[undone]
         found.setdefault(epoch, {})[cells['depth'], cells['branch']] = dict(
             cells, epoch=epoch, depth=int(cells['depth']), rms=to_number(cells['rms']))
-    if not found:
-        raise UserError(f'{path} holds no complete epoch')
     return [row for rows in found.values() for row in rows.values()]
 
 
-def _numbered(folder: Path, pattern: str) -> List[Path]:
-    """Files whose name has a number, the highest first."""
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := re.fullmatch(pattern, path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
-
-
-def _newest_training_form(run_dir: Path) -> Tuple[nn.Module, str]:
-    """The model of a run with its newest weights that can be read, and the name of their file."""
-    snapshots = _numbered(run_dir, r'time_step-(\d+)\.safetensors')
-    checkpoints = _numbered(run_dir, r'checkpoint-(\d+)\.pth\.tar')
-    files = [run_dir / 'last.pth.tar', *snapshots, *checkpoints, run_dir / 'model_best.pth.tar']
-    files = [path for path in files if path.is_file()]
-    if not files:
-        raise FileNotFoundError(f'no weights in training form in {run_dir}')
-    reasons = []
-    for path in files:  # a killed run may have left a file half written
-        try:
-            return load_training_form(path), path.name
-        except (OSError, UserError) as e:
-            reasons.append(str(e))
-    raise UserError(reasons[0])
+def _newest_training_form(run_dir: Path) -> Path:
+    """The newest weights of a run."""
+    snapshots = sorted(run_dir.glob('time_step-*[0-9].safetensors'), key=lambda path: int(path.stem.split('-')[1]))
+    for path in (run_dir / 'last.pth.tar', *reversed(snapshots), run_dir / 'model_best.pth.tar'):
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f'no weights in training form in {run_dir}')
 
 
 def _annealing(run_dir: Path, model: str) -> Any:
@@ -86,8 +61,8 @@ def _branch_gradients(run_dir: Path, model: str) -> Any:
 
 
 def _branch_similarity(run_dir: Path, model: str) -> Any:
-    weights, source = _newest_training_form(run_dir)
-    return draw_branch_similarity(weights, ', '.join(filter(None, (model, source))))
+    path = _newest_training_form(run_dir)
+    return draw_branch_similarity(load_training_form(path), f'{model} {path.name}')
 
 
 FIGURES: Dict[str, Callable[[Path, str], Any]] = {
@@ -124,27 +99,20 @@ def plot_run(run_dir: PathLike, output: Optional[PathLike] = None) -> List[Path]
         The files it wrote.
 
     Raises:
-        FileNotFoundError: If there is no such run.
         FileExistsError: If a file of one of these names is there that is no figure of ours. Nothing is written then.
         UserError: If there are data for none of the figures, or matplotlib, of the extra ``demo``, is missing.
     """
-    require_extra('drawing', 'demo', ['matplotlib'])
     run_dir = Path(run_dir)
-    if not run_dir.is_dir():
-        raise FileNotFoundError(f'no run folder at {run_dir}')
     output = run_dir if output is None else Path(output)
-    if output.exists() and not output.is_dir():
-        raise FileExistsError(f'output {output} is a file, not a folder')
     for name in FIGURES:
         _check_replaceable(output / name)
-    model = str(read_run_args(run_dir / 'args.yaml').get('model') or '')
+    model = str(read_run_args(run_dir / 'args.yaml').get('model') or 'training run')
 
     figures, reasons = {}, []
     for name, draw in FIGURES.items():
         try:
             figures[name] = draw(run_dir, model)
         except (OSError, UserError) as e:
-            _logger.debug('traceback of the reason', exc_info=True)
             reasons.append(f'{name}: {" ".join(str(e).split())}')
     if not figures:
         raise UserError(f'nothing to draw of {run_dir}; ' + '; '.join(reasons))

@@ -13,40 +13,23 @@ import timm
 from ..core.errors import UserError
 from ..models.names import TRAINING_PREFIXES  # with which our models are registered
 
-__all__ = ['SCRIPTS', 'find_script', 'run_script', 'script_folders']
+__all__ = ['SCRIPTS', 'find_script', 'run_script']
 
 _logger = logging.getLogger(__name__)
 
 SCRIPTS = ('train', 'validate', 'benchmark', 'inference', 'onnx_export')
 FOLDER_VARIABLE = 'TIMM_SCRIPTS'
 TIMM_REPOSITORY = 'https://github.com/huggingface/pytorch-image-models'
-# What a script imports beyond what timm needs.
-EXTRA_PACKAGES = dict(inference=('pandas',))
 # Scripts that run a model, or write it, as it is, unless they are told to fuse it.
 REPARAM_SCRIPTS = ('validate', 'benchmark', 'onnx_export')
 
 
-def _cache_folder() -> Path:
-    cache = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
-    return Path(cache) / 'timm_rep' / f'timm-{timm.__version__}'
-
-
-def script_folders(folder: Union[str, Path, None] = None) -> List[Path]:
-    """Where timm's scripts are looked for, in this order.
-
-    A folder that is given, or named by ``$TIMM_SCRIPTS``, is the only one: a script from elsewhere would be a surprise.
-
-    Args:
-        folder: Folder given by the user.
-
-    Returns:
-        The given folder; else that of ``$TIMM_SCRIPTS``; else the timm source checkout that is installed editable, if
-        there is one, and the user cache ``<cache>/timm_rep/timm-<version>``.
-    """
+def _script_folders(folder: Union[str, Path, None]) -> List[Path]:
     given = folder or os.environ.get(FOLDER_VARIABLE)
     if given:
         return [Path(given).expanduser()]
-    folders = [_cache_folder()]
+    cache = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
+    folders = [Path(cache) / 'timm_rep' / f'timm-{timm.__version__}']
     checkout = Path(timm.__file__).resolve().parents[1]
     if (checkout / 'pyproject.toml').is_file():  # no site-packages folder has one
         folders.insert(0, checkout)
@@ -56,9 +39,13 @@ def script_folders(folder: Union[str, Path, None] = None) -> List[Path]:
 def find_script(name: str, folder: Union[str, Path, None] = None) -> Path:
     """Find one of timm's scripts. Nothing is ever downloaded.
 
+    A folder that is given, or named by ``$TIMM_SCRIPTS``, is the only one to look in: a script from elsewhere would be
+    a surprise. Else it is the timm source checkout that is installed editable, if there is one, and then the user cache
+    ``<cache>/timm_rep/timm-<version>``.
+
     Args:
-        name: One of ``SCRIPTS``, with or without ``.py``.
-        folder: The only folder to look in; see :func:`script_folders` for the default.
+        name: One of ``SCRIPTS``.
+        folder: Folder given by the user.
 
     Returns:
         Path of the script.
@@ -67,19 +54,16 @@ def find_script(name: str, folder: Union[str, Path, None] = None) -> Path:
         UserError: For another name.
         FileNotFoundError: If the script is in none of the folders. The message says how to get it.
     """
-    stem = name[:-len('.py')] if name.endswith('.py') else name
-    if stem not in SCRIPTS:
+    if name not in SCRIPTS:
         raise UserError(f'unknown timm script {name!r}; allowed are {", ".join(SCRIPTS)}')
-    folders = script_folders(folder)
-    for place in folders:
-        path = place / f'{stem}.py'
+    paths = [place / f'{name}.py' for place in _script_folders(folder)]
+    for path in paths:
         if path.is_file():
             return path
-    places = ', '.join(str(place) for place in folders)
     raise FileNotFoundError(
-        f"timm's {stem}.py is not in {places}. The scripts ({', '.join(SCRIPTS)}) do not come with timm's package; "
-        f'get them with `git clone --depth 1 --branch v{timm.__version__} {TIMM_REPOSITORY} timm-src` and '
-        f'`export {FOLDER_VARIABLE}=$PWD/timm-src`'
+        f"timm's scripts ({', '.join(SCRIPTS)}) do not come with its package, and there is no "
+        f'{" nor ".join(map(str, paths))}; get them with `git clone --depth 1 --branch v{timm.__version__} '
+        f'{TIMM_REPOSITORY} timm-src` and `export {FOLDER_VARIABLE}=$PWD/timm-src`'
     )
 
 
@@ -88,19 +72,14 @@ def _check_arguments(script: str, args: Sequence[str]) -> None:
 
     Raises:
         UserError: If a package that the script needs is missing.
-        FileNotFoundError: If there is no such config file.
     """
-    missing = [name for name in EXTRA_PACKAGES.get(script, ()) if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"timm's {script}.py needs {', '.join(missing)}: pip install {' '.join(missing)}")
+    if script == 'inference' and importlib.util.find_spec('pandas') is None:
+        raise UserError("timm's inference.py needs pandas: pip install pandas")
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for names in (('--config', '-c'), ('--model', '-m')):
-        parser.add_argument(*names, nargs='?', default='')
+    parser.add_argument('--model', '-m', nargs='?')
     parser.add_argument('--reparam', action='store_true')
     parser.add_argument('--model-kwargs', nargs='*', default=[])
     given, _ = parser.parse_known_args(args)
-    if script == 'train' and given.config and not Path(given.config).is_file():
-        raise FileNotFoundError(f'no config file at {given.config}')
     model = given.model or ''
     stock = any(item.startswith('inference_mode=') for item in given.model_kwargs)
     if script in REPARAM_SCRIPTS and model.startswith(TRAINING_PREFIXES) and not (given.reparam or stock):
@@ -119,7 +98,6 @@ def run_script(path: Union[str, Path], args: Sequence[str] = ()) -> None:
 
     Raises:
         UserError: If a package that the script needs is missing.
-        FileNotFoundError: If a config file for it is missing.
         SystemExit: As the script raises it, e.g. behind its ``--help``.
     """
     path = Path(path)
