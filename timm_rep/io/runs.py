@@ -1,17 +1,17 @@
 """What a run of timm's train.py leaves beside its checkpoint, made fit to be shown to others."""
 import csv
-import json
 import logging
 import math
 import re
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
 from urllib.parse import urlsplit
 
 import yaml
 
 from ..core.errors import UserError
+from .output import PathLike
 
 __all__ = ['Run', 'complete_rows', 'plain_args', 'read_run', 'read_run_args', 'read_summary', 'to_number', 'write_run']
 
@@ -29,21 +29,16 @@ WORD_ARGS = frozenset("""
 # What train.py adds to its arguments for itself, once it runs.
 DERIVED_ARGS = frozenset(('distributed', 'local_rank', 'prefetcher', 'rank', 'world_size'))
 START_ARGS = ('initial_checkpoint', 'pretrained_path')
-UNSET: Tuple[Any, ...] = (None, '', False, 0, [], {})
 SECRET_NAME = re.compile(r'token|secret|passw|credential|auth|key', re.IGNORECASE)
 # A path of a machine, an address, or what access keys begin with, anywhere in a text.
 PRIVATE_VALUE = re.compile(
     r'(?<!\w)[/\\~]|local-dir:|(?:hf_|gh[opsur]_|github_pat_|glpat-|xox[abp]-|(?<![a-z])sk-|AKIA|AIza)\w{8}',
     re.IGNORECASE)
-PathLike = Union[str, Path]
-# By the arguments inside a checkpoint and in the args.yaml beside it the two are told to be of one run: by its name and
-# all that are published, but those that train.py changes itself, and those that may differ when a run is resumed.
-RUN_NAME = 'experiment'
+# May differ between the arguments inside a checkpoint and those in the args.yaml beside it: train.py changes them itself,
+# or they may be others when a run is resumed.
 MAY_DIFFER = frozenset((
     'checkpoint_hist', 'device', 'dist_bn', 'log_interval', 'log_wandb', 'pin_mem', 'recovery_interval', 'save_images',
     'start_epoch', 'workers'))
-# Where args.yaml leaves them open, train.py decides once it runs.
-DECIDED_LATER = ('lr', 'lr_base_scale', 'num_classes')
 WHY_LEFT_OUT = "since about the machine it ran on, or not train.py's own"
 DEFAULT_EVAL_METRIC = 'top1'
 # What arguments must be that something is built from here, if they are given.
@@ -162,12 +157,10 @@ def _without_private(args: Mapping[Any, Any], inside: str = '') -> Tuple[Dict[An
     for key, value in args.items():
         if _is_private(str(key)):
             left_out.append(f'{inside}...')
-        elif inside and SECRET_NAME.search(str(key)):
-            left_out.append(f'{inside}{key}')
         elif isinstance(value, dict):
             kept[key], names = _without_private(value, f'{inside}{key}.')
             left_out += names
-        elif _is_private(value):
+        elif _is_private(value) or (inside and SECRET_NAME.search(str(key))):
             left_out.append(f'{inside}{key}')
         else:
             kept[key] = value
@@ -244,15 +237,12 @@ def read_summary(path: PathLike) -> List[Dict[str, float]]:
 def _check_args_beside(path: Path, beside: Mapping[str, Any], args: Mapping[str, Any]) -> None:
     """Raise a UserError if args.yaml is of another run than the checkpoint beside it."""
     for key in sorted((beside.keys() & args.keys()) - MAY_DIFFER):
-        if key != RUN_NAME and not any(_is_shared(key, given[key]) for given in (beside, args)):
-            continue
-        if key in DECIDED_LATER and beside[key] in (None, ''):
-            continue
-        # YAML has no tuples
-        if json.dumps(beside[key], default=str) != json.dumps(args[key], default=str):
+        one, other = _plain(beside[key]), _plain(args[key])
+        decided_later = one in (None, '')  # by train.py, once it runs
+        if one != other and not decided_later and (_is_shared(key, one) or _is_shared(key, other)):
             raise UserError(
-                f'{path.parent / "args.yaml"} is of another run than {path.name}: {key} is {beside[key]!r} in the one '
-                f'and {args[key]!r} in the other'
+                f'{path.parent / "args.yaml"} is of another run than {path.name}: {key} is {one!r} in the one and '
+                f'{other!r} in the other'
             )
 
 
@@ -316,12 +306,12 @@ def read_run(
     history = tuple(read_summary(summary)) if summary.is_file() else ()
     if not args and not history:
         return None
-    row = next((row for row in history if row.get('epoch') == epoch), None)
+    row = next((row for row in history if row['epoch'] == epoch), None)
     if row is not None:
         _check_metric(checkpoint, row, epoch, args.get('eval_metric') or DEFAULT_EVAL_METRIC, metric)
     told = {key: value for key, value in args.items() if _is_shared(str(key), value)}
     shared, left_out = _without_private(told)
-    left_out += [str(key) for key in args.keys() - told.keys() - DERIVED_ARGS if args[key] not in UNSET]
+    left_out += [str(key) for key in args.keys() - told.keys() - DERIVED_ARGS if args[key]]
     return Run(
         shared,
         tuple(sorted(left_out)),
@@ -333,7 +323,7 @@ def read_run(
     )
 
 
-def write_run(run: Run, folder: Union[str, Path]) -> None:
+def write_run(run: Run, folder: PathLike) -> None:
     """Write ``args.yaml`` and ``summary.csv``, each if there is something to write.
 
     Args:
@@ -348,4 +338,4 @@ def write_run(run: Run, folder: Union[str, Path]) -> None:
         with (folder / 'summary.csv').open('w', newline='') as file:
             writer = csv.DictWriter(file, list(run.history[0]), lineterminator='\n')
             writer.writeheader()
-            writer.writerows(dict(row, epoch=int(row['epoch'])) if 'epoch' in row else row for row in run.history)
+            writer.writerows(dict(row, epoch=int(row['epoch'])) for row in run.history)
