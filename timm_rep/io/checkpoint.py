@@ -20,7 +20,7 @@ from ..models.names import stock_architecture
 from .architecture import FACTORY_ARGS, create_model
 from .description import Description, read_description
 from .output import PathLike
-from .runs import plain_args, read_run_args
+from .runs import plain, read_run_args
 
 __all__ = [
     'Checkpoint', 'find_checkpoint', 'model_args_of', 'read_checkpoint', 'take_input_settings', 'trained_architecture',
@@ -174,7 +174,7 @@ def read_checkpoint(path: PathLike, *, use_ema: bool = False, allow_pickle: bool
     _check_tensors(weights, path)
     description = read_description(metadata, path)
     args = content.get('args')
-    args = plain_args(vars(args), path) if isinstance(args, argparse.Namespace) else read_run_args(path)
+    args = plain(vars(args)) if isinstance(args, argparse.Namespace) else read_run_args(path)
     described = None if description is None else description.architecture
     architecture = described or args.get('model') or content.get('arch')
     if description is None:
@@ -218,9 +218,13 @@ def _sizes_of(checkpoint: Checkpoint, architecture: str) -> Dict[str, int]:
     classifier = classifier if isinstance(classifier, str) else classifier[0]
     convs = (name for name, module in skeleton.named_modules() if isinstance(module, (nn.Conv2d, RepLayer)))
     shapes = {key: value.shape for key, value in checkpoint.state_dict.items()}
-    found = dict(
-        num_classes=shapes.get(f'{classifier}.weight', ())[:1], in_chans=shapes.get(f'{next(convs, None)}.weight', ())[1:2])
-    return {name: size[0] for name, size in found.items() if size}
+    sizes = {}
+    if f'{classifier}.weight' in shapes:
+        sizes['num_classes'] = shapes[f'{classifier}.weight'][0]
+    first_kernel = shapes.get(f'{next(convs, None)}.weight', ())
+    if len(first_kernel) == 4:
+        sizes['in_chans'] = first_kernel[1]
+    return sizes
 
 
 def model_args_of(checkpoint: Checkpoint, architecture: str, overrides: Mapping[str, Any]) -> Dict[str, Any]:
@@ -264,7 +268,7 @@ def take_input_settings(model: Any, args: Mapping[str, Any], source: PathLike) -
         return
     try:
         config = resolve_data_config(dict(args), model=model)
-    except AssertionError as e:
+    except (AssertionError, TypeError) as e:
         raise UserError(f'input settings of the run of {source} cannot be used: {e}') from e
     if tuple(config['input_size']) != tuple(model.pretrained_cfg['input_size']):
         model.pretrained_cfg['pool_size'] = None

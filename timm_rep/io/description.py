@@ -19,7 +19,6 @@ from ..core.methods import Method
 from ..core.walk import image_channels
 from ..models.names import OWN_ARGS, TRAINING_PREFIXES
 from .architecture import FACTORY_ARGS, create_model
-from .runs import plain_args
 
 __all__ = ['Description', 'describe', 'read_description']
 
@@ -118,15 +117,8 @@ def describe(model: nn.Module) -> Dict[str, str]:
 
     Returns:
         Texts by name.
-
-    Raises:
-        UserError: If the options of a method are no plain data.
     """
-    try:
-        expansion = json.dumps(expansion_of(model).to_list())
-    except TypeError as e:
-        raise UserError(f'the expansion cannot be written down: {e}') from e
-    metadata = {'format': 'pt', VERSION: __version__, EXPANSION: expansion}
+    metadata = {'format': 'pt', VERSION: __version__, EXPANSION: json.dumps(expansion_of(model).to_list())}
     cfg = getattr(model, 'pretrained_cfg', None)
     if isinstance(cfg, dict) and timm.is_model(cfg.get('architecture') or ''):
         metadata.update(_architecture_of(model))
@@ -163,7 +155,7 @@ def _description(metadata: Mapping[str, str]) -> Description:
     refused = sorted(FACTORY_ARGS & args.keys())
     if refused:
         raise UserError(f'{", ".join(refused)} are no arguments of a network')
-    given = plain_args(_parse(metadata, SETTINGS, dict), SETTINGS)
+    given = _parse(metadata, SETTINGS, dict)
     settings = {key: given[key] for key in SETTINGS_FIELDS if given.get(key) is not None}
     return Description(architecture, args, methods_from_list(_parse(metadata, EXPANSION, list)), settings)
 

@@ -13,7 +13,7 @@ import yaml
 from ..core.errors import UserError
 from .output import PathLike
 
-__all__ = ['Run', 'complete_rows', 'plain_args', 'read_run', 'read_run_args', 'read_summary', 'to_number', 'write_run']
+__all__ = ['Run', 'complete_rows', 'plain', 'read_run', 'read_run_args', 'read_summary', 'to_number', 'write_run']
 
 _logger = logging.getLogger(__name__)
 
@@ -34,18 +34,13 @@ SECRET_NAME = re.compile(r'token|secret|passw|credential|auth|key', re.IGNORECAS
 PRIVATE_VALUE = re.compile(
     r'(?<!\w)[/\\~]|local-dir:|(?:hf_|gh[opsur]_|github_pat_|glpat-|xox[abp]-|(?<![a-z])sk-|AKIA|AIza)\w{8}',
     re.IGNORECASE)
-# May differ between the arguments inside a checkpoint and those in the args.yaml beside it: train.py changes them itself,
-# or they may be others when a run is resumed.
+# May differ between the arguments inside a checkpoint and those in the args.yaml beside it: train.py changes them
+# itself, or they may be others when a run is resumed.
 MAY_DIFFER = frozenset((
     'checkpoint_hist', 'device', 'dist_bn', 'log_interval', 'log_wandb', 'pin_mem', 'recovery_interval', 'save_images',
     'start_epoch', 'workers'))
 WHY_LEFT_OUT = "since about the machine it ran on, or not train.py's own"
 DEFAULT_EVAL_METRIC = 'top1'
-# What arguments must be that something is built from here, if they are given.
-ARG_TYPES: Dict[str, Tuple[type, ...]] = dict(
-    model=(str,), num_classes=(int,), in_chans=(int,), gp=(str,), bn_eps=(float, int), model_kwargs=(dict,),
-    input_size=(list,), img_size=(int,), interpolation=(str,), mean=(list,), std=(list,), crop_pct=(float, int),
-    dataset=(str,), val_split=(str,), time_steps=(int,), pool_size=(list,), crop_mode=(str,))
 # Figures of summary.csv by the name that they have on a model card.
 SUMMARY_METRICS = dict(top1='eval_top1', top5='eval_top5')
 
@@ -74,38 +69,13 @@ class Run:
     metrics: Dict[str, float]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """What a file says as plain numbers, strings, lists and dicts; None for what is none of these."""
     if isinstance(value, dict):
-        return {str(key): _plain(part) for key, part in value.items()}
+        return {str(key): plain(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
+        return [plain(part) for part in value]
     return next((kind(value) for kind in (bool, int, float, str) if isinstance(value, kind)), None)
-
-
-def plain_args(args: Mapping[Any, Any], source: PathLike) -> Dict[str, Any]:
-    """Arguments of a run as plain numbers, strings, lists and dicts; None for what is none of these.
-
-    Args:
-        args: What a file says.
-        source: The file, for the error.
-
-    Returns:
-        The arguments. Those that are None are left out if something is built from them.
-
-    Raises:
-        UserError: If something is built from an argument and it is of another type.
-    """
-    plain: Dict[str, Any] = _plain(args)
-    for key, kinds in ARG_TYPES.items():
-        if plain.get(key) is None:
-            plain.pop(key, None)
-            continue
-        value = plain[key]
-        numbers = not isinstance(value, list) or all(isinstance(part, (int, float)) for part in value)
-        if not (isinstance(value, kinds) and numbers):
-            wanted = 'list of numbers' if list in kinds else kinds[0].__name__
-            raise UserError(f'{source}: the argument {key} must be of type {wanted}, got {value!r}')
-    return plain
 
 
 def read_run_args(path: Path) -> Dict[str, Any]:
@@ -118,7 +88,7 @@ def read_run_args(path: Path) -> Dict[str, Any]:
         The arguments; empty if there is no args.yaml.
 
     Raises:
-        UserError: If args.yaml is not a YAML file, or an argument is not what train.py takes.
+        UserError: If args.yaml is not a YAML file.
     """
     args_path = path.parent / 'args.yaml'
     if not args_path.is_file():
@@ -127,7 +97,7 @@ def read_run_args(path: Path) -> Dict[str, Any]:
         args = yaml.safe_load(args_path.read_text())
     except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise UserError(f'{args_path} is not a YAML file: {e}') from e
-    return plain_args(args, args_path) if isinstance(args, dict) else {}
+    return plain(args) if isinstance(args, dict) else {}
 
 
 def _is_shared(name: str, value: Any) -> bool:
@@ -135,8 +105,8 @@ def _is_shared(name: str, value: Any) -> bool:
     if name in WORD_ARGS:
         return True
     numbers = value if isinstance(value, (list, tuple)) and value else [value]
-    plain = all(isinstance(number, (bool, int, float)) for number in numbers)
-    return plain and name not in DERIVED_ARGS and not SECRET_NAME.search(name)
+    known = all(isinstance(number, (bool, int, float)) for number in numbers)
+    return known and name not in DERIVED_ARGS and not SECRET_NAME.search(name)
 
 
 def _is_private(value: Any) -> bool:
@@ -237,7 +207,7 @@ def read_summary(path: PathLike) -> List[Dict[str, float]]:
 def _check_args_beside(path: Path, beside: Mapping[str, Any], args: Mapping[str, Any]) -> None:
     """Raise a UserError if args.yaml is of another run than the checkpoint beside it."""
     for key in sorted((beside.keys() & args.keys()) - MAY_DIFFER):
-        one, other = _plain(beside[key]), _plain(args[key])
+        one, other = plain(beside[key]), plain(args[key])
         decided_later = one in (None, '')  # by train.py, once it runs
         if one != other and not decided_later and (_is_shared(key, one) or _is_shared(key, other)):
             raise UserError(

@@ -47,7 +47,7 @@ def save(model: nn.Module, file: PathLike, *, replace: bool = False) -> None:
         replace: Let it be a file that exists.
 
     Raises:
-        UserError: For another suffix, or if a method's options are no plain data.
+        UserError: For another suffix.
         FileExistsError: If the file exists. It then stays as it is.
         OSError: If it cannot be written. None is left then.
         VerificationError: If a value is not finite, or a running variance is negative.
