@@ -29,8 +29,6 @@ VERSION, ARCHITECTURE, MODEL_ARGS, EXPANSION, SETTINGS = (
     'timm_rep', 'architecture', 'model_args', 'expansion', 'pretrained_cfg')
 # What is kept of the model's pretrained_cfg: what it must be fed with.
 SETTINGS_FIELDS = ('input_size', 'pool_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
-# Zero by default; timm's train.py gives them all the same.
-DROP_RATES = ('drop_rate', 'drop_path_rate', 'drop_block_rate')
 # They do nothing, or nothing once trained.
 NO_PART_OF_THE_FUNCTION = ('Identity', 'Drop')
 
@@ -85,7 +83,7 @@ def _structure(model: nn.Module) -> Dict[str, str]:
 def _architecture_of(model: Any) -> Dict[str, str]:
     """Metadata that say how timm builds the stock form; none, with a warning, if it would not be this model's."""
     cfg = model.pretrained_cfg
-    args = {key: value for key, value in getattr(model, '_model_args', {}).items() if value or key not in DROP_RATES}
+    args = dict(getattr(model, '_model_args', {}))
     if not args.get('features_only'):
         args.update(in_chans=image_channels(model))
         if isinstance(getattr(model, 'num_classes', None), int):
