@@ -15,11 +15,9 @@ from timm.models.resnet import BasicBlock
 
 import timm_rep
 from timm_rep import UserError, expand, expansion_of, fuse, load, save, set_attach_rate
-from timm_rep.core.annealing import set_time_step, time_step_of
+from timm_rep.core.annealing import set_time_step, time_step
 from timm_rep.core.walk import annealed_modules
 from timm_rep.hub.forms import expand_checkpoint, fuse_checkpoint, verify_checkpoint
-from timm_rep.io.checkpoint import read_checkpoint
-from timm_rep.io.description import check_sum
 from timm_rep.io.weights import load_stock_form, load_training_form, save_weights
 
 
@@ -31,6 +29,12 @@ def of_timm(**kwargs):
     return timm.create_model('test_resnet', **dict(dict(num_classes=3), **kwargs))
 
 
+def another_classifier():
+    model = expand(timm.create_model('test_resnet'))
+    model.reset_classifier(4)
+    return model
+
+
 def several():
     return expand(of_timm(in_chans=1), {'layer4.*': 'dbb', 'layer3.*': 'acb', 'layer2.*.conv2': 'rep', '*': 'orepa'})
 
@@ -38,12 +42,11 @@ def several():
 MODELS = dict(
     ours=lambda: timm.create_model(tiny_architecture.NAME, num_classes=3, in_chans=1),
     kind=lambda: timm.create_model('repan_resnet18_cifar', rep_layer='acb', drop_path_rate=0.1),
-    annealed=lambda: timm.create_model('repan_repvgg_a0_cifar'),
     annealed_with_layers=lambda: timm.create_model('repan_repvgg_a0_cifar', rep_layer='dbb'),
     another_method=lambda: expand(timm.create_model(tiny_architecture.NAME, inference_mode=True), 'dbb'),
-    of_timm=lambda: expand(of_timm(act_layer='gelu')),
-    options=lambda: expand(of_timm(), timm_rep.Orepa(branch_1x1=False)),
+    of_timm=lambda: expand(of_timm(act_layer='gelu'), timm_rep.Orepa(branch_1x1=False)),
     several=several,
+    another_classifier=another_classifier,
     features=lambda: timm.create_model(tiny_architecture.NAME, features_only=True, out_indices=(1, 2)),
     double=lambda: expand(of_timm()).double(),
     no_classes=lambda: expand(of_timm(num_classes=0)),
@@ -86,12 +89,10 @@ def test_round_trip(make, tmp_path, caplog):
     args = {key: list(value) if isinstance(value, tuple) else value for key, value in model._model_args.items()}
     assert args.items() <= loaded._model_args.items()
     if any(annealed_modules(model)):
-        assert time_step_of(loaded) == 2
+        assert time_step(loaded) == 2
         assert_same(load_training_form(file), model)
     else:
         assert_same(load_stock_form(file), model)
-    save(loaded, tmp_path / 'again.safetensors')
-    assert (tmp_path / 'again.safetensors').read_bytes() == file.read_bytes()
 
 
 def test_the_commands_ask_nothing_of_such_files(tmp_path):
@@ -111,17 +112,10 @@ def test_the_commands_ask_nothing_of_such_files(tmp_path):
         load_training_form(file, num_classes=4)
 
 
-@pytest.mark.parametrize('wrap', [torch.compile, torch.optim.swa_utils.AveragedModel, timm.utils.ModelEmaV3])
+@pytest.mark.parametrize('wrap', [torch.compile, timm.utils.ModelEmaV3])
 def test_wrappers_are_no_part_of_the_model(wrap, tmp_path):
     model = randomize_(expand(of_timm()))
     save(wrap(model), tmp_path / 'x.safetensors')
-    assert_same(load(tmp_path / 'x.safetensors'), model)
-
-
-def test_the_classifier_may_be_another_by_now(tmp_path):
-    model = expand(of_timm())
-    model.reset_classifier(4)
-    save(model, tmp_path / 'x.safetensors')
     assert_same(load(tmp_path / 'x.safetensors'), model)
 
 
@@ -129,10 +123,9 @@ def test_the_classifier_may_be_another_by_now(tmp_path):
     lambda model: setattr(model, 'act1', torch.nn.Hardswish()),
     lambda model: setattr(model, 'fc', torch.nn.Linear(96, 8)),
     lambda model: setattr(model.layer4[0].conv2, 'dilation', (2, 2)),
-    lambda model: setattr(model, 'more', torch.nn.ReLU()),
     lambda model: model._model_args.update(act_layer=torch.nn.GELU),
     lambda model: model.fc.double(),
-], ids=['activation', 'classifier', 'geometry', 'module', 'argument', 'precision'])
+], ids=['activation', 'classifier', 'geometry', 'argument', 'precision'])
 def test_a_network_that_timm_would_build_otherwise_is_not_said_to_be_timms(change, tmp_path, caplog):
     model = of_timm()
     change(model)
@@ -189,73 +182,38 @@ def content(tmp_path_factory):
     return file.read_bytes()
 
 
-def header_of(content):
-    length = struct.unpack('<Q', content[:8])[0]
-    return json.loads(content[8:8 + length]), content[8 + length:]
-
-
 def with_metadata(content, **changes):
-    header, data = header_of(content)
+    length = struct.unpack('<Q', content[:8])[0]
+    header, data = json.loads(content[8:8 + length]), content[8 + length:]
     for key, value in changes.items():
         header['__metadata__'][key] = value if isinstance(value, str) else json.dumps(value)
-    if 'crc32' not in changes:
-        header['__metadata__']['crc32'] = check_sum(header['__metadata__'], safetensors.torch.load(content))
     text = json.dumps(header).encode()
     return struct.pack('<Q', len(text)) + text + data
 
 
-def test_no_damaged_file_is_read(content, tmp_path):
-    file = tmp_path / 'x.safetensors'
-    start = len(content) - len(header_of(content)[1])
-    damages = [content[:size] for size in (0, 7, start - 1, start, start + 1, len(content) // 2, len(content) - 1)]
-    damages += [content[:at] + bytes([content[at] ^ 1]) + content[at + 1:] for at in range(start, len(content), 49999)]
-    damages += [content.replace(one, other) for one, other in (
-        (b'gelu', b'relu'), (b'0.95', b'0.85'), (b'false', b'true '), (b'layer4.0.conv1', b'layer4.0.conv2'))]
-    assert content not in damages
-    for damaged in damages:
-        file.write_bytes(damaged)
-        for read in (load, read_checkpoint):
-            with pytest.raises(UserError, match=r'is damaged|is not a safetensors file'):
-                read(file)
-    file.write_bytes(content)
-    load(file)
-
-
 @pytest.mark.parametrize(('changes', 'message'), [
     (dict(architecture='no_such_model'), "'no_such_model' is not registered"),
-    (dict(architecture='hf-hub:me/model'), "'hf-hub:me/model' is not registered"),
     (dict(architecture='resnet34'), 'the expansion is of another network'),
     (dict(architecture='test_resnet.r160_in1k', model_args={}), 'does not hold the model that it describes'),
     (dict(model_args=dict(pretrained=True)), 'pretrained are no arguments of a network'),
     (dict(model_args=dict(checkpoint_path='x.pth', pretrained_cfg_overlay={})), 'checkpoint_path, pretrained_cfg_'),
-    (dict(model_args=dict(num_classes=4)), r'fc\.\w+ has shape'),
-    (dict(model_args=dict(num_classes=10 ** 12)), 'too large numbers'),
-    (dict(model_args=dict(layers=[10 ** 12])), 'too large numbers'),
-    (dict(model_args=dict(drop_rate=float('nan'))), 'too large numbers'),
-    (dict(model_args=dict(layers=[20000, 1, 1, 1])), 'more than \\d+ modules'),
+    (dict(model_args=dict(num_classes=10 ** 12)), r'fc\.\w+ has shape'),  # and takes no memory
     (dict(model_args=dict(channels=[10 ** 5, 10 ** 5, 10 ** 5, 10 ** 5])), 'does not hold the model that it describes'),
-    (dict(model_args=dict(num_classes='many')), 'cannot be built with'),
+    (dict(model_args=dict(num_classes='many')), 'does not describe its model'),
     (dict(model_args=dict(num_classes=-3)), 'not expected: fc'),
-    (dict(model_args=dict(block='os.system')), 'cannot be built with'),
     (dict(model_args=dict(nonsense=1)), 'cannot be built with'),
     (dict(model_args=[]), 'model_args must be a dict'),
     (dict(model_args='{'), 'model_args is not JSON'),
     (dict(model_args='[' * 10 ** 5), 'does not describe its model'),
-    (dict(model_args='{"a": ' + '[' * 900 + ']' * 900 + '}'), 'cannot'),
-    (dict(model_args=dict(a='x' * 2 ** 20)), 'more than 1048576 characters'),
+    (dict(model_args='{"a": ' + '[' * 900 + ']' * 900 + '}'), 'does not describe its model'),
     (dict(expansion=[dict(method='os', layers=[])]), "unknown method 'os'"),
     (dict(expansion=[dict(method='orepa', layers=['fc'])]), "no plain convolution 'fc'"),
-    (dict(expansion=[dict(method='orepa', layers=['conv9'])]), "no plain convolution 'conv9'"),
     (dict(expansion=[dict(method='orepa', nonsense=1, layers=[])]), 'orepa has the options'),
-    (dict(expansion=[dict(method='orepa', negative_slope='x', layers=['layer1.0.conv1'])]), 'cannot be expanded'),
+    (dict(expansion=[dict(method='orepa', negative_slope='x', layers=['layer1.0.conv1'])]), 'does not describe its'),
     (dict(expansion=[dict(method='dbb', layers=['layer1.0.conv1'])]), 'does not hold the model that it describes'),
     (dict(expansion=[]), 'does not hold the model that it describes'),
     (dict(expansion=[5]), 'an expansion is a list of methods'),
     (dict(expansion=dict(method='orepa')), 'expansion must be a list'),
-    (dict(pretrained_cfg=dict(input_size=[3, 32])), 'input_size cannot be'),
-    (dict(pretrained_cfg=dict(input_size=[3, 10 ** 9, 10 ** 9])), 'input_size cannot be'),
-    (dict(pretrained_cfg=dict(mean='x')), 'mean must be of type list'),
-    (dict(crc32='00000000'), 'is damaged'),
 ])
 def test_no_description_is_followed_blindly(changes, message, content, tmp_path):
     file = tmp_path / 'x.safetensors'
@@ -273,16 +231,6 @@ def test_settings_say_only_what_the_model_is_fed_with(content, tmp_path):
     assert loaded['crop_pct'] == 0.5
     assert [loaded.get(key) for key in ('file', 'hf_hub_id', 'architecture', 'classifier')] == [
         own.get(key) for key in ('file', 'hf_hub_id', 'architecture', 'classifier')]
-
-
-def test_an_attach_rate_of_a_file_lies_between_0_and_1(tmp_path):
-    model = expand(of_timm())
-    for _, module in annealed_modules(model):
-        module.attach_rate.fill_(7)
-    save(model, tmp_path / 'x.safetensors')
-    for into in (None, of_timm()):
-        with pytest.raises(UserError, match=r'attach_rate must lie in \[0, 1\], got 7'):
-            load(tmp_path / 'x.safetensors', into=into)
 
 
 # Writing.

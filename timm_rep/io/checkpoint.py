@@ -17,10 +17,10 @@ from torch import Tensor
 from ..core.errors import UserError
 from ..core.layers import RepLayer
 from ..models.names import stock_architecture
-from .architecture import FACTORY_ARGS, create_skeleton
+from .architecture import FACTORY_ARGS, create_model
 from .description import Description, read_description
 from .output import PathLike
-from .runs import plain_args, read_run_args
+from .runs import plain, read_run_args
 
 __all__ = [
     'Checkpoint', 'find_checkpoint', 'model_args_of', 'read_checkpoint', 'take_input_settings', 'trained_architecture',
@@ -83,8 +83,8 @@ def find_checkpoint(path: PathLike) -> Path:
     for name in RUN_CHECKPOINTS:
         if (path / name).is_file():
             return path / name
-    wanted = ' nor '.join(RUN_CHECKPOINTS)
-    raise FileNotFoundError(f'{path} is not the output folder of a run: it holds neither {wanted}')
+    raise FileNotFoundError(
+        f'{path} is not the output folder of a run: it holds neither {" nor ".join(RUN_CHECKPOINTS)}')
 
 
 def _check_records(path: Path) -> None:
@@ -96,10 +96,7 @@ def _check_records(path: Path) -> None:
             unpacked = sum(record.file_size for record in file.infolist())
             if unpacked > path.stat().st_size:
                 raise UserError(f'its records take {unpacked} bytes, more than the file')
-            try:
-                damaged = file.testzip()  # torch does not compare the sums
-            except OSError as e:  # it is sent to a place that is not in the file
-                raise UserError(f'its records cannot be found ({e})') from e
+            damaged = file.testzip()  # torch does not compare the sums
             if damaged is not None:
                 raise UserError(f'its record {damaged} is damaged')
 
@@ -114,7 +111,7 @@ def _read_file(path: Path, allow_pickle: bool) -> Tuple[Any, Mapping[str, str]]:
         # train.py puts its arguments into the checkpoint
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location='cpu', weights_only=not allow_pickle), {}
-    except (OSError, ImportError):
+    except (PermissionError, ImportError):
         raise
     except Exception as e:  # a damaged file makes the readers raise almost anything
         refused = re.search(r'(?i)unsupported (?:global: )?GLOBAL (\S+)', str(e))
@@ -172,9 +169,9 @@ def read_checkpoint(path: PathLike, *, use_ema: bool = False, allow_pickle: bool
     if not weights or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in weights.items()):
         raise UserError(f'{path} holds no weights; its keys are {", ".join(map(str, list(content)[:5]))}')
     _check_tensors(weights, path)
-    description = read_description(metadata, weights, path)
+    description = read_description(metadata, path)
     args = content.get('args')
-    args = plain_args(vars(args), path) if isinstance(args, argparse.Namespace) else read_run_args(path)
+    args = plain(vars(args)) if isinstance(args, argparse.Namespace) else read_run_args(path)
     described = None if description is None else description.architecture
     architecture = described or args.get('model') or content.get('arch')
     if description is None:
@@ -212,20 +209,19 @@ def _sizes_of(checkpoint: Checkpoint, architecture: str) -> Dict[str, int]:
     """Classes and image channels that the shapes of the weights tell, as far as they do."""
     if not timm.is_model(architecture):
         return {}
-    skeleton: Any = create_skeleton(architecture, {})
+    with torch.device('meta'):
+        skeleton: Any = create_model(architecture)
     classifier = skeleton.pretrained_cfg.get('classifier') or ''
     classifier = classifier if isinstance(classifier, str) else classifier[0]
-    first_conv = next(name for name, module in skeleton.named_modules() if isinstance(module, (nn.Conv2d, RepLayer)))
+    convs = (name for name, module in skeleton.named_modules() if isinstance(module, (nn.Conv2d, RepLayer)))
     shapes = {key: value.shape for key, value in checkpoint.state_dict.items()}
-    found = dict(
-        num_classes=shapes.get(f'{classifier}.weight', ())[:1], in_chans=shapes.get(f'{first_conv}.weight', ())[1:2])
-    return {name: size[0] for name, size in found.items() if size}
-
-
-def _was_of(checkpoint: Checkpoint, architecture: str) -> bool:
-    """Whether a run was of an architecture, as far as it says; what it took from the Hub can be of any."""
-    return bool(checkpoint.args.get('model')) and trained_architecture(checkpoint) in (
-        None, split_model_name_tag(architecture)[0])
+    sizes = {}
+    if f'{classifier}.weight' in shapes:
+        sizes['num_classes'] = shapes[f'{classifier}.weight'][0]
+    first_kernel = shapes.get(f'{next(convs, None)}.weight', ())
+    if len(first_kernel) == 4:
+        sizes['in_chans'] = first_kernel[1]
+    return sizes
 
 
 def model_args_of(checkpoint: Checkpoint, architecture: str, overrides: Mapping[str, Any]) -> Dict[str, Any]:
@@ -239,19 +235,18 @@ def model_args_of(checkpoint: Checkpoint, architecture: str, overrides: Mapping[
     Returns:
         The arguments by name. What neither says of classes and image channels is taken from the weights' shapes.
     """
+    given = {name: value for name, value in overrides.items() if value is not None}
     description = checkpoint.description
     if description is not None and description.architecture == split_model_name_tag(architecture)[0]:
-        return {**description.model_args, **{name: value for name, value in overrides.items() if value is not None}}
-    run = checkpoint.args if _was_of(checkpoint, architecture) else {}
+        return {**description.model_args, **given}
+    of_same = trained_architecture(checkpoint) in (None, split_model_name_tag(architecture)[0])  # from the Hub: of any
+    run = checkpoint.args if checkpoint.args.get('model') and of_same else {}
     args = {name: run[key] for key, name in MODEL_ARGS.items() if run.get(key) is not None}
     if 'in_chans' not in args and run.get('input_size'):
         args['in_chans'] = run['input_size'][0]
     model_kwargs = run.get('model_kwargs') or {}
     args.update({name: value for name, value in model_kwargs.items() if name not in FACTORY_ARGS})
-    args.update({name: value for name, value in overrides.items() if value is not None})
-    if not {'num_classes', 'in_chans'} <= args.keys():
-        args = {**_sizes_of(checkpoint, architecture), **args}
-    return args
+    return {**_sizes_of(checkpoint, architecture), **args, **given}
 
 
 def take_input_settings(model: Any, args: Mapping[str, Any], source: PathLike) -> None:
@@ -270,7 +265,7 @@ def take_input_settings(model: Any, args: Mapping[str, Any], source: PathLike) -
         return
     try:
         config = resolve_data_config(dict(args), model=model)
-    except AssertionError as e:
+    except (AssertionError, TypeError) as e:
         raise UserError(f'input settings of the run of {source} cannot be used: {e}') from e
     if tuple(config['input_size']) != tuple(model.pretrained_cfg['input_size']):
         model.pretrained_cfg['pool_size'] = None

@@ -1,19 +1,19 @@
 """What a run of timm's train.py leaves beside its checkpoint, made fit to be shown to others."""
 import csv
-import json
 import logging
 import math
 import re
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
 from urllib.parse import urlsplit
 
 import yaml
 
 from ..core.errors import UserError
+from .output import PathLike
 
-__all__ = ['Run', 'complete_rows', 'plain_args', 'read_run', 'read_run_args', 'read_summary', 'to_number', 'write_run']
+__all__ = ['Run', 'complete_rows', 'plain', 'read_run', 'read_run_args', 'read_summary', 'to_number', 'write_run']
 
 _logger = logging.getLogger(__name__)
 
@@ -29,28 +29,18 @@ WORD_ARGS = frozenset("""
 # What train.py adds to its arguments for itself, once it runs.
 DERIVED_ARGS = frozenset(('distributed', 'local_rank', 'prefetcher', 'rank', 'world_size'))
 START_ARGS = ('initial_checkpoint', 'pretrained_path')
-UNSET: Tuple[Any, ...] = (None, '', False, 0, [], {})
 SECRET_NAME = re.compile(r'token|secret|passw|credential|auth|key', re.IGNORECASE)
 # A path of a machine, an address, or what access keys begin with, anywhere in a text.
 PRIVATE_VALUE = re.compile(
     r'(?<!\w)[/\\~]|local-dir:|(?:hf_|gh[opsur]_|github_pat_|glpat-|xox[abp]-|(?<![a-z])sk-|AKIA|AIza)\w{8}',
     re.IGNORECASE)
-PathLike = Union[str, Path]
-# By the arguments inside a checkpoint and in the args.yaml beside it the two are told to be of one run: by its name and
-# all that are published, but those that train.py changes itself, and those that may differ when a run is resumed.
-RUN_NAME = 'experiment'
+# May differ between the arguments inside a checkpoint and those in the args.yaml beside it: train.py changes them
+# itself, or they may be others when a run is resumed.
 MAY_DIFFER = frozenset((
     'checkpoint_hist', 'device', 'dist_bn', 'log_interval', 'log_wandb', 'pin_mem', 'recovery_interval', 'save_images',
     'start_epoch', 'workers'))
-# Where args.yaml leaves them open, train.py decides once it runs.
-DECIDED_LATER = ('lr', 'lr_base_scale', 'num_classes')
 WHY_LEFT_OUT = "since about the machine it ran on, or not train.py's own"
 DEFAULT_EVAL_METRIC = 'top1'
-# What arguments must be that something is built from here, if they are given.
-ARG_TYPES: Dict[str, Tuple[type, ...]] = dict(
-    model=(str,), num_classes=(int,), in_chans=(int,), gp=(str,), bn_eps=(float, int), model_kwargs=(dict,),
-    input_size=(list,), img_size=(int,), interpolation=(str,), mean=(list,), std=(list,), crop_pct=(float, int),
-    dataset=(str,), val_split=(str,), time_steps=(int,), pool_size=(list,), crop_mode=(str,))
 # Figures of summary.csv by the name that they have on a model card.
 SUMMARY_METRICS = dict(top1='eval_top1', top5='eval_top5')
 
@@ -79,38 +69,13 @@ class Run:
     metrics: Dict[str, float]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """What a file says as plain numbers, strings, lists and dicts; None for what is none of these."""
     if isinstance(value, dict):
-        return {str(key): _plain(part) for key, part in value.items()}
+        return {str(key): plain(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
+        return [plain(part) for part in value]
     return next((kind(value) for kind in (bool, int, float, str) if isinstance(value, kind)), None)
-
-
-def plain_args(args: Mapping[Any, Any], source: PathLike) -> Dict[str, Any]:
-    """Arguments of a run as plain numbers, strings, lists and dicts; None for what is none of these.
-
-    Args:
-        args: What a file says.
-        source: The file, for the error.
-
-    Returns:
-        The arguments. Those that are None are left out if something is built from them.
-
-    Raises:
-        UserError: If something is built from an argument and it is of another type.
-    """
-    plain: Dict[str, Any] = _plain(args)
-    for key, kinds in ARG_TYPES.items():
-        if plain.get(key) is None:
-            plain.pop(key, None)
-            continue
-        value = plain[key]
-        numbers = not isinstance(value, list) or all(isinstance(part, (int, float)) for part in value)
-        if not (isinstance(value, kinds) and numbers):
-            wanted = 'list of numbers' if list in kinds else kinds[0].__name__
-            raise UserError(f'{source}: the argument {key} must be of type {wanted}, got {value!r}')
-    return plain
 
 
 def read_run_args(path: Path) -> Dict[str, Any]:
@@ -123,7 +88,7 @@ def read_run_args(path: Path) -> Dict[str, Any]:
         The arguments; empty if there is no args.yaml.
 
     Raises:
-        UserError: If args.yaml is not a YAML file, or an argument is not what train.py takes.
+        UserError: If args.yaml is not a YAML file.
     """
     args_path = path.parent / 'args.yaml'
     if not args_path.is_file():
@@ -132,7 +97,7 @@ def read_run_args(path: Path) -> Dict[str, Any]:
         args = yaml.safe_load(args_path.read_text())
     except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise UserError(f'{args_path} is not a YAML file: {e}') from e
-    return plain_args(args, args_path) if isinstance(args, dict) else {}
+    return plain(args) if isinstance(args, dict) else {}
 
 
 def _is_shared(name: str, value: Any) -> bool:
@@ -140,8 +105,8 @@ def _is_shared(name: str, value: Any) -> bool:
     if name in WORD_ARGS:
         return True
     numbers = value if isinstance(value, (list, tuple)) and value else [value]
-    plain = all(isinstance(number, (bool, int, float)) for number in numbers)
-    return plain and name not in DERIVED_ARGS and not SECRET_NAME.search(name)
+    known = all(isinstance(number, (bool, int, float)) for number in numbers)
+    return known and name not in DERIVED_ARGS and not SECRET_NAME.search(name)
 
 
 def _is_private(value: Any) -> bool:
@@ -162,12 +127,10 @@ def _without_private(args: Mapping[Any, Any], inside: str = '') -> Tuple[Dict[An
     for key, value in args.items():
         if _is_private(str(key)):
             left_out.append(f'{inside}...')
-        elif inside and SECRET_NAME.search(str(key)):
-            left_out.append(f'{inside}{key}')
         elif isinstance(value, dict):
             kept[key], names = _without_private(value, f'{inside}{key}.')
             left_out += names
-        elif _is_private(value):
+        elif _is_private(value) or (inside and SECRET_NAME.search(str(key))):
             left_out.append(f'{inside}{key}')
         else:
             kept[key] = value
@@ -244,15 +207,12 @@ def read_summary(path: PathLike) -> List[Dict[str, float]]:
 def _check_args_beside(path: Path, beside: Mapping[str, Any], args: Mapping[str, Any]) -> None:
     """Raise a UserError if args.yaml is of another run than the checkpoint beside it."""
     for key in sorted((beside.keys() & args.keys()) - MAY_DIFFER):
-        if key != RUN_NAME and not any(_is_shared(key, given[key]) for given in (beside, args)):
-            continue
-        if key in DECIDED_LATER and beside[key] in (None, ''):
-            continue
-        # YAML has no tuples
-        if json.dumps(beside[key], default=str) != json.dumps(args[key], default=str):
+        one, other = plain(beside[key]), plain(args[key])
+        decided_later = one in (None, '')  # by train.py, once it runs
+        if one != other and not decided_later and (_is_shared(key, one) or _is_shared(key, other)):
             raise UserError(
-                f'{path.parent / "args.yaml"} is of another run than {path.name}: {key} is {beside[key]!r} in the one '
-                f'and {args[key]!r} in the other'
+                f'{path.parent / "args.yaml"} is of another run than {path.name}: {key} is {one!r} in the one and '
+                f'{other!r} in the other'
             )
 
 
@@ -316,12 +276,12 @@ def read_run(
     history = tuple(read_summary(summary)) if summary.is_file() else ()
     if not args and not history:
         return None
-    row = next((row for row in history if row.get('epoch') == epoch), None)
+    row = next((row for row in history if row['epoch'] == epoch), None)
     if row is not None:
         _check_metric(checkpoint, row, epoch, args.get('eval_metric') or DEFAULT_EVAL_METRIC, metric)
     told = {key: value for key, value in args.items() if _is_shared(str(key), value)}
     shared, left_out = _without_private(told)
-    left_out += [str(key) for key in args.keys() - told.keys() - DERIVED_ARGS if args[key] not in UNSET]
+    left_out += [str(key) for key in args.keys() - told.keys() - DERIVED_ARGS if args[key]]
     return Run(
         shared,
         tuple(sorted(left_out)),
@@ -333,7 +293,7 @@ def read_run(
     )
 
 
-def write_run(run: Run, folder: Union[str, Path]) -> None:
+def write_run(run: Run, folder: PathLike) -> None:
     """Write ``args.yaml`` and ``summary.csv``, each if there is something to write.
 
     Args:
@@ -348,4 +308,4 @@ def write_run(run: Run, folder: Union[str, Path]) -> None:
         with (folder / 'summary.csv').open('w', newline='') as file:
             writer = csv.DictWriter(file, list(run.history[0]), lineterminator='\n')
             writer.writeheader()
-            writer.writerows(dict(row, epoch=int(row['epoch'])) if 'epoch' in row else row for row in run.history)
+            writer.writerows(dict(row, epoch=int(row['epoch'])) for row in run.history)

@@ -2,11 +2,8 @@
 import copy
 import dataclasses
 import io
-import json
-import struct
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, Mapping, Optional
+from typing import Any, Dict, Mapping, Optional
 
 import safetensors.torch
 import torch
@@ -15,11 +12,12 @@ from timm.utils import unwrap_model
 from torch import Tensor
 
 from ..core.errors import UserError
+from ..core.expand import expand_as_
 from ..core.expansion import expansion_of
 from ..core.verify import check_values
 from ..core.walk import annealed_modules
 from ..models.checkpoint_filter import first_names
-from ..models.names import OWN_ARGS, TRAINING_PREFIXES
+from ..models.names import OWN_ARGS, is_training_form
 from .architecture import create_model
 from .checkpoint import Checkpoint, model_args_of, read_checkpoint, take_input_settings, trained_architecture
 from .description import describe
@@ -36,15 +34,6 @@ def _weights_of(model: nn.Module) -> Dict[str, Tensor]:
     return {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
 
 
-def _safetensors(weights: Dict[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """Content of a file, the same for the same model: safetensors itself writes metadata in any order."""
-    content = safetensors.torch.save(weights)
-    length = struct.unpack('<Q', content[:8])[0]
-    header = json.dumps({'__metadata__': dict(sorted(metadata.items())), **json.loads(content[8:8 + length])}).encode()
-    header += b' ' * (-len(header) % 8)  # tensors are aligned
-    return struct.pack('<Q', len(header)) + header + content[8 + length:]
-
-
 def save(model: nn.Module, file: PathLike, *, replace: bool = False) -> None:
     """Write a model's weights with what they are: :func:`load` needs nothing but the file.
 
@@ -58,7 +47,7 @@ def save(model: nn.Module, file: PathLike, *, replace: bool = False) -> None:
         replace: Let it be a file that exists.
 
     Raises:
-        UserError: For another suffix, or if a method's options are no plain data.
+        UserError: For another suffix.
         FileExistsError: If the file exists. It then stays as it is.
         OSError: If it cannot be written. None is left then.
         VerificationError: If a value is not finite, or a running variance is negative.
@@ -66,10 +55,9 @@ def save(model: nn.Module, file: PathLike, *, replace: bool = False) -> None:
     path = new_output(file, suffixes=(SUFFIX,), replace=replace)
     model = unwrap_model(model)
     check_values(model)
-    weights = _weights_of(model)
-    content = _safetensors(weights, describe(model, weights))
+    metadata = describe(model)
     with written_whole(path, replace=replace) as temporary:
-        temporary.write_bytes(content)
+        safetensors.torch.save_file(_weights_of(model), temporary, metadata)
 
 
 def save_weights(model: nn.Module, path: PathLike) -> None:
@@ -133,16 +121,14 @@ def load_strictly(model: nn.Module, state_dict: Dict[str, Tensor], path: Path, f
     model.load_state_dict(state_dict)
 
 
-@contextmanager
-def _errors_of(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except UserError as e:
-        raise UserError(f'{path} does not describe its model: {e}') from e
+def _filled(model: nn.Module, checkpoint: Checkpoint, form: str) -> nn.Module:
+    load_strictly(model, checkpoint.state_dict, checkpoint.path, form)
+    take_input_settings(model, checkpoint.args, checkpoint.path)
+    return model.eval()
 
 
 def _described_model(checkpoint: Checkpoint, overrides: Mapping[str, Any] = {}) -> nn.Module:
-    """Build and load the model of one of our files. Nothing is built that the file is too small for."""
+    """Build and load the model of one of our files. No memory is taken for weights that the file does not hold."""
     description, weights, path = checkpoint.description, checkpoint.state_dict, checkpoint.path
     assert description is not None
     if description.architecture is None:
@@ -150,31 +136,29 @@ def _described_model(checkpoint: Checkpoint, overrides: Mapping[str, Any] = {}) 
             f'{path} is of a model that timm does not build; give its stock form: load(file, into=stock_model)')
     given = {key: value for key, value in overrides.items() if value is not None}
     description = dataclasses.replace(description, model_args={**description.model_args, **given})
-    with _errors_of(path):
-        skeleton = description.skeleton(len(weights))
+    try:
+        with torch.device('meta'):
+            skeleton = description.build()
+    except Exception as e:  # a file may give timm and the methods any arguments
+        raise UserError(f'{path} does not describe its model: {e}') from e
     _check_fit(skeleton, weights, path, AS_DESCRIBED)
     model = description.build()
     dtypes = {value.dtype for value in weights.values() if value.is_floating_point()}
     if len(dtypes) == 1:
         model.to(dtypes.pop())
-    load_strictly(model, weights, path, AS_DESCRIBED)
-    take_input_settings(model, checkpoint.args, checkpoint.path)
-    return model.eval()
+    return _filled(model, checkpoint, AS_DESCRIBED)
 
 
 def _load_into_(model: nn.Module, checkpoint: Checkpoint) -> None:
     description, weights, path = checkpoint.description, checkpoint.state_dict, checkpoint.path
     if description is None:
         raise UserError(f'{path} does not say which layers were expanded: it was not written by timm_rep.save')
-    is_stock = not any(annealed_modules(model))
-    if not is_stock and expansion_of(model).methods != description.methods:
-        raise UserError(f'into must be the stock form, or expanded as the model of {path} was')
     form = f'weights of this {type(model).__name__}'
-    if is_stock:
-        with _errors_of(path):
-            skeleton = description.expand_(copy.deepcopy(model).to('meta'))
-        _check_fit(skeleton, weights, path, form)
-        description.expand_(model)
+    if not any(annealed_modules(model)):
+        _check_fit(expand_as_(copy.deepcopy(model).to('meta'), description.methods), weights, path, form)
+        expand_as_(model, description.methods)
+    elif expansion_of(model).methods != description.methods:
+        raise UserError(f'into must be the stock form, or expanded as the model of {path} was')
     load_strictly(model, weights, path, form)
 
 
@@ -207,33 +191,25 @@ def load_training_form(
         *,
         use_ema: bool = False,
         allow_pickle: bool = False,
-        num_classes: Optional[int] = None,
-        in_chans: Optional[int] = None,
-        model_kwargs: Optional[Mapping[str, Any]] = None,
+        **kwargs: Any,
 ) -> nn.Module:
     """Build the model that a checkpoint is of, in training form, with its weights.
 
     Args:
         path: Checkpoint of timm's train.py, weights alone, or the output folder of a run.
-        architecture: Name of one of our models; by default the one that the checkpoint, or args.yaml beside it, names.
-            A file of :func:`save` says all of this and of the following itself.
+        architecture: As in :func:`training_form`.
         use_ema: Take the averaged weights.
         allow_pickle: Load Python objects too, which can run any code.
-        num_classes: Of the classifier; by default as the run was told, else as the weights have it.
-        in_chans: Image channels; by default as the run was told, else as the weights have it.
-        model_kwargs: More arguments of ``timm.create_model``, beside those that the run was given.
+        **kwargs: More of :func:`training_form`.
 
     Returns:
         The model, in eval mode. Its ``pretrained_cfg`` has the input settings of the run.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        UserError: If the file is not safe to read, or the architecture is not known or has no rep layers.
-        UserError: If the weights are not those of the architecture in training form.
+        UserError: If the file is not safe to read, or as :func:`training_form` does.
     """
-    checkpoint = read_checkpoint(path, use_ema=use_ema, allow_pickle=allow_pickle)
-    return training_form(
-        checkpoint, architecture, num_classes=num_classes, in_chans=in_chans, model_kwargs=model_kwargs)
+    return training_form(read_checkpoint(path, use_ema=use_ema, allow_pickle=allow_pickle), architecture, **kwargs)
 
 
 def training_form(
@@ -244,17 +220,18 @@ def training_form(
         in_chans: Optional[int] = None,
         model_kwargs: Optional[Mapping[str, Any]] = None,
 ) -> nn.Module:
-    """Build the model that a checkpoint is of, once it is read; the rest of :func:`load_training_form`.
+    """Build the model that a checkpoint is of, in training form, with its weights.
 
     Args:
-        checkpoint: The checkpoint.
-        architecture: As in :func:`load_training_form`.
-        num_classes: As in :func:`load_training_form`.
-        in_chans: As in :func:`load_training_form`.
-        model_kwargs: As in :func:`load_training_form`.
+        checkpoint: The checkpoint, read.
+        architecture: Name of one of our models; by default the one that the checkpoint, or args.yaml beside it, names.
+            A file of :func:`save` says all of this and of the following itself.
+        num_classes: Of the classifier; by default as the run was told, else as the weights have it.
+        in_chans: Image channels; by default as the run was told, else as the weights have it.
+        model_kwargs: More arguments of ``timm.create_model``, beside those that the run was given.
 
     Returns:
-        The model, in eval mode.
+        The model, in eval mode. Its ``pretrained_cfg`` has the input settings of the run.
 
     Raises:
         UserError: If the architecture is not known or has no rep layers.
@@ -273,9 +250,7 @@ def training_form(
         architecture = str(checkpoint.args['model'])  # with its tag, which may have input settings of its own
     model = create_model(architecture, **model_args_of(checkpoint, architecture, overrides))
     _check_training_form(model, architecture)
-    load_strictly(model, checkpoint.state_dict, checkpoint.path, f'{architecture} in training form')
-    take_input_settings(model, checkpoint.args, checkpoint.path)
-    return model.eval()
+    return _filled(model, checkpoint, f'{architecture} in training form')
 
 
 def _is_described(checkpoint: Checkpoint) -> bool:
@@ -303,17 +278,14 @@ def load_stock_form(path: PathLike) -> nn.Module:
         UserError: If the weights are not those of the model in stock form.
     """
     checkpoint = read_checkpoint(path)
-    if checkpoint.description is not None and _is_described(checkpoint):
-        if checkpoint.description.methods:
-            raise UserError(f'{checkpoint.path} does not hold {checkpoint.architecture} in stock form; fuse it first')
+    if checkpoint.description is not None and checkpoint.description.methods:
+        raise UserError(f'{checkpoint.path} does not hold {checkpoint.architecture} in stock form; fuse it first')
+    if _is_described(checkpoint):
         return _described_model(checkpoint)
     architecture = checkpoint.architecture
     if architecture is None:
         raise UserError(f'{checkpoint.path} does not say which model it is of: no args.yaml beside it names it')
     args = model_args_of(checkpoint, architecture, {})
-    if architecture.startswith(TRAINING_PREFIXES):
+    if is_training_form(architecture):
         args['inference_mode'] = True
-    model = create_model(architecture, **args)
-    load_strictly(model, checkpoint.state_dict, checkpoint.path, f'{architecture} in stock form')
-    take_input_settings(model, checkpoint.args, checkpoint.path)
-    return model.eval()
+    return _filled(create_model(architecture, **args), checkpoint, f'{architecture} in stock form')

@@ -4,11 +4,12 @@ The part of a name before the first ``_`` says which method the layers are of; `
 and makes RepVGG's own branches annealable too. Names that mean the same network share its builder here.
 """
 import functools
+import sys
 from typing import Any, Optional, TypeVar, cast
 
 import timm
 import torch.nn as nn
-from timm.models import ByobNet, ByoModelCfg, EfficientNet, ResNet
+from timm.models import ByobNet, ByoModelCfg, EfficientNet, ResNet, register_model
 
 from ..core.errors import UserError
 from ..core.expand import anneal_repvgg_blocks_, expand_fresh_
@@ -17,7 +18,7 @@ from .checkpoint_filter import checkpoint_filter_fn
 from .published import build_model
 from .stock import RESNETS, build_repvgg, build_resnet, repvgg_kwargs, reset_repvgg_norms_
 
-__all__ = ['create_mobilenetv1', 'create_repvgg', 'create_resnet']
+__all__ = ['register_architectures']
 
 # Names that begin so leave the method to rep_layer, and anneal RepVGG's own branches.
 ANY_METHOD = 'repan'
@@ -53,95 +54,40 @@ def _build_repvgg(
     return anneal_repvgg_blocks_(model) if annealed and not inference_mode else model
 
 
-def _create(
-        build: Any,
-        variant: str,
-        pretrained: bool,
-        rep_layer: Optional[MethodLike],
-        **kwargs: Any,
-) -> Any:
+def _create(variant: str, pretrained: bool, rep_layer: Optional[MethodLike] = None, **kwargs: Any) -> nn.Module:
     prefix, _, stock = variant.partition('_')
+    build: Any
+    if stock in RESNETS:
+        build, defaults = _build_resnet, RESNETS[stock]
+    elif stock.startswith('repvgg'):
+        build, defaults = functools.partial(_build_repvgg, annealed=prefix == ANY_METHOD), repvgg_kwargs(stock)
+    else:
+        build, defaults = _build_mobilenetv1, dict(feature_cfg=dict(flatten_sequential=True))
     if prefix != ANY_METHOD:
         if rep_layer is not None:
             raise UserError(f'{variant} has {prefix} layers; {ANY_METHOD}_{stock} takes rep_layer, got {rep_layer!r}')
-        build = functools.partial(build, rep_layer=prefix)
-    elif rep_layer is not None:
-        kwargs['rep_layer'] = rep_layer
-    return build_model(build, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+        rep_layer = prefix
+    if rep_layer is not None:
+        build = functools.partial(build, rep_layer=rep_layer)
+    return build_model(
+        build, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **{**defaults, **kwargs})
 
 
-def create_resnet(
-        variant: str,
-        pretrained: bool = False,
-        rep_layer: Optional[MethodLike] = None,
-        **kwargs: Any,
-) -> ResNet:
-    """Create a ResNet, ResNeXt or wide ResNet with rep layers.
+def _entry_point(variant: str, module_name: str) -> Any:
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return _create(variant, pretrained, **kwargs)
 
-    Args:
-        variant: Name of the architecture.
-        pretrained: Load weights.
-        rep_layer: Method of a ``repan_`` model; ``'dbb'`` by default.
-        **kwargs: As of timm's.
-
-    Returns:
-        The network.
-
-    Raises:
-        UserError: For an unknown method, or one for a model whose name says its own.
-    """
-    stock = RESNETS[variant.partition('_')[2]]
-    model: ResNet = _create(_build_resnet, variant, pretrained, rep_layer, **dict(stock, **kwargs))
-    return model
+    create.__name__ = create.__qualname__ = variant
+    create.__module__ = module_name
+    return register_model(create)
 
 
-def create_repvgg(
-        variant: str,
-        pretrained: bool = False,
-        rep_layer: Optional[MethodLike] = None,
-        **kwargs: Any,
-) -> ByobNet:
-    """Create a RepVGG with rep layers in its KxK branches.
+def register_architectures(module_name: str) -> None:
+    """Register the architectures of a module with timm, each as a function of the module.
 
     Args:
-        variant: Name of the architecture.
-        pretrained: Load weights.
-        rep_layer: Method of a ``repan_`` model; by default ``'rep'``, RepVGG's own branches alone.
-        **kwargs: As of timm's.
-
-    Returns:
-        The network.
-
-    Raises:
-        UserError: For an unknown method, or one for a model whose name says its own.
+        module_name: Module whose ``default_cfgs`` name them.
     """
-    prefix, _, stock = variant.partition('_')
-    build = functools.partial(_build_repvgg, annealed=prefix == ANY_METHOD)
-    model: ByobNet = _create(build, variant, pretrained, rep_layer, **dict(repvgg_kwargs(stock), **kwargs))
-    return model
-
-
-def create_mobilenetv1(
-        variant: str,
-        pretrained: bool = False,
-        rep_layer: Optional[MethodLike] = None,
-        **kwargs: Any,
-) -> EfficientNet:
-    """Create a MobileNet-V1 with rep layers.
-
-    Args:
-        variant: Name of the architecture.
-        pretrained: Load weights.
-        rep_layer: Method; ``'dbb'`` by default.
-        **kwargs: As of timm's.
-
-    Returns:
-        The network.
-
-    Raises:
-        UserError: For an unknown method.
-    """
-    feature_cfg = dict(flatten_sequential=True)
-    model: EfficientNet = _create(
-        _build_mobilenetv1, variant, pretrained, rep_layer, **dict(dict(feature_cfg=feature_cfg), **kwargs))
-    return model
+    module: Any = sys.modules[module_name]
+    for variant in module.default_cfgs:
+        setattr(module, variant, _entry_point(variant, module_name))

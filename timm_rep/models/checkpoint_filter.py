@@ -1,5 +1,5 @@
 """Weights into the training form: from a state dict in training form, or from the stock model's."""
-from typing import Dict, Iterable, Iterator, Optional, Set, Tuple
+from typing import Dict, Iterable, Iterator, Set, Tuple
 
 import torch
 import torch.nn as nn
@@ -32,12 +32,6 @@ def _adapted(weight: Tensor, in_channels: int) -> Tensor:
     return adapt_input_conv(in_channels, weight, **({} if base == 3 else dict(base_chans=base)))  # older timm: 3 only
 
 
-def _stock_norm(model: nn.Module, name: str) -> Optional[str]:
-    """Name of the norm that a normed layer stands for besides its convolution."""
-    norm_name, norm = next_sibling(model, name)
-    return norm_name if isinstance(norm, FoldedNorm) else None
-
-
 def _stock_names(model: nn.Module, layers: Dict[str, RepLayer]) -> Dict[str, Dict[str, str]]:
     """For every rep layer, the stock keys that it takes the place of."""
     stock: Dict[str, Dict[str, str]] = {}
@@ -45,16 +39,18 @@ def _stock_names(model: nn.Module, layers: Dict[str, RepLayer]) -> Dict[str, Dic
         keys = dict(weight=f'{name}.weight')
         if getattr(layer, 'bias', None) is not None:
             keys['bias'] = f'{name}.bias'
-        norm = _stock_norm(model, name)
-        if norm is not None:
+        norm_name, norm = next_sibling(model, name)
+        if isinstance(norm, FoldedNorm):  # the layer stands for it, too
             for key in ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked'):
-                keys[f'norm_{key}'] = f'{norm}.{key}'
+                keys[f'norm_{key}'] = f'{norm_name}.{key}'
         stock[name] = keys
     return stock
 
 
 def _restore_from_stock(layer: RepLayer, weights: Dict[str, Tensor]) -> None:
     weight = _adapted(weights['weight'], layer.in_channels // layer.groups)
+    if weight.shape != torch.Size(layer.weight_shape):  # the rest would be broadcast, or is refused
+        raise UserError(f'the kernel must have shape {tuple(layer.weight_shape)}, got {tuple(weight.shape)}')
     if isinstance(layer, NormedRepLayer) and 'norm_weight' in weights:
         norm = layer.norm_kxk
         norm.load_state_dict({key[5:]: value for key, value in weights.items() if key.startswith('norm_')})
@@ -113,8 +109,6 @@ class _Fit:
         defaults = {k: v for k, v in _annealing_defaults(model, self.layers) if k in expected}
         self.weights = {**counts, **defaults, **state_dict}
         self._check_keys(expected, any(annealed_modules(model)))
-        self.adapted: Set[str] = set()  # layers in training form for another number of image channels
-        self._check_shapes()
 
     def is_head(self, key: str) -> bool:
         """Whether a key is of the classifier, which is left to timm."""
@@ -136,38 +130,10 @@ class _Fit:
             + (f'; not expected: {first_names(unexpected)}' if unexpected else '')
         )
 
-    def _check_shapes(self) -> None:
-        for key, shape in self._shapes():
-            if key in self.weights and not self._fits(key, shape):
-                raise UserError(
-                    f'the weights are of another architecture than {self.architecture}: {key} has shape '
-                    f'{tuple(self.weights[key].shape)}, the model takes {tuple(shape)}'
-                )
-
-    def _shapes(self) -> Iterator[Tuple[str, torch.Size]]:
-        """The shapes that the weights must have; notes which layers are to be adapted."""
-        yield from ((key, self.own[key].shape) for key in self.common)
-        for name, layer in self.layers.items():
-            if self.is_stock:
-                channels = torch.Size([layer.out_channels])
-                for kind, key in self.stock[name].items():
-                    if kind != 'norm_num_batches_tracked':
-                        yield key, torch.Size(layer.weight_shape) if kind == 'weight' else channels
-                continue
-            source = layer
-            weights = _part(self.weights, name)
-            if self.in_chans != self.source_chans and any(
-                    weights[key].shape != value.shape for key, value in layer.state_dict().items()):
-                source = layer.like(in_channels=self.source_chans, device='meta')
-                self.adapted.add(name)
-            yield from ((f'{name}.{key}', value.shape) for key, value in source.state_dict().items())
-
-    def _fits(self, key: str, shape: torch.Size) -> bool:
-        found = self.weights[key].shape
-        if found == shape or self.is_head(key):
-            return True
-        first_conv = len(found) == 4 and found[1] == self.source_chans and shape[1] == self.in_chans
-        return first_conv and found[0] == shape[0] and found[2:] == shape[2:]
+    def is_adapted(self, layer: RepLayer, weights: Dict[str, Tensor]) -> bool:
+        """Whether weights of a layer in training form are those for another number of image channels."""
+        return self.in_chans != self.source_chans and any(
+            weights[key].shape != value.shape for key, value in layer.state_dict().items())
 
 
 @torch.no_grad()
@@ -185,18 +151,18 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dic
         A state dict with the model's own keys.
 
     Raises:
-        UserError: If the weights fit neither form. No layer is left half loaded.
+        UserError: If the weights fit neither form.
     """
     fit = _Fit(state_dict, model)
     result = {key: value for key, value in fit.weights.items() if key in fit.common or fit.is_head(key)}
     for key in fit.common & set(result):
-        if result[key].ndim == 4 and result[key].shape != fit.own[key].shape:
+        if result[key].ndim == 4 and result[key].shape[1] == fit.source_chans != fit.own[key].shape[1]:
             result[key] = _adapted(result[key], fit.in_chans)
     for name, layer in fit.layers.items():
         weights = _part(fit.weights, name)
         if fit.is_stock:
             _restore_from_stock(layer, {kind: fit.weights[key] for kind, key in fit.stock[name].items()})
-        elif name in fit.adapted:
+        elif fit.is_adapted(layer, weights):
             _readapt_training_form(layer, weights, fit.source_chans)
         else:
             result.update({f'{name}.{key}': value for key, value in weights.items()})

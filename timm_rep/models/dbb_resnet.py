@@ -4,15 +4,13 @@ The baseline of both papers, for comparisons with the same code around it.
 
 `Diverse Branch Block: Building a Convolution as an Inception-like Unit` - https://arxiv.org/abs/2103.13425
 """
-from typing import Any
+from timm.models import generate_default_cfgs
 
-from timm.models import ResNet, generate_default_cfgs, register_model
-
-from .build import create_resnet
+from .build import register_architectures
 from .published import with_published
 from .stock import imagenet_cfg, small_image_cfg
 
-__all__ = []  # model entry points are added by register_model
+__all__ = []  # the architectures are added by register_architectures
 
 default_cfgs = generate_default_cfgs(with_published({
     'dbb_resnet18': imagenet_cfg(),
@@ -22,32 +20,4 @@ default_cfgs = generate_default_cfgs(with_published({
     'dbb_resnet18_cifar': small_image_cfg(),
 }))
 
-
-@register_model
-def dbb_resnet18(pretrained: bool = False, **kwargs: Any) -> ResNet:
-    """DBB-ResNet-18."""
-    return create_resnet('dbb_resnet18', pretrained, **kwargs)
-
-
-@register_model
-def dbb_resnet34(pretrained: bool = False, **kwargs: Any) -> ResNet:
-    """DBB-ResNet-34."""
-    return create_resnet('dbb_resnet34', pretrained, **kwargs)
-
-
-@register_model
-def dbb_resnet50(pretrained: bool = False, **kwargs: Any) -> ResNet:
-    """DBB-ResNet-50."""
-    return create_resnet('dbb_resnet50', pretrained, **kwargs)
-
-
-@register_model
-def dbb_resnet101(pretrained: bool = False, **kwargs: Any) -> ResNet:
-    """DBB-ResNet-101."""
-    return create_resnet('dbb_resnet101', pretrained, **kwargs)
-
-
-@register_model
-def dbb_resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> ResNet:
-    """DBB-ResNet-18 for small images: 3x3 stride-1 stem, no max-pooling."""
-    return create_resnet('dbb_resnet18_cifar', pretrained, **kwargs)
+register_architectures(__name__)

@@ -7,15 +7,13 @@ draws them from N(0.1, 0.1).
 `Online Convolutional Re-parameterization` - https://arxiv.org/abs/2204.00826 (CVPR 2022)
 `RepVGG: Making VGG-style ConvNets Great Again` - https://arxiv.org/abs/2101.03697
 """
-from typing import Any
+from timm.models import generate_default_cfgs
 
-from timm.models import ByobNet, generate_default_cfgs, register_model
-
-from .build import create_repvgg
+from .build import register_architectures
 from .published import with_published
 from .stock import imagenet_cfg, small_image_cfg
 
-__all__ = []  # model entry points are added by register_model
+__all__ = []  # the architectures are added by register_architectures
 
 default_cfgs = generate_default_cfgs(with_published({
     'orepa_repvgg_a0': imagenet_cfg(classifier='head.fc'),
@@ -35,92 +33,4 @@ default_cfgs = generate_default_cfgs(with_published({
     'orepa_repvgg_b0_cifar': small_image_cfg(classifier='head.fc', pool_size=(8, 8)),
 }))
 
-
-@register_model
-def orepa_repvgg_a0(pretrained: bool = False, **kwargs: Any) -> ByobNet:
-    """OREPA-RepVGG-A0."""
-    return create_repvgg('orepa_repvgg_a0', pretrained, **kwargs)
-
-
-@register_model
-def orepa_repvgg_a1(pretrained: bool = False, **kwargs: Any) -> ByobNet:
-    """OREPA-RepVGG-A1."""
-    return create_repvgg('orepa_repvgg_a1', pretrained, **kwargs)
-
-
-@register_model
-def orepa_repvgg_a2(pretrained: bool = False, **kwargs: Any) -> ByobNet:
-    """OREPA-RepVGG-A2."""
-    return create_repvgg('orepa_repvgg_a2', pretrained, **kwargs)
-
-
-@register_model
-def orepa_repvgg_b0(pretrained: bool = False, **kwargs: Any) -> ByobNet:
-    """OREPA-RepVGG-B0."""
-    return create_repvgg('orepa_repvgg_b0', pretrained, **kwargs)
-
-
-@register_model
-def orepa_repvgg_b1(pretrained: bool = False, **kwargs: Any) -> ByobNet:
-    """OREPA-RepVGG-B1."""
-    return create_repvgg('orepa_repvgg_b1', pretrained, **kwargs)
-
-
-@register_model
-def orepa_repvgg_b1g4(pretrained: bool = False, **kwargs: Any) -> ByobNet:
-    """OREPA-RepVGG-B1G4."""
-    return create_repvgg('orepa_repvgg_b1g4', pretrained, **kwargs)
-
-
-@register_model
-def orepa_repvgg_b2(pretrained: bool = False, **kwargs: Any) -> ByobNet:
-    """OREPA-RepVGG-B2."""
-    return create_repvgg('orepa_repvgg_b2', pretrained, **kwargs)
-
-
-@register_model
-def orepa_repvgg_b2g4(pretrained: bool = False, **kwargs: Any) -> ByobNet:
-    """OREPA-RepVGG-B2G4."""
-    return create_repvgg('orepa_repvgg_b2g4', pretrained, **kwargs)
-
-
-@register_model
-def orepa_repvgg_b3(pretrained: bool = False, **kwargs: Any) -> ByobNet:
-    """OREPA-RepVGG-B3."""
-    return create_repvgg('orepa_repvgg_b3', pretrained, **kwargs)
-
-
-@register_model
-def orepa_repvgg_b3g4(pretrained: bool = False, **kwargs: Any) -> ByobNet:
-    """OREPA-RepVGG-B3G4."""
-    return create_repvgg('orepa_repvgg_b3g4', pretrained, **kwargs)
-
-
-@register_model
-def orepa_repvgg_d2se(pretrained: bool = False, **kwargs: Any) -> ByobNet:
-    """OREPA-RepVGG-D2se."""
-    return create_repvgg('orepa_repvgg_d2se', pretrained, **kwargs)
-
-
-@register_model
-def orepa_repvgg_a0_cifar(pretrained: bool = False, **kwargs: Any) -> ByobNet:
-    """OREPA-RepVGG-A0 for small images."""
-    return create_repvgg('orepa_repvgg_a0_cifar', pretrained, **kwargs)
-
-
-@register_model
-def orepa_repvgg_a1_cifar(pretrained: bool = False, **kwargs: Any) -> ByobNet:
-    """OREPA-RepVGG-A1 for small images."""
-    return create_repvgg('orepa_repvgg_a1_cifar', pretrained, **kwargs)
-
-
-@register_model
-def orepa_repvgg_a2_cifar(pretrained: bool = False, **kwargs: Any) -> ByobNet:
-    """OREPA-RepVGG-A2 for small images."""
-    return create_repvgg('orepa_repvgg_a2_cifar', pretrained, **kwargs)
-
-
-@register_model
-def orepa_repvgg_b0_cifar(pretrained: bool = False, **kwargs: Any) -> ByobNet:
-    """OREPA-RepVGG-B0 for small images."""
-    return create_repvgg('orepa_repvgg_b0_cifar', pretrained, **kwargs)
+register_architectures(__name__)

@@ -22,6 +22,11 @@ ModelT = TypeVar('ModelT', bound=nn.Module)
 Cfgs = Dict[str, Dict[str, Any]]
 
 
+def _with_tuples(entry: Mapping[str, Any]) -> Dict[str, Any]:
+    """The values with tuples where JSON has lists."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+
+
 def published_weights(registry: Path = REGISTRY) -> Cfgs:
     """The weights that are published, by 'architecture.tag' of our models, as `timm-rep publish` prints the entries.
 
@@ -31,14 +36,10 @@ def published_weights(registry: Path = REGISTRY) -> Cfgs:
     Returns:
         What differs from the architecture's own settings, above all ``hf_hub_id``.
     """
-    entries = json.loads(registry.read_text())
-    return {
-        name: {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
-        for name, entry in entries.items()
-    }
+    return {name: _with_tuples(entry) for name, entry in json.loads(registry.read_text()).items()}
 
 
-def with_published(cfgs: Cfgs, published: Optional[Mapping[str, Dict[str, Any]]] = None) -> Dict[str, Any]:
+def with_published(cfgs: Cfgs, published: Optional[Cfgs] = None) -> Dict[str, Any]:
     """Add the published weights to the settings of the architectures.
 
     Args:
@@ -48,44 +49,37 @@ def with_published(cfgs: Cfgs, published: Optional[Mapping[str, Dict[str, Any]]]
     Returns:
         The settings, with one more entry for each published set of weights of these architectures.
     """
-    published = published_weights() if published is None else published
-    added = {
-        name: {**cfgs[name.partition('.')[0]], **entry}
-        for name, entry in published.items() if name.partition('.')[0] in cfgs
-    }
-    return {**cfgs, **added}
+    result = dict(cfgs)
+    for name, entry in (published_weights() if published is None else published).items():
+        architecture = name.partition('.')[0]
+        if architecture in cfgs:
+            result[name] = {**cfgs[architecture], **entry}
+    return result
 
 
 def _classes_of_file(path: Path, variant: str) -> Dict[str, Any]:
     """Classes that the shape of the classifier in a file tells."""
-    cfg = get_pretrained_cfg(variant)
-    classifier = cfg.classifier if cfg is not None else None
-    if path.suffix != '.safetensors' or not isinstance(classifier, str):
-        return {}
+    cfg: Any = get_pretrained_cfg(variant)
+    key = f'{cfg.classifier}.weight'
     with safetensors.safe_open(path, 'pt') as file:
-        key = f'{classifier}.weight'
         return dict(num_classes=file.get_slice(key).get_shape()[0]) if key in file.keys() else {}
 
 
 def _description_of(overlay: Mapping[str, Any], variant: str, cache_dir: Any) -> Dict[str, Any]:
     """What the repository or file that an overlay takes weights from says of them; no more than there is."""
     try:
-        if overlay.get('state_dict'):
-            return {}
-        if overlay.get('file'):
-            file = Path(overlay['file'])
-            if not file.with_name('config.json').is_file():
-                return _classes_of_file(file, variant)
-            config = json.loads(file.with_name('config.json').read_text())
-            described = {**config.get('pretrained_cfg', {}), **config}
-        elif overlay.get('hf_hub_id'):
+        if overlay.get('hf_hub_id'):
             described = load_model_config_from_hf(overlay['hf_hub_id'], cache_dir=cache_dir)[0]
         else:
-            return {}
-    except (OSError, ValueError, TypeError, AttributeError, safetensors.SafetensorError):
-        return {}  # what is wrong with the weights timm says
-    found = {key: described[key] for key in DESCRIBED if described.get(key) is not None}
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+            file = Path(overlay['file'])
+            config_file = file.with_name('config.json')
+            if not config_file.is_file():
+                return _classes_of_file(file, variant)
+            config = json.loads(config_file.read_text())
+            described = {**config.get('pretrained_cfg', {}), **config}
+    except Exception:  # what is wrong with the weights timm says
+        return {}
+    return _with_tuples({key: described[key] for key in DESCRIBED if described.get(key) is not None})
 
 
 def build_model(

@@ -35,7 +35,7 @@ def imagenet_cfg(**kwargs: Any) -> Dict[str, Any]:
     """Input settings of the papers' ImageNet models.
 
     ``first_conv`` is empty: a composed kernel has no weight that timm could adapt to other image channels, so
-    :func:`timm_rep.checkpoints.checkpoint_filter_fn` does that.
+    :func:`~timm_rep.models.checkpoint_filter.checkpoint_filter_fn` does that.
     """
     return {
         'url': '', 'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
