@@ -118,8 +118,8 @@ def import_checkpoint(
         VerificationError: If the fused model is not the same function, or a value is not finite or not possible.
     """
     output = new_output(output, folder_allowed=True)
-    kwargs = {'attach_rate': attach_rate, **(model_kwargs or {})}
-    model: Any = load_official_checkpoint(source, architecture, **kwargs)
+    kwargs = dict(model_kwargs or {})
+    model: Any = load_official_checkpoint(source, architecture, **{'attach_rate': attach_rate, **kwargs})
     fused: Any = fuse(model)
     report = verify(model, fused) if any(annealed_modules(model)) else None
     if is_weights_file(output):
@@ -129,12 +129,13 @@ def import_checkpoint(
         written = fused
         export_folder(model, output, license=license)  # takes the training form, to note where the weights come from
     in_training_form = any(annealed_modules(written))
-    no_arguments = {'attach_rate'} if in_training_form else {'attach_rate', 'rep_layer'}
+    if not in_training_form:
+        kwargs.pop('rep_layer', None)
     return dict(
         output=str(output),
         architecture=written.pretrained_cfg['architecture'],
         form='training' if in_training_form else 'stock',
         num_classes=model.num_classes,
-        model_kwargs={key: value for key, value in kwargs.items() if key not in no_arguments},
+        model_kwargs=kwargs,
         report=report,
     )

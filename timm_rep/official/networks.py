@@ -66,8 +66,8 @@ def _fill_body(source: Source, model: Any) -> Set[str]:
         return _fill_blocks(source, model, _resnet_blocks(model))
     if isinstance(model, ByobNet) and isinstance(model.stem, RepVggBlock):
         return fill_repvgg(source, model)
-    blocks = {type(block) for stage in getattr(model, 'blocks', ()) for block in stage}
-    if not isinstance(model, EfficientNet) or blocks != {DepthwiseSeparableConv}:
+    is_efficient = isinstance(model, EfficientNet)
+    if not is_efficient or {type(block) for stage in model.blocks for block in stage} != {DepthwiseSeparableConv}:
         raise UserError(
             'official checkpoints are of ResNets, RepVGGs and MobileNet-V1; '
             f'{source.architecture} is a {type(model).__name__}')

@@ -14,14 +14,10 @@ def fill_repvgg(source: Source, model: Any) -> Set[str]:
     """Fill a RepVGG, and return the names of the parts that are filled."""
     is_repan = source.has('stages.')
     names = dict(_block_names(model, is_repan))
+    fill = _fill_folded_block if source.is_folded else _fill_repan_block if is_repan else _fill_block
     for name, theirs in names.items():
         block: Any = model.get_submodule(name)
-        if source.is_folded:
-            _fill_folded_block(source, theirs, block)
-        elif is_repan:
-            _fill_repan_block(source, theirs, block)
-        else:
-            _fill_block(source, theirs, block)
+        fill(source, theirs, block)
         if not isinstance(block.attn, nn.Identity):
             for ours, part in ((block.attn.fc1, 'down'), (block.attn.fc2, 'up')):
                 source.fill_weight_bias(ours, f'{theirs}.se.{part}')
