@@ -41,8 +41,6 @@ def read_split(folder, classes, limit):
         targets += [target] * len(found)
     with ThreadPoolExecutor(min(os.cpu_count(), 16)) as pool:
         pixels = list(pool.map(lambda path: np.asarray(Image.open(path).convert('RGB')), files))
-    if len({image.shape for image in pixels}) != 1:
-        raise ValueError(f'the images of {folder} must all be of one size, and there must be some')
     return Images(torch.from_numpy(np.stack(pixels)), torch.tensor(targets))
 
 

@@ -370,8 +370,6 @@ def parse_args(argv):
     parser.add_argument('--amp', action='store_true', help='train under autocast in bfloat16')
     parser.add_argument('--channels-last', action='store_true')
     args = parser.parse_args(argv)
-    if args.device == 'cuda' and not torch.cuda.is_available():
-        parser.error('--device cuda: torch finds no GPU')
     for split in ('train', 'test'):
         if not (args.data / split).is_dir():
             parser.error(f'--data: {args.data} has no folder {split}')

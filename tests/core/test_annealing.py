@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
 from helpers import (
     MODEL_RTOL,
     assert_near,
@@ -409,38 +408,20 @@ def test_averaged_copy_on_the_cpu_is_shared_through_the_accelerator(process_grou
 # Statistics of the origin branch after a transition
 
 
-def trained_layer(rep_layer, x):
-    """A layer whose norms have wide random values, and for kept statistics those of the images."""
-    generator = torch.Generator().manual_seed(1)
-    layer = registered_methods()[rep_layer].layers[0](4, 4, 3, momentum=1.0, dtype=torch.float64, generator=generator)
+@pytest.mark.parametrize('rep_layer', ['dbb', 'acb', 'rep'])
+def test_implied_statistics_keep_eval_mode_and_bring_training_mode_closer(rep_layer):
+    x, generator = randn(16, 4, 12, 12, seed=3), seeded(1)
+    method = registered_methods()[rep_layer]
+    layer = method.layers[0](4, 4, 3, momentum=1.0, dtype=torch.float64, generator=generator)
     for norm in (layer.norm_kxk, *layer._side_norms()):
         nn.init.normal_(norm.weight, generator=generator)
         nn.init.normal_(norm.bias, generator=generator)
-    layer(x)
-    return layer
-
-
-@pytest.mark.parametrize('rep_layer', ['dbb', 'acb', 'rep'])
-@pytest.mark.parametrize('rate', [0.3, 1.0])
-def test_implied_mean_is_that_of_the_folded_convolution(rep_layer, rate):
-    x = randn(16, 4, 12, 12, seed=3)
-    layer = trained_layer(rep_layer, x)
-    layer.set_attach_rate_(rate)
-    outputs = F.conv2d(x, layer.compose_weight())
-    layer.imply_statistics_()
-    assert_near(layer.norm_kxk.running_mean, outputs.mean((0, 2, 3)), 1e-2)  # kept variances are unbiased
-    assert (layer.norm_kxk.running_var > 0).all()
-
-
-@pytest.mark.parametrize('rep_layer', ['dbb', 'acb', 'rep'])
-def test_implied_statistics_keep_eval_mode_and_bring_training_mode_closer(rep_layer):
-    x = randn(16, 4, 12, 12, seed=3)
-    layer = trained_layer(rep_layer, x)
+    layer(x)  # the norms' statistics are those of the images
     expected = dict(eval=copy.deepcopy(layer).eval()(x), train=copy.deepcopy(layer).train()(x))
     off = {}
     for imply in (False, True):
         begun = copy.deepcopy(layer)
-        begun.begin_time_step_(torch.Generator().manual_seed(0), imply_statistics=imply)
+        begun.begin_time_step_(seeded(), imply_statistics=imply)
         assert_near(copy.deepcopy(begun).eval()(x), expected['eval'], MODEL_RTOL[torch.float64])
         off[imply] = (begun.train()(x) - expected['train']).square().mean().sqrt().item()
     assert off[True] < off[False] / 4

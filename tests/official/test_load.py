@@ -1,6 +1,5 @@
 """The whole way from an authors' file: what comes back, what is written, what is refused."""
 import json
-import pickle
 import re
 import sys
 
@@ -73,12 +72,15 @@ def assert_same_outputs(model, stock, rtol=MODEL_RTOL[torch.float32]):
 
 
 def test_file_in_training_form(stock, training_file):
-    model = load_official_checkpoint(training_file, NAME)
-    assert not model.training
-    assert model.num_classes == 3
-    assert list(rep_layers(model))
-    assert all(parameter.requires_grad for parameter in model.parameters())
-    assert_same_outputs(model, stock)
+    for rate in (1.0, 0.25):
+        model = load_official_checkpoint(training_file, NAME, attach_rate=rate)
+        assert not model.training
+        assert model.num_classes == 3
+        assert {layer.attach_rate.item() for _, layer in rep_layers(model)} == {rate}
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        assert_same_outputs(model, stock)
+    with pytest.raises(UserError, match='attach rate'):
+        load_official_checkpoint(training_file, NAME, attach_rate=1.5)
 
 
 def test_file_in_deploy_form(stock, deploy_file):
@@ -99,15 +101,6 @@ def test_state_dict_and_wrappers(stock, training_file, tmp_path):
     alone = tmp_path / 'weights.safetensors'
     safetensors.torch.save_file(weights, alone)
     assert_same_outputs(load_official_checkpoint(alone, NAME), stock)
-
-
-@torch.no_grad()
-def test_attach_rate_of_a_restored_layer(stock, training_file):
-    model = load_official_checkpoint(training_file, NAME, attach_rate=0.25)
-    assert {layer.attach_rate.item() for _, layer in rep_layers(model)} == {0.25}
-    assert_same_outputs(model, stock)
-    with pytest.raises(UserError, match='attach rate'):
-        load_official_checkpoint(training_file, NAME, attach_rate=1.5)
 
 
 def test_two_imports_are_the_same(training_file, deploy_file):
@@ -139,12 +132,11 @@ class Payload:
         return sys.setrecursionlimit, (1234,)
 
 
-@pytest.mark.parametrize('save', [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
-def test_a_hostile_file_is_refused_and_not_run(save, tmp_path):
+def test_a_hostile_file_is_refused_and_not_run(tmp_path):
     path = tmp_path / 'evil.pth'
-    save(dict(state_dict=Payload()), path)
+    torch.save(dict(state_dict=Payload()), path)
     limit = sys.getrecursionlimit()
-    with pytest.raises(UserError, match=r'setrecursionlimit|is not a PyTorch checkpoint'):
+    with pytest.raises(UserError, match='setrecursionlimit'):
         load_official_checkpoint(path, NAME)
     assert sys.getrecursionlimit() == limit
 

@@ -54,7 +54,12 @@ def fill_kxk(source: Source, prefix: str, layer: OrepaConv2d, mirrored: bool = F
     separable = separable.unflatten(0, (-1, groups)).transpose(0, 1)
     views['separable'].copy_(separable.reshape(views['separable'].shape))
 
-    _fill_scale(source, prefix, layer, in_repvgg)
+    # In RepVGG a block with identity branch has a row more, which nothing sets or uses (official blocks_repvgg.py).
+    unused = in_repvgg and layer.in_channels == layer.out_channels and layer.stride == (1, 1)
+    rows = [name for name in SCALE_ROWS if name in layer.branch_names]
+    scale = source.take(f'{prefix}.vector', (len(rows) + unused, out_channels))
+    for row, name in zip(scale, rows):
+        layer.scale[layer.branch_names.index(name)].copy_(row)
     _check_constants(source, prefix, start, layer)
 
 
@@ -67,15 +72,6 @@ def _mirror_sign(layer: OrepaConv2d) -> Tensor:
     prior = _prior(layer)
     mirrored = prior.flip([2, 3])
     return torch.where((mirrored - prior).abs().amax([1, 2, 3]) < (mirrored + prior).abs().amax([1, 2, 3]), 1.0, -1.0)
-
-
-def _fill_scale(source: Source, prefix: str, layer: OrepaConv2d, in_repvgg: bool) -> None:
-    # In RepVGG a block with identity branch has a row more, which nothing sets or uses (official blocks_repvgg.py).
-    unused = in_repvgg and layer.in_channels == layer.out_channels and layer.stride == (1, 1)
-    rows = [name for name in SCALE_ROWS if name in layer.branch_names]
-    scale = source.take(f'{prefix}.vector', (len(rows) + unused, layer.out_channels))
-    for row, name in enumerate(rows):
-        layer.scale[layer.branch_names.index(name)].copy_(scale[row])
 
 
 def _check_constants(source: Source, prefix: str, start: str, layer: OrepaConv2d) -> None:

@@ -110,9 +110,10 @@ def _check_restarts(args: argparse.Namespace, schedule: AnnealingSchedule) -> No
         restarts = [0, *(schedule.prefix_epochs + round(sum(lengths[:step]), 6) for step in range(1, args.time_steps))]
         starts = [epoch for epoch in range(schedule.total_epochs) if schedule.position(epoch).begins]
         if starts != restarts:
+            theirs, ours = (', '.join(f'{epoch:g}' for epoch in epochs) for epochs in (restarts, starts))
             raise UserError(
-                f'with --sched-on-updates the learning rate restarts at the epochs {restarts} and the time steps at '
-                f'{starts}, as timm rounds; take other --epochs or --lr-cycle-mul'
+                f'with --sched-on-updates the learning rate restarts at the epochs {theirs} and the time steps at '
+                f'{ours}, as timm rounds; take other --epochs or --lr-cycle-mul'
             )
 
 
