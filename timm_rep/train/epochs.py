@@ -48,8 +48,7 @@ def _models(call: Dict[str, Any]) -> Dict[str, nn.Module]:
     else:
         model = task.get_eval_model() if hasattr(task, 'get_eval_model') else call['model']
         averaged = task.get_eval_model(ema=True) if hasattr(task, 'has_ema') and task.has_ema() else None
-    forms = {'': model} if averaged is None else {'': model, '-ema': averaged}
-    return {suffix: unwrap_model(form) for suffix, form in forms.items()}
+    return {suffix: unwrap_model(form) for suffix, form in (('', model), ('-ema', averaged)) if form is not None}
 
 
 class AnnealedEpochs:

@@ -30,14 +30,7 @@ from timm.utils import is_primary
 
 from ..core.errors import UserError
 from ..io.hub_errors import HubError
-from .arguments import (
-    add_time_step_options,
-    check_model,
-    complete_schedule,
-    read_options,
-    recipe_file,
-    recipe_names,
-)
+from .arguments import add_time_step_options, check_model, complete_schedule, read_options, recipe_file, recipe_names
 from .epochs import AnnealedEpochs
 from .resume import find_run
 from .scripts import find_script
@@ -95,8 +88,8 @@ def _train_in_time_steps(script: Any) -> None:
         runs[0].finish()
 
 
-def _own_parser(prog: str, *, with_time_steps: bool) -> argparse.ArgumentParser:
-    """What timm's parser does not know; for the help, with what is added to timm's parser."""
+def _own_parser(prog: str) -> argparse.ArgumentParser:
+    """What timm's parser does not know."""
     parser = argparse.ArgumentParser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         usage="%(prog)s [options of the wrapper] [timm's options]", add_help=False)
@@ -106,8 +99,6 @@ def _own_parser(prog: str, *, with_time_steps: bool) -> argparse.ArgumentParser:
     parser.add_argument(
         '--timm-scripts', metavar='DIR',
         help="Folder of timm's train.py (default: $TIMM_SCRIPTS, the checkout of an editable timm, the user cache).")
-    if with_time_steps:
-        add_time_step_options(parser)
     return parser
 
 
@@ -124,9 +115,11 @@ def _with_recipe(script: Any, argv: List[str], recipe: Optional[str]) -> List[st
 
 
 def _train(argv: Sequence[str], prog: str) -> None:
-    own, rest = _own_parser(prog, with_time_steps=False).parse_known_args(argv)
+    parser = _own_parser(prog)
+    own, rest = parser.parse_known_args(argv)
     if own.help:
-        print(_own_parser(prog, with_time_steps=True).format_help())
+        add_time_step_options(parser)
+        parser.print_help()
         rest = ['--help']
     try:
         path = find_script('train', own.timm_scripts)
