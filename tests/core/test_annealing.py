@@ -114,13 +114,8 @@ def test_positions(kwargs, time_steps, epochs, rates, begins, ends):
 @pytest.mark.parametrize(('time_steps', 'epochs', 'mul'), [
     (1, 7, 1.0),
     (5, 30, 1.0),
-    (3, 4, 2),
-    (4, 5, 2.0),
     (3, 5, 3.0),
     (4, 10, 1.5),
-    (5, 7, 1.1),
-    (4, 3, 1.3),
-    (4, 6, 2.5),
     (3, 5, 1.4),  # 12 epochs, where timm's logarithm rounds down and restarts with the 13th
     (4, 25, 1.2),
     (2, 30, 1.7),  # 81 epochs, of which timm's sum loses one
