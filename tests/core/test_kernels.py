@@ -108,17 +108,6 @@ def test_pointwise_then_one_filter_per_channel_or_average(size, groups):
         assert_near(actual, expected, RTOL)
 
 
-@shapes
-def test_separable_kernel_equals_depthwise_then_pointwise(size, groups, c_in, inner, c_out):
-    expansion = 3
-    depthwise = randn(c_in * expansion, 1, *size, seed=1)
-    pointwise = randn(c_out, c_in * expansion // groups, 1, 1, seed=2)
-    x = images(c_in)
-    expected = F.conv2d(F.conv2d(x, depthwise, groups=c_in), pointwise, groups=groups)
-    merged = kernels.merge_depthwise_pointwise(depthwise, pointwise, expansion, groups)
-    assert_near(F.conv2d(x, merged, groups=groups), expected, RTOL)
-
-
 @groups_of_sizes
 def test_grouped_identity_passes_every_channel_through(size, groups):
     x = images(4)
@@ -178,8 +167,6 @@ def test_merges_are_differentiable_and_keep_the_dtype():
     (lambda: kernels.merge_parallel([torch.ones(4, 2, 1, 1), torch.ones(4, 1, 1, 1)]), 'the same channels'),
     (lambda: kernels.merge_sequential(torch.ones(4, 2, 1, 1), torch.ones(4, 3, 3, 3)), 'inner channels do not match'),
     (lambda: kernels.merge_sequential(torch.ones(4, 2, 1, 1), torch.ones(4, 4, 3, 3), 2), 'inner channels do not'),
-    (lambda: kernels.merge_depthwise_pointwise(torch.ones(6, 1, 3, 3), torch.ones(4, 4, 1, 1), 2), 'channels do not'),
-    (lambda: kernels.merge_depthwise_pointwise(torch.ones(6, 1, 3, 3), torch.ones(4, 6, 1, 1), 4), 'channels do not'),
     (lambda: kernels.grouped_identity(4, 1, (2, 2)), 'only odd kernels'),
 ])
 def test_bad_input_raises(call, message):

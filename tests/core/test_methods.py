@@ -408,6 +408,37 @@ def test_expansion_of_another_network_raises_and_changes_nothing():
 
 @both
 @torch.no_grad()
+def test_saved_model_comes_back_from_its_file_alone(name, tmp_path):
+    model = randomize_(timm.create_model('repan_resnet18_cifar', rep_layer=name, num_classes=3)).eval()
+    set_attach_rate(model, 0.3)
+    timm_rep.save(model, tmp_path / 'model.safetensors')
+    loaded = timm_rep.load(tmp_path / 'model.safetensors').eval()
+    assert tree(loaded) == tree(model)
+    assert expansion_of(loaded) == expansion_of(model)
+    assert_same_state(state_of(loaded), state_of(model))
+
+
+@torch.no_grad()
+def test_saved_model_of_no_registry_goes_into_a_stock_model(tmp_path):
+    model = randomize_(expand(stock_model(), {'layer1.*': Toy(share=0.25), '*': 'normed_toy'}))
+    timm_rep.save(model, tmp_path / 'model.safetensors')
+    loaded = timm_rep.load(tmp_path / 'model.safetensors', into=stock_model())
+    assert expansion_of(loaded) == expansion_of(model)
+    assert_same_state(state_of(loaded), state_of(model))
+
+
+def test_file_of_a_method_that_is_not_registered_is_refused(tmp_path):
+    timm_rep.save(expand(stock_model(), 'toy'), tmp_path / 'model.safetensors')
+    del methods._METHODS['toy']
+    try:
+        with pytest.raises(UserError, match="unknown method 'toy'"):
+            timm_rep.load(tmp_path / 'model.safetensors', into=stock_model())
+    finally:
+        register_method(Toy)
+
+
+@both
+@torch.no_grad()
 def test_annealer_takes_its_layers_through_time_steps(name):
     model = expand(tiny_resnet(), name).double().eval()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)

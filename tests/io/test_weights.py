@@ -91,7 +91,7 @@ def test_round_trip(make, tmp_path, caplog):
     else:
         assert_same(load_stock_form(file), model)
     save(loaded, tmp_path / 'again.safetensors')
-    assert_same(load(tmp_path / 'again.safetensors'), model)
+    assert (tmp_path / 'again.safetensors').read_bytes() == file.read_bytes()
 
 
 def test_the_commands_ask_nothing_of_such_files(tmp_path):

@@ -16,9 +16,8 @@ from torch import Tensor
 from .errors import UserError
 
 __all__ = [
-    'average_kernel', 'fold_norm', 'frequency_prior', 'grouped_identity', 'merge_depthwise_pointwise',
-    'merge_parallel', 'merge_pointwise_depthwise', 'merge_sequential', 'merge_sequential_bias', 'pad_to_size',
-    'unfold_norm',
+    'average_kernel', 'fold_norm', 'frequency_prior', 'grouped_identity', 'merge_parallel', 'merge_pointwise_depthwise',
+    'merge_sequential', 'merge_sequential_bias', 'pad_to_size', 'unfold_norm',
 ]
 
 
@@ -141,35 +140,6 @@ def merge_pointwise_depthwise(pointwise: Tensor, depthwise: Tensor) -> Tensor:
         ``(o, i/g, h, w)``.
     """
     return pointwise * depthwise
-
-
-def merge_depthwise_pointwise(depthwise: Tensor, pointwise: Tensor, expansion: int, groups: int = 1) -> Tensor:
-    """Kernel of a depthwise convolution with several filters per input, followed by a 1x1 (OREPA's separable branch).
-
-    Args:
-        depthwise: ``(i*e, 1, h, w)``; the ``e`` filters of one input channel lie together.
-        pointwise: ``(o, i*e/g, 1, 1)``.
-        expansion: Number of filters ``e`` per input channel.
-        groups: Number of groups ``g`` of the 1x1 convolution.
-
-    Returns:
-        ``(o, i/g, h, w)``.
-
-    Raises:
-        UserError: If the channels do not match.
-    """
-    filters, _, height, width = depthwise.shape
-    out_channels, per_group = pointwise.shape[:2]
-    if filters != per_group * groups or per_group % expansion:
-        raise UserError(
-            f'channels do not match: {filters} depthwise filters, {per_group} pointwise inputs in each of '
-            f'{groups} groups, {expansion} filters per input channel'
-        )
-    in_per_group = per_group // expansion
-    filters_of_input = depthwise.reshape(groups, 1, in_per_group, expansion, height * width)
-    weights_of_input = pointwise.reshape(groups, out_channels // groups, in_per_group, 1, expansion)
-    merged = torch.matmul(weights_of_input, filters_of_input)
-    return merged.reshape(out_channels, in_per_group, height, width)
 
 
 def grouped_identity(

@@ -169,7 +169,7 @@ def expand_checkpoint(
         args.update(layer_args)
         stock: Any = create_model(target, inference_mode=True, **args)
         load_strictly(stock, checkpoint.state_dict, checkpoint.path, f'{name} in stock form')
-        take_input_settings(stock, checkpoint)
+        take_input_settings(stock, checkpoint.args, checkpoint.path)
     elif timm.is_model(str(source)):
         if not timm.models.is_model_pretrained(str(source)):
             raise UserError(f'timm has no pretrained weights of {source}')

@@ -200,10 +200,12 @@ def trained_architecture(checkpoint: Checkpoint) -> Optional[str]:
     Returns:
         Its name; None if the arguments of the run do not say it, be it because it took the model from the Hub.
     """
-    name = checkpoint.args.get('model')
-    if not isinstance(name, str) or ':' in name:
-        return None
-    return split_model_name_tag(name)[0]
+    return _trained(checkpoint.args)
+
+
+def _trained(args: Mapping[str, Any]) -> Optional[str]:
+    name = args.get('model')
+    return None if not isinstance(name, str) or ':' in name else split_model_name_tag(name)[0]
 
 
 def _sizes_of(checkpoint: Checkpoint, architecture: str) -> Dict[str, int]:
@@ -252,23 +254,24 @@ def model_args_of(checkpoint: Checkpoint, architecture: str, overrides: Mapping[
     return args
 
 
-def take_input_settings(model: Any, checkpoint: Checkpoint) -> None:
+def take_input_settings(model: Any, args: Mapping[str, Any], source: PathLike) -> None:
     """Let the model's metadata say what it was trained on, where the run's arguments differ from the defaults.
 
     Args:
         model: A model of timm; its ``pretrained_cfg`` is changed if the run was of its architecture, in either form.
-        checkpoint: A checkpoint of the run.
+        args: Arguments of the run.
+        source: Where they come from, for the error.
 
     Raises:
         UserError: If timm does not understand the settings.
     """
-    trained = trained_architecture(checkpoint)
-    own = model.pretrained_cfg.get('architecture', '')
-    if checkpoint.args.get('model') and (trained is None or stock_architecture(trained) == stock_architecture(own)):
-        try:
-            config = resolve_data_config(checkpoint.args, model=model)
-        except AssertionError as e:
-            raise UserError(f'input settings of the run of {checkpoint.path} cannot be used: {e}') from e
-        if tuple(config['input_size']) != tuple(model.pretrained_cfg['input_size']):
-            model.pretrained_cfg['pool_size'] = None
-        model.pretrained_cfg.update({key: config[key] for key in DATA_CONFIG_KEYS})
+    trained, own = _trained(args), model.pretrained_cfg.get('architecture', '')
+    if not args.get('model') or (trained is not None and stock_architecture(trained) != stock_architecture(own)):
+        return
+    try:
+        config = resolve_data_config(dict(args), model=model)
+    except AssertionError as e:
+        raise UserError(f'input settings of the run of {source} cannot be used: {e}') from e
+    if tuple(config['input_size']) != tuple(model.pretrained_cfg['input_size']):
+        model.pretrained_cfg['pool_size'] = None
+    model.pretrained_cfg.update({key: config[key] for key in DATA_CONFIG_KEYS})

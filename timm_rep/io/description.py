@@ -37,6 +37,8 @@ SETTINGS_FIELDS = ('input_size', 'pool_size', 'interpolation', 'mean', 'std', 'c
 MAX_CHARACTERS = 2 ** 20
 MAX_NUMBERS = 2 ** 22
 MODULES_PER_TENSOR, MODULES_MORE = 16, 1000
+# Zero by default; timm's train.py gives them all the same.
+DROP_RATES = ('drop_rate', 'drop_path_rate', 'drop_block_rate')
 # They do nothing, or nothing once trained.
 NO_PART_OF_THE_FUNCTION = ('Identity', 'Drop')
 
@@ -142,7 +144,7 @@ def _first_difference(model: nn.Module, other: nn.Module) -> Optional[str]:
 def _architecture_of(model: Any) -> Dict[str, str]:
     """Metadata that say how timm builds the stock form; none, with a warning, if it would not be this model's."""
     cfg = model.pretrained_cfg
-    args = dict(getattr(model, '_model_args', {}))
+    args = {key: value for key, value in getattr(model, '_model_args', {}).items() if value or key not in DROP_RATES}
     if not args.get('features_only'):
         args.update(in_chans=image_channels(model))
         if isinstance(getattr(model, 'num_classes', None), int):
@@ -150,7 +152,7 @@ def _architecture_of(model: Any) -> Dict[str, str]:
     try:
         metadata = {
             ARCHITECTURE: cfg['architecture'],
-            MODEL_ARGS: json.dumps(args),
+            MODEL_ARGS: json.dumps(args, sort_keys=True),
             SETTINGS: json.dumps({key: cfg[key] for key in SETTINGS_FIELDS if cfg.get(key) is not None}),
         }
         rebuilt = dataclasses.replace(_description(metadata), methods=expansion_of(model).methods).skeleton()

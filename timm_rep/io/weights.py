@@ -2,6 +2,8 @@
 import copy
 import dataclasses
 import io
+import json
+import struct
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Dict, Iterator, Mapping, Optional
@@ -34,6 +36,15 @@ def _weights_of(model: nn.Module) -> Dict[str, Tensor]:
     return {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
 
 
+def _safetensors(weights: Dict[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Content of a file, the same for the same model: safetensors itself writes metadata in any order."""
+    content = safetensors.torch.save(weights)
+    length = struct.unpack('<Q', content[:8])[0]
+    header = json.dumps({'__metadata__': dict(sorted(metadata.items())), **json.loads(content[8:8 + length])}).encode()
+    header += b' ' * (-len(header) % 8)  # tensors are aligned
+    return struct.pack('<Q', len(header)) + header + content[8 + length:]
+
+
 def save(model: nn.Module, file: PathLike, *, replace: bool = False) -> None:
     """Write a model's weights with what they are: :func:`load` needs nothing but the file.
 
@@ -56,7 +67,7 @@ def save(model: nn.Module, file: PathLike, *, replace: bool = False) -> None:
     model = unwrap_model(model)
     check_values(model)
     weights = _weights_of(model)
-    content = safetensors.torch.save(weights, metadata=describe(model, weights))
+    content = _safetensors(weights, describe(model, weights))
     with written_whole(path, replace=replace) as temporary:
         temporary.write_bytes(content)
 
@@ -147,7 +158,7 @@ def _described_model(checkpoint: Checkpoint, overrides: Mapping[str, Any] = {}) 
     if len(dtypes) == 1:
         model.to(dtypes.pop())
     load_strictly(model, weights, path, AS_DESCRIBED)
-    take_input_settings(model, checkpoint)
+    take_input_settings(model, checkpoint.args, checkpoint.path)
     return model.eval()
 
 
@@ -263,7 +274,7 @@ def training_form(
     model = create_model(architecture, **model_args_of(checkpoint, architecture, overrides))
     _check_training_form(model, architecture)
     load_strictly(model, checkpoint.state_dict, checkpoint.path, f'{architecture} in training form')
-    take_input_settings(model, checkpoint)
+    take_input_settings(model, checkpoint.args, checkpoint.path)
     return model.eval()
 
 
@@ -304,5 +315,5 @@ def load_stock_form(path: PathLike) -> nn.Module:
         args['inference_mode'] = True
     model = create_model(architecture, **args)
     load_strictly(model, checkpoint.state_dict, checkpoint.path, f'{architecture} in stock form')
-    take_input_settings(model, checkpoint)
+    take_input_settings(model, checkpoint.args, checkpoint.path)
     return model.eval()

@@ -111,7 +111,7 @@ class AnnealedEpochs:
             return None
         begun, position = time_step(self._forms['']), self.schedule.position(epoch)
         if begun < position.time_step and position.begins and self._folder is not None:
-            save_snapshots(self._folder, begun, self._forms)
+            save_snapshots(self._folder, begun, self._forms, self.args)
         self._annealer.begin_epoch(epoch)
         if is_primary(self.args):
             drawn = ', side branches drawn afresh' if begun < position.time_step else ''
@@ -163,7 +163,7 @@ class AnnealedEpochs:
             if getattr(self.args, 'model_ema', False):
                 forms['-ema'] = load_training_form(last, use_ema=True)
         if epoch is not None and epoch >= self.schedule.total_epochs - 1:  # not interrupted by hand
-            save_snapshots(self._folder, self.schedule.time_steps - 1, forms)
+            save_snapshots(self._folder, self.schedule.time_steps - 1, forms, self.args)
 
 
 def _append_rows(path: Path, rows: Sequence[Dict[str, Any]]) -> None:
