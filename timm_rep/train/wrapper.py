@@ -54,9 +54,7 @@ def load_script(path: Path) -> ModuleType:
     Raises:
         UserError: If names are missing.
     """
-    spec = importlib.util.spec_from_file_location('timm_train_script', path)
-    assert spec is not None
-    assert spec.loader is not None
+    spec: Any = importlib.util.spec_from_file_location('timm_train_script', path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     missing = [name for name in SCRIPT_NAMES if not hasattr(module, name)]
