@@ -117,7 +117,7 @@ def _train(argv: Sequence[str], prog: str) -> None:
     own, rest = parser.parse_known_args(argv)
     if own.help:
         add_time_step_options(parser)
-        parser.print_help()
+        print(parser.format_help())
         rest = ['--help']
     try:
         path = find_script('train', own.timm_scripts)
