@@ -52,28 +52,19 @@ def _die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _die_with_optimizer(optimizer, *_):
-    print('State:', len(optimizer.state), flush=True)
-    _die()
+def _patch(owner, name, count, before=None, after=None, only=lambda *args: True):
+    """At the so-and-so-many-th call that counts, do something before or after it."""
+    function, calls = getattr(owner, name), []
 
-
-def _at_call(count, before=None, after=None, only=lambda *args: True):
-    """A decorator: at the so-and-so-many-th call that counts, do something before or after it."""
-    def decorate(function):
-        calls = [0]
-
-        def counted(*args, **kwargs):
-            if not only(*args):
-                return function(*args, **kwargs)
-            calls[0] += 1
-            if calls[0] == count and before is not None:
-                before(*args)
-            result = function(*args, **kwargs)
-            if calls[0] == count and after is not None:
-                after(*args)
-            return result
-        return counted
-    return decorate
+    def counted(*args, **kwargs):
+        due = only(*args) and (calls.append(1) or len(calls) == count)
+        if due and before is not None:
+            before(*args)
+        result = function(*args, **kwargs)
+        if due and after is not None:
+            after(*args)
+        return result
+    setattr(owner, name, counted)
 
 
 def _write_half(content, path):
@@ -99,40 +90,27 @@ def _arm(point, count, folder, optimizer):
     from timm_rep.train import snapshots
     from timm_rep.train.epochs import AnnealedEpochs
 
-    def patch(owner, name, **kwargs):
-        setattr(owner, name, _at_call(count, **kwargs)(getattr(owner, name)))
-
     last = Path(folder) / 'last.pth.tar'
     _write_half_a_row.path = Path(folder) / 'summary.csv'
-    if point == 'start':
-        patch(timm.utils, 'CheckpointSaver', before=_die)
-    elif point == 'update':
-        patch(getattr(torch.optim, optimizer), 'step', before=_die_with_optimizer)
-    elif point == 'checkpoint half written':
-        patch(torch, 'save', before=_write_half)
-    elif point == 'last unlinked':
-        patch(os, 'unlink', after=_die, only=lambda path, *args: Path(path) == last)
-    elif point == 'checkpoint linked':
-        patch(os, 'link', after=_die)
-    elif point == 'transition':
-        patch(AnnealedModule, 'begin_time_step_', after=_die)
-    elif point == 'transition of the averaged weights':
-        patch(annealer, 'begin_time_step', after=_die)
-    elif point == 'rate set':
-        patch(annealer, 'set_attach_rate', after=_die)
-    elif point == 'snapshot half written':
-        patch(snapshots, 'save', before=lambda model, path, **kwargs: (
-            path.with_name(f'.01234567.{path.name}').write_bytes(b'half'), _die()))
-    elif point == 'snapshot not yet in place':
-        patch(os, 'replace', before=_die, only=lambda src, dst: 'time_step-' in str(dst))
-    elif point == 'validation':
-        patch(timm.utils, 'accuracy', before=_die)
-    elif point == 'summary half written':
-        patch(timm.utils, 'update_summary', before=_write_half_a_row)
-    elif point == 'last snapshot':
-        patch(AnnealedEpochs, 'finish', before=_die)
-    else:
-        raise ValueError(point)
+    points = {
+        'start': (timm.utils, 'CheckpointSaver', dict(before=_die)),
+        'update': (getattr(torch.optim, optimizer), 'step', dict(before=_die)),
+        'checkpoint half written': (torch, 'save', dict(before=_write_half)),
+        'last unlinked': (os, 'unlink', dict(after=_die, only=lambda path, *args: Path(path) == last)),
+        'checkpoint linked': (os, 'link', dict(after=_die)),
+        'transition': (AnnealedModule, 'begin_time_step_', dict(after=_die)),
+        'transition of the averaged weights': (annealer, 'begin_time_step', dict(after=_die)),
+        'rate set': (annealer, 'set_attach_rate', dict(after=_die)),
+        'snapshot half written': (snapshots, 'save', dict(before=lambda model, path, **kwargs: (
+            path.with_name(f'.01234567.{path.name}').write_bytes(b'half'), _die()))),
+        'snapshot not yet in place': (
+            os, 'replace', dict(before=_die, only=lambda src, dst: 'time_step-' in str(dst))),
+        'validation': (timm.utils, 'accuracy', dict(before=_die)),
+        'summary half written': (timm.utils, 'update_summary', dict(before=_write_half_a_row)),
+        'last snapshot': (AnnealedEpochs, 'finish', dict(before=_die)),
+    }
+    owner, name, when = points[point]
+    _patch(owner, name, count, **when)
 
 
 def _child(argv, cwd, point, count, folder, optimizer):

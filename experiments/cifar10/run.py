@@ -14,8 +14,6 @@ import argparse
 import contextlib
 import copy
 import datetime
-import functools
-import hashlib
 import json
 import math
 import os
@@ -23,16 +21,14 @@ import platform
 import statistics
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from images import normalized, read_data, train_batches
 from timm.models.byobnet import RepVggBlock
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -44,8 +40,6 @@ from timm_rep.report.cost import processor_name
 
 NETWORKS = dict(repvgg_a1='repvgg_a1_cifar', resnet18='resnet18_cifar')
 EVAL_BATCH_SIZE = 1000
-CROP_PADDING = 4
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
 class Method(NamedTuple):
@@ -126,86 +120,6 @@ def fused(model):
     return timm.utils.reparameterize_model(timm_rep.fuse(model, inplace=True), inplace=True)
 
 
-# Data
-
-
-class Images(NamedTuple):
-    """Images of one split, uint8 ``(n, height, width, 3)``, padded at the border if they are to be cropped."""
-
-    pixels: torch.Tensor
-    targets: torch.Tensor
-
-    def to(self, device):
-        return Images(self.pixels.to(device), self.targets.to(device))
-
-
-def read_split(folder, classes, limit, seed):
-    """Decode the images of a split, or the same number of every class, drawn by a seed, that add up to a limit."""
-    if limit is not None and (limit < len(classes) or limit % len(classes)):
-        raise ValueError(f'{limit} images of {folder.name} cannot be the same number of each of {len(classes)} classes')
-    generator = torch.Generator().manual_seed(seed)
-    files, targets = [], []
-    for target, name in enumerate(classes):
-        found = sorted(path for path in (folder / name).iterdir() if path.is_file())
-        if limit is not None:
-            if len(found) < limit // len(classes):
-                raise ValueError(f'{folder / name} has {len(found)} images, {limit // len(classes)} are asked for')
-            order = torch.randperm(len(found), generator=generator)[:limit // len(classes)]
-            found = [found[i] for i in sorted(order.tolist())]
-        files += found
-        targets += [target] * len(found)
-    with ThreadPoolExecutor(min(os.cpu_count(), 16)) as pool:
-        pixels = list(pool.map(lambda path: np.asarray(Image.open(path).convert('RGB')), files))
-    if len({image.shape for image in pixels}) != 1:
-        raise ValueError(f'the images of {folder} must all be of one size, and there must be some')
-    return Images(torch.from_numpy(np.stack(pixels)), torch.tensor(targets))
-
-
-def read_data(data, images, test_images, subset_seed):
-    """Both splits, the names of the classes, and a description that tells other data from these."""
-    classes = sorted(path.name for path in (data / 'train').iterdir() if path.is_dir())
-    train = read_split(data / 'train', classes, images, subset_seed)
-    test = read_split(data / 'test', classes, test_images, subset_seed)
-    digest = hashlib.sha256()
-    for split in (train, test):
-        digest.update(split.pixels.numpy().tobytes())
-        digest.update(split.targets.numpy().tobytes())
-    description = dict(
-        classes=len(classes), train=len(train.targets), test=len(test.targets), sha256=digest.hexdigest()[:16])
-    return train, test, description
-
-
-@functools.lru_cache
-def mean_and_std(device):
-    return [torch.tensor(values, device=device) * 255 for values in (MEAN, STD)]
-
-
-def normalized(pixels, channels_last):
-    """Network input ``(n, 3, height, width)`` of uint8 pixels ``(n, height, width, 3)``."""
-    mean, std = mean_and_std(pixels.device)
-    x = ((pixels.float() - mean) / std).permute(0, 3, 1, 2)
-    return x if channels_last else x.contiguous()
-
-
-def train_batches(images, batch_size, generator, channels_last):
-    """One epoch in random order, each image shifted by up to the padding and mirrored or not; the rest is dropped."""
-    device, (height, width) = images.pixels.device, images.pixels.shape[1:3]
-    height, width = height - 2 * CROP_PADDING, width - 2 * CROP_PADDING
-    # Drawn on the CPU, once for an epoch: the same on every device, and no wait in the loop.
-    count = len(images.targets)
-    order = torch.randperm(count, generator=generator).to(device)
-    top, left = torch.randint(2 * CROP_PADDING + 1, (2, count, 1), generator=generator).to(device)
-    mirrored = (torch.rand(count, 1, generator=generator) < 0.5).to(device)
-    rows = top + torch.arange(height, device=device)
-    columns = torch.arange(width, device=device)
-    columns = left + torch.where(mirrored, columns.flip(0), columns)
-    for start in range(0, count - batch_size + 1, batch_size):
-        part = slice(start, start + batch_size)
-        chosen = order[part]
-        pixels = images.pixels[chosen[:, None, None], rows[part, :, None], columns[part, None, :]]
-        yield normalized(pixels, channels_last), images.targets[chosen]
-
-
 # Training
 
 
@@ -218,64 +132,73 @@ def evaluate(model, images, channels_last):
     return F.cross_entropy(output, images.targets).item(), top1, output
 
 
-def schedule_of(method, settings, attach_warmup_epochs):
-    """The time steps of a method: one of all epochs without restarts."""
-    total = settings['time_steps'] * settings['epochs']
-    if METHODS[method].restarts:
-        return timm_rep.AnnealingSchedule(settings['time_steps'], settings['epochs'], attach_warmup_epochs or 0)
-    return timm_rep.AnnealingSchedule(1, total)
+class Training:
+    """What one run trains: the model, its optimizer, the restarts of the learning rate, and the time steps."""
+
+    def __init__(self, method, seed, attach_warmup_epochs, settings, steps, device):
+        self.channels_last = settings['channels_last']
+        self.model = build_model(settings['network'], method, settings['data']['classes']).to(device)
+        if self.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        time_steps, epochs = settings['time_steps'], settings['epochs']
+        if METHODS[method].restarts:
+            self.schedule = timm_rep.AnnealingSchedule(time_steps, epochs, attach_warmup_epochs or 0)
+        else:
+            self.schedule = timm_rep.AnnealingSchedule(1, time_steps * epochs)
+        self.steps = steps
+        self.optimizer = create_optimizer_v2(
+            self.model, opt='sgd', lr=settings['lr'], momentum=0.9, weight_decay=settings['weight_decay'])
+        self.scheduler, _ = create_scheduler_v2(
+            self.optimizer, num_epochs=self.schedule.epochs, cycle_limit=self.schedule.time_steps, cycle_decay=1.0,
+            step_on_epochs=False, updates_per_epoch=steps)
+        self.annealer = None
+        if METHODS[method].annealed:
+            self.annealer = timm_rep.Annealer(
+                self.model, self.optimizer, self.schedule, seed=seed,
+                imply_statistics=METHODS[method].imply_statistics)
+        self.autocast = torch.autocast(device.type, torch.bfloat16) if settings['amp'] else contextlib.nullcontext()
+
+    def epoch(self, epoch, batches, test_images):
+        """Train an epoch, and evaluate the fused network; the epoch's figures."""
+        start = time.perf_counter()
+        position = self.annealer.begin_epoch(epoch) if self.annealer else self.schedule.position(epoch)
+        if position.begins:
+            timm_rep.reset_optimizer(self.optimizer)  # a restart is a fresh optimizer for every method
+        lr = self.optimizer.param_groups[0]['lr']
+        self.model.train()
+        total = torch.zeros((), device=test_images.targets.device)
+        for step, (images, targets) in enumerate(batches, start=1):
+            with self.autocast:
+                loss = F.cross_entropy(self.model(images), targets)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.scheduler.step_update(epoch * self.steps + step)
+            total += loss.detach()
+        train_loss = total.item() / self.steps  # waits for the device
+        seconds = time.perf_counter() - start
+        eval_loss, top1, _ = evaluate(fused(self.model), test_images, self.channels_last)
+        return dict(
+            epoch=epoch, time_step=position.time_step, attach_rate=position.attach_rate if self.annealer else None,
+            lr=lr, train_loss=train_loss, eval_loss=eval_loss, eval_top1=top1, seconds=seconds)
 
 
 def train(method, seed, attach_warmup_epochs, settings, train_images, test_images, device):
     """One run: a row of each epoch, and what is left at the end."""
     torch.manual_seed(seed)
-    data_generator = torch.Generator().manual_seed(seed)
-    channels_last = settings['channels_last']
-    model = build_model(settings['network'], method, settings['data']['classes']).to(device)
-    if channels_last:
-        model.to(memory_format=torch.channels_last)
-    schedule = schedule_of(method, settings, attach_warmup_epochs)
-    steps = len(train_images.targets) // settings['batch_size']
-    optimizer = create_optimizer_v2(
-        model, opt='sgd', lr=settings['lr'], momentum=0.9, weight_decay=settings['weight_decay'])
-    scheduler, _ = create_scheduler_v2(
-        optimizer, num_epochs=schedule.epochs, cycle_limit=schedule.time_steps, cycle_decay=1.0,
-        step_on_epochs=False, updates_per_epoch=steps)
-    annealer = None
-    if METHODS[method].annealed:
-        annealer = timm_rep.Annealer(
-            model, optimizer, schedule, seed=seed, imply_statistics=METHODS[method].imply_statistics)
-    autocast = torch.autocast(device.type, torch.bfloat16) if settings['amp'] else contextlib.nullcontext()
+    generator = torch.Generator().manual_seed(seed)
+    batch_size, channels_last = settings['batch_size'], settings['channels_last']
+    training = Training(
+        method, seed, attach_warmup_epochs, settings, len(train_images.targets) // batch_size, device)
     rows = []
-    for epoch in range(schedule.total_epochs):
-        start = time.perf_counter()
-        position = annealer.begin_epoch(epoch) if annealer else schedule.position(epoch)
-        if position.begins:
-            timm_rep.reset_optimizer(optimizer)  # a restart is a fresh optimizer for every method
-        lr = optimizer.param_groups[0]['lr']
-        model.train()
-        total = torch.zeros((), device=device)
-        batches = train_batches(train_images, settings['batch_size'], data_generator, channels_last)
-        for step, (images, targets) in enumerate(batches, start=1):
-            with autocast:
-                loss = F.cross_entropy(model(images), targets)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            scheduler.step_update(epoch * steps + step)
-            total += loss.detach()
-        train_loss = total.item() / steps  # waits for the device
-        seconds = time.perf_counter() - start
-        eval_loss, top1, _ = evaluate(fused(model), test_images, channels_last)
-        rows.append(dict(
-            epoch=epoch, time_step=position.time_step, attach_rate=position.attach_rate if annealer else None, lr=lr,
-            train_loss=train_loss, eval_loss=eval_loss, eval_top1=top1, seconds=seconds))
-        attach = f', attach rate {position.attach_rate:.2f}' if annealer else ''
+    for epoch in range(training.schedule.total_epochs):
+        batches = train_batches(train_images, batch_size, generator, channels_last)
+        rows.append(training.epoch(epoch, batches, test_images))
         print(
-            f'{run_name(method, seed, attach_warmup_epochs)}: epoch {epoch + 1}/{schedule.total_epochs}{attach}: '
-            f'train loss {train_loss:.3f}, fused top-1 {top1:.2f}%, {seconds:.1f} s', flush=True)
+            f'{run_name(method, seed, attach_warmup_epochs)}: epoch {epoch + 1}/{training.schedule.total_epochs}: '
+            'train loss {train_loss:.3f}, fused top-1 {eval_top1:.2f}%, {seconds:.1f} s'.format(**rows[-1]), flush=True)
 
-    final = fused(model)
+    model, final = training.model, fused(training.model)
     _, training_form_top1, output = evaluate(model, test_images, channels_last)
     _, _, fused_output = evaluate(final, test_images, channels_last)
     return dict(
@@ -327,14 +250,8 @@ def write(path, text):
 
 
 def claim_folder(output, settings):
-    """Make the output folder, or check that it holds runs of the same settings.
-
-    Raises:
-        ValueError: If it holds anything else.
-    """
+    """Make the output folder, or check that it holds runs of the same settings."""
     path = output / 'settings.json'
-    if output.exists() and not output.is_dir():
-        raise ValueError(f'{output} is a file. Take another --output')
     # Seen at once, without what another process is about to write: several may start in one folder.
     there = {found.name for found in output.iterdir() if found.suffix != '.tmp'} if output.exists() else set()
     if path.name in there:
@@ -345,11 +262,11 @@ def claim_folder(output, settings):
         ]
         if other:
             raise ValueError(f'{output} holds runs of other settings: {"; ".join(other)}. Take another --output')
-        return
-    if there:
+    elif there:
         raise ValueError(f'{output} holds something else: it has no settings.json. Take another --output')
-    output.mkdir(parents=True, exist_ok=True)
-    write(path, json.dumps(settings, indent=1) + '\n')
+    else:
+        output.mkdir(parents=True, exist_ok=True)
+        write(path, json.dumps(settings, indent=1) + '\n')
 
 
 def spread(values, digits=2):
@@ -446,7 +363,6 @@ def parse_args(argv):
         help='run the RepAn methods with these attach warm-ups, too')
     parser.add_argument('--images', type=int, help='training images, the same number of every class; all by default')
     parser.add_argument('--test-images', type=int, help='test images, the same number of every class; all by default')
-    parser.add_argument('--subset-seed', type=int, default=0, help='of the choice of these images, for all runs')
     parser.add_argument('--batch-size', type=int, default=128)
     parser.add_argument('--lr', type=float, default=0.1)
     parser.add_argument('--weight-decay', type=float, default=5e-4)
@@ -454,8 +370,6 @@ def parse_args(argv):
     parser.add_argument('--amp', action='store_true', help='train under autocast in bfloat16')
     parser.add_argument('--channels-last', action='store_true')
     args = parser.parse_args(argv)
-    if args.device == 'cuda' and not torch.cuda.is_available():
-        parser.error('--device cuda: torch finds no GPU')
     for split in ('train', 'test'):
         if not (args.data / split).is_dir():
             parser.error(f'--data: {args.data} has no folder {split}')
@@ -471,7 +385,7 @@ def main(argv=None):
     args = parse_args(argv)
     device = torch.device(args.device)
     try:
-        train_images, test_images, data = read_data(args.data, args.images, args.test_images, args.subset_seed)
+        train_images, test_images, data = read_data(args.data, args.images, args.test_images)
         if len(train_images.targets) < args.batch_size:
             raise ValueError(f'{len(train_images.targets)} training images do not fill a batch of {args.batch_size}')
         names = (
@@ -482,9 +396,7 @@ def main(argv=None):
         sys.exit(f'error: {e}')
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32; --amp is the faster choice
-    padding = (0, 0, CROP_PADDING, CROP_PADDING, CROP_PADDING, CROP_PADDING)
-    train_images = train_images._replace(pixels=F.pad(train_images.pixels, padding)).to(device)
-    test_images = test_images.to(device)
+    train_images, test_images = train_images.to(device), test_images.to(device)
 
     # One seed after the other, so that what an interrupted job leaves is complete for the first seeds.
     todo = [

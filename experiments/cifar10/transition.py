@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from run import METHODS, read_data, train_batches, versions
+from images import read_data, train_batches
+from run import METHODS, versions
 from timm.scheduler import CosineLRScheduler
 
 import timm_rep
@@ -81,8 +82,7 @@ def main():
 
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
-    images, _, data = read_data(args.data, args.images, None, 0)
-    images = images._replace(pixels=F.pad(images.pixels, (0, 0, 4, 4, 4, 4)))
+    images, _, data = read_data(args.data, args.images)
     lines = [
         '# Loss across the step from one time step to the next', '',
         f"repan_repvgg_a1_cifar, {data['train']} training images, one time step of {args.epochs} epochs before, "

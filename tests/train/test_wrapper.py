@@ -2,7 +2,6 @@
 import argparse
 import re
 import signal
-from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -17,7 +16,6 @@ from timm_rep.core.walk import annealed_modules
 from timm_rep.io.checkpoint import read_checkpoint
 from timm_rep.io.weights import load_training_form
 from timm_rep.train.epochs import AnnealedEpochs
-from timm_rep.train.wrapper import AnnealedTraining
 
 
 def weights_of(path):
@@ -58,30 +56,6 @@ def test_snapshots_are_the_weights_at_the_end_of_each_time_step(finished, kind):
         assert_near(stock(x), model(x), MODEL_RTOL[torch.float32])
 
 
-def test_transition_is_that_of_the_library_on_both_models(scripts, tmp_path):
-    """A run that learns nothing: only the transition changes the kernels."""
-    code, log = run(tmp_path, arguments(scripts, '--lr', 0))
-    assert code == 0, log
-    folder = tmp_path / 'output/train/run'
-    for use_ema in (False, True):
-        model = load_training_form(folder / 'checkpoint-1.pth.tar', use_ema=use_ema)
-        timm_rep.begin_time_step(model, torch.Generator().manual_seed(42 + 1), attach_rate=0.5)
-        after = load_training_form(folder / 'checkpoint-2.pth.tar', use_ema=use_ema).state_dict()
-        # the averaged origin branches move on towards the model's; the draw of the side branches is the same
-        kernels = [key for key, value in after.items() if value.ndim == 4 and not (use_ema and 'conv_kxk' in key)]
-        assert len(kernels) > 20
-        for key in kernels:
-            assert torch.equal(after[key], model.state_dict()[key]), key
-
-
-def test_optimizer_starts_each_time_step_without_a_past(scripts, tmp_path):
-    for update, empty in ((EPOCHS * 3, False), (EPOCHS * 3 + 1, True)):
-        (tmp_path / str(update)).mkdir()
-        code, log = run(tmp_path / str(update), arguments(scripts), point='update', count=update)
-        assert code == -signal.SIGKILL, log
-        assert ('State: 0' in log) == empty
-
-
 def test_branch_log_has_every_branch_of_every_layer_and_epoch(finished):
     table = rows(finished / 'branch_gradients.csv')
     model = timm.create_model(MODEL, num_classes=5)
@@ -118,26 +92,6 @@ def test_restarts_may_grow_and_decay(scripts, tmp_path):
     assert float(table[2]['lr']) == pytest.approx(0.025)
 
 
-def test_weights_of_an_annealed_run_start_a_new_one(finished, scripts, tmp_path):
-    start = finished / 'time_step-3.safetensors'
-    code, log = run(tmp_path, arguments(scripts, '--initial-checkpoint', start))
-    assert code == 0, log
-    steps = [int(row['train_time_step']) for row in rows(tmp_path / 'output/train/run/summary.csv')]
-    assert steps == [0, 0, 1, 1, 2, 2]
-
-
-def test_time_step_of_weights_to_start_from_is_forgotten_in_all_blocks(scripts, tmp_path):
-    model = timm.create_model('repan_resnet18', rep_layer='orepa', num_classes=5)
-    timm_rep.begin_time_step(model)
-    torch.save(model.state_dict(), tmp_path / 'start.pth')
-    more = ['--model-kwargs', 'rep_layer=orepa', '--initial-checkpoint', 'start.pth', '--time-steps', 2, '--epochs', 1,
-            '--attach-warmup-epochs', 0]
-    code, log = run(tmp_path, arguments(scripts, *more, model='repan_resnet18'))
-    assert code == 0, log
-    state = read_checkpoint(tmp_path / 'output/train/run/last.pth.tar').state_dict
-    assert {int(value) for key, value in state.items() if key.endswith('time_step')} == {1}
-
-
 def test_diverged_training_ends_with_its_time_step(scripts, tmp_path):
     code, log = run(tmp_path, arguments(scripts, '--lr', 1e20))
     assert code == 1, log
@@ -148,13 +102,15 @@ def test_diverged_training_ends_with_its_time_step(scripts, tmp_path):
     assert (folder / 'last.pth.tar').is_file()
 
 
-def test_options_come_from_a_config_file(scripts, tmp_path):
+def test_options_come_from_a_file(scripts, tmp_path):
     (tmp_path / 'recipe.yaml').write_text(yaml.safe_dump(dict(
         model=MODEL, time_steps=2, epochs=1, attach_warmup_epochs=0, warmup_epochs=0, experiment='run')))
-    code, log = run(tmp_path, ['--timm-scripts', scripts, '--config', 'recipe.yaml'])
+    code, log = run(tmp_path, ['--timm-scripts', scripts, '--recipe', 'recipe.yaml'])
     assert code == 0, log
     assert len(rows(tmp_path / 'output/train/run/summary.csv')) == 2
-    # args.yaml of a run is a config file itself
+    # args.yaml of a run is a config file itself, without what is of this machine
+    args = yaml.safe_load((tmp_path / 'output/train/run/args.yaml').read_text())
+    assert not {'recipe', 'timm_scripts', 'config'} & set(args)
     again = ['--timm-scripts', scripts, '--config', 'output/train/run/args.yaml', '--experiment', 'again']
     code, log = run(tmp_path, again)
     assert code == 0, log
@@ -171,12 +127,11 @@ class Epochs:
     def __init__(self, model, averaged=None, folder=None, **args):
         self.model, self.averaged, self.folder = model, averaged, folder
         self.draws = {}
-        self.training = AnnealedTraining(SimpleNamespace())
         defaults = dict(
             seed=42, rank=0, log_branches=False, resume='', initial_checkpoint='', compensate=False,
             imply_statistics=False, output='', experiment='')
         self.args = argparse.Namespace(**dict(defaults, **args))
-        self.training.epochs = AnnealedEpochs(self.args, timm_rep.AnnealingSchedule(2, 2, 1))
+        self.epochs = AnnealedEpochs(self.args, timm_rep.AnnealingSchedule(2, 2, 1))
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
 
     def train_one_epoch(self, epoch, model, loader, optimizer, args, output_dir=None, model_ema=None):
@@ -184,7 +139,7 @@ class Epochs:
         return {}
 
     def __call__(self, epoch):
-        return self.training.annealed_epoch(self.train_one_epoch)(
+        return self.epochs.around(self.train_one_epoch)(
             epoch, self.model, None, self.optimizer, self.args, output_dir=self.folder, model_ema=self.averaged)
 
 
@@ -211,9 +166,8 @@ def test_weights_to_start_from_keep_their_outputs(start, epoch):
         assert_near(form(x), outputs, MODEL_RTOL[torch.float32])
 
 
-@pytest.mark.parametrize('start', ['', 'pretrained'])
-def test_resumed_weights_are_not_those_to_start_from(start):
-    resumed = Epochs(*two_forms(), resume='last.pth.tar', **({start: True} if start else {}))
+def test_resumed_weights_are_not_those_to_start_from():
+    resumed = Epochs(*two_forms(), resume='last.pth.tar', pretrained=True)
     states = [{key: value.clone() for key, value in form.state_dict().items()} for form in two_forms()]
     resumed(1)
     for form, state in zip((resumed.model, resumed.averaged), states):
@@ -248,7 +202,7 @@ def test_snapshots_are_of_whole_time_steps(tmp_path):
     model = timm.create_model('orepa_resnet18_cifar')
     interrupted = Epochs(model, folder=tmp_path)
     interrupted(0)
-    interrupted.training.epochs.finish()  # timm's main returns when it is interrupted by hand
+    interrupted.epochs.finish()  # timm's main returns when it is interrupted by hand
     Epochs(model, folder=tmp_path, resume='last.pth.tar')(3)  # in the middle of a time step, at its --start-epoch
     assert list(tmp_path.glob('time_step-*')) == []
 

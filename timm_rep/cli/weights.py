@@ -124,9 +124,11 @@ def import_official(file: str, out: str, as_json: bool, **kwargs: Any) -> None:
     from ..official.load import import_checkpoint
 
     imported = import_checkpoint(file, out, **kwargs)
-    if not as_json:
-        click.echo(f'{imported.output}: {imported}')
+    report = imported.pop('report')
+    if as_json:
+        print_json(dict(imported, fused=None if report is None else dict(report_content(report), ok=True)))
         return
-    content = dict(vars(imported))
-    report = content.pop('report')
-    print_json(dict(content, fused=None if report is None else dict(report_content(report), ok=True)))
+    text = '{output}: {architecture} in {form} form, {num_classes} classes'.format(**imported)
+    if imported['model_kwargs']:
+        text += ', built with ' + ' '.join(f'{key}={value}' for key, value in imported['model_kwargs'].items())
+    click.echo(text if report is None else f'{text}; training form and stock form: {report}')

@@ -7,13 +7,8 @@ __all__ = ['ACB_START', 'fill_acb']
 ACB_START = 'square_'
 # What the authors call the parts of the layer (official acb.py).
 ACB_NAMES = dict(
-    conv_kxk='square_conv',
-    norm_kxk='square_bn',
-    conv_1xk='hor_conv',
-    norm_1xk='hor_bn',
-    conv_kx1='ver_conv',
-    norm_kx1='ver_bn',
-)
+    conv_kxk='square_conv', norm_kxk='square_bn', conv_1xk='hor_conv', norm_1xk='hor_bn', conv_kx1='ver_conv',
+    norm_kx1='ver_bn')
 
 
 def fill_acb(source: Source, prefix: str, layer: AsymmetricConv2d) -> None:

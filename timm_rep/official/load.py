@@ -1,7 +1,5 @@
 """Load an authors' checkpoint into a model, or turn it into a file or a Hub folder of ours."""
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Tuple, Union
+from typing import Any, Dict, Mapping, Optional, Union
 
 import torch
 import torch.nn as nn
@@ -10,7 +8,7 @@ from torch import Tensor
 
 from ..core.errors import UserError
 from ..core.fuse import fuse
-from ..core.verify import Report, verify
+from ..core.verify import verify
 from ..core.walk import annealed_modules, set_attach_rate
 from ..hub.export import export_folder
 from ..io.architecture import create_model
@@ -20,40 +18,7 @@ from ..io.weights import save_weights
 from .networks import HEAD_NAMES, fill_from_official_
 from .source import Weights, is_folded
 
-__all__ = ['ImportedCheckpoint', 'import_checkpoint', 'load_official_checkpoint']
-
-
-def _read(source: Union[PathLike, Weights]) -> Tuple[Dict[str, Tensor], str]:
-    """Weights and what to call them; prefixes of wrappers are removed."""
-    if not isinstance(source, Mapping):
-        return read_checkpoint(source).state_dict, str(source)
-    if not source or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in source.items()):
-        found = ', '.join(map(str, list(source)[:5])) or 'nothing'
-        raise UserError(f'a state dict holds tensors only, by name; got {found}')
-    return clean_state_dict(clean_state_dict(dict(source))), 'the state dict'
-
-
-def _load(
-        source: Union[PathLike, Weights],
-        architecture: str,
-        attach_rate: float,
-        model_kwargs: Mapping[str, Any],
-) -> nn.Module:
-    tensors, label = _read(source)
-    kwargs = dict(model_kwargs)
-    for name in HEAD_NAMES:
-        if f'{name}.weight' in tensors and tensors[f'{name}.weight'].ndim == 2:
-            kwargs.setdefault('num_classes', len(tensors[f'{name}.weight']))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model: Any = create_model(architecture, **kwargs).eval()
-    if is_folded(tensors):
-        model = fuse(model, inplace=True)
-    if any(value.dtype == torch.float64 for value in tensors.values()):
-        model = model.double()
-    set_attach_rate(model, attach_rate)
-    fill_from_official_(model, tensors, label)
-    return model
+__all__ = ['import_checkpoint', 'load_official_checkpoint']
 
 
 def load_official_checkpoint(
@@ -101,34 +66,25 @@ def load_official_checkpoint(
         UserError: If the weights are not those of the architecture: a tensor is missing, left over, of another shape
             or of another kind of block.
     """
-    return _load(source, architecture, attach_rate, kwargs)
-
-
-@dataclass(frozen=True)
-class ImportedCheckpoint:
-    """What :func:`import_checkpoint` wrote.
-
-    Attributes:
-        output: File or folder.
-        architecture: What the weights are of; for a folder, of its stock form.
-        form: ``'training'`` or ``'stock'``.
-        num_classes: Of the classifier.
-        model_kwargs: What else ``create_model`` needs to build the architecture.
-        report: How far the fused model is from the training form; None for a deploy file.
-    """
-
-    output: Path
-    architecture: str
-    form: str
-    num_classes: int
-    model_kwargs: Dict[str, Any]
-    report: Optional[Report]
-
-    def __str__(self) -> str:
-        text = f'{self.architecture} in {self.form} form, {self.num_classes} classes'
-        if self.model_kwargs:
-            text += ', built with ' + ' '.join(f'{key}={value}' for key, value in self.model_kwargs.items())
-        return text if self.report is None else f'{text}; training form and stock form: {self.report}'
+    if isinstance(source, Mapping):
+        if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in source.items()):
+            raise UserError(f'a state dict holds tensors only, by name; got {", ".join(map(str, list(source)[:5]))}')
+        tensors, label = clean_state_dict(clean_state_dict(dict(source))), 'the state dict'
+    else:
+        tensors, label = read_checkpoint(source).state_dict, str(source)
+    for name in HEAD_NAMES:
+        if f'{name}.weight' in tensors and tensors[f'{name}.weight'].ndim == 2:
+            kwargs.setdefault('num_classes', len(tensors[f'{name}.weight']))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: Any = create_model(architecture, **kwargs).eval()
+    if is_folded(tensors):
+        model = fuse(model, inplace=True)
+    if any(value.dtype == torch.float64 for value in tensors.values()):
+        model = model.double()
+    set_attach_rate(model, attach_rate)
+    fill_from_official_(model, tensors, label)
+    return model
 
 
 def import_checkpoint(
@@ -139,7 +95,7 @@ def import_checkpoint(
         license: str = 'unknown',
         attach_rate: float = 1.0,
         model_kwargs: Optional[Mapping[str, Any]] = None,
-) -> ImportedCheckpoint:
+) -> Dict[str, Any]:
     """Turn a checkpoint that authors published into a file or a Hub folder of ours.
 
     Args:
@@ -152,7 +108,9 @@ def import_checkpoint(
         model_kwargs: More arguments of ``timm.create_model``, as in :func:`load_official_checkpoint`.
 
     Returns:
-        What was written. Nothing is unless the fused model is the function of the training form.
+        What was written, unless the fused model is not the function of the training form: ``output``, its
+        ``architecture``, its ``form`` (``'training'`` or ``'stock'``), ``num_classes``, what else ``create_model``
+        needs to build it (``model_kwargs``), and the ``report`` of the comparison, None for a deploy file.
 
     Raises:
         FileExistsError: If the output exists.
@@ -161,22 +119,23 @@ def import_checkpoint(
     """
     output = new_output(output, folder_allowed=True)
     kwargs = dict(model_kwargs or {})
-    model: Any = _load(source, architecture, attach_rate, kwargs)
+    model: Any = load_official_checkpoint(source, architecture, **{'attach_rate': attach_rate, **kwargs})
     fused: Any = fuse(model)
-    training = any(annealed_modules(model))
-    report = verify(model, fused) if training else None
-    weights_alone = is_weights_file(output)
-    written = model if weights_alone else fused
-    if weights_alone:
+    report = verify(model, fused) if any(annealed_modules(model)) else None
+    if is_weights_file(output):
+        written = model
         save_weights(model, output)
     else:
+        written = fused
         export_folder(model, output, license=license)  # takes the training form, to note where the weights come from
-    in_stock_form = not (training and weights_alone)
-    return ImportedCheckpoint(
-        output=output,
+    in_training_form = any(annealed_modules(written))
+    if not in_training_form:
+        kwargs.pop('rep_layer', None)
+    return dict(
+        output=str(output),
         architecture=written.pretrained_cfg['architecture'],
-        form='stock' if in_stock_form else 'training',
+        form='training' if in_training_form else 'stock',
         num_classes=model.num_classes,
-        model_kwargs={key: value for key, value in kwargs.items() if not (in_stock_form and key == 'rep_layer')},
+        model_kwargs=kwargs,
         report=report,
     )

@@ -44,14 +44,6 @@ def _mobilenet_blocks(model: Any) -> Iterator[Tuple[str, str, str]]:
         yield f'stem.{position}.pointwise', f'{ours}.conv_pw', f'{ours}.bn2'
 
 
-def _is_mobilenet(model: Any) -> bool:
-    """Whether this is a network of MobileNet-V1's blocks and nothing else."""
-    if not isinstance(model, EfficientNet):
-        return False
-    stages: Any = model.blocks
-    return all(type(block) is DepthwiseSeparableConv for stage in stages for block in stage)
-
-
 def _fill_blocks(source: Source, model: nn.Module, blocks: Iterable[Tuple[str, str, str]]) -> Set[str]:
     """Fill a ResNet or MobileNet, and return the names of the parts that are filled."""
     filled: Set[str] = set()
@@ -74,15 +66,13 @@ def _fill_body(source: Source, model: Any) -> Set[str]:
         return _fill_blocks(source, model, _resnet_blocks(model))
     if isinstance(model, ByobNet) and isinstance(model.stem, RepVggBlock):
         return fill_repvgg(source, model)
-    if not _is_mobilenet(model):
+    is_efficient = isinstance(model, EfficientNet)
+    if not is_efficient or {type(block) for stage in model.blocks for block in stage} != {DepthwiseSeparableConv}:
         raise UserError(
             'official checkpoints are of ResNets, RepVGGs and MobileNet-V1; '
             f'{source.architecture} is a {type(model).__name__}')
-    activation = type(model.bn1.act)
-    if activation is not nn.ReLU:
-        raise UserError(
-            f"the authors' MobileNet has ReLU, {source.architecture} has {activation.__name__}; "
-            "build it with act_layer='relu'")
+    if type(model.bn1.act) is not nn.ReLU:
+        raise UserError(f"the authors' MobileNet has ReLU; build {source.architecture} with act_layer='relu'")
     return _fill_blocks(source, model, _mobilenet_blocks(model))
 
 
@@ -92,8 +82,7 @@ def _fill_head(source: Source, model: Any) -> str:
     if not isinstance(head, nn.Linear):
         raise UserError(f'official checkpoints have a classifier; {source.architecture} was built without')
     theirs = next((name for name in HEAD_NAMES if source.has(f'{name}.')), HEAD_NAMES[0])
-    source.fill(head.weight, f'{theirs}.weight')
-    source.fill(head.bias, f'{theirs}.bias')
+    source.fill_weight_bias(head, theirs)
     return next(name for name, module in model.named_modules() if module is head)
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ..core import kernels
-from ..core.layers import OrepaConv2d, OrepaPointwiseConv2d, OrepaStemConv2d
+from ..core.layers import OrepaConv2d, OrepaPointwiseConv2d
 from .source import Source
 
 __all__ = ['KXK_STARTS', 'POINTWISE_START', 'STEM_START', 'fill_kxk', 'fill_pointwise', 'fill_stem']
@@ -39,8 +39,7 @@ def fill_kxk(source: Source, prefix: str, layer: OrepaConv2d, mirrored: bool = F
 
     prior_conv = take('pfir_conv', pointwise).flatten(1)
     if mirrored:
-        sign = _mirror_sign(source, prefix, layer)
-        prior_conv = prior_conv * sign.to(prior_conv).reshape(-1, 1)
+        prior_conv = prior_conv * _mirror_sign(layer).to(prior_conv).reshape(-1, 1)
     views['prior'].copy_(prior_conv)
 
     inner = layer.seq_1x1.shape[0]
@@ -55,28 +54,24 @@ def fill_kxk(source: Source, prefix: str, layer: OrepaConv2d, mirrored: bool = F
     separable = separable.unflatten(0, (-1, groups)).transpose(0, 1)
     views['separable'].copy_(separable.reshape(views['separable'].shape))
 
-    _fill_scale(source, prefix, layer, in_repvgg)
-    _check_constants(source, prefix, start, layer)
-
-
-def _mirror_sign(source: Source, prefix: str, layer: OrepaConv2d) -> Tensor:
-    """The sign that each prior filter gets by mirroring in both axes, ``(o,)``."""
-    prior = kernels.frequency_prior(layer.out_channels, layer.kernel_size, **CONSTANTS)
-    mirrored = prior.flip([2, 3])
-    sign = torch.where((mirrored - prior).abs().amax([1, 2, 3]) < (mirrored + prior).abs().amax([1, 2, 3]), 1.0, -1.0)
-    if torch.allclose(mirrored, prior * sign.reshape(-1, 1, 1, 1), rtol=0.0, atol=1e-9):
-        return sign
-    raise source.refusal(
-        f'the prior filters of {prefix} have no mirror image, since {layer.out_channels} channels is an odd number')
-
-
-def _fill_scale(source: Source, prefix: str, layer: OrepaConv2d, in_repvgg: bool) -> None:
     # In RepVGG a block with identity branch has a row more, which nothing sets or uses (official blocks_repvgg.py).
     unused = in_repvgg and layer.in_channels == layer.out_channels and layer.stride == (1, 1)
     rows = [name for name in SCALE_ROWS if name in layer.branch_names]
-    scale = source.take(f'{prefix}.vector', (len(rows) + unused, layer.out_channels))
-    for row, name in enumerate(rows):
-        layer.scale[layer.branch_names.index(name)].copy_(scale[row])
+    scale = source.take(f'{prefix}.vector', (len(rows) + unused, out_channels))
+    for row, name in zip(scale, rows):
+        layer.scale[layer.branch_names.index(name)].copy_(row)
+    _check_constants(source, prefix, start, layer)
+
+
+def _prior(layer: OrepaConv2d) -> Tensor:
+    return kernels.frequency_prior(layer.out_channels, layer.kernel_size, **CONSTANTS)
+
+
+def _mirror_sign(layer: OrepaConv2d) -> Tensor:
+    """The sign that each prior filter gets by mirroring in both axes, ``(o,)``; of an even number of filters."""
+    prior = _prior(layer)
+    mirrored = prior.flip([2, 3])
+    return torch.where((mirrored - prior).abs().amax([1, 2, 3]) < (mirrored + prior).abs().amax([1, 2, 3]), 1.0, -1.0)
 
 
 def _check_constants(source: Source, prefix: str, start: str, layer: OrepaConv2d) -> None:
@@ -84,8 +79,7 @@ def _check_constants(source: Source, prefix: str, start: str, layer: OrepaConv2d
     identity = kernels.grouped_identity(in_per_group, **CONSTANTS).repeat(inner // in_per_group, 1, 1, 1)
     source.check_constant(f'{prefix}.id_tensor', identity)
     source.check_constant(f'{start}avg_avg', kernels.average_kernel(layer.kernel_size, **CONSTANTS)[0, 0])
-    prior = kernels.frequency_prior(layer.out_channels, layer.kernel_size, **CONSTANTS)
-    source.check_constant(f'{start}prior', prior[:, 0])
+    source.check_constant(f'{start}prior', _prior(layer)[:, 0])
 
 
 def fill_pointwise(source: Source, prefix: str, layer: OrepaPointwiseConv2d) -> None:
@@ -96,9 +90,8 @@ def fill_pointwise(source: Source, prefix: str, layer: OrepaPointwiseConv2d) -> 
     source.fill(layer.scale, f'{prefix}.vector')
 
 
-def fill_stem(source: Source, prefix: str, layer: OrepaStemConv2d) -> None:
+def fill_stem(source: Source, prefix: str, layer: Any) -> None:
     """Fill a stem. The authors squeeze by cross-correlation, so all layers but the first enter it mirrored."""
     for position, part in enumerate(layer.stack):
-        assert isinstance(part, OrepaConv2d)
         fill_kxk(source, f'{prefix}.weight{position}', part, mirrored=position > 0)
     layer.kernel_offset.zero_()

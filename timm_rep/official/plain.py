@@ -11,15 +11,8 @@ __all__ = ['fill_folded', 'fill_plain', 'silence_']
 
 # What the authors call the convolution of a folded block.
 FOLDED_NAMES = (
-    'orepa_reparam',
-    'or1x1_reparam',
-    'or_large_reparam',
-    'dbb_reparam',
-    'rbr_reparam',
-    'rep_conv',
-    'fused_conv',
-    'conv',
-)
+    'orepa_reparam', 'or1x1_reparam', 'or_large_reparam', 'dbb_reparam', 'rbr_reparam', 'rep_conv', 'fused_conv',
+    'conv')
 
 
 def silence_(norm: Optional[nn.BatchNorm2d]) -> None:
@@ -47,13 +40,9 @@ def fill_folded(source: Source, prefix: str, conv: nn.Conv2d, norm: Any) -> None
     """Fill a convolution and its norm from a folded block; the norm gets mean 0 and variance 1."""
     name = next((name for name in FOLDED_NAMES if source.has(f'{prefix}.{name}.')), FOLDED_NAMES[-1])
     norm.reset_parameters()
-    kernel, gamma, beta = kernels.unfold_norm(
-        source.take(f'{prefix}.{name}.weight', conv.weight.shape),
-        source.take(f'{prefix}.{name}.bias', norm.bias.shape).to(norm.bias),
-        norm.running_mean,
-        norm.running_var,
-        norm.eps,
-    )
+    kernel = source.take(f'{prefix}.{name}.weight', conv.weight.shape)
+    bias = source.take(f'{prefix}.{name}.bias', norm.bias.shape).to(norm.bias)
+    kernel, gamma, beta = kernels.unfold_norm(kernel, bias, norm.running_mean, norm.running_var, norm.eps)
     conv.weight.copy_(kernel)
     norm.weight.copy_(gamma)
     norm.bias.copy_(beta)

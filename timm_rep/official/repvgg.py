@@ -12,22 +12,16 @@ __all__ = ['fill_repvgg']
 
 def fill_repvgg(source: Source, model: Any) -> Set[str]:
     """Fill a RepVGG, and return the names of the parts that are filled."""
-    filled = set()
     is_repan = source.has('stages.')
-    for name, theirs in _block_names(model, is_repan):
+    names = dict(_block_names(model, is_repan))
+    fill = _fill_folded_block if source.is_folded else _fill_repan_block if is_repan else _fill_block
+    for name, theirs in names.items():
         block: Any = model.get_submodule(name)
-        if source.is_folded:
-            _fill_folded_block(source, theirs, block)
-        elif is_repan:
-            _fill_repan_block(source, theirs, block)
-        else:
-            _fill_block(source, theirs, block)
+        fill(source, theirs, block)
         if not isinstance(block.attn, nn.Identity):
             for ours, part in ((block.attn.fc1, 'down'), (block.attn.fc2, 'up')):
-                source.fill(ours.weight, f'{theirs}.se.{part}.weight')
-                source.fill(ours.bias, f'{theirs}.se.{part}.bias')
-        filled.add(name)
-    return filled
+                source.fill_weight_bias(ours, f'{theirs}.se.{part}')
+    return set(names)
 
 
 def _block_names(model: Any, is_repan: bool) -> Iterator[Tuple[str, str]]:

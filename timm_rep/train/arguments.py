@@ -21,12 +21,11 @@ RESTARTING_SCHEDULES = ('cosine', 'tanh', 'poly')
 UNFIT_OPTIONS = ('torchscript', 'split_bn')
 DEFAULT_OUTPUT = './output/train'  # timm's
 RECIPES = Path(__file__).with_name('recipes')
-RECIPE_SUFFIX = '.yaml'
 
 
 def recipe_names() -> List[str]:
     """Names of the recipes that come with the package."""
-    return sorted(path.stem for path in RECIPES.glob(f'*{RECIPE_SUFFIX}'))
+    return sorted(path.stem for path in RECIPES.glob('*.yaml'))
 
 
 def recipe_file(recipe: str) -> Path:
@@ -42,7 +41,7 @@ def recipe_file(recipe: str) -> Path:
         UserError: If there is none.
     """
     if recipe in recipe_names():
-        return RECIPES / f'{recipe}{RECIPE_SUFFIX}'
+        return RECIPES / f'{recipe}.yaml'
     if not Path(recipe).is_file():
         raise UserError(f'no recipe {recipe!r}, nor a file of that name; there are {", ".join(recipe_names())}')
     return Path(recipe)
@@ -62,10 +61,8 @@ def read_options(path: Path) -> Dict[str, Any]:
     """
     try:
         options = yaml.safe_load(path.read_text())
-    except OSError as e:
-        raise UserError(f'the file of options {path} cannot be read: {e.strerror}') from None
-    except (ValueError, RecursionError, yaml.YAMLError) as e:
-        raise UserError(f'{path} is not a YAML file: {" ".join(str(e).split())}') from None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:
+        raise UserError(f'{path} cannot be read as a YAML file: {" ".join(str(e).split())}') from None
     if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
         raise UserError(f'{path} must hold options and their values, as in "epochs: 30"')
     return options
@@ -93,32 +90,8 @@ def add_time_step_options(parser: argparse.ArgumentParser) -> None:
                        help='Write the gradient magnitude of every branch to branch_gradients.csv.')
 
 
-def _check_numbers(args: argparse.Namespace) -> None:
-    """Numbers from a config file have whatever type they have there."""
-    for name in ('time_steps', 'attach_warmup_epochs', 'epochs'):
-        value = getattr(args, name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise UserError(f'--{name.replace("_", "-")} takes a whole number, got {value!r}')
-
-
-def _check_updates(args: argparse.Namespace, schedule: AnnealingSchedule) -> None:
-    """Where the learning rate follows the updates, timm's restarts need not fall on epochs."""
-    lengths = [args.epochs * schedule.epochs_mul ** step for step in range(args.time_steps)]
-    if any(abs(length - round(length)) > 1e-6 for length in lengths):
-        raise UserError(
-            f'with --sched-on-updates a time step must be a whole number of epochs, got {args.epochs} times '
-            f'--lr-cycle-mul {schedule.epochs_mul}: ' + ', '.join(f'{length:g}' for length in lengths)
-        )
-    starts = [epoch for epoch in range(schedule.total_epochs) if schedule.position(epoch).begins]
-    restarts = [0, *(schedule.prefix_epochs + round(sum(lengths[:n])) for n in range(1, args.time_steps))]
-    if starts != restarts:
-        raise UserError(
-            f'with --sched-on-updates --epochs {args.epochs} and --lr-cycle-mul {schedule.epochs_mul} the learning '
-            f'rate restarts at the epochs {restarts} and the time steps at {starts}, as timm rounds; take others'
-        )
-
-
 def _check_restarts(args: argparse.Namespace, schedule: AnnealingSchedule) -> None:
+    """The learning rate must restart where the time steps begin."""
     if schedule.anneals and args.lr_cycle_limit not in (1, args.time_steps):
         raise UserError(
             f'--lr-cycle-limit {args.lr_cycle_limit} contradicts --time-steps {args.time_steps}, which sets it')
@@ -127,11 +100,21 @@ def _check_restarts(args: argparse.Namespace, schedule: AnnealingSchedule) -> No
     if args.sched not in RESTARTING_SCHEDULES:
         raise UserError(
             f'--sched {args.sched} cannot restart at a time step; allowed are {", ".join(RESTARTING_SCHEDULES)}')
-    if args.warmup_epochs >= args.epochs and not getattr(args, 'warmup_prefix', False):
+    if args.warmup_epochs >= args.epochs and not schedule.prefix_epochs:
         raise UserError(
             f'the warm-up of the learning rate (--warmup-epochs {args.warmup_epochs}) must be shorter than a time step '
             f'of {args.epochs} epochs'
         )
+    if getattr(args, 'sched_on_updates', False):  # timm's restarts then need not fall on epochs
+        lengths = [args.epochs * schedule.epochs_mul ** step for step in range(args.time_steps)]
+        restarts = [0, *(schedule.prefix_epochs + round(sum(lengths[:step]), 6) for step in range(1, args.time_steps))]
+        starts = [epoch for epoch in range(schedule.total_epochs) if schedule.position(epoch).begins]
+        if starts != restarts:
+            theirs, ours = (', '.join(f'{epoch:g}' for epoch in epochs) for epochs in (restarts, starts))
+            raise UserError(
+                f'with --sched-on-updates the learning rate restarts at the epochs {theirs} and the time steps at '
+                f'{ours}, as timm rounds; take other --epochs or --lr-cycle-mul'
+            )
 
 
 def complete_schedule(args: argparse.Namespace) -> AnnealingSchedule:
@@ -146,7 +129,9 @@ def complete_schedule(args: argparse.Namespace) -> AnnealingSchedule:
     Raises:
         UserError: For arguments that do not go together.
     """
-    _check_numbers(args)
+    for name in ('time_steps', 'attach_warmup_epochs', 'epochs'):  # a config file may hold anything
+        if not isinstance(getattr(args, name), (int, type(None))):
+            raise UserError(f'--{name.replace("_", "-")} takes a whole number, got {getattr(args, name)!r}')
     if args.attach_warmup_epochs is None:
         args.attach_warmup_epochs = args.epochs // 6 if args.time_steps > 1 else 0
     schedule = AnnealingSchedule(
@@ -157,8 +142,6 @@ def complete_schedule(args: argparse.Namespace) -> AnnealingSchedule:
         prefix_epochs=args.warmup_epochs if getattr(args, 'warmup_prefix', False) else 0,
         cooldown_epochs=getattr(args, 'cooldown_epochs', 0) if args.sched in RESTARTING_SCHEDULES else 0,
     )
-    if getattr(args, 'sched_on_updates', False):
-        _check_updates(args, schedule)
     _check_restarts(args, schedule)
     if args.time_steps > 1:
         args.lr_cycle_limit = args.time_steps

@@ -1,9 +1,12 @@
 """What happens around the epochs of timm's training."""
 import argparse
 import csv
+import functools
+import inspect
 import logging
+import math
 from pathlib import Path
-from typing import Any, Dict, MutableMapping, Optional
+from typing import Any, Callable, Dict, Optional, Sequence
 
 import torch
 import torch.nn as nn
@@ -40,12 +43,12 @@ def _restart_workers(loader: Any) -> None:
 def _models(call: Dict[str, Any]) -> Dict[str, nn.Module]:
     """The models of an epoch, by what goes behind the name of their snapshots."""
     task = call.get('task')
-    model, averaged = call['model'], call.get('model_ema')
-    if task is not None:  # from timm 1.0.23 on
-        model = task.get_eval_model() if hasattr(task, 'get_eval_model') else model
-        averaged = task.get_eval_model(ema=True) if hasattr(task, 'has_ema') and task.has_ema() else averaged
-    forms = {'': model} if averaged is None else {'': model, '-ema': averaged}
-    return {suffix: unwrap_model(form) for suffix, form in forms.items()}
+    if task is None:  # before timm 1.0.23
+        model, averaged = call['model'], call['model_ema']
+    else:
+        model = task.get_eval_model() if hasattr(task, 'get_eval_model') else call['model']
+        averaged = task.get_eval_model(ema=True) if hasattr(task, 'has_ema') and task.has_ema() else None
+    return {suffix: unwrap_model(form) for suffix, form in (('', model), ('-ema', averaged)) if form is not None}
 
 
 class AnnealedEpochs:
@@ -59,62 +62,57 @@ class AnnealedEpochs:
     def __init__(self, args: argparse.Namespace, schedule: AnnealingSchedule) -> None:
         self.args = args
         self.schedule = schedule
-        self.total_epochs = schedule.total_epochs  # as timm counts them, which may be others without restarts
-        self._folder: Optional[Path] = None
+        self._folder = output_folder(args)
         self._forms: Dict[str, nn.Module] = {}  # once an epoch has begun
         self._annealer: Optional[Annealer] = None
         self._branches: Optional[BranchLog] = None
         self._epoch: Optional[int] = None
 
-    def begin(self, call: Dict[str, Any]) -> Optional[Position]:
-        """Do what comes before an epoch of timm's.
+    def around(self, train_one_epoch: Callable[..., Any]) -> Callable[..., Any]:
+        """Put time steps around an epoch.
 
         Args:
-            call: Arguments of ``train_one_epoch``, by name.
+            train_one_epoch: timm's.
 
         Returns:
-            The epoch's place in the schedule; None if nothing is annealed.
+            A function that takes the same arguments, and gives what timm measured with its place in the schedule.
         """
-        epoch, args = call['epoch'], self.args
+        signature = inspect.signature(train_one_epoch)
+
+        @functools.wraps(train_one_epoch)
+        def annealed_epoch(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            epoch = bound.arguments['epoch']
+            position = self._begin(epoch, bound.arguments)
+            metrics = train_one_epoch(*args, **kwargs)
+            self._epoch = epoch
+            if self._branches is not None and self._folder is not None:
+                _append_rows(self._folder / BRANCH_FILE, self._branches.take_rows(epoch))
+            if position is not None:  # timm writes it to summary.csv, and to wandb where it logs there
+                metrics.update(time_step=position.time_step, attach_rate=position.attach_rate)
+            return metrics
+
+        return annealed_epoch
+
+    def _begin(self, epoch: int, call: Dict[str, Any]) -> Optional[Position]:
+        """Do what comes before an epoch; its place in the schedule, None if nothing is annealed."""
+        args = self.args
         # All that is random follows from seed and epoch, so that a resumed run goes on as if never stopped.
         random_seed((args.seed + EPOCH_SEED_STRIDE * epoch) % MAX_SEED, getattr(args, 'rank', 0))
         _restart_workers(call.get('loader'))
-        if call.get('output_dir') is not None:
-            self._folder = Path(call['output_dir'])
-            for name in ROW_FILES:
-                drop_rows(self._folder / name, epoch)
+        self._folder = None if call['output_dir'] is None else Path(call['output_dir'])
+        self._tidy(epoch)
+        # timm's rounding of cycles may have an epoch more
+        epoch = min(epoch, self.schedule.total_epochs - 1)
         if not self._forms:
-            self._begin_run(call)
-        return None if self._annealer is None else self._anneal(self._annealer, epoch)
-
-    def _begin_run(self, call: Dict[str, Any]) -> None:
-        """Do what comes before the first epoch that this process trains."""
-        args = self.args
-        self._forms = forms = _models(call)
-        if args.resume:
-            self._recall_best(call.get('saver'))
-        if args.log_branches:
-            self._branches = BranchLog(forms[''], call['optimizer'])
-        if not self.schedule.anneals:
-            return
-        model, *averaged = forms.values()
-        given = not args.resume and any(getattr(args, name, None) for name in START_ARGS)
-        self._annealer = Annealer(
-            model, call['optimizer'], self.schedule, averaged=averaged, seed=args.seed, compensate=args.compensate,
-            imply_statistics=args.imply_statistics, start_weights=given)
-        if not args.resume:
-            self._annealer.start(self._scheduled(call['epoch']))
-        if given and is_primary(args):
-            _logger.info('The weights to start from are folded, with fresh side branches and the same outputs')
-
-    def _scheduled(self, epoch: int) -> int:
-        return min(epoch, self.schedule.total_epochs - 1)
-
-    def _anneal(self, annealer: Annealer, epoch: int) -> Position:
-        begun, position = time_step(self._forms['']), self.schedule.position(self._scheduled(epoch))
+            self._begin_run(epoch, call)
+        if self._annealer is None:
+            return None
+        begun, position = time_step(self._forms['']), self.schedule.position(epoch)
         if begun < position.time_step and position.begins and self._folder is not None:
             save_snapshots(self._folder, begun, self._forms, self.args)
-        annealer.begin_epoch(self._scheduled(epoch))
+        self._annealer.begin_epoch(epoch)
         if is_primary(self.args):
             drawn = ', side branches drawn afresh' if begun < position.time_step else ''
             _logger.info(
@@ -123,56 +121,55 @@ class AnnealedEpochs:
             )
         return position
 
-    def _recall_best(self, saver: Any) -> None:
-        """Let timm's saver know which checkpoint of the run was the best, where it can tell."""
-        recall = getattr(saver, 'load_state_dict_from_checkpoint', None)
-        resumed = Path(self.args.resume)
-        if recall is not None and saver.best_metric is None and resumed.parent.samefile(saver.checkpoint_dir):
-            recall(resumed)
+    def _tidy(self, epoch: float = math.inf) -> None:
+        """Take rows of an epoch and later ones out of the run's files, and what an interruption left."""
+        if self._folder is not None:
+            for name in ROW_FILES:
+                drop_rows(self._folder / name, epoch)
 
-    def end(self, epoch: int, position: Optional[Position], metrics: MutableMapping[str, Any]) -> None:
-        """Do what comes after an epoch of timm's.
-
-        Args:
-            epoch: The epoch.
-            position: As :meth:`begin` gave it.
-            metrics: What timm measured, which it writes to summary.csv, and to wandb where it logs there; changed in
-                place.
-        """
-        self._epoch = epoch
-        if self._branches is not None:
-            rows = self._branches.take_rows(epoch)
-            if rows and self._folder is not None:
-                self._write_rows(self._folder / BRANCH_FILE, rows)
-        if position is not None:
-            metrics.update(time_step=position.time_step, attach_rate=position.attach_rate)
-
-    @staticmethod
-    def _write_rows(path: Path, rows: Any) -> None:
-        new = not path.exists()
-        with path.open('a', newline='') as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
+    def _begin_run(self, epoch: int, call: Dict[str, Any]) -> None:
+        """Do what comes before the first epoch that this process trains."""
+        args = self.args
+        self._forms = _models(call)
+        model, *averaged = self._forms.values()
+        saver: Any = call.get('saver')
+        recall_best = getattr(saver, 'load_state_dict_from_checkpoint', None)  # from timm 1.0.31 on
+        if args.resume and recall_best is not None and saver.best_metric is None:
+            if Path(args.resume).parent.samefile(saver.checkpoint_dir):
+                recall_best(Path(args.resume))
+        if args.log_branches:
+            self._branches = BranchLog(model, call['optimizer'])
+        if not self.schedule.anneals:
+            return
+        given = not args.resume and any(getattr(args, name, None) for name in START_ARGS)  # weights to start from
+        self._annealer = Annealer(
+            model, call['optimizer'], self.schedule, averaged=averaged, seed=args.seed, compensate=args.compensate,
+            imply_statistics=args.imply_statistics, start_weights=given)
+        if not args.resume:
+            self._annealer.start(epoch)
 
     def finish(self) -> None:
         """Tidy the files, and keep the weights of the last time step if the training came to its end."""
-        folder = self._folder or output_folder(self.args)
-        if folder is None:
+        self._tidy()
+        if self._folder is None or not self.schedule.anneals:
             return
-        for name in ROW_FILES:
-            drop_rows(folder / name, self.total_epochs)
-        if not self.schedule.anneals:
-            return
-        forms = self._forms
-        if not forms:  # nothing was left to train: the run ended before, perhaps before it kept the weights
-            last = newest_checkpoint(folder)
-            if last is None or epoch_of(last) != self.total_epochs - 1:
+        forms, epoch = self._forms, self._epoch
+        if epoch is None:  # nothing was left to train: the run ended before, perhaps before it kept the weights
+            last = newest_checkpoint(self._folder)
+            if last is None:
                 return
+            epoch = epoch_of(last)
             forms = {'': load_training_form(last)}
             if getattr(self.args, 'model_ema', False):
                 forms['-ema'] = load_training_form(last, use_ema=True)
-        elif self._epoch != self.total_epochs - 1:  # interrupted by hand
-            return
-        save_snapshots(folder, self.schedule.time_steps - 1, forms, self.args)
+        if epoch is not None and epoch >= self.schedule.total_epochs - 1:  # not interrupted by hand
+            save_snapshots(self._folder, self.schedule.time_steps - 1, forms, self.args)
+
+
+def _append_rows(path: Path, rows: Sequence[Dict[str, Any]]) -> None:
+    new = not path.exists()
+    with path.open('a', newline='') as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
