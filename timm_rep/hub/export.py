@@ -19,7 +19,6 @@ from ..core.expansion import Expansion, expansion_of
 from ..core.fuse import fuse
 from ..core.verify import check_values, verify
 from ..core.walk import annealed_modules, image_channels
-from ..io.architecture import has_architecture
 from ..io.extras import has_packages
 from ..io.output import new_folder, written_whole
 from ..io.runs import Run, write_run
@@ -58,7 +57,8 @@ def time_steps_of(model: nn.Module) -> int:
 
 def _copy_of(model: Any, label_names: Optional[Sequence[str]]) -> Any:
     """A copy of a model to export, if it can be."""
-    if not has_architecture(model):
+    cfg = getattr(model, 'pretrained_cfg', None)
+    if not isinstance(cfg, dict) or not timm.is_model(cfg.get('architecture') or ''):
         raise UserError(f'a {type(model).__name__} was not built by timm.create_model, which is to load the export')
     if label_names is not None and len(label_names) != model.num_classes:
         raise UserError(
