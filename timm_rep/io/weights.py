@@ -2,6 +2,8 @@
 import copy
 import dataclasses
 import io
+import json
+import struct
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional
 
@@ -34,6 +36,15 @@ def _weights_of(model: nn.Module) -> Dict[str, Tensor]:
     return {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
 
 
+def _safetensors(weights: Dict[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Content of a file, the same for the same model: safetensors itself writes metadata in any order."""
+    content = safetensors.torch.save(weights)
+    length = struct.unpack('<Q', content[:8])[0]
+    header = json.dumps({'__metadata__': dict(sorted(metadata.items())), **json.loads(content[8:8 + length])}).encode()
+    header += b' ' * (-len(header) % 8)  # tensors are aligned
+    return struct.pack('<Q', len(header)) + header + content[8 + length:]
+
+
 def save(model: nn.Module, file: PathLike, *, replace: bool = False) -> None:
     """Write a model's weights with what they are: :func:`load` needs nothing but the file.
 
@@ -55,9 +66,9 @@ def save(model: nn.Module, file: PathLike, *, replace: bool = False) -> None:
     path = new_output(file, suffixes=(SUFFIX,), replace=replace)
     model = unwrap_model(model)
     check_values(model)
-    metadata = describe(model)
+    content = _safetensors(_weights_of(model), describe(model))
     with written_whole(path, replace=replace) as temporary:
-        safetensors.torch.save_file(_weights_of(model), temporary, metadata)
+        temporary.write_bytes(content)
 
 
 def save_weights(model: nn.Module, path: PathLike) -> None:
