@@ -62,6 +62,8 @@ def verify(checkpoint: str, fused: Optional[str], as_json: bool, **kwargs: Any) 
     from ..hub.forms import verify_checkpoint
 
     if fused is None and is_export(checkpoint):
+        if any(kwargs.values()):
+            raise click.UsageError(f'{checkpoint} is an export, which says what it is: only --json goes with it')
         report = check_export(checkpoint)
     else:
         report = verify_checkpoint(checkpoint, fused, **kwargs)
