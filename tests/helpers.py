@@ -1,4 +1,5 @@
 """Shared by all tests: comparison with a stated tolerance, random values for everything that starts constant."""
+import timm
 import torch
 import torch.nn as nn
 from timm.models import ByoBlockCfg, ByobNet, ByoModelCfg, ResNet
@@ -10,6 +11,8 @@ from timm_rep.core.expand import anneal_repvgg_blocks_, expand
 from timm_rep.core.layers import RepLayer
 from timm_rep.core.walk import rep_layers
 
+# Older timm does not keep the arguments of a model, and adapts weights for 3 image channels only.
+OLD_TIMM = not hasattr(timm.create_model('test_resnet'), '_model_args')
 # Relative to the largest expected value: one linear layer, a whole model, a model whose norms are folded too.
 LINEAR_RTOL = {torch.float64: 1e-12, torch.float32: 1e-6}
 MODEL_RTOL = {torch.float64: 1e-10, torch.float32: 1e-5}

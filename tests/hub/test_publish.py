@@ -11,7 +11,7 @@ import timm
 import torch
 import yaml
 from click.testing import CliRunner
-from helpers import MODEL_RTOL, assert_near, randn, randomize_
+from helpers import MODEL_RTOL, OLD_TIMM, assert_near, randn, randomize_
 from hub_publishing import (
     ARCHITECTURE,
     CLASSES,
@@ -38,7 +38,6 @@ from timm_rep.models.published import published_weights, with_published
 from timm_rep.report.images import ImageCheck
 
 # It does not note what a model was built with, so that an export of another network than the default is refused.
-OLD_TIMM = not hasattr(timm.create_model('test_resnet'), '_model_args')
 
 # A process that has stock timm only.
 STOCK_LOAD = """

@@ -18,6 +18,7 @@ from timm_rep import UserError, expand, expansion_of, fuse, load, save, set_atta
 from timm_rep.core.annealing import set_time_step, time_step
 from timm_rep.core.walk import annealed_modules
 from timm_rep.hub.forms import expand_checkpoint, fuse_checkpoint, verify_checkpoint
+from timm_rep.io.architecture import create_model  # on older timm, too, the model knows its arguments
 from timm_rep.io.weights import load_stock_form, load_training_form, save_weights
 
 
@@ -26,11 +27,11 @@ def hand_made():
 
 
 def of_timm(**kwargs):
-    return timm.create_model('test_resnet', **dict(dict(num_classes=3), **kwargs))
+    return create_model('test_resnet', **dict(dict(num_classes=3), **kwargs))
 
 
 def another_classifier():
-    model = expand(timm.create_model('test_resnet'))
+    model = expand(create_model('test_resnet'))
     model.reset_classifier(4)
     return model
 
@@ -40,18 +41,18 @@ def several():
 
 
 MODELS = dict(
-    ours=lambda: timm.create_model(tiny_architecture.NAME, num_classes=3, in_chans=1),
-    kind=lambda: timm.create_model('repan_resnet18_cifar', rep_layer='acb', drop_path_rate=0.1),
-    annealed_with_layers=lambda: timm.create_model('repan_repvgg_a0_cifar', rep_layer='dbb'),
-    another_method=lambda: expand(timm.create_model(tiny_architecture.NAME, inference_mode=True), 'dbb'),
+    ours=lambda: create_model(tiny_architecture.NAME, num_classes=3, in_chans=1),
+    kind=lambda: create_model('repan_resnet18_cifar', rep_layer='acb', drop_path_rate=0.1),
+    annealed_with_layers=lambda: create_model('repan_repvgg_a0_cifar', rep_layer='dbb'),
+    another_method=lambda: expand(create_model(tiny_architecture.NAME, inference_mode=True), 'dbb'),
     of_timm=lambda: expand(of_timm(act_layer='gelu'), timm_rep.Orepa(branch_1x1=False)),
     several=several,
     another_classifier=another_classifier,
-    features=lambda: timm.create_model(tiny_architecture.NAME, features_only=True, out_indices=(1, 2)),
+    features=lambda: create_model(tiny_architecture.NAME, features_only=True, out_indices=(1, 2)),
     double=lambda: expand(of_timm()).double(),
     no_classes=lambda: expand(of_timm(num_classes=0)),
     stock=of_timm,
-    own_stock=lambda: fuse(timm.create_model('orepa_resnet18_cifar', num_classes=3).eval()),
+    own_stock=lambda: fuse(create_model('orepa_resnet18_cifar', num_classes=3).eval()),
 )
 
 
@@ -97,7 +98,7 @@ def test_round_trip(make, tmp_path, caplog):
 
 def test_the_commands_ask_nothing_of_such_files(tmp_path):
     file, stock = tmp_path / 'x.safetensors', tmp_path / 'stock.safetensors'
-    save(randomize_(timm.create_model('repan_resnet18_cifar', rep_layer='acb', num_classes=3, in_chans=1)), file)
+    save(randomize_(create_model('repan_resnet18_cifar', rep_layer='acb', num_classes=3, in_chans=1)), file)
     fuse_checkpoint(file, stock)
     verify_checkpoint(file, stock)
     expand_checkpoint(stock, tmp_path / 'expanded.safetensors', 'dbb')
@@ -164,7 +165,7 @@ def test_into_a_model_of_no_registry(tmp_path):
 
 
 def test_files_without_a_description(tmp_path):
-    model = timm.create_model('orepa_resnet18_cifar')
+    model = create_model('orepa_resnet18_cifar')
     torch.save(dict(arch='orepa_resnet18_cifar', state_dict=model.state_dict()), tmp_path / 'last.pth.tar')
     assert_same(load(tmp_path), model)
     safetensors.torch.save_file(model.state_dict(), tmp_path / 'x.safetensors')

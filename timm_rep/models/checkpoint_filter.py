@@ -29,7 +29,11 @@ def _adapted(weight: Tensor, in_channels: int) -> Tensor:
     if weight.shape[1] == in_channels:
         return weight
     base = weight.shape[1]
-    return adapt_input_conv(in_channels, weight, **({} if base == 3 else dict(base_chans=base)))  # older timm: 3 only
+    try:
+        return adapt_input_conv(in_channels, weight, **({} if base == 3 else dict(base_chans=base)))
+    except TypeError:  # older timm
+        raise UserError(
+            f'this timm adapts weights for 3 image channels only, not from {base} to {in_channels}') from None
 
 
 def _stock_names(model: nn.Module, layers: Dict[str, RepLayer]) -> Dict[str, Dict[str, str]]:
