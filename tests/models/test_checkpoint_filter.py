@@ -161,7 +161,7 @@ def test_weights_that_do_not_fit_raise_and_change_nothing(small_model, make, cha
 def test_kernel_of_another_shape_raises(small_model, size):
     state = stock_form(small_model)
     state['stem.conv_kxk.conv.weight'] = torch.ones(size)
-    with pytest.raises(ValueError, match='kernel must have shape|for 3 image channels only'):
+    with pytest.raises(ValueError, match=r'kernel must have shape|for 3 image channels only'):
         checkpoint_filter_fn(state, small_model)
 
 

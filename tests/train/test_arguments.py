@@ -61,6 +61,14 @@ BAD = [
 ]
 
 
+def test_a_file_in_the_place_of_the_output_folder(refusal, scripts, tmp_path):
+    (tmp_path / 'output').mkdir()
+    (tmp_path / 'output/train').write_text('mine')
+    said = refusal(arguments(scripts))
+    assert 'no folder can be made at' in said
+    assert said.endswith('output/train is a file')
+
+
 @pytest.mark.parametrize(('more', 'message'), BAD, ids=[' '.join(map(str, more)) for more, _ in BAD])
 def test_bad_input_is_one_clear_error_and_nothing_is_written(scripts, tmp_path, refusal, more, message):
     line = refusal(arguments(scripts, *more))

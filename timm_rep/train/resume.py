@@ -11,6 +11,7 @@ import torch
 from ..core.annealing import AnnealingSchedule
 from ..core.errors import UserError
 from ..io.checkpoint import read_checkpoint
+from ..io.output import written_whole
 from ..io.runs import complete_rows
 from .arguments import output_folder, output_root
 
@@ -124,6 +125,10 @@ def find_run(args: argparse.Namespace, schedule: AnnealingSchedule) -> None:
         UserError: If the output folder or the checkpoint is of another run, or cannot be used.
     """
     folder = output_folder(args)
+    target = (folder or output_root(args)).absolute()
+    in_the_way = next(path for path in (target, *target.parents) if path.exists())
+    if not in_the_way.is_dir():
+        raise UserError(f'no folder can be made at {target}: {in_the_way} is a file')
     if args.resume == 'auto':
         args.resume = _find_automatically(args, folder)
         _logger.info(f'--resume auto: {args.resume or "nothing to resume, starting anew"}')
@@ -157,7 +162,5 @@ def drop_rows(path: Path, epoch: float = math.inf) -> None:
     if not kept:
         path.unlink()
         return
-    temporary = path.with_suffix('.tmp')
-    with temporary.open('w', newline='') as file:
+    with written_whole(path, replace=True) as temporary, temporary.open('w', newline='') as file:
         csv.writer(file).writerows(kept)
-    temporary.replace(path)
