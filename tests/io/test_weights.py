@@ -19,7 +19,7 @@ from timm_rep.core.annealing import set_time_step, time_step
 from timm_rep.core.walk import annealed_modules
 from timm_rep.hub.forms import expand_checkpoint, fuse_checkpoint, verify_checkpoint
 from timm_rep.io.architecture import create_model  # on older timm, too, the model knows its arguments
-from timm_rep.io.weights import load_stock_form, load_training_form, save_weights
+from timm_rep.io.weights import load_training_form, save_weights
 
 
 def hand_made():
@@ -92,8 +92,6 @@ def test_round_trip(make, tmp_path, caplog):
     if any(annealed_modules(model)):
         assert time_step(loaded) == 2
         assert_same(load_training_form(file), model)
-    else:
-        assert_same(load_stock_form(file), model)
 
 
 def test_the_commands_ask_nothing_of_such_files(tmp_path):
@@ -105,8 +103,6 @@ def test_the_commands_ask_nothing_of_such_files(tmp_path):
     assert load(tmp_path / 'expanded.safetensors').pretrained_cfg['architecture'] == 'dbb_resnet18_cifar'
     with pytest.raises(UserError, match='is in stock form: it has no rep layers'):
         load_training_form(stock)
-    with pytest.raises(UserError, match='in stock form; fuse it first'):
-        load_stock_form(file)
     with pytest.raises(UserError, match=r'in training form; missing'):
         load_training_form(file, model_kwargs=dict(rep_layer='dbb'))
     with pytest.raises(UserError, match=r'fc\.weight has shape \(3, 512\)'):

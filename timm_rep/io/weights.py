@@ -19,13 +19,13 @@ from ..core.expansion import expansion_of
 from ..core.verify import check_values
 from ..core.walk import annealed_modules
 from ..models.checkpoint_filter import first_names
-from ..models.names import OWN_ARGS, is_training_form
+from ..models.names import OWN_ARGS
 from .architecture import create_model
 from .checkpoint import Checkpoint, model_args_of, read_checkpoint, take_input_settings, trained_architecture
 from .description import describe
 from .output import PathLike, new_output, written_whole
 
-__all__ = ['load', 'load_stock_form', 'load_strictly', 'load_training_form', 'save', 'save_weights', 'training_form']
+__all__ = ['load', 'load_strictly', 'load_training_form', 'save', 'save_weights', 'training_form']
 
 SUFFIX = '.safetensors'
 AS_DESCRIBED = 'the model that it describes'
@@ -272,31 +272,3 @@ def _is_described(checkpoint: Checkpoint) -> bool:
 def _check_training_form(model: nn.Module, name: str) -> None:
     if not any(annealed_modules(model)):
         raise UserError(f'{name} has no rep layers; `timm-rep list` shows the models that have')
-
-
-def load_stock_form(path: PathLike) -> nn.Module:
-    """Build the stock form of the model that a file of fused weights is of, with these weights.
-
-    Args:
-        path: Stock weights that :func:`save` wrote, or in the folder of their run, whose args.yaml names the model.
-
-    Returns:
-        The model, in eval mode. Its ``pretrained_cfg`` has the input settings of the run.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        UserError: If the file is not safe to read, or its model is not known.
-        UserError: If the weights are not those of the model in stock form.
-    """
-    checkpoint = read_checkpoint(path)
-    if checkpoint.description is not None and checkpoint.description.methods:
-        raise UserError(f'{checkpoint.path} does not hold {checkpoint.architecture} in stock form; fuse it first')
-    if _is_described(checkpoint):
-        return _described_model(checkpoint)
-    architecture = checkpoint.architecture
-    if architecture is None:
-        raise UserError(f'{checkpoint.path} does not say which model it is of: no args.yaml beside it names it')
-    args = model_args_of(checkpoint, architecture, {})
-    if is_training_form(architecture):
-        args['inference_mode'] = True
-    return _filled(create_model(architecture, **args), checkpoint, f'{architecture} in stock form')
