@@ -171,9 +171,11 @@ class AnnealedRepVggBlock(RepVggBlock, NormedBranches):
         """
         self._refuse_training()
         block = self.stock_block()
-        parameters = dict(block.named_parameters())
+        biases = [p for name, p in block.named_parameters() if name.endswith('bias')]
+        kernels_and_gains = [p for name, p in block.named_parameters() if not name.endswith('bias')]
+        trainable, bias_trainable = is_trainable(kernels_and_gains), is_trainable(biases)
         block.reparameterize()
         conv: Any = block.reparam_conv
-        conv.bias.requires_grad_(is_trainable(p for name, p in parameters.items() if name.endswith('bias')))
-        conv.weight.requires_grad_(is_trainable(p for name, p in parameters.items() if not name.endswith('bias')))
+        conv.weight.requires_grad_(trainable)
+        conv.bias.requires_grad_(bias_trainable)
         return block
