@@ -9,7 +9,7 @@ from timm.models.byobnet import RepVggBlock
 
 from .errors import UserError
 from .expansion import expansion_of
-from .fuse import fuse_before_own_, give_back_own_fuse_
+from .fuse import fuse_before_own_
 from .layers import AnnealedRepVggBlock, FoldedNorm, RepLayer
 from .layers.rep import Rep
 from .methods import Method, MethodLike, Place, as_method
@@ -52,8 +52,6 @@ def _repvgg_blocks(model: nn.Module) -> Iterator[Tuple[str, RepVggBlock]]:
 
 def _anneal_blocks_(model: ModelT, names: Iterable[str]) -> ModelT:
     places: List[Tuple[str, Any]] = [(name, model.get_submodule(name)) for name in names]
-    for _, block in places:
-        give_back_own_fuse_(block)  # the new one has its own
     annealed = {id(block): AnnealedRepVggBlock(block) for _, block in places}  # a shared block stays shared
     for name, block in places:
         setattr(*parent_of(model, name), annealed[id(block)])

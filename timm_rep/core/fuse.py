@@ -8,7 +8,7 @@ from .errors import UserError
 from .layers import AnnealedModule
 from .walk import ModelT, ancestors_of, annealed_modules, copied, move_hooks, next_sibling, parent_of, unwrapped
 
-__all__ = ['fuse', 'fuse_before_own_', 'give_back_own_fuse_', 'when_fused']
+__all__ = ['fuse', 'fuse_before_own_', 'when_fused']
 
 # Methods by which networks fold their own convolutions and norms, and which timm's `reparameterize_model` calls.
 OWN_FUSE = ('fuse', 'reparameterize', 'switch_to_deploy')
@@ -58,13 +58,6 @@ def fuse_before_own_(model: nn.Module, name: str) -> None:
                 vars(parent)[method] = _FusedBefore(parent, method)
 
 
-def give_back_own_fuse_(module: nn.Module) -> None:
-    """Undo :func:`fuse_before_own_` for a module alone."""
-    for method in OWN_FUSE:
-        if isinstance(vars(module).get(method), _FusedBefore):
-            del vars(module)[method]
-
-
 def fuse(model: ModelT, *, inplace: bool = False) -> ModelT:
     """Turn a rep model into its stock form: plain convolutions, live norms, the module tree and keys of timm's model.
 
@@ -102,7 +95,9 @@ def fuse(model: ModelT, *, inplace: bool = False) -> ModelT:
             move_hooks(model.get_submodule(place), new_module)
             setattr(*parent_of(model, place), new_module)
     for part in model.modules():
-        give_back_own_fuse_(part)
+        for method in OWN_FUSE:
+            if isinstance(vars(part).get(method), _FusedBefore):
+                del vars(part)[method]
         for action in _WHEN_FUSED:
             action(part)
     return model
