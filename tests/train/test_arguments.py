@@ -99,8 +99,8 @@ def copied(finished, tmp_path):
 
 @pytest.mark.parametrize(('more', 'message'), [
     ([], 'holds another run; go on with it by --resume auto'),
-    (['--resume', 'auto', '--time-steps', 4], 'of a run with --time-steps 3, this one has --time-steps 4'),
-    (['--resume', 'auto', '--model', 'repan_repvgg_a1_cifar'], 'of a run with --model repan_repvgg_a0_cifar'),
+    (['--resume', 'auto', '--time-steps', 4], 'of a run with --lr-cycle-limit 3 (here 4), --time-steps 3 (here 4); take the same'),
+    (['--resume', 'auto', '--model', 'repan_repvgg_a1_cifar'], 'of a run with --model repan_repvgg_a0_cifar (here repan_repvgg_a1_cifar)'),
     (['--resume', 'auto', '--start-epoch', 1], 'is in time step 3, epoch 1 lies before it'),
     (['--resume', 'output/train/run/last.pth.tar', '--experiment', 'other', '--time-steps', 2], '--time-steps 3'),
     (['--resume', 'auto', '--experiment', ''], 'name it with --experiment; output/train holds run'),
@@ -132,7 +132,7 @@ def test_checkpoint_of_a_run_without_time_steps_is_refused(finished, scripts, tm
     for name in ('time_steps', 'attach_warmup_epochs'):
         delattr(checkpoint['args'], name)
     torch.save(checkpoint, tmp_path / 'plain.pth.tar')
-    assert 'of a run with --time-steps 1, this one has --time-steps 3' in refusal(
+    assert '--time-steps 1 (here 3)' in refusal(
         arguments(scripts, '--resume', 'plain.pth.tar'))
     # weights alone do not say of which epoch they are
     torch.save(dict(state_dict=checkpoint['state_dict']), tmp_path / 'weights.pth')
