@@ -195,7 +195,7 @@ def complete_rows(path: Path, whole: Sequence[str] = ('epoch',)) -> Iterator[Dic
         else:
             damaged += 1
     if damaged:
-        _logger.warning('%s: %d damaged lines are left out', path, damaged)
+        _logger.warning('%s: damaged lines left out: %d', path, damaged)
 
 
 def to_number(text: str) -> float:
