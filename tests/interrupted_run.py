@@ -5,6 +5,7 @@ import io
 import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
 
 STAND_IN = Path(__file__).with_name('small_train.py')
@@ -54,6 +55,14 @@ def _die(*_):
 
 def _interrupt(*_):
     os.kill(os.getpid(), signal.SIGINT)
+
+
+class _Shutdown:
+    """As workers of a loader are shut down: what is raised there is printed and forgotten."""
+
+    def __del__(self):
+        _interrupt()
+        time.sleep(0)  # here it is raised
 
 
 def _terminate(*_):
@@ -117,6 +126,7 @@ def _arm(point, count, folder, optimizer):
         'summary half written': (timm.utils, 'update_summary', dict(before=_write_half_a_row)),
         'interrupted in training': (getattr(torch.optim, optimizer), 'step', dict(before=_interrupt)),
         'interrupted in validation': (timm.utils, 'accuracy', dict(before=_interrupt)),
+        'interrupted in vain': (timm.utils, 'accuracy', dict(before=lambda *_: _Shutdown())),
         'terminated': (getattr(torch.optim, optimizer), 'step', dict(before=_terminate)),
         'last snapshot': (AnnealedEpochs, 'finish', dict(before=_die)),
     }

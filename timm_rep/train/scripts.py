@@ -90,8 +90,11 @@ def _check_arguments(script: str, args: Sequence[str]) -> None:
 
 
 @contextmanager
-def interruption_noted() -> Iterator[None]:
+def interruption_noted() -> Iterator[List[int]]:
     """Let Ctrl-C end the process as an error where a script of timm's takes it for the end of its work.
+
+    Yields:
+        The signals that have come, as they come.
 
     Raises:
         KeyboardInterrupt: At the end, if it was raised before and nothing became of it.
@@ -104,11 +107,11 @@ def interruption_noted() -> Iterator[None]:
 
     is_usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if not is_usual or threading.current_thread() is not threading.main_thread():  # somebody else decides
-        yield
+        yield noted
         return
     signal.signal(signal.SIGINT, note)
     try:
-        yield
+        yield noted
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if noted:

@@ -18,12 +18,13 @@ with --use-multi-epochs-loader). Which epoch was the best so far is remembered f
 On several GPUs: torchrun --nproc-per-node 4 -m timm_rep.train ...
 """
 import argparse
+import functools
 import importlib.util
 import os
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any, List, Optional, Sequence, Tuple
+from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import yaml
 from timm.utils import is_primary
@@ -75,6 +76,17 @@ def load_script(path: Path) -> ModuleType:
     return module
 
 
+def _unless_interrupted(train_one_epoch: Callable[..., Any], noted: Sequence[int]) -> Callable[..., Any]:
+    """An epoch that does not begin after Ctrl-C, which Python forgets if it comes while workers are shut down."""
+    @functools.wraps(train_one_epoch)
+    def epoch(*args: Any, **kwargs: Any) -> Any:
+        if noted:
+            raise KeyboardInterrupt
+        return train_one_epoch(*args, **kwargs)
+
+    return epoch
+
+
 def _train_in_time_steps(script: Any) -> None:
     """Run timm's main with time steps around its epochs. Arguments that cannot work are refused before it writes."""
     parse_args = script._parse_args
@@ -92,12 +104,12 @@ def _train_in_time_steps(script: Any) -> None:
         if folder is not None:
             lock.take(folder)
         runs.append(AnnealedEpochs(args, schedule, lock))
-        script.train_one_epoch = runs[0].around(script.train_one_epoch)
+        script.train_one_epoch = runs[0].around(_unless_interrupted(script.train_one_epoch, noted))
         return args, yaml.safe_dump(vars(args), default_flow_style=False)  # timm keeps the text as args.yaml
 
     script._parse_args = parse
     try:
-        with interruption_noted():
+        with interruption_noted() as noted:
             script.main()
             if is_primary(runs[0].args):
                 runs[0].finish()
