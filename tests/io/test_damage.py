@@ -1,6 +1,7 @@
 """A damaged checkpoint is never read as whole: every record of it has a sum."""
 import argparse
 import random
+import re
 
 import pytest
 import torch
@@ -52,6 +53,18 @@ def test_the_optimizer_counts_too(tmp_path):
     path.write_bytes(content.replace(values, bytes([values[0] ^ 1]) + values[1:]))
     with pytest.raises(ValueError, match=r'its record last\.pth/data/3 is damaged'):
         read_checkpoint(path)
+
+
+def test_a_record_that_claims_to_be_a_folder(tmp_path):
+    """torch hands out memory that nobody has written to for it."""
+    path = save_small(tmp_path / 'last.pth.tar')
+    content = bytearray(path.read_bytes())
+    for place in [found.start() for found in re.finditer(b'PK\x01\x02', content)]:
+        damaged = bytearray(content)
+        damaged[place + 38] ^= 0x10
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r'its record last\.pth/\S+ is damaged: it is marked as a folder'):
+            read_checkpoint(path)
 
 
 @pytest.mark.parametrize('kind', ['without sums', 'older format'])

@@ -7,6 +7,7 @@ from ..core.errors import UserError
 __all__ = ['check_records']
 
 ZIP_START = b'PK\x03\x04'  # by which torch.load tells what torch.save writes today from its older format
+FOLDER_FLAG = 0x10  # of MS-DOS, in the attributes of a record
 
 
 def check_records(file: BinaryIO) -> None:
@@ -26,10 +27,15 @@ def check_records(file: BinaryIO) -> None:
     size = file.seek(0, 2)
     if is_zip:
         with zipfile.ZipFile(file) as records:
-            unpacked = sum(record.file_size for record in records.infolist())
+            entries = records.infolist()
+            unpacked = sum(record.file_size for record in entries)
             if unpacked > size:
                 raise UserError(f'its records take {unpacked} bytes, more than the file')
-            without_sums = not any(record.CRC for record in records.infolist())  # torch can be told so
+            # torch leaves the memory of a tensor as it is, if its record says that it is a folder
+            folders = [record.filename for record in entries if record.is_dir() or record.external_attr & FOLDER_FLAG]
+            if folders:
+                raise UserError(f'its record {folders[0]} is damaged: it is marked as a folder')
+            without_sums = not any(record.CRC for record in entries)  # torch can be told so
             damaged = None if without_sums else records.testzip()
             if damaged is not None:
                 raise UserError(f'its record {damaged} is damaged')
