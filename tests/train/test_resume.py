@@ -91,12 +91,12 @@ def test_a_damaged_checkpoint_is_passed_over(finished, scripts, tmp_path, caplog
         turn_a_bit(folder / name)
     assert newest_checkpoint(folder) == folder / 'checkpoint-4.pth.tar'
     passed_over = [record.getMessage() for record in caplog.records]
-    assert [re.sub('record .* is', 'record X is', line) for line in passed_over] == [
-        f'Passed over: {folder / name} is not a PyTorch checkpoint (UserError: its record X is damaged)'
-        for name in ('last.pth.tar', 'checkpoint-5.pth.tar')]
+    for line, name in zip(passed_over, ('last.pth.tar', 'checkpoint-5.pth.tar'), strict=True):
+        assert line.startswith(f'Passed over: {folder / name} is not ')
+        assert re.search(r'its record \S+ is damaged', line)
     code, log = run(tmp_path, arguments(scripts, '--log-branches', '--resume', 'output/train/run/last.pth.tar'))
     assert code == 2
-    assert re.search(r'train\.py: output/train/run/last\.pth\.tar is not a .* its record \S+ is damaged', log)
+    assert re.search(r'train\.py: output/train/run/last\.pth\.tar is not .* its record \S+ is damaged', log)
     code, log = run(tmp_path, arguments(scripts, '--log-branches', '--resume', 'auto'))
     assert code == 0, log
     assert '--resume auto: output/train/run/checkpoint-4.pth.tar' in log
