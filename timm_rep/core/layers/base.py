@@ -7,6 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..composition import needs_plain_formula
 from ..errors import UserError
 from ..precision import full_float32
 
@@ -72,7 +73,11 @@ def check_kernel(module: nn.Module, shape: Sequence[int], weight: Tensor, bias: 
 
 
 def prefers_channels_last(x: Tensor) -> bool:
-    """Whether a convolution of ``x`` wants its kernel in channels-last memory format."""
+    """Whether a convolution of ``x`` wants its kernel in channels-last memory format; the plain formula has no choice."""
+    if torch.jit.is_scripting():
+        return False
+    if needs_plain_formula(x):  # under vmap a tensor does not tell
+        return False
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
