@@ -461,6 +461,9 @@ def test_frozen_norms(case):
     live.begin_time_step_(torch.Generator().manual_seed(7), 0.4, compensate=True)
     for name, tensor in layer.state_dict().items():
         assert torch.equal(tensor, live.state_dict()[name]), name
+    other = layer.like(2 * layer.in_channels) if layer.groups == 1 else layer.like(layer.in_channels)
+    assert type(other) is type(layer)
+    assert other.norm_kxk.eps == layer.norm_kxk.eps
 
 
 # Training
