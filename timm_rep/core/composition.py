@@ -27,7 +27,7 @@ from .precision import without_autocast
 
 __all__ = [
     'compose_orepa', 'compose_orepa_plain', 'compose_pointwise', 'compose_pointwise_plain', 'needs_plain_formula',
-    'spread_scale',
+    'prefers_channels_last', 'spread_scale',
 ]
 
 # Input channels that share one matrix product in the gradients of the separable branch.
@@ -216,8 +216,8 @@ _is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compil
 def needs_plain_formula(*tensors: Tensor) -> bool:
     """Whether something else than plain autograd must see into the operations on these tensors.
 
-    That is an exporter, a tracer, a transform of ``torch.func``, which all tensors meet while it is active, forward-mode
-    differentiation of one of them, or a batched gradient (``is_grads_batched`` of ``torch.autograd.grad``).
+    That is an exporter, a tracer, a transform of ``torch.func``, which all tensors meet while it is active,
+    forward-mode differentiation of one of them, or a batched gradient (``is_grads_batched=True``).
     """
     if torch._C._are_functorch_transforms_active():
         return True
@@ -226,6 +226,15 @@ def needs_plain_formula(*tensors: Tensor) -> bool:
     return torch.jit.is_tracing() or any(
         torch._C._functorch.is_legacy_batchedtensor(t) or forward_ad.unpack_dual(t).tangent is not None
         for t in tensors)
+
+
+def prefers_channels_last(x: Tensor) -> bool:
+    """Whether a convolution of ``x`` wants its kernel in channels-last format, if it is not the plain formula's."""
+    if torch.jit.is_scripting():
+        return False
+    if needs_plain_formula(x):  # under vmap a tensor does not tell
+        return False
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def _plain_gradients(ctx: Any, formula: Callable[..., Tensor], grad: Tensor) -> Optional[List[Optional[Tensor]]]:
@@ -258,7 +267,9 @@ class _ComposeOrepa(torch.autograd.Function):
         with without_autocast(grad):
             grads = _plain_gradients(ctx, compose_orepa_plain, grad)
             if grads is None:
-                grads = [*_compose_orepa_backward(grad, *ctx.saved_tensors, ctx.groups), None]
+                branches, gains, seq_1x1, dw_conv, filters = ctx.saved_tensors
+                own = _compose_orepa_backward(grad, branches, gains, seq_1x1, dw_conv, filters, ctx.groups)
+                grads = [*own, None]
         return (*grads, None, None)
 
 
@@ -328,7 +339,10 @@ class _ComposePointwise(torch.autograd.Function):
         with without_autocast(grad):
             grads = _plain_gradients(ctx, compose_pointwise_plain, grad)
             if grads is None:
-                grads = [*_compose_pointwise_backward(grad, *ctx.saved_tensors, ctx.groups), None]
+                conv_1x1, seq_first, seq_second, scale, attach_rate = ctx.saved_tensors
+                own = _compose_pointwise_backward(
+                    grad, conv_1x1, seq_first, seq_second, scale, attach_rate, ctx.groups)
+                grads = [*own, None]
         return (*grads, None)
 
 

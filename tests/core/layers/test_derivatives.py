@@ -45,7 +45,7 @@ def test_all_derivatives_with_any_part_frozen(name):
     for values, trained in with_frozen_parts(layer):
         inputs = [values[key].clone().requires_grad_() for key in trained]
 
-        def outputs(*changed):
+        def outputs(*changed, values=values, trained=trained):
             return functional_call(layer, {**values, **dict(zip(trained, changed))}, (x[:1, :, :1, :3],))
 
         modes = dict(check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True)

@@ -543,7 +543,9 @@ def test_checkpointing_that_loses_the_border_is_refused(use_reentrant):
         outputs = twice(layer, x, use_reentrant, other)
         with pytest.raises(ValueError, match=r'checkpointing of DBB .*set_grad_checkpointing\(False\)'):
             outputs.sum().backward()
-        twice(layer.eval(), x, use_reentrant, other).sum().backward()  # the kept statistics do not move
+        # kept statistics that do not move
+        twice(layer.eval(), x, use_reentrant, other).sum().backward()
+        twice(freeze_batch_norm_2d(layer).train(), x, use_reentrant, other).sum().backward()
 
 
 def test_checkpointed_model_trains_as_without():

@@ -7,13 +7,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..composition import needs_plain_formula
+from ..composition import prefers_channels_last
 from ..errors import UserError
 from ..precision import full_float32
 
 __all__ = [
     'AnnealedModule', 'LinearRepLayer', 'RepLayer', 'check_attach_rate', 'kaiming_uniform_',
-    'prefers_channels_last',
 ]
 
 # What a convolution is made with, besides its bias.
@@ -70,15 +69,6 @@ def check_kernel(module: nn.Module, shape: Sequence[int], weight: Tensor, bias: 
         raise UserError(f'{type(module).__name__} takes a kernel of shape {tuple(shape)}, got {tuple(weight.shape)}')
     if bias is not None and tuple(bias.shape) != (shape[0],):
         raise UserError(f'bias must have shape ({shape[0]},), got {tuple(bias.shape)}')
-
-
-def prefers_channels_last(x: Tensor) -> bool:
-    """Whether a convolution of ``x`` wants its kernel in channels-last memory format; the plain formula has no choice."""
-    if torch.jit.is_scripting():
-        return False
-    if needs_plain_formula(x):  # under vmap a tensor does not tell
-        return False
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 class AnnealedModule(nn.Module):
@@ -424,8 +414,8 @@ class LinearRepLayer(RepLayer):
         """Make the layer compute exactly this kernel at the attach rate in force, whatever the side branches hold.
 
         The origin branch becomes ``K - attach_rate * (sum of the side branches)`` with scale one; no learnt scale is
-        divided by. What it holds is rounded once: to 6e-8 of the largest value of that sum (or of ``K``) in float32, to
-        4e-3 in bfloat16. So of a kernel far smaller than its side branches some digits are lost, and in a time step too.
+        divided by. It is rounded once: to 6e-8 of the largest value of that sum, or of ``K``, in float32, to 4e-3 in
+        bfloat16. So a kernel far smaller than its side branches loses digits, in a time step too.
 
         Args:
             weight: Kernel ``(o, i/g, kh, kw)``.

@@ -13,7 +13,7 @@ from ..composition import needs_plain_formula
 from ..errors import UserError
 from ..methods import register_method
 from .normed import NormedMethod, NormedRepLayer
-from .norms import fold_batch_norm, kept_statistics
+from .norms import fold_batch_norm, is_frozen, kept_statistics
 
 __all__ = ['DBB', 'DiverseBranchConv2d', 'NormPad2d']
 
@@ -46,7 +46,7 @@ class NormPad2d(nn.Module):
         """The norm's outputs, and the statistics kept after them."""
         norm = self.norm
         traced = not isinstance(x, Tensor) or torch.compiler.is_compiling() or needs_plain_formula(x)
-        if traced or not norm.training:
+        if traced or not norm.training or is_frozen(norm):
             outputs = norm(x)
             return (outputs, *kept_statistics(norm))
         if torch._C._current_graph_task_id() == -1:
