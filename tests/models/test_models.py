@@ -142,17 +142,58 @@ def test_wide_resnet_doubles_all_widths():
     assert [key for key, _, _ in widths] == [key for key, m in plain.named_modules() if isinstance(m, nn.BatchNorm2d)]
 
 
-def test_norms_start_as_the_papers_do():
-    for block in (m for m in timm.create_model('orepa_repvgg_a0').modules() if isinstance(m, RepVggBlock)):
+def plain_modules(model):
+    """Convolutions and classifier that are no parts of rep layers, by name."""
+    layers = [key for key, _ in rep_layers(model)]
+    return {
+        key: module for key, module in model.named_modules()
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and not any(key.startswith(f'{layer}.') for layer in layers)
+    }
+
+
+@pytest.mark.parametrize(('name', 'plain', 'kwargs'), [
+    ('orepa_resnet18', 4, {}), ('orepa_repvgg_a0', 23, {}),
+    ('repan_resnet18_cifar', 4, dict(rep_layer='orepa'))], ids=str)
+def test_orepa_networks_start_as_the_official_ones(name, plain, kwargs):
+    """All norms at gain one, and torch's own values where there are no OREPA layers: U(-b, b), b = 1 / sqrt(fan_in)."""
+    model = timm.create_model(name, **kwargs)
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        assert (norm.weight == 1).all()
+        assert not norm.bias.any()
+    modules = plain_modules(model)
+    assert len(modules) == plain
+    for key, module in modules.items():
+        for values in (module.weight, module.bias):
+            if values is not None:
+                bound = module.weight[0].numel() ** -0.5
+                assert values.abs().max() <= bound * (1 + 1e-6), key
+                assert values.std().item() == pytest.approx(bound / 3 ** 0.5, rel=4 / values.numel() ** 0.5), key
+
+
+@pytest.mark.parametrize(('name', 'kwargs'), [
+    ('dbb_resnet18_cifar', {}), ('orepa_resnet18_cifar', dict(zero_init_last=True))], ids=str)
+def test_residual_block_starts_as_its_shortcut(name, kwargs):
+    """timm's choice, carried over to the branches; with OREPA layers only if it is asked for."""
+    x = randn(1, 64, 8, 8, dtype=torch.float32)
+    block = timm.create_model(name, **kwargs).layer1[0].eval()
+    assert torch.equal(block(x), x.relu())
+    block = timm.create_model(name, zero_init_last=False).layer1[0].eval()
+    assert not torch.allclose(block(x), x.relu(), atol=0.1)
+
+
+def test_stock_form_starts_as_timms():
+    states = []
+    for name, kwargs in dict(orepa_resnet18=dict(inference_mode=True), resnet18={}).items():
+        torch.manual_seed(0)
+        states.append(state_of(timm.create_model(name, **kwargs)))
+    assert_same_state(*states)
+
+
+def test_repvgg_with_norms_in_its_branches_starts_them_at_one():
+    for block in (m for m in timm.create_model('repan_repvgg_a0').modules() if isinstance(m, RepVggBlock)):
         for norm in (m for m in block.modules() if isinstance(m, nn.BatchNorm2d)):
             assert (norm.weight == 1).all()
             assert not norm.bias.any()
-    # A residual block starts as its shortcut: timm's zero_init_last, carried over to the branches.
-    block = timm.create_model('dbb_resnet18_cifar').layer1[0].eval()
-    x = randn(1, 64, 8, 8, dtype=torch.float32)
-    assert torch.equal(block(x), x.relu())
-    block = timm.create_model('orepa_resnet18_cifar').layer1[0].eval()
-    assert torch.equal(block(x), x.relu())
 
 
 @pytest.mark.parametrize(('name', 'kwargs'), [

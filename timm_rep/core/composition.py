@@ -12,18 +12,23 @@ channel of the 1x1-KxK branch. The scales of all branches act as one tensor of g
 and one optimizer update serve all branches.
 
 The function exists twice, tested against each other: :func:`compose_orepa_plain` is the formula in operations that
-autograd, ``torch.export``, functorch and TorchScript follow; :func:`compose_orepa` has an explicit backward, in eager
-mode and under ``torch.compile``. Its second derivative goes through the plain formula.
+autograd, ``torch.export``, ``torch.func`` and TorchScript follow; :func:`compose_orepa` has an explicit backward, for
+plain autograd in eager mode and under ``torch.compile``. All other derivatives go through the plain formula:
+:func:`needs_plain_formula` tells which is wanted.
 """
 import math
-from typing import Tuple
+from typing import Any, Callable, List, Optional, Tuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .precision import without_autocast
 
-__all__ = ['compose_orepa', 'compose_orepa_plain', 'compose_pointwise', 'compose_pointwise_plain', 'spread_scale']
+__all__ = [
+    'compose_orepa', 'compose_orepa_plain', 'compose_pointwise', 'compose_pointwise_plain', 'needs_plain_formula',
+    'prefers_channels_last', 'spread_scale',
+]
 
 # Input channels that share one matrix product in the gradients of the separable branch.
 INPUTS_PER_PRODUCT = 4
@@ -204,6 +209,51 @@ def _compose_orepa_backward(
     return grad_branches, grad_gains, grad_mixer.view(seq_1x1.shape), grad_depthwise
 
 
+# Older torch does not tell exporting from compiling.
+_is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
+
+
+def needs_plain_formula(*tensors: Tensor) -> bool:
+    """Whether something else than plain autograd must see into the operations on these tensors.
+
+    That is an exporter, a tracer, a transform of ``torch.func``, which all tensors meet while it is active,
+    forward-mode differentiation of one of them, or a batched gradient (``is_grads_batched=True``).
+    """
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if torch.compiler.is_compiling():
+        return _is_exporting()
+    return torch.jit.is_tracing() or any(
+        torch._C._functorch.is_legacy_batchedtensor(t) or forward_ad.unpack_dual(t).tangent is not None
+        for t in tensors)
+
+
+def prefers_channels_last(x: Tensor) -> bool:
+    """Whether a convolution of ``x`` wants its kernel in channels-last format, if it is not the plain formula's."""
+    if torch.jit.is_scripting():
+        return False
+    if needs_plain_formula(x):  # under vmap a tensor does not tell
+        return False
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def _plain_gradients(ctx: Any, formula: Callable[..., Tensor], grad: Tensor) -> Optional[List[Optional[Tensor]]]:
+    """Gradients of the saved tensors through the plain formula, None where the explicit backward will do.
+
+    The formula is for a gradient that will itself be differentiated or that is batched, and for that of the last saved
+    tensor, which is a constant to the explicit backward.
+    """
+    saved = ctx.saved_tensors
+    create_graph = torch.is_grad_enabled()
+    if not (create_graph or ctx.needs_input_grad[len(saved) - 1] or needs_plain_formula(grad)):
+        return None
+    with torch.enable_grad():
+        kernel = formula(*saved, ctx.groups)
+    wanted = [tensor for tensor, needed in zip(saved, ctx.needs_input_grad) if needed]
+    found = iter(torch.autograd.grad(kernel, wanted, grad, create_graph=create_graph))
+    return [next(found) if needed else None for needed in ctx.needs_input_grad[:len(saved)]]
+
+
 class _ComposeOrepa(torch.autograd.Function):
 
     @staticmethod
@@ -214,15 +264,13 @@ class _ComposeOrepa(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        branches, gains, seq_1x1, dw_conv, filters = ctx.saved_tensors
         with without_autocast(grad):
-            if torch.is_grad_enabled():  # the gradient itself will be differentiated
-                kernel = compose_orepa_plain(branches, gains, seq_1x1, dw_conv, filters, ctx.groups)
-                inputs = (branches, gains, seq_1x1, dw_conv)
-                grads = torch.autograd.grad(kernel, inputs, grad, create_graph=True)
-            else:
-                grads = _compose_orepa_backward(grad, branches, gains, seq_1x1, dw_conv, filters, ctx.groups)
-        return (*grads, None, None, None)
+            grads = _plain_gradients(ctx, compose_orepa_plain, grad)
+            if grads is None:
+                branches, gains, seq_1x1, dw_conv, filters = ctx.saved_tensors
+                own = _compose_orepa_backward(grad, branches, gains, seq_1x1, dw_conv, filters, ctx.groups)
+                grads = [*own, None]
+        return (*grads, None, None)
 
 
 def compose_orepa(
@@ -234,7 +282,7 @@ def compose_orepa(
         groups: int,
         channels_last: bool = False,
 ) -> Tensor:
-    """The function of :func:`compose_orepa_plain` in eager mode, with an explicit backward.
+    """The function of :func:`compose_orepa_plain` for plain autograd, with an explicit backward.
 
     Args:
         branches: ``(o, i/g, l)``, contiguous.
@@ -288,16 +336,14 @@ class _ComposePointwise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        conv_1x1, seq_first, seq_second, scale, attach_rate = ctx.saved_tensors
         with without_autocast(grad):
-            if torch.is_grad_enabled():  # the gradient itself will be differentiated
-                kernel = compose_pointwise_plain(conv_1x1, seq_first, seq_second, scale, attach_rate, ctx.groups)
-                inputs = (conv_1x1, seq_first, seq_second, scale)
-                grads = torch.autograd.grad(kernel, inputs, grad, create_graph=True)
-            else:
-                grads = _compose_pointwise_backward(
+            grads = _plain_gradients(ctx, compose_pointwise_plain, grad)
+            if grads is None:
+                conv_1x1, seq_first, seq_second, scale, attach_rate = ctx.saved_tensors
+                own = _compose_pointwise_backward(
                     grad, conv_1x1, seq_first, seq_second, scale, attach_rate, ctx.groups)
-        return (*grads, None, None)
+                grads = [*own, None]
+        return (*grads, None)
 
 
 def _compose_pointwise_backward(
@@ -337,20 +383,10 @@ def compose_pointwise(
         attach_rate: Tensor,
         groups: int,
 ) -> Tensor:
-    """The function of :func:`compose_pointwise_plain` in eager mode, with an explicit backward."""
+    """The function of :func:`compose_pointwise_plain` for plain autograd, with an explicit backward."""
     return _ComposePointwise.apply(conv_1x1, seq_first, seq_second, scale, attach_rate, groups)
 
 
 # A symbolic trace records these calls as they are: it cannot look into an autograd function.
 torch.fx.wrap('compose_orepa')
 torch.fx.wrap('compose_pointwise')
-
-# Older torch does not tell exporting from compiling.
-_is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
-
-
-def needs_plain_formula(tensor: Tensor) -> bool:
-    """Whether an exporter, a tracer or functorch must see into the composition."""
-    if torch.compiler.is_compiling():
-        return _is_exporting()
-    return torch.jit.is_tracing() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)

@@ -2,6 +2,10 @@
 
 The part of a name before the first ``_`` says which method the layers are of; ``repan`` takes any, by ``rep_layer``,
 and makes RepVGG's own branches annealable too. Names that mean the same network share its builder here.
+
+ResNets and RepVGGs with OREPA layers start as the official ones: what stays plain (shortcuts, RepVGG's 1x1, classifier)
+with torch's own values, and the last norm of a residual block at gain one; ``zero_init_last=True`` starts it at zero,
+as timm's ResNets do by default, where a block is then its shortcut. All else starts as timm's networks.
 """
 import functools
 import sys
@@ -13,10 +17,11 @@ from timm.models import ByobNet, ByoModelCfg, EfficientNet, ResNet, register_mod
 
 from ..core.errors import UserError
 from ..core.expand import anneal_repvgg_blocks_, expand_fresh_
+from ..core.layers import Orepa
 from ..core.methods import MethodLike, as_method
 from .checkpoint_filter import checkpoint_filter_fn
 from .published import build_model
-from .stock import RESNETS, build_repvgg, build_resnet, repvgg_kwargs, reset_repvgg_norms_
+from .stock import RESNETS, build_repvgg, build_resnet, repvgg_kwargs, reset_repvgg_norms_, start_as_torch_
 
 __all__ = ['register_architectures']
 
@@ -32,7 +37,13 @@ def _swapped(model: ModelT, rep_layer: MethodLike, inference_mode: bool) -> Mode
 
 
 def _build_resnet(rep_layer: MethodLike = 'dbb', inference_mode: bool = False, **kwargs: Any) -> ResNet:
-    return _swapped(build_resnet(**kwargs), rep_layer, inference_mode)
+    official = not inference_mode and isinstance(as_method(rep_layer), Orepa)
+    if official:
+        kwargs.setdefault('zero_init_last', False)
+    model = build_resnet(**kwargs)
+    if official:
+        start_as_torch_(model)
+    return _swapped(model, rep_layer, inference_mode)
 
 
 def _build_mobilenetv1(rep_layer: MethodLike = 'dbb', inference_mode: bool = False, **kwargs: Any) -> EfficientNet:
@@ -50,6 +61,8 @@ def _build_repvgg(
     model = build_repvgg(cfg, **kwargs)
     if not inference_mode:
         reset_repvgg_norms_(model)
+        if isinstance(as_method(rep_layer), Orepa):
+            start_as_torch_(model)
     model = _swapped(model, rep_layer, inference_mode)
     return anneal_repvgg_blocks_(model) if annealed and not inference_mode else model
 

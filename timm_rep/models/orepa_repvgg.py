@@ -1,8 +1,8 @@
 """OREPA-RepVGG: timm's RepVGG with an OREPA layer in place of the convolution of every 3x3 branch.
 
 RepVGG keeps its three branches and their norms, so the OREPA layer has no 1x1 branch of its own and starts
-kaiming-uniform with ``a = 1``. The norms start at weight one and bias zero as in the official code, where timm's RepVGG
-draws them from N(0.1, 0.1).
+kaiming-uniform with ``a = 1``. As in the official code the norms start at weight one and bias zero, where timm's RepVGG
+draws them from N(0.1, 0.1), and the 1x1 branches and the classifier with torch's own values, where timm's are normal.
 
 `Online Convolutional Re-parameterization` - https://arxiv.org/abs/2204.00826 (CVPR 2022)
 `RepVGG: Making VGG-style ConvNets Great Again` - https://arxiv.org/abs/2101.03697

@@ -1,7 +1,9 @@
 """OREPA-ResNet: timm's ResNet, ResNeXt and wide ResNet with OREPA layers in place of the convolutions.
 
 Every 3x3 becomes an OREPA block, the 7x7 stem a squeezed stack of 3x3 blocks, the 1x1 of bottlenecks (their shortcuts
-too) Rep-1x1; the shortcuts of basic blocks stay plain. Norms and activations are the host's.
+too) Rep-1x1; the shortcuts of basic blocks stay plain. Norms and activations are the host's. Start values are those of
+the official code: the last norm of every block at gain one (``zero_init_last=True`` for timm's zero), the plain
+shortcuts with torch's own values.
 
 `Online Convolutional Re-parameterization` - https://arxiv.org/abs/2204.00826 (CVPR 2022)
 """

@@ -11,7 +11,7 @@ from timm.models.resnet import BasicBlock, Bottleneck
 
 __all__ = [
     'RESNETS', 'build_repvgg', 'build_resnet', 'imagenet_cfg', 'repvgg_cifar_cfg', 'repvgg_kwargs',
-    'reset_repvgg_norms_', 'small_image_cfg',
+    'reset_repvgg_norms_', 'small_image_cfg', 'start_as_torch_',
 ]
 
 # Arguments of build_resnet by name of the stock network.
@@ -149,6 +149,17 @@ def reset_repvgg_norms_(model: ByobNet) -> ByobNet:
                 if isinstance(norm, nn.BatchNorm2d):
                     norm.reset_parameters()
     return model
+
+
+def start_as_torch_(model: nn.Module) -> None:
+    """Start convolutions and classifier with torch's own values, where timm draws them from normal distributions.
+
+    Args:
+        model: Newly built network.
+    """
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.reset_parameters()
 
 
 def build_repvgg(cfg: ByoModelCfg, small_images: bool = False, **kwargs: Any) -> ByobNet:

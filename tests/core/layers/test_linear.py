@@ -174,6 +174,25 @@ def test_restoring_takes_up_its_own_rounding():
     assert (layer.weight == kernel).double().mean() > 0.65  # half of them after one pass
 
 
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize('case', ['kxk', 'depthwise', 'wider', 'stem_5x5'])
+def test_restoring_is_exact_to_one_rounding_of_the_side_branches(case, dtype):
+    """However large they are: here some hundred times the kernel."""
+    layer = fresh(case, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if name.endswith('scale'):
+                parameter.mul_(8)
+    layer = layer.to(dtype)
+    kernel = randn(*layer.weight_shape, seed=1, dtype=dtype) / 100
+    layer.restore_(kernel)
+    branches = layer.branch_kernels()
+    branches.pop('offset' if 'stem' in case else 'origin')
+    largest = sum(branch.double() for branch in branches.values()).abs().max()
+    assert largest > 50 * kernel.abs().max()
+    assert (layer.weight.double() - kernel).abs().max() <= torch.finfo(dtype).eps * largest
+
+
 @forms
 def test_restoring_what_does_not_fit_raises_and_changes_nothing(case):
     layer = make(case)

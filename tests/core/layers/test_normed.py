@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from helpers import LINEAR_RTOL, MODEL_RTOL, TINY_MODELS, assert_near, assert_same_state, randn, randomize_, state_of
 from timm.layers import freeze_batch_norm_2d
 from torch._dynamo.testing import CompileCounter
+from torch.utils.checkpoint import checkpoint
 
 from timm_rep import AsymmetricConv2d, DiverseBranchConv2d, RepConv2d, expand, fuse, verify
 
@@ -102,12 +103,15 @@ def cropped(padded, rows, columns):
 
 
 def norm_then_pad(padded, x):
-    """The border is what the norm makes of zeros by the statistics it has kept before this batch, a constant."""
+    """The authors' way: the border is written over zeros, by the statistics that the norm has moved just before."""
     norm = padded.norm
-    zeros = torch.zeros(1, norm.num_features, 1, 1, dtype=x.dtype)
-    image = copy.deepcopy(norm).eval()(zeros)
+    outputs = norm(x)
+    image = norm.bias.detach() - norm.running_mean * norm.weight.detach() / torch.sqrt(norm.running_var + norm.eps)
     pad_h, pad_w = padded.padding
-    return F.pad(norm(x) - image, (pad_w, pad_w, pad_h, pad_h)) + image
+    outputs = F.pad(outputs, (pad_w, pad_w, pad_h, pad_h))
+    inside = torch.zeros_like(outputs, dtype=torch.bool)
+    inside[:, :, pad_h:outputs.shape[2] - pad_h, pad_w:outputs.shape[3] - pad_w] = True
+    return torch.where(inside, outputs, image.reshape(1, -1, 1, 1))
 
 
 def dbb_sides(layer, x, padded, centre):
@@ -148,21 +152,23 @@ def rep_sides(layer, x, padded, centre):
 def test_forward_is_the_block_of_the_paper(case, training):
     layer = make(case, 0.3, torch.float64).train(training)
     other = copy.deepcopy(layer)  # each keeps its own running statistics
-    x = images(layer)
     pad_h, pad_w = layer.padding
-    padded = F.pad(x, (pad_w, pad_w, pad_h, pad_h))
     centre = [dilation * (size // 2) for dilation, size in zip(layer.dilation, layer.kernel_size)]
     sides = dict(dbb=dbb_sides, acb=acb_sides, rep=rep_sides)[case.partition('-')[0]]
-    expected = layer.norm_kxk(convolve(layer, padded, layer.conv_kxk.weight))
-    expected = expected + layer.attach_rate * sides(layer, x, padded, centre)
-    outputs = other(x)
-    assert_near(outputs, expected, 1e-12)
-    direction = randn(*outputs.shape, seed=6)
-    gradients = torch.autograd.grad((outputs * direction).sum(), list(other.parameters()))
-    for actual, exact in zip(gradients, torch.autograd.grad((expected * direction).sum(), list(layer.parameters()))):
-        torch.testing.assert_close(actual, exact, rtol=1e-10, atol=1e-10)
-    for name, buffer in other.named_buffers():
-        torch.testing.assert_close(buffer, layer.get_buffer(name), rtol=1e-12, atol=1e-12)
+    for seed in range(3 if training else 1):  # what one batch does to the statistics, the next one meets
+        x = randn(2, layer.in_channels, 15, 16, seed=seed)
+        padded = F.pad(x, (pad_w, pad_w, pad_h, pad_h))
+        expected = layer.norm_kxk(convolve(layer, padded, layer.conv_kxk.weight))
+        expected = expected + layer.attach_rate * sides(layer, x, padded, centre)
+        outputs = other(x)
+        assert_near(outputs, expected, 1e-12)
+        direction = randn(*outputs.shape, seed=6)
+        gradients = torch.autograd.grad((outputs * direction).sum(), list(other.parameters()))
+        exact = torch.autograd.grad((expected * direction).sum(), list(layer.parameters()))
+        for actual, gradient in zip(gradients, exact):
+            torch.testing.assert_close(actual, gradient, rtol=1e-12, atol=1e-12 * max(g.abs().max() for g in exact))
+        for name, buffer in other.named_buffers():
+            torch.testing.assert_close(buffer, layer.get_buffer(name), rtol=1e-12, atol=1e-12)
 
 
 def test_identity_branch_where_the_shapes_allow_it():
@@ -455,6 +461,9 @@ def test_frozen_norms(case):
     live.begin_time_step_(torch.Generator().manual_seed(7), 0.4, compensate=True)
     for name, tensor in layer.state_dict().items():
         assert torch.equal(tensor, live.state_dict()[name]), name
+    other = layer.like(2 * layer.in_channels) if layer.groups == 1 else layer.like(layer.in_channels)
+    assert type(other) is type(layer)
+    assert other.norm_kxk.eps == layer.norm_kxk.eps
 
 
 # Training
@@ -486,6 +495,70 @@ def test_branch_gradients_are_those_of_the_kernels(case):
     own = {id(parameter.grad) for name, parameter in layer.named_parameters() if name.endswith('.weight')}
     assert {id(gradient) for gradient in gradients.values()} <= own
     assert len({gradient.data_ptr() for gradient in gradients.values()}) == len(gradients)
+
+
+# Gradient checkpointing
+
+
+def trained_steps(layer, run):
+    """Outputs and gradients of some training steps, and the statistics of the inner norms after them."""
+    layer = copy.deepcopy(layer).train()
+    for norm in norms_of(layer).values():
+        norm.momentum = 0.5
+    values = []
+    for seed in range(3):
+        x = randn(2, layer.in_channels, 9, 8, seed=seed).requires_grad_()
+        outputs = run(layer, x)
+        layer.zero_grad()
+        outputs.pow(3).sum().backward()  # a reentrant checkpoint goes with nothing else
+        values += [outputs, x.grad, *(p.grad for p in layer.parameters())]
+    return values + [buffer for name, buffer in layer.named_buffers() if 'inner' in name]
+
+
+def twice(layer, x, use_reentrant, other):
+    outputs = checkpoint(layer, x, use_reentrant=use_reentrant)
+    return outputs + checkpoint(layer, other, use_reentrant=use_reentrant)
+
+
+reentrant = pytest.mark.parametrize('use_reentrant', [True, False])
+
+
+@pytest.mark.parametrize('case', ['dbb-kxk', 'dbb-depthwise'])
+@reentrant
+def test_checkpointed_layer_is_the_layer(case, use_reentrant):
+    def run(layer, x):
+        return checkpoint(layer, x, use_reentrant=use_reentrant)
+
+    layer = make(case, 0.3, torch.float64)
+    for actual, expected in zip(trained_steps(layer, run), trained_steps(layer, lambda layer, x: layer(x))):
+        assert torch.equal(actual, expected)
+
+
+@reentrant
+def test_checkpointing_that_loses_the_border_is_refused(use_reentrant):
+    """Two passes before their backward: the same batch, whose statistics tell nothing, and another."""
+    for seed in (0, 1):
+        layer = make('dbb-kxk', 0.3, torch.float64).train()
+        x, other = (randn(2, 4, 9, 8, seed=s).requires_grad_() for s in (0, seed))
+        outputs = twice(layer, x, use_reentrant, other)
+        with pytest.raises(ValueError, match=r'checkpointing of DBB .*set_grad_checkpointing\(False\)'):
+            outputs.sum().backward()
+        # kept statistics that do not move
+        twice(layer.eval(), x, use_reentrant, other).sum().backward()
+        twice(freeze_batch_norm_2d(layer).train(), x, use_reentrant, other).sum().backward()
+
+
+def test_checkpointed_model_trains_as_without():
+    expanded = randomize_(expand(TINY_MODELS['basic'](), 'dbb')).train()
+    states = []
+    for enable in (False, True):
+        model = copy.deepcopy(expanded)
+        model.set_grad_checkpointing(enable)
+        for seed in range(2):
+            model(randn(2, 3, 64, 64, seed=seed, dtype=torch.float32)).square().sum().backward()
+        states.append([p.grad for p in model.parameters()])
+    for without, checkpointed in zip(*states):
+        assert torch.equal(checkpointed, without)
 
 
 # Tools

@@ -7,12 +7,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..composition import prefers_channels_last
 from ..errors import UserError
 from ..precision import full_float32
 from .annealed import AnnealedModule, check_kernel
 from .composed import composed_kernel, refuse_writing
 
-__all__ = ['LinearRepLayer', 'RepLayer', 'is_trainable', 'kaiming_uniform_', 'prefers_channels_last']
+__all__ = ['LinearRepLayer', 'RepLayer', 'is_trainable', 'kaiming_uniform_']
 
 # What a convolution is made with, besides its bias.
 GEOMETRY = (
@@ -60,11 +61,6 @@ def kaiming_uniform_(
 def is_trainable(parameters: Iterable[Optional[Tensor]]) -> bool:
     """Whether any of these parameters is trained."""
     return any(parameter is not None and parameter.requires_grad for parameter in parameters)
-
-
-def prefers_channels_last(x: Tensor) -> bool:
-    """Whether a convolution of ``x`` wants its kernel in channels-last memory format."""
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 class RepLayer(AnnealedModule):
@@ -320,7 +316,8 @@ class LinearRepLayer(RepLayer):
         """Make the layer compute exactly this kernel at the attach rate in force, whatever the side branches hold.
 
         The origin branch becomes ``K - attach_rate * (sum of the side branches)`` with scale one; no learnt scale is
-        divided by.
+        divided by. It is rounded once: to 6e-8 of the largest value of that sum, or of ``K``, in float32, to 4e-3 in
+        bfloat16. So a kernel far smaller than its side branches loses digits, in a time step too.
 
         Args:
             weight: Kernel ``(o, i/g, kh, kw)``.

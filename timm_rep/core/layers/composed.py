@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from ..composition import needs_plain_formula
 from ..errors import UserError
 
 __all__ = ['ComposedKernel', 'composed_kernel', 'refuse_writing']
@@ -24,7 +25,7 @@ def refuse_writing() -> None:
 
 
 def composed_kernel(kernel: Tensor) -> Tensor:
-    """Let a kernel refuse writes; where a compiler, an exporter or functorch looks at it, it stays as it is.
+    """Let a kernel refuse writes; where a compiler, an exporter or torch.func looks at it, it stays as it is.
 
     Args:
         kernel: As composed.
@@ -32,10 +33,8 @@ def composed_kernel(kernel: Tensor) -> Tensor:
     Returns:
         The same values.
     """
-    watched = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if watched or type(kernel) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(kernel):
-        return kernel
-    return kernel.as_subclass(ComposedKernel)
+    watched = torch.compiler.is_compiling() or needs_plain_formula(kernel)
+    return kernel if watched or type(kernel) is not Tensor else kernel.as_subclass(ComposedKernel)
 
 
 class ComposedKernel(Tensor):

@@ -9,36 +9,74 @@ from timm.models import register_notrace_module
 from torch import Tensor
 
 from .. import kernels
+from ..composition import needs_plain_formula
+from ..errors import UserError
 from ..methods import register_method
 from .normed import NormedMethod, NormedRepLayer
-from .norms import fold_batch_norm
+from .norms import fold_batch_norm, is_frozen, kept_statistics
 
 __all__ = ['DBB', 'DiverseBranchConv2d', 'NormPad2d']
+
+# Statistics that the two passes of a checkpoint have moved agree up to these, unless they are of two batches.
+SAME_RTOL, SAME_ATOL = 1e-5, 1e-7
 
 
 class NormPad2d(nn.Module):
     """Batch norm, then pad with the norm's image of zero by the kept statistics.
 
     So the border holds what a convolution of the zero-padded input would have put there, and a KxK convolution or an
-    average pooling behind it folds exactly.
+    average pooling behind it folds exactly. As in the authors' code it is made of the statistics that this very batch
+    has moved.
 
-    As in the authors' code, each pass in training mode moves the statistics that the next one's border is made of. So
-    gradient checkpointing, which passes twice, gives gradients that are off a little: it recomputes another border.
+    Gradient checkpointing passes a batch twice. The second pass starts from the statistics that the first one found,
+    and leaves those that it left, so that outputs, gradients and statistics are those without checkpointing. It raises
+    a UserError if the first was not the module's last pass in training mode, as with two forwards before a backward.
+    Code made by ``torch.compile`` or TorchScript cannot tell the passes apart, and gives other gradients if it is
+    checkpointed: take one or the other.
     """
 
     def __init__(self, channels: int, padding: Tuple[int, int], **kwargs: Any) -> None:
         super().__init__()
         self.norm = nn.BatchNorm2d(channels, **kwargs)
         self.padding = padding
+        self._found: Optional[Dict[str, Tensor]] = None  # buffers of the norm before the last pass in training mode
+
+    @torch.jit.unused
+    def _normalize(self, x: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        """The norm's outputs, and the statistics kept after them."""
+        norm = self.norm
+        traced = not isinstance(x, Tensor) or torch.compiler.is_compiling() or needs_plain_formula(x)
+        if traced or not norm.training or is_frozen(norm):
+            outputs = norm(x)
+            return (outputs, *kept_statistics(norm))
+        if torch._C._current_graph_task_id() == -1:
+            self._found = {name: buffer.clone() for name, buffer in norm.named_buffers()}
+            outputs = norm(x)
+            return (outputs, *kept_statistics(norm))
+        # inside a backward: the second pass of a checkpoint
+        found, self._found = self._found, None
+        if found is not None:
+            outputs = torch.func.functional_call(norm, found, (x,))
+            mean, var = found['running_mean'], found['running_var']
+            if all(torch.allclose(a, b, SAME_RTOL, SAME_ATOL) for a, b in zip((mean, var), kept_statistics(norm))):
+                return outputs, mean, var
+        raise UserError(
+            'gradient checkpointing of DBB layers needs a backward right after each forward in training mode: their '
+            'border is made of the running statistics, which another pass has moved since. Keep to that, or call '
+            'model.set_grad_checkpointing(False)'
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         norm = self.norm
+        if torch.jit.is_scripting():
+            outputs, mean, var = norm(x), norm.running_mean, norm.running_var
+        else:
+            outputs, mean, var = self._normalize(x)
         zero = torch.zeros_like(norm.weight).reshape(1, -1, 1, 1)
-        border = F.batch_norm(
-            zero, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+        border = F.batch_norm(zero, mean, var, norm.weight, norm.bias, False, 0.0, norm.eps)
         border = border.detach().type_as(x)
         pad_h, pad_w = self.padding
-        return F.pad(self.norm(x) - border, [pad_w, pad_w, pad_h, pad_h]) + border
+        return F.pad(outputs - border, [pad_w, pad_w, pad_h, pad_h]) + border
 
 
 @register_notrace_module

@@ -287,7 +287,7 @@ class NormedRepLayer(NormedBranches, RepLayer):
         self.reset_parameters(generator)
 
     def _own_kwargs(self) -> Dict[str, Any]:
-        return dict(eps=self.norm_kxk.eps, momentum=self.norm_kxk.momentum)
+        return dict(eps=self.norm_kxk.eps, momentum=getattr(self.norm_kxk, 'momentum', 0.1))  # a frozen norm has none
 
     def _centre_offset(self) -> Tuple[int, int]:
         """Padding that a 1x1 needs to see the pixels under the centre of the KxK; less than zero crops."""

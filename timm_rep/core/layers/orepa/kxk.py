@@ -38,7 +38,7 @@ def _compose_kxk(
         if dtype != filters.dtype:  # half-precision parameters
             branches, seq_1x1, dw_conv, scale = (p.to(filters.dtype) for p in (branches, seq_1x1, dw_conv, scale))
         gains = spread_scale(scale, attach_rate.to(filters.dtype), row_branch)
-        if needs_plain_formula(branches):
+        if needs_plain_formula(branches, seq_1x1, dw_conv, gains):
             kernel = compose_orepa_plain(branches, gains, seq_1x1, dw_conv, filters, groups)
         else:
             kernel = compose_orepa(branches, gains, seq_1x1, dw_conv, filters, groups, channels_last)

@@ -30,7 +30,8 @@ def _compose_1x1(
     with without_autocast(conv_1x1):
         if dtype != compute:  # half-precision parameters
             conv_1x1, seq_first, seq_second, scale = (p.to(compute) for p in (conv_1x1, seq_first, seq_second, scale))
-        compose = compose_pointwise_plain if needs_plain_formula(conv_1x1) else compose_pointwise
+        plain = needs_plain_formula(conv_1x1, seq_first, seq_second, scale, attach_rate)
+        compose = compose_pointwise_plain if plain else compose_pointwise
         return compose(conv_1x1, seq_first, seq_second, scale, attach_rate.to(compute), groups).to(dtype)
 torch.fx.wrap('_compose_1x1')
 

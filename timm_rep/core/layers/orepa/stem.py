@@ -39,8 +39,9 @@ class OrepaStemConv2d(LinearRepLayer):
     the flip; :func:`timm_rep.load_official_checkpoint` accounts for it.
 
     A stack cannot represent every kernel, so restoring an arbitrary one needs a part beside it: ``kernel_offset``, a
-    constant that is zero unless :meth:`restore_` was called. Attach rate and time steps are those of the blocks of the
-    stack: each has an origin and side branches of its own, and folds into itself.
+    constant that is zero unless :meth:`restore_` was called; it is rounded to 6e-8 of the largest value of the stack's
+    kernel in float32, which may be far larger than the restored one. Attach rate and time steps are those of the blocks
+    of the stack: each has an origin and side branches of its own, and folds into itself.
 
     Source: OREPA, linear deep stem.
 
