@@ -11,6 +11,7 @@ from timm_rep import UserError, expand, expansion_of, fuse
 from timm_rep.core.expand import expand_as_
 from timm_rep.core.expansion import methods_from_list
 from timm_rep.core.layers import AnnealedRepVggBlock
+from timm_rep.core.methods import as_method
 
 
 def conv(inputs, outputs, **kwargs):
@@ -85,6 +86,54 @@ def test_weights_are_assigned_to_a_layer_on_the_meta_device():
         layer = cls(4, 8, size, device='meta').eval()
         layer.load_state_dict(source.state_dict(), assign=True)
         assert torch.equal(layer.weight, source.weight)
+
+
+def filled_by_hand(model, state):
+    """What accelerate's ``load_checkpoint_in_model`` does: it sets tensor by tensor, and knows no hook of a module."""
+    for name, tensor in state.items():
+        module = model.get_submodule(name.rpartition('.')[0])
+        key = name.rpartition('.')[2]
+        if key in module._parameters:
+            module._parameters[key] = nn.Parameter(tensor)
+        else:
+            module._buffers[key] = tensor
+    return model
+
+
+class EmptyParameters:
+    """accelerate's ``init_empty_weights``: parameters go to the meta device when they are registered, buffers stay."""
+
+    def __enter__(self):
+        self.register = register = nn.Module.register_parameter
+
+        def register_empty(module, name, parameter):
+            register(module, name, None if parameter is None else nn.Parameter(parameter.to('meta')))
+
+        nn.Module.register_parameter = register_empty
+
+    def __exit__(self, *error):
+        nn.Module.register_parameter = self.register
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(('empty', 'moved'), [
+    (EmptyParameters, False), (EmptyParameters, True), (lambda: torch.device('meta'), True)])
+@pytest.mark.parametrize('layers', ['orepa', 'dbb', 'acb', 'rep'])
+@torch.no_grad()
+def test_weights_are_set_one_by_one_in_a_model_on_the_meta_device(layers, empty, moved, dtype):
+    def build():
+        classes = as_method(layers).layers
+        return nn.Sequential(classes[0](3, 8, 3, padding=1), *(classes[2:] and [classes[2](8, 8, 5)]))
+
+    source = randomize_(build()).eval().to(dtype)
+    with empty():
+        model = build().eval()
+    filled_by_hand(model, source.state_dict())
+    if moved:
+        model.to('cpu')
+    x = randn(2, 3, 8, 8, dtype=dtype)
+    assert torch.equal(model(x), source(x))
+    assert torch.equal(fuse(model)(x), fuse(source)(x))
 
 
 @pytest.mark.parametrize(('entry', 'message'), [
