@@ -5,6 +5,7 @@ from typing import Any, Optional, Tuple
 import torch
 import torch.nn as nn
 from timm.layers import BatchNormAct2d, freeze_batch_norm_2d
+from timm.models import register_notrace_module
 from torch import Tensor
 
 from .. import kernels
@@ -64,6 +65,7 @@ def reset_norm_(norm: nn.BatchNorm2d) -> None:
         one.fill_(1.0)
 
 
+@register_notrace_module
 class FoldedNorm(nn.Module):
     """Keeps the place, and the dropout and activation, of a batch norm that went into the layer before it.
 

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple, Type, TypeVar
 
 import torch
 import torch.nn as nn
+from timm.models import register_notrace_module
 from timm.models.byobnet import RepVggBlock
 from torch import Tensor
 
@@ -25,6 +26,7 @@ def _of_class(cls: Type[BlockT], block: RepVggBlock) -> BlockT:
     return new
 
 
+@register_notrace_module
 class AnnealedRepVggBlock(RepVggBlock, NormedBranches):
     """timm's RepVGG block with ``kxk + attach_rate * (1x1 + identity)`` for ``kxk + 1x1 + identity``.
 
