@@ -13,7 +13,15 @@ from ..methods import Method, Place
 from ..precision import full_float32, without_autocast
 from .annealed import AnnealedModule, check_kernel
 from .base import RepLayer, is_trainable, kaiming_uniform_
-from .norms import FoldedNorm, fold_batch_norm, is_frozen, kept_statistics, reset_norm_
+from .norms import (
+    FoldedNorm,
+    fold_batch_norm,
+    is_foldable,
+    is_frozen,
+    kept_statistics,
+    reset_norm_,
+    synchronized_as,
+)
 
 __all__ = ['NormedBranches', 'NormedMethod', 'NormedRepLayer']
 
@@ -114,12 +122,15 @@ class NormedBranches(AnnealedModule):
         Returns:
             Kernel ``(o, i/g, kh, kw)`` and bias ``(o,)``, in the parameters' dtype; composed in float32 at least.
         """
-        parameter = next(self.parameters())
-        with without_autocast(parameter), full_float32():
+        dtype = next(self.parameters()).dtype
+        kernel, bias = self._fold()
+        return kernel.to(dtype), bias.to(dtype)
+
+    def _fold(self) -> Tuple[Tensor, Tensor]:
+        with without_autocast(next(self.parameters())), full_float32():
             kernel, bias = self._fold_origin()
             side_kernel, side_bias = self._side_kernel_bias()
-            kernel, bias = kernel + self.attach_rate * side_kernel, bias + self.attach_rate * side_bias
-        return kernel.to(parameter.dtype), bias.to(parameter.dtype)
+            return kernel + self.attach_rate * side_kernel, bias + self.attach_rate * side_bias
 
     @torch.no_grad()
     def branch_kernels(self) -> Dict[str, Tensor]:
@@ -250,6 +261,8 @@ class NormedRepLayer(NormedBranches, RepLayer):
             groups do not divide.
     """
 
+    stock_bias: Optional[bool]  # of a convolution with bias in the stock form, whether that is trained
+
     if TYPE_CHECKING:  # not for TorchScript, which takes class annotations for attributes
         padding: Tuple[int, int]
         conv_kxk: nn.Conv2d
@@ -279,6 +292,7 @@ class NormedRepLayer(NormedBranches, RepLayer):
         if self.kernel_size == (1, 1):
             raise UserError(f'{name} needs a kernel larger than 1x1')
         self.bias = None
+        self.stock_bias = None
         dd: Dict[str, Any] = dict(device=device, dtype=dtype)
         norm_dd: Dict[str, Any] = dict(eps=eps, momentum=momentum, **dd)
         self.conv_kxk = nn.Conv2d(**self._geometry(), bias=False, **dd)
@@ -344,22 +358,28 @@ class NormedRepLayer(NormedBranches, RepLayer):
 
     @torch.no_grad()
     def fuse_conv_norm(self) -> Tuple[nn.Conv2d, nn.BatchNorm2d]:
-        """The stock pair: a convolution without bias and a batch norm that have the layer's outputs in eval mode.
+        """The stock pair: a convolution and a batch norm that have the layer's outputs in eval mode.
 
         Any statistics would do for that. The norm gets those that the branches' norms imply for further training: the
         sum of their means, and of their variances as if the branches were uncorrelated. It is frozen if the origin's
-        is.
+        is, and synchronized. The convolution has a bias if the one had that the layer was made for: zeros, since what
+        it adds is in the norm's mean.
 
         Returns:
             Convolution and batch norm, trainable where any branch is.
 
         Raises:
-            UserError: In training mode.
+            UserError: In training mode, or if the norms were replaced by others with a state of their own.
         """
         self._refuse_training()
-        kernel, bias = self.compose_weight_bias()
-        mean, var = self._implied_statistics(bias)
         origin = self.norm_kxk
+        if not (is_foldable(origin) or is_frozen(origin)):
+            raise UserError(
+                f'cannot fuse {type(self).__name__}: its batch norms were replaced by {type(origin).__name__}, which '
+                'has more state than a batch norm. Fuse first, then replace the norms of the stock form'
+            )
+        kernel, bias = self._fold()
+        mean, var = (value.to(origin.weight.dtype) for value in self._implied_statistics(bias))
         norm = nn.BatchNorm2d(self.out_channels, origin.eps, device=mean.device, dtype=mean.dtype)
         kernel, gamma, beta = kernels.unfold_norm(kernel, bias, mean, var, norm.eps)
         values = dict(origin.state_dict(), weight=gamma, bias=beta, running_mean=mean, running_var=var)
@@ -370,7 +390,12 @@ class NormedRepLayer(NormedBranches, RepLayer):
             norm.weight.requires_grad_(self._trains_norms('weight'))
             norm.bias.requires_grad_(self._trains_norms('bias'))
         norm.load_state_dict(values)
-        return self._plain_conv(kernel, None, self._trains_kernel(), False), norm.train(self.training)
+        kernel = kernel.to(self.conv_kxk.weight.dtype)
+        trains_bias = bool(self.stock_bias) and is_trainable(self.parameters())
+        conv = self._plain_conv(
+            kernel, None if self.stock_bias is None else torch.zeros_like(kernel[:, 0, 0, 0]), self._trains_kernel(),
+            trains_bias)
+        return conv, synchronized_as(origin, norm).train(self.training)
 
     def stock_form(self, behind: Optional[nn.Module]) -> Tuple[nn.Module, Optional[nn.Module]]:
         if not isinstance(behind, FoldedNorm):
@@ -429,7 +454,7 @@ class NormedRepLayer(NormedBranches, RepLayer):
             **kwargs: More arguments of the layer's constructor.
 
         Returns:
-            A layer on the same device, in the same dtype and mode, trainable where the pair is.
+            A layer on the same device, in the same dtypes and mode, trainable where the pair is.
 
         Raises:
             UserError: If this layer cannot stand for the pair.
@@ -440,7 +465,10 @@ class NormedRepLayer(NormedBranches, RepLayer):
             raise UserError(f'{cls.__name__} needs a batch norm with weight and bias, got {norm}')
         kept_statistics(norm)
         kwargs.update(eps=norm.eps, momentum=norm.momentum)
-        layer = super().from_conv(conv, generator, same_function=False, **kwargs)
+        layer = synchronized_as(norm, super().from_conv(conv, generator, same_function=False, **kwargs))
+        layer.stock_bias = None if conv.bias is None else conv.bias.requires_grad
+        for own in layer._norms():
+            own.to(norm.weight.dtype)
         for own in (layer.norm_kxk, *layer._side_norms()):
             own.weight.copy_(norm.weight)
             own.bias.copy_(norm.bias)
@@ -467,9 +495,8 @@ class NormedMethod(Method):
 
     def takes(self, place: Place) -> bool:
         conv, norm, sizes = place.conv, place.norm, place.conv.kernel_size
-        if norm is None or not FoldedNorm.accepts(norm) or not norm.affine or norm.running_mean is None:
+        if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or not is_foldable(norm):
             return False
-        if place.read_between:
+        if not norm.affine or norm.running_mean is None or place.read_between or place.norm_is_shared:
             return False
-        plain = conv.bias is None and not isinstance(conv.padding, str)
-        return plain and min(sizes) > 1 and max(sizes) <= MAX_KERNEL_SIZE
+        return not isinstance(conv.padding, str) and min(sizes) > 1 and max(sizes) <= MAX_KERNEL_SIZE
