@@ -1,5 +1,4 @@
 """Put rep layers into a model: which convolutions a method takes, and the swap."""
-import copy
 import fnmatch
 import logging
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Tuple, Union
@@ -18,6 +17,7 @@ from .methods import Method, MethodLike, Place, as_method
 from .walk import (
     ModelT,
     ancestors_of,
+    copied,
     move_hooks,
     names_of,
     next_sibling,
@@ -312,7 +312,7 @@ def _expand_assigned(
                 raise UserError(f'{method.name!r} takes the norm in; {name} is shared by places with other norms')
             new_modules[place.norm_name] = folded
     if not inplace:
-        model = copy.deepcopy(model)
+        model = copied(model)
     for name, module in new_modules.items():
         move_hooks(model.get_submodule(name), module)
         setattr(*parent_of(model, name), module)

@@ -17,8 +17,8 @@ NORM_STATE = ('weight', 'bias', 'running_mean', 'running_var', 'eps', 'num_featu
 FOLDABLE = (nn.BatchNorm2d, BatchNormAct2d, nn.SyncBatchNorm, SyncBatchNormAct)
 
 __all__ = [
-    'FoldedNorm', 'fold_batch_norm', 'is_foldable', 'is_frozen', 'is_norm', 'kept_statistics', 'reset_norm_',
-    'synchronized_as',
+    'FoldedNorm', 'fold_batch_norm', 'is_foldable', 'is_frozen', 'is_norm', 'kept_statistics',
+    'plain_batch_norm', 'reset_norm_', 'synchronized_as',
 ]
 
 
@@ -81,6 +81,15 @@ def is_frozen(norm: nn.Module) -> bool:
 
 
 @torch.no_grad()
+def plain_batch_norm(norm: Any) -> nn.BatchNorm2d:
+    """A batch norm in eval mode with the values of a synchronized or frozen one; timm's RepVGG block folds no other."""
+    plain = nn.BatchNorm2d(len(norm.weight), norm.eps, device=norm.weight.device, dtype=norm.weight.dtype)
+    for name in ('weight', 'bias', 'running_mean', 'running_var'):
+        getattr(plain, name).copy_(getattr(norm, name))
+    return plain.eval()
+
+
+@torch.no_grad()
 def reset_norm_(norm: nn.BatchNorm2d) -> None:
     """Set a batch norm, also a frozen one, to gain one, bias zero, mean zero and variance one."""
     if not is_frozen(norm):
@@ -114,8 +123,8 @@ class FoldedNorm(nn.Module):
     def __getattr__(self, name: str) -> Any:
         if name in NORM_STATE:  # of foreign code that folds norms
             raise AttributeError(
-                f'FoldedNorm has no {name!r}: the norm lives in the rep layer in front of it. For the network with live '
-                'norms, call timm_rep.fuse(model) first'
+                f'FoldedNorm has no {name!r}: the norm lives in the rep layer in front of it. For the network with '
+                'live norms, call timm_rep.fuse(model) first'
             )
         return super().__getattr__(name)
 
@@ -140,6 +149,8 @@ class FoldedNorm(nn.Module):
             norm_act = freeze_batch_norm_2d(norm_act)
         else:
             norm_act.momentum = norm.momentum
+            norm_act.weight.requires_grad_(norm.weight.requires_grad)
+            norm_act.bias.requires_grad_(norm.bias.requires_grad)
         norm_act.load_state_dict(norm.state_dict())
         for name, parameter in norm.named_parameters():
             norm_act.get_parameter(name).requires_grad_(parameter.requires_grad)

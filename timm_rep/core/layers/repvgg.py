@@ -12,7 +12,7 @@ from .. import kernels
 from ..errors import UserError
 from .base import RepLayer, is_trainable
 from .normed import NormedBranches
-from .norms import fold_batch_norm
+from .norms import fold_batch_norm, plain_batch_norm
 
 __all__ = ['AnnealedRepVggBlock']
 
@@ -173,9 +173,13 @@ class AnnealedRepVggBlock(RepVggBlock, NormedBranches):
         """
         self._refuse_training()
         block = self.stock_block()
-        parameters = dict(block.named_parameters())
+        biases = [p for name, p in block.named_parameters() if name.endswith('bias')]
+        kernels_and_gains = [p for name, p in block.named_parameters() if not name.endswith('bias')]
+        trainable, bias_trainable = is_trainable(kernels_and_gains), is_trainable(biases)
+        if block.identity is not None:
+            block.identity = plain_batch_norm(block.identity)
         block.reparameterize()
         conv: Any = block.reparam_conv
-        conv.bias.requires_grad_(is_trainable(p for name, p in parameters.items() if name.endswith('bias')))
-        conv.weight.requires_grad_(is_trainable(p for name, p in parameters.items() if not name.endswith('bias')))
+        conv.weight.requires_grad_(trainable)
+        conv.bias.requires_grad_(bias_trainable)
         return block
