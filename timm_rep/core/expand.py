@@ -177,7 +177,7 @@ def expand(
             methods, of which the first that matches decides, None leaves as it is, and a name without wildcards takes
             that convolution whatever the default policy of the method is.
         select: Which convolutions: a function of name and convolution, or names with wildcards. By default those that
-            the method takes: usually those with a batch norm right behind them; for ``'orepa'`` all sizes, but of a
+            the method takes: usually those with a norm right behind them; for ``'orepa'`` all sizes, but of a
             RepVGG block only the KxK branch and not the shortcuts of a ResNet BasicBlock; for the others 3x3 and 5x5.
         generator: Source of the side branches' draw.
         inplace: Change the model itself instead of a copy.
