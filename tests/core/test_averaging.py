@@ -1,4 +1,4 @@
-"""Averaged copies (EMA, SWA) of a model whose attach rate changes: a rate and a time step are taken over, never averaged."""
+"""Averaged copies (EMA, SWA) of a model whose attach rate changes: they take it over, and never average it."""
 import copy
 import pickle
 

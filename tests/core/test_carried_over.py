@@ -50,7 +50,8 @@ def test_a_frozen_bias_and_a_frozen_kernel_are_told_apart():
     conv = nn.Conv2d(4, 4, 3)
     conv.bias.requires_grad_(False)
     layer = timm_rep.OrepaConv2d.from_conv(conv)
-    assert layer.branches.requires_grad and not layer.bias.requires_grad
+    assert layer.branches.requires_grad
+    assert not layer.bias.requires_grad
     assert flags(layer.fuse()) == dict(weight=True, bias=False)
 
 
@@ -113,7 +114,7 @@ def test_what_reads_between_convolution_and_norm_keeps_the_norm_out(kind):
 
 @torch.no_grad()
 @pytest.mark.parametrize('kind', ['orepa', 'dbb'])
-@pytest.mark.parametrize('name, kwargs', [
+@pytest.mark.parametrize(('name', 'kwargs'), [
     ('ghostnet_050', {}),
     ('repghostnet_050', {}),
     ('test_efficientnet', dict(feature_location='expansion')),
@@ -182,4 +183,5 @@ def test_a_method_that_is_called_fuse_but_adds_maps_is_left_alone():
     rep = expand(model, 'orepa')
     rep(randn(1, 3, 8, 8, dtype=torch.float32))
     assert isinstance(rep.conv, RepLayer)
-    assert 'fuse' in vars(rep) and 'fuse' not in vars(fuse(rep))
+    assert 'fuse' in vars(rep)
+    assert 'fuse' not in vars(fuse(rep))

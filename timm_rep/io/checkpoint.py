@@ -1,7 +1,6 @@
 """Checkpoint files: read safely, with what they say of the model that they are of."""
 import argparse
 import re
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Tuple
@@ -18,6 +17,7 @@ from ..core.errors import UserError
 from ..core.layers import RepLayer
 from ..models.names import stock_architecture
 from .architecture import FACTORY_ARGS, create_model
+from .damage import check_records
 from .description import Description, read_description
 from .output import PathLike
 from .runs import plain, read_run_args
@@ -87,30 +87,16 @@ def find_checkpoint(path: PathLike) -> Path:
         f'{path} is not the output folder of a run: it holds neither {" nor ".join(RUN_CHECKPOINTS)}')
 
 
-def _check_records(path: Path) -> None:
-    """Refuse damaged records; and compressed ones, which torch.save does not write: they may take many times the file's
-    size.
-    """
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as file:
-            unpacked = sum(record.file_size for record in file.infolist())
-            if unpacked > path.stat().st_size:
-                raise UserError(f'its records take {unpacked} bytes, more than the file')
-            damaged = file.testzip()  # torch does not compare the sums
-            if damaged is not None:
-                raise UserError(f'its record {damaged} is damaged')
-
-
 def _read_file(path: Path, allow_pickle: bool) -> Tuple[Any, Mapping[str, str]]:
     """What a file holds, and the metadata beside it."""
     try:
         if path.suffix == '.safetensors':
             with safetensors.safe_open(path, 'pt') as file:
                 return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-        _check_records(path)
         # train.py puts its arguments into the checkpoint
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location='cpu', weights_only=not allow_pickle), {}
+        with path.open('rb') as file, torch.serialization.safe_globals([argparse.Namespace]):
+            check_records(file)  # of the very file that is read: a run may replace it at any time
+            return torch.load(file, map_location='cpu', weights_only=not allow_pickle), {}
     except (PermissionError, ImportError):
         raise
     except Exception as e:  # a damaged file makes the readers raise almost anything

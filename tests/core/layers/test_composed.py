@@ -76,7 +76,7 @@ def test_a_compiled_reader_sees_the_kernel():
 def test_a_folded_norm_says_where_the_norm_is():
     folded = FoldedNorm(nn.BatchNorm2d(4))
     with pytest.raises(AttributeError, match=r"no 'running_mean'.*timm_rep\.fuse\(model\) first"):
-        folded.running_mean
+        _ = folded.running_mean
     assert not hasattr(folded, 'weight')
     with pytest.raises(AttributeError, match=r'timm_rep\.fuse\(model\) first'):
         fuse_conv_bn_eval(DiverseBranchConv2d(4, 4, 3).eval(), folded.eval())
