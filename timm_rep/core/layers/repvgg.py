@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import kernels
 from ..errors import UserError
 from .base import RepLayer, is_trainable
-from .normed import NormedBranches
+from .branches import NormedBranches
 from .norms import fold_batch_norm, plain_batch_norm
 
 __all__ = ['AnnealedRepVggBlock']
