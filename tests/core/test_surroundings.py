@@ -3,14 +3,26 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from helpers import MODEL_RTOL, assert_near, randn, randomize_
-from timm.layers import BatchNormAct2d
+import torchvision
+from helpers import MODEL_RTOL, assert_near, randn, randomize_, tree
+from timm.layers import (
+    BatchNormAct2d,
+    GroupNormAct,
+    LayerNorm2d,
+    LayerNormAct2d,
+    convert_splitbn_model,
+    convert_sync_batchnorm,
+    freeze_batch_norm_2d,
+)
+from timm.models.byobnet import RepVggBlock
+from timm.utils import reparameterize_model
 
 import timm_rep
 from timm_rep import UserError, expand, expansion_of, fuse
 from timm_rep.core.expand import expand_as_
 from timm_rep.core.expansion import methods_from_list
 from timm_rep.core.layers import AnnealedRepVggBlock
+from timm_rep.core.methods import as_method
 
 
 def conv(inputs, outputs, **kwargs):
@@ -85,6 +97,192 @@ def test_weights_are_assigned_to_a_layer_on_the_meta_device():
         layer = cls(4, 8, size, device='meta').eval()
         layer.load_state_dict(source.state_dict(), assign=True)
         assert torch.equal(layer.weight, source.weight)
+
+
+NORMED = pytest.mark.parametrize('method', ['dbb', 'acb', 'rep'])
+
+
+@torch.no_grad()
+def assert_round_trip(stock, method, convert=lambda model: model):
+    """Expand, shake all norms and scales, fuse: keys, classes, flags and dtypes of the stock model, outputs kept."""
+    x = randn(2, 3, 8, 8)
+    rep = expand(stock, method)
+    assert_near(rep(x), stock(x), MODEL_RTOL[torch.float64])
+    rep, stock = convert(shaken(rep)).eval(), convert(stock).eval()
+    timm_rep.set_attach_rate(rep, 0.7)
+    fused = fuse(rep)
+    assert tree(fused) == tree(stock)
+    stock.load_state_dict(fused.state_dict())
+    for form in (fused, stock):
+        assert_near(form(x), rep(x), MODEL_RTOL[torch.float64])
+    return rep
+
+
+@torch.no_grad()
+def shaken(model):
+    randomize_(model)  # knows plain batch norms only
+    for seed, module in enumerate(model.modules()):
+        if isinstance(module, nn.SyncBatchNorm):
+            module.running_mean.copy_(randn(module.num_features, seed=seed))
+            module.running_var.copy_(randn(module.num_features, seed=seed).abs() + 0.3)
+            module.weight.copy_(randn(module.num_features, seed=seed + 1))
+            module.bias.copy_(randn(module.num_features, seed=seed + 2))
+    return model
+
+
+def batch_norms(*acts):
+    return [BatchNormAct2d(8) if act else nn.BatchNorm2d(8) for act in acts]
+
+
+def two_pairs(*norms, bias=False):
+    first, second = norms
+    return nn.Sequential(conv(3, 8, bias=bias), first, conv(8, 8, bias=bias), second).double().eval()
+
+
+@pytest.mark.parametrize('method', ['orepa', 'dbb', 'acb', 'rep'])
+@pytest.mark.parametrize('before', [True, False])
+def test_synchronized_norms_come_back_synchronized(method, before):
+    stock = randomize_(two_pairs(*batch_norms(True, False)))
+    if before:
+        rep = assert_round_trip(shaken(convert_sync_batchnorm(stock)), method)
+    else:
+        rep = assert_round_trip(stock, method, convert_sync_batchnorm)
+    assert len(expansion_of(rep).methods) == 2
+    norms = [module for module in rep.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    assert norms
+    assert all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
+
+
+@pytest.mark.parametrize('norm', [
+    torchvision.ops.FrozenBatchNorm2d(8), freeze_batch_norm_2d(BatchNormAct2d(8)), nn.GroupNorm(2, 8), LayerNorm2d(8),
+    GroupNormAct(8, num_groups=2), LayerNormAct2d(8), nn.SyncBatchNorm(8), nn.InstanceNorm2d(8),
+], ids=lambda norm: type(norm).__name__)
+def test_a_norm_of_any_kind_stands_behind_a_linear_layer(norm):
+    rep = assert_round_trip(nn.Sequential(conv(3, 8), norm).double().eval(), 'orepa')
+    assert list(expansion_of(rep).methods) == ['0']
+
+
+@NORMED
+@pytest.mark.parametrize('norm', [torchvision.ops.FrozenBatchNorm2d(8), nn.GroupNorm(2, 8)])
+def test_a_norm_that_no_layer_can_take_in_is_named(method, norm):
+    model = nn.Sequential(conv(3, 8), norm)
+    with pytest.raises(UserError, match=f'need a BatchNorm2d, here are {type(norm).__name__}'):
+        expand(model, method)
+    with pytest.raises(UserError, match=f'right behind the convolution; 0 has a {type(norm).__name__}'):
+        expand(model, method, select='0')
+
+
+@NORMED
+def test_norms_split_over_the_batch_are_refused_when_fusing(method):
+    rep = convert_splitbn_model(expand(two_pairs(*batch_norms(False, False)), method)).eval()
+    with pytest.raises(UserError, match='batch norms were replaced by SplitBatchNorm2d'):
+        fuse(rep)
+
+
+@pytest.mark.parametrize('method', ['orepa', 'dbb', 'acb', 'rep'])
+@torch.no_grad()
+def test_a_convolution_with_bias_in_front_of_a_norm(method):
+    stock = randomize_(two_pairs(*batch_norms(True, False), bias=True))
+    rep = assert_round_trip(stock, method)
+    assert len(expansion_of(rep).methods) == 2
+    again = expand_as_(two_pairs(*batch_norms(True, False), bias=True), expansion_of(rep).methods)
+    again.load_state_dict(rep.state_dict())
+    assert fuse(again).state_dict().keys() == stock.state_dict().keys()
+
+
+@NORMED
+@pytest.mark.parametrize('trained', ['weight', 'bias', '0.weight', '1.'])
+def test_flags_of_a_convolution_with_bias_come_back(method, trained):
+    stock = two_pairs(*batch_norms(True, False), bias=True)
+    flags = {name: trained in name for name, _ in stock.named_parameters()}
+    for name, parameter in stock.named_parameters():
+        parameter.requires_grad_(flags[name])
+    fused = fuse(expand(stock, method))
+    assert {name: parameter.requires_grad for name, parameter in fused.named_parameters()} == flags
+
+
+@NORMED
+def test_a_norm_shared_by_two_convolutions_is_left_alone(method):
+    shared = nn.BatchNorm2d(8)
+    model = nn.Sequential(conv(3, 8), shared, conv(8, 8), shared, conv(8, 8), nn.BatchNorm2d(8))
+    rep = expand(model, method)
+    assert list(expansion_of(rep).methods) == ['4']
+    assert rep[1] is rep[3]
+    with pytest.raises(UserError, match='that of 2 is shared by other modules'):
+        expand(model, method, select='2')
+    assert list(expansion_of(expand(model, 'orepa')).methods) == ['0', '2', '4']
+
+
+@pytest.mark.parametrize('method', ['orepa', 'dbb', 'acb', 'rep'])
+@torch.no_grad()
+def test_a_half_precision_convolution_in_front_of_a_float32_norm(method):
+    stock = randomize_(nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), conv(8, 8), BatchNormAct2d(8))).eval()
+    stock[0].half()
+    stock[2].half()
+    rep = expand(stock, method)
+    fused = fuse(rep)
+    assert {name: value.dtype for name, value in fused.state_dict().items()} == {
+        name: value.dtype for name, value in stock.state_dict().items()}
+    x = randn(2, 3, 8, 8, dtype=torch.float16)
+    for form in (rep, fused):
+        assert_near(form(x), stock(x), 1e-2)
+
+
+@pytest.mark.parametrize('convert', [convert_sync_batchnorm, freeze_batch_norm_2d])
+@torch.no_grad()
+def test_annealed_blocks_with_norms_that_timms_block_does_not_fold(convert):
+    rep = convert(randomize_(expand(nn.Sequential(RepVggBlock(4, 4)), 'rep'))).double().eval()
+    timm_rep.set_attach_rate(rep, 0.3)
+    x = randn(2, 4, 8, 8)
+    assert_near(reparameterize_model(rep)(x), rep(x), MODEL_RTOL[torch.float64])
+
+
+def filled_by_hand(model, state):
+    """What accelerate's ``load_checkpoint_in_model`` does: it sets tensor by tensor, and knows no hook of a module."""
+    for name, tensor in state.items():
+        module = model.get_submodule(name.rpartition('.')[0])
+        key = name.rpartition('.')[2]
+        if key in module._parameters:
+            module._parameters[key] = nn.Parameter(tensor)
+        else:
+            module._buffers[key] = tensor
+    return model
+
+
+class EmptyParameters:
+    """accelerate's ``init_empty_weights``: parameters go to the meta device when they are registered, buffers stay."""
+
+    def __enter__(self):
+        self.register = register = nn.Module.register_parameter
+
+        def register_empty(module, name, parameter):
+            register(module, name, None if parameter is None else nn.Parameter(parameter.to('meta')))
+
+        nn.Module.register_parameter = register_empty
+
+    def __exit__(self, *error):
+        nn.Module.register_parameter = self.register
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(('empty', 'moved'), [
+    (EmptyParameters, False), (EmptyParameters, True), (lambda: torch.device('meta'), True)])
+@pytest.mark.parametrize('layers', ['orepa', 'dbb', 'acb', 'rep'])
+@torch.no_grad()
+def test_weights_are_set_one_by_one_in_a_model_on_the_meta_device(layers, empty, moved, dtype):
+    def build():
+        classes = as_method(layers).layers
+        return nn.Sequential(classes[0](3, 8, 3, padding=1), *(classes[2:] and [classes[2](8, 8, 5)]))
+
+    source = randomize_(build()).eval().to(dtype)
+    with empty():
+        model = build().eval()
+    filled_by_hand(model, source.state_dict())
+    if moved:
+        model.to('cpu')
+    x = randn(2, 3, 8, 8, dtype=dtype)
+    assert torch.equal(model(x), source(x))
+    assert torch.equal(fuse(model)(x), fuse(source)(x))
 
 
 @pytest.mark.parametrize(('entry', 'message'), [

@@ -215,10 +215,11 @@ def test_stock_form_refuses_weights_in_training_form():
         checkpoint_filter_fn(state, stock)
 
 
-def test_weights_of_a_layer_with_bias_load():
+@pytest.mark.parametrize('method', ['orepa', 'dbb', 'acb', 'rep'])
+def test_weights_of_a_layer_with_bias_load(method):
     """A stock model whose convolutions have a bias, expanded by hand: no pretrained_cfg to go by."""
-    stock = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).eval()
-    model = expand(stock)
+    stock = randomize_(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))).eval()
+    model = expand(stock, method)
     model[0].reset_parameters()
     model.load_state_dict(checkpoint_filter_fn(state_of(stock), model))
     x = randn(2, 3, 9, 9, dtype=torch.float32)

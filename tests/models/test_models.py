@@ -21,6 +21,7 @@ from timm_rep import (
 )
 from timm_rep.core.layers import AnnealedRepVggBlock
 from timm_rep.core.walk import annealed_modules
+from timm_rep.models.names import stock_architecture
 
 # without those that other tests register
 NAMES = timm.list_models(['orepa_*', 'dbb_*', 'repan_*'], exclude_filters='*_test_*')
@@ -115,6 +116,33 @@ def test_feature_maps_are_those_of_feature_info(name):
     maps = model(torch.empty(2, 3, 64, 64, device='meta'))
     assert [m.shape[1] for m in maps] == model.feature_info.channels()
     assert [m.shape[2] for m in maps] == [64 // reduction for reduction in model.feature_info.reduction()]
+
+
+@pytest.mark.parametrize(('name', 'kwargs'), [
+    ('repan_mobilenetv1_100', {}),
+    ('repan_mobilenetv1_100', dict(rep_layer='orepa', out_indices=(1, 3), in_chans=1, output_stride=16)),
+    ('repan_mobilenetv1_100', dict(feature_location='expansion')),
+    ('repan_mobilenetv1_100', dict(feature_cls='hook')),
+    ('repan_repvgg_a0', dict(feature_cls='fx')),
+    ('dbb_resnet18', dict(feature_cls='fx', out_indices=(-2, -1))),
+])
+@torch.no_grad()
+def test_fused_feature_extractor_is_timms(name, kwargs):
+    model = randomize_(timm.create_model(name, features_only=True, **kwargs)).double().eval()
+    of_stock = {key: value for key, value in kwargs.items() if key != 'rep_layer'}
+    stock = timm.create_model(stock_architecture(name), features_only=True, **of_stock).double().eval()
+    fused = fuse(model).eval()  # a deep copy of a traced graph is in training mode
+    assert type(fused) is type(stock)
+    stock.load_state_dict(fused.state_dict())
+    assert fused.feature_info.get_dicts() == stock.feature_info.get_dicts()
+    assert [fused.pretrained_cfg.get(key) for key in ('architecture', 'num_classes', 'classifier')] == [
+        stock.pretrained_cfg.get(key) for key in ('architecture', 'num_classes', 'classifier')]
+    x = randn(1, kwargs.get('in_chans', 3), 32, 32)
+    maps = [net(x) for net in (model, fused, stock)]
+    assert len(maps[0]) == len(maps[2]) == len(kwargs.get('out_indices', range(5)))
+    for of_model, *others in zip(*maps):
+        for other in others:
+            assert_near(other, of_model, MODEL_RTOL[torch.float64])
 
 
 def test_small_image_shapes():

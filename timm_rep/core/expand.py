@@ -11,9 +11,21 @@ from .errors import UserError
 from .expansion import expansion_of
 from .fuse import fuse_before_own_
 from .layers import AnnealedRepVggBlock, FoldedNorm, RepLayer
+from .layers.norms import FOLDABLE, is_foldable
 from .layers.rep import Rep
 from .methods import Method, MethodLike, Place, as_method
-from .walk import ModelT, ancestors_of, copied, move_hooks, norm_behind, parent_of, reads_between, unwrapped
+from .walk import (
+    ModelT,
+    ancestors_of,
+    copied,
+    move_hooks,
+    names_of,
+    next_sibling,
+    norm_behind,
+    parent_of,
+    reads_between,
+    unwrapped,
+)
 
 __all__ = ['Select', 'anneal_repvgg_blocks_', 'expand', 'expand_as_', 'expand_fresh_']
 
@@ -58,11 +70,13 @@ def _anneal_blocks_(model: ModelT, names: Iterable[str]) -> ModelT:
     return model
 
 
-def _place(model: nn.Module, name: str) -> Place:
-    conv = model.get_submodule(name)
-    norm_name, norm = norm_behind(model, name, conv.out_channels)  # type: ignore[arg-type]
+def _place(model: nn.Module, name: str, names: Mapping[int, List[str]]) -> Place:
+    conv: Any = model.get_submodule(name)
+    norm_name, norm = norm_behind(model, name, conv.out_channels)
     read_between = norm is not None and reads_between(model, name, norm_name)
-    return Place(name, conv, norm, norm_name, tuple(ancestors_of(model, name)), read_between)  # type: ignore[arg-type]
+    behind = {next_sibling(model, own)[0] for own in names[id(conv)]}
+    norm_is_shared = norm is not None and not behind.issuperset(names[id(norm)])
+    return Place(name, conv, norm, norm_name, tuple(ancestors_of(model, name)), read_between, norm_is_shared)
 
 
 def _convs(model: nn.Module) -> Dict[str, nn.Conv2d]:
@@ -89,9 +103,9 @@ def _check_pattern(model: nn.Module, convs: Iterable[str], pattern: str) -> None
 
 
 def _by_selection(model: nn.Module, method: Method, select: Select) -> Dict[str, Method]:
-    convs = _convs(model)
+    convs, names = _convs(model), names_of(model)
     if select is None:
-        return {name: method for name in convs if _takes(method, _place(model, name))}
+        return {name: method for name in convs if _takes(method, _place(model, name, names))}
     if callable(select):
         return {name: method for name, conv in convs.items() if select(name, conv)}
     patterns = [select] if isinstance(select, str) else list(select)
@@ -102,14 +116,14 @@ def _by_selection(model: nn.Module, method: Method, select: Select) -> Dict[str,
 
 def _by_pattern(model: nn.Module, patterns: Mapping[str, Optional[Method]]) -> Dict[str, Method]:
     """The method of every convolution that it takes; the first pattern that matches a name decides."""
-    convs = _convs(model)
+    convs, names = _convs(model), names_of(model)
     for pattern in patterns:
         _check_pattern(model, convs, pattern)
     found: Dict[str, Method] = {}
     for name in convs:
         first = _first_match(patterns, name)
         method = patterns.get(first)
-        if method is not None and (first == name or _takes(method, _place(model, name))):
+        if method is not None and (first == name or _takes(method, _place(model, name, names))):
             found[name] = method
     return found
 
@@ -163,7 +177,7 @@ def expand(
             methods, of which the first that matches decides, None leaves as it is, and a name without wildcards takes
             that convolution whatever the default policy of the method is.
         select: Which convolutions: a function of name and convolution, or names with wildcards. By default those that
-            the method takes: usually those with a batch norm right behind them; for ``'orepa'`` all sizes, but of a
+            the method takes: usually those with a norm right behind them; for ``'orepa'`` all sizes, but of a
             RepVGG block only the KxK branch and not the shortcuts of a ResNet BasicBlock; for the others 3x3 and 5x5.
         generator: Source of the side branches' draw.
         inplace: Change the model itself instead of a copy.
@@ -207,9 +221,7 @@ def expand_as_(model: ModelT, methods: Mapping[str, Method]) -> ModelT:
     Raises:
         UserError: If the model has no convolution, or RepVGG block, of such a name. The model is then unchanged.
     """
-    places: Dict[int, List[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        places.setdefault(id(module), []).append(name)
+    places = names_of(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     assigned: Dict[str, Method] = {}
     for name, method in methods.items():
@@ -236,9 +248,16 @@ def _swap(
         )
     assigned = _assign(model, method, select)
     if not assigned:
-        names = method if isinstance(method, Mapping) else as_method(method).name
-        raise UserError(f'no convolution of {type(model).__name__} to expand with {names!r}')
+        raise UserError(_nothing_to_expand(model, method))
     return _expand_assigned(model, assigned, generator, inplace, same_function)
+
+
+def _nothing_to_expand(model: nn.Module, method: Methods) -> str:
+    wanted = method if isinstance(method, Mapping) else as_method(method).name
+    norms = {type(norm_behind(model, name, conv.out_channels)[1]) for name, conv in _convs(model).items()}
+    others = sorted(norm.__name__ for norm in norms - {type(None), *FOLDABLE})
+    text = f'no convolution of {type(model).__name__} to expand with {wanted!r}'
+    return f'{text}; methods that take the norm in need a BatchNorm2d, here are {", ".join(others)}' if others else text
 
 
 def _make_layer(method: Method, place: Place, generator: Optional[torch.Generator], same_function: bool) -> nn.Module:
@@ -248,11 +267,12 @@ def _make_layer(method: Method, place: Place, generator: Optional[torch.Generato
                 f'{method.name!r} takes the norm in, but something sees the output of {place.name} before the norm: a '
                 'hook, or a feature map'
             )
-        if not FoldedNorm.accepts(place.norm):
+        if not is_foldable(place.norm):
+            found = 'none' if place.norm is None else f'a {type(place.norm).__name__}'
             raise UserError(
-                f'{method.name!r} needs a plain BatchNorm2d right behind the convolution; {place.name} has none')
-        if place.conv.bias is not None:
-            raise UserError(f'{method.name!r} needs a convolution without bias; {place.name} has one')
+                f'{method.name!r} needs a plain BatchNorm2d right behind the convolution; {place.name} has {found}')
+        if place.norm_is_shared:
+            raise UserError(f'{method.name!r} takes the norm in; that of {place.name} is shared by other modules')
     try:
         layer: Any = method.make_layer(place, generator, same_function)
     except ValueError as e:
@@ -274,6 +294,7 @@ def _expand_assigned(
             raise UserError(BLOCK_ALONE)
         raise UserError("expand needs a model around the convolution; for one alone use the layer's from_conv()")
     blocks = [name for name in assigned if isinstance(model.get_submodule(name), RepVggBlock)]
+    names = names_of(model)
     made: Dict[int, Tuple[Place, nn.Module, Optional[FoldedNorm]]] = {}
     new_modules: Dict[str, nn.Module] = {}
     for name, method in assigned.items():
@@ -281,7 +302,7 @@ def _expand_assigned(
             continue
         if any(name.startswith(f'{block}.') and name != f'{block}.{KXK_CONV}' for block in blocks):
             raise UserError(f'only the KxK convolution of an annealed RepVGG block can be a rep layer, not {name}')
-        place = _place(model, name)
+        place = _place(model, name, names)
         if id(place.conv) not in made:
             layer = _make_layer(method, place, generator, same_function)
             made[id(place.conv)] = place, layer, FoldedNorm(place.norm) if method.takes_norm and place.norm else None

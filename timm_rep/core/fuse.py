@@ -6,7 +6,17 @@ import torch.nn as nn
 
 from .errors import UserError
 from .layers import AnnealedModule
-from .walk import ModelT, ancestors_of, annealed_modules, copied, move_hooks, next_sibling, parent_of, unwrapped
+from .walk import (
+    ModelT,
+    ancestors_of,
+    annealed_modules,
+    copied,
+    move_hooks,
+    names_of,
+    next_sibling,
+    parent_of,
+    unwrapped,
+)
 
 __all__ = ['fuse', 'fuse_before_own_', 'when_fused']
 
@@ -87,9 +97,7 @@ def fuse(model: ModelT, *, inplace: bool = False) -> ModelT:
     if not inplace:
         model = copied(model)
     # A shared layer is one module in several places.
-    places: Dict[int, List[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        places.setdefault(id(module), []).append(name)
+    places = names_of(model)
     for name, new_module in replacements.items():
         for place in places[id(model.get_submodule(name))]:
             move_hooks(model.get_submodule(place), new_module)

@@ -33,18 +33,20 @@ class Place:
     Attributes:
         name: Its name in the model.
         conv: The convolution.
-        norm: The batch norm that is the next child of the same module and has its channels, or None.
+        norm: The norm, of any kind, that is the next child of the same module and has its channels, or None.
         norm_name: Name of that norm, '' if there is none.
         parents: The modules around it, the model first.
         read_between: Whether something else than the norm sees the output of the convolution: a hook, a feature map.
+        norm_is_shared: Whether that norm stands behind other modules, too.
     """
 
     name: str
     conv: nn.Conv2d
-    norm: Optional[nn.BatchNorm2d]
+    norm: Optional[nn.Module]
     norm_name: str
     parents: Tuple[nn.Module, ...]
     read_between: bool = False
+    norm_is_shared: bool = False
 
     def is_inside(self, kind: Type[nn.Module]) -> bool:
         """Whether one of the modules around the convolution is of a kind."""

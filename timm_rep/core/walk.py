@@ -1,6 +1,6 @@
 """Finding things in a model: rep layers, what stands beside and around a module, its image channels."""
 import copy
-from typing import Any, Iterator, List, Optional, Set, Tuple, TypeVar
+from typing import Any, Dict, Iterator, List, Optional, Set, Tuple, TypeVar
 
 import torch
 import torch.nn as nn
@@ -9,9 +9,10 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from .errors import UserError
 from .layers import AnnealedModule, AnnealedRepVggBlock, RepLayer
 from .layers.annealed import check_attach_rate
+from .layers.norms import is_norm
 
 __all__ = [
-    'ModelT', 'ancestors_of', 'annealed_modules', 'copied', 'image_channels', 'move_hooks', 'next_sibling',
+    'ModelT', 'ancestors_of', 'annealed_modules', 'copied', 'image_channels', 'move_hooks', 'names_of', 'next_sibling',
     'norm_behind', 'parent_of', 'reads_between', 'rep_layers', 'set_attach_rate', 'unwrapped',
 ]
 
@@ -81,6 +82,7 @@ def reads_between(model: nn.Module, name: str, norm_name: str) -> bool:
             users = [user for node in parent.graph.nodes if node.target == here for user in node.users]
             return any(user.target != behind for user in users)
     return False
+
 
 def rep_layers(model: nn.Module) -> Iterator[Tuple[str, RepLayer]]:
     """Walk over the rep layers of a model; the blocks inside a stem's stack are part of the stem.
@@ -170,11 +172,17 @@ def next_sibling(model: nn.Module, name: str) -> Tuple[str, Optional[nn.Module]]
     return f'{parent_name}.{sibling}' if parent_name else sibling, module
 
 
-def norm_behind(model: nn.Module, name: str, channels: int) -> Tuple[str, Optional[nn.BatchNorm2d]]:
+def norm_behind(model: nn.Module, name: str, channels: int) -> Tuple[str, Optional[nn.Module]]:
     norm_name, norm = next_sibling(model, name)
-    if isinstance(norm, nn.BatchNorm2d) and norm.num_features == channels:
-        return norm_name, norm
-    return '', None
+    return (norm_name, norm) if is_norm(norm, channels) else ('', None)
+
+
+def names_of(model: nn.Module) -> Dict[int, List[str]]:
+    """All names of every module, by its id: a shared one has several."""
+    names: Dict[int, List[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    return names
 
 
 def ancestors_of(model: nn.Module, name: str) -> List[nn.Module]:

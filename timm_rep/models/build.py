@@ -9,11 +9,12 @@ as timm's ResNets do by default, where a block is then its shortcut. All else st
 """
 import functools
 import sys
-from typing import Any, Optional, TypeVar, cast
+from typing import Any, Dict, Optional, TypeVar
 
 import timm
 import torch.nn as nn
-from timm.models import ByobNet, ByoModelCfg, EfficientNet, ResNet, register_model
+from timm.models import ByobNet, ByoModelCfg, ResNet, register_model
+from timm.models._builder import pretrained_cfg_for_features
 
 from ..core.errors import UserError
 from ..core.expand import anneal_repvgg_blocks_, expand_fresh_
@@ -27,6 +28,10 @@ __all__ = ['register_architectures']
 
 # Names that begin so leave the method to rep_layer, and anneal RepVGG's own branches.
 ANY_METHOD = 'repan'
+
+# What timm's class for feature maps alone does not take, and that weights may have more than it.
+NO_CLASSIFIER: Dict[str, Any] = dict(
+    kwargs_filter=('num_classes', 'num_features', 'head_conv', 'global_pool'), pretrained_strict=False)
 
 ModelT = TypeVar('ModelT', bound=nn.Module)
 
@@ -46,8 +51,9 @@ def _build_resnet(rep_layer: MethodLike = 'dbb', inference_mode: bool = False, *
     return _swapped(model, rep_layer, inference_mode)
 
 
-def _build_mobilenetv1(rep_layer: MethodLike = 'dbb', inference_mode: bool = False, **kwargs: Any) -> EfficientNet:
-    return _swapped(cast(EfficientNet, timm.create_model('mobilenetv1_100', **kwargs)), rep_layer, inference_mode)
+def _build_mobilenetv1(rep_layer: MethodLike = 'dbb', inference_mode: bool = False, **kwargs: Any) -> nn.Module:
+    model: nn.Module = timm.create_model('mobilenetv1_100', **kwargs)
+    return _swapped(model, rep_layer, inference_mode)
 
 
 def _build_repvgg(
@@ -67,23 +73,36 @@ def _build_repvgg(
     return anneal_repvgg_blocks_(model) if annealed and not inference_mode else model
 
 
+def _features_alone(kwargs: Dict[str, Any]) -> bool:
+    """Whether timm gives a network of the EfficientNet family a class of its own for its feature maps."""
+    return bool(kwargs.get('features_only')) and not {'feature_cfg', 'feature_cls'} & set(kwargs)
+
+
 def _create(variant: str, pretrained: bool, rep_layer: Optional[MethodLike] = None, **kwargs: Any) -> nn.Module:
     prefix, _, stock = variant.partition('_')
     build: Any
+    features_alone = False
     if stock in RESNETS:
         build, defaults = _build_resnet, RESNETS[stock]
     elif stock.startswith('repvgg'):
         build, defaults = functools.partial(_build_repvgg, annealed=prefix == ANY_METHOD), repvgg_kwargs(stock)
     else:
-        build, defaults = _build_mobilenetv1, dict(feature_cfg=dict(flatten_sequential=True))
+        build, defaults = _build_mobilenetv1, {}
+        features_alone = _features_alone(kwargs)
+        if features_alone:
+            del kwargs['features_only']
+            build, defaults = functools.partial(build, features_only=True), NO_CLASSIFIER
     if prefix != ANY_METHOD:
         if rep_layer is not None:
             raise UserError(f'{variant} has {prefix} layers; {ANY_METHOD}_{stock} takes rep_layer, got {rep_layer!r}')
         rep_layer = prefix
     if rep_layer is not None:
         build = functools.partial(build, rep_layer=rep_layer)
-    return build_model(
+    model: Any = build_model(
         build, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **{**defaults, **kwargs})
+    if features_alone:
+        model.pretrained_cfg = model.default_cfg = pretrained_cfg_for_features(model.pretrained_cfg)
+    return model
 
 
 def _entry_point(variant: str, module_name: str) -> Any:

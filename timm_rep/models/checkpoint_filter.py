@@ -41,7 +41,7 @@ def _stock_names(model: nn.Module, layers: Dict[str, RepLayer]) -> Dict[str, Dic
     stock: Dict[str, Dict[str, str]] = {}
     for name, layer in layers.items():
         keys = dict(weight=f'{name}.weight')
-        if getattr(layer, 'bias', None) is not None:
+        if getattr(layer, 'bias', None) is not None or getattr(layer, 'stock_bias', None) is not None:
             keys['bias'] = f'{name}.bias'
         norm_name, norm = next_sibling(model, name)
         if isinstance(norm, FoldedNorm):  # the layer stands for it, too
@@ -58,7 +58,8 @@ def _restore_from_stock(layer: RepLayer, weights: Dict[str, Tensor]) -> None:
     if isinstance(layer, NormedRepLayer) and 'norm_weight' in weights:
         norm = layer.norm_kxk
         norm.load_state_dict({key[5:]: value for key, value in weights.items() if key.startswith('norm_')})
-        layer.absorb_norm_(weight.to(norm.weight.device))
+        bias = weights.get('bias')
+        layer.absorb_norm_(weight.to(norm.weight.device), bias if bias is None else bias.to(norm.weight.device))
     else:
         layer.restore_(weight, weights.get('bias'))
 

@@ -129,8 +129,15 @@ class RepLayer(AnnealedModule):
     def init_non_persistent_buffers(self) -> None:
         """Fill the constants that are not saved; timm calls it after it built a model on the meta device."""
 
+    @staticmethod
+    def _device_of_constant(constant: Tensor, parameter: Tensor) -> torch.device:
+        """Beside a parameter of the layer itself; where it is already while that is on the meta device."""
+        return constant.device if parameter.is_meta else parameter.device
+
     def _apply(self: LayerT, fn: Any, recurse: bool = True) -> LayerT:
-        # The constants keep full precision through a change of dtype, and get their values after to_empty().
+        # The constants keep full precision through a change of dtype, and get their values after to_empty(). Before it,
+        # since whoever has filled a model on the meta device tensor by tensor (accelerate) knows nothing of them.
+        self.init_non_persistent_buffers()
         super()._apply(fn, recurse)
         self.init_non_persistent_buffers()
         return self

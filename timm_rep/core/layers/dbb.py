@@ -121,11 +121,14 @@ class DiverseBranchConv2d(NormedRepLayer):
 
     def init_non_persistent_buffers(self) -> None:
         """Fill the identity that the inner 1x1 is added to."""
-        identity = kernels.grouped_identity(
-            self.in_channels, self.groups, device=self.seq_1x1.device, dtype=self.seq_1x1.dtype)
+        device = self._device_of_constant(self.seq_identity, self.seq_1x1)
+        identity = kernels.grouped_identity(self.in_channels, self.groups, device=device, dtype=self.seq_1x1.dtype)
         identity = identity.unflatten(0, (self.groups, -1))
         ratio = self.seq_1x1.shape[0] // self.in_channels
         self.seq_identity = identity.repeat(1, ratio, 1, 1, 1).flatten(0, 1)
+
+    def _seq_kernel(self) -> Tensor:
+        return self.seq_1x1 + self.seq_identity.to(self.seq_1x1.dtype)  # weights may be assigned one by one
 
     def _side_convs(self) -> Dict[str, nn.Conv2d]:
         convs = dict(conv_1x1=self.conv_1x1, average=self.avg_conv, sequential=self.seq_kxk)
@@ -157,7 +160,7 @@ class DiverseBranchConv2d(NormedRepLayer):
     def _fold_sides(self) -> Dict[str, Tuple[Tensor, Tensor]]:
         height, width = self.kernel_size
         sides: Dict[str, Tuple[Tensor, Tensor]] = {}
-        first, first_bias = fold_batch_norm(self.seq_1x1 + self.seq_identity, None, self.seq_inner_norm.norm)
+        first, first_bias = fold_batch_norm(self._seq_kernel(), None, self.seq_inner_norm.norm)
         second, bias = fold_batch_norm(self.seq_kxk.weight, None, self.seq_norm)
         kernel = kernels.merge_sequential(first, second, self.groups)
         sides['sequential'] = kernel, bias + kernels.merge_sequential_bias(first_bias, second, self.groups)
@@ -187,7 +190,7 @@ class DiverseBranchConv2d(NormedRepLayer):
         pad_h, pad_w = self.padding
         out = self.norm_kxk(self.conv_kxk(x))
 
-        mixed = F.conv2d(x, self.seq_1x1 + self.seq_identity, None, 1, 0, 1, self.groups)
+        mixed = F.conv2d(x, self._seq_kernel(), None, 1, 0, 1, self.groups)
         side = self.seq_norm(self.seq_kxk(self.seq_inner_norm(mixed)))
 
         if self.avg_conv is not None and self.avg_inner_norm is not None:

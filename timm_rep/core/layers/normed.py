@@ -10,223 +10,25 @@ from torch import Tensor
 from .. import kernels
 from ..errors import UserError
 from ..methods import Method, Place
-from ..precision import full_float32, without_autocast
-from .annealed import AnnealedModule, check_kernel
+from .annealed import check_kernel
 from .base import RepLayer, is_trainable, kaiming_uniform_
-from .norms import FoldedNorm, fold_batch_norm, is_frozen, kept_statistics, reset_norm_
+from .branches import NormedBranches
+from .norms import (
+    FoldedNorm,
+    fold_batch_norm,
+    is_foldable,
+    is_frozen,
+    kept_statistics,
+    reset_norm_,
+    synchronized_as,
+)
 
-__all__ = ['NormedBranches', 'NormedMethod', 'NormedRepLayer']
+__all__ = ['NormedMethod', 'NormedRepLayer']
 
-# Redrawn kernels of side branches lie within this bound over sqrt(o) (RepAn).
-REDRAW_BOUND = 0.1
 MAX_KERNEL_SIZE = 5  # larger ones are left alone: the papers' networks have none but the stem's
 
 
 NormedT = TypeVar('NormedT', bound='NormedRepLayer')
-
-
-class NormedBranches(AnnealedModule):
-    """What is made of branches with a norm in each, of which all but the origin have an attach rate.
-
-    Folding and restoring go by the kept (running) statistics, so they are exact in eval mode at every attach rate; in
-    training mode batch statistics replace the kept ones.
-
-    Subclasses have :meth:`_origin`, whose convolution may itself be a rep layer, and name and fold their side branches
-    (:meth:`_side_convs`, :meth:`_side_norms`, :meth:`_fold_sides`).
-    """
-
-    def _origin(self) -> Tuple[Any, Any]:
-        """The convolution of the origin branch, and its norm, which is not used if the convolution has norms itself."""
-        raise NotImplementedError(f'{type(self).__name__} must define _origin')
-
-    def _side_convs(self) -> Dict[str, nn.Conv2d]:
-        """The convolutions of the side branches that end in the outputs, by branch."""
-        raise NotImplementedError(f'{type(self).__name__} must define _side_convs')
-
-    def _side_norms(self) -> Tuple[nn.BatchNorm2d, ...]:
-        """The last norm of every side branch."""
-        raise NotImplementedError(f'{type(self).__name__} must define _side_norms')
-
-    def _inner_norms(self) -> Tuple[nn.BatchNorm2d, ...]:
-        """Norms inside a side branch."""
-        return ()
-
-    def _fold_sides(self) -> Dict[str, Tuple[Tensor, Tensor]]:
-        """Kernel and bias ``(o,)`` of every side branch by the kept statistics, without the attach rate.
-
-        A kernel may be smaller than the layer's, around the same centre.
-        """
-        raise NotImplementedError(f'{type(self).__name__} must define _fold_sides')
-
-    def _fold_origin(self) -> Tuple[Tensor, Tensor]:
-        conv, norm = self._origin()
-        return conv.compose_weight_bias() if isinstance(conv, NormedBranches) else fold_batch_norm(
-            conv.weight, None, norm)
-
-    def _origin_norm(self) -> nn.BatchNorm2d:
-        """The norm whose kept statistics the origin has."""
-        conv, norm = self._origin()
-        found: nn.BatchNorm2d = conv._origin_norm() if isinstance(conv, NormedBranches) else norm
-        return found
-
-    def _write_origin_(self, kernel: Tensor, bias: Tensor) -> None:
-        """Let the origin compute this in eval mode; its norm keeps its statistics and gets gain one."""
-        conv, norm = self._origin()
-        if isinstance(conv, NormedBranches):
-            conv.restore_(kernel, bias)
-            return
-        kernel, gamma, beta = kernels.unfold_norm(kernel, bias, *kept_statistics(norm), norm.eps)
-        if isinstance(conv, RepLayer):
-            conv.restore_(kernel)
-        else:
-            conv.weight.copy_(kernel)
-        norm.weight.copy_(gamma)
-        norm.bias.copy_(beta)
-
-    def _shift_origin_(self, kernel: Tensor, bias: Tensor) -> None:
-        """Add to the origin's kernel and bias, behind a norm of gain one."""
-        conv, norm = self._origin()
-        if isinstance(conv, NormedBranches):
-            conv._shift_origin_(kernel, bias)
-            return
-        if isinstance(conv, RepLayer):
-            conv.restore_(conv.compose_weight() + kernel)
-        else:
-            conv.weight.add_(kernel)
-        norm.bias.add_(bias)
-
-    def _pad(self, kernel: Tensor) -> Tensor:
-        height, width = self.kernel_size  # type: ignore[misc]
-        return kernels.pad_to_size(kernel, (height, width))
-
-    def _side_kernel_bias(self) -> Tuple[Tensor, Tensor]:
-        """Kernel ``(o, i/g, kh, kw)`` and bias ``(o,)`` of the sum of the side branches, without the attach rate."""
-        sides = list(self._fold_sides().values())
-        kernel = self._pad(kernels.merge_parallel([kernel for kernel, _ in sides]))
-        bias = sides[0][1]
-        for _, following in sides[1:]:
-            bias = bias + following
-        return kernel, bias
-
-    def compose_weight_bias(self) -> Tuple[Tensor, Tensor]:
-        """Kernel and bias by the kept statistics, at the attach rate in force, differentiably.
-
-        Returns:
-            Kernel ``(o, i/g, kh, kw)`` and bias ``(o,)``, in the parameters' dtype; composed in float32 at least.
-        """
-        parameter = next(self.parameters())
-        with without_autocast(parameter), full_float32():
-            kernel, bias = self._fold_origin()
-            side_kernel, side_bias = self._side_kernel_bias()
-            kernel, bias = kernel + self.attach_rate * side_kernel, bias + self.attach_rate * side_bias
-        return kernel.to(parameter.dtype), bias.to(parameter.dtype)
-
-    @torch.no_grad()
-    def branch_kernels(self) -> Dict[str, Tensor]:
-        """The kernel that each branch adds to the sum by the kept statistics, with the attach rate.
-
-        Returns:
-            A kernel ``(o, i/g, kh, kw)`` for each branch; they add up to that of :meth:`compose_weight_bias`.
-        """
-        with without_autocast(next(self.parameters())), full_float32():
-            branches = self._origin_kernels()
-            sides = self._fold_sides()
-        return dict(branches, **{name: self.attach_rate * self._pad(kernel) for name, (kernel, _) in sides.items()})
-
-    def _origin_kernels(self) -> Dict[str, Tensor]:
-        """The origin's kernel; of a rep layer in its place those of its branches, whose sides get another name."""
-        conv, norm = self._origin()
-        if not isinstance(conv, RepLayer):
-            return dict(origin=self._fold_origin()[0])
-        branches = conv.branch_kernels()
-        if not isinstance(conv, NormedBranches):
-            branches = {name: fold_batch_norm(kernel, None, norm)[0] for name, kernel in branches.items()}
-        return _told_apart(branches)
-
-    def branch_gradients(self) -> Dict[str, Tensor]:
-        conv, _ = self._origin()
-        if isinstance(conv, RepLayer):
-            gradients = _told_apart(conv.branch_gradients())
-        else:
-            gradients = {} if conv.weight.grad is None else dict(origin=conv.weight.grad)
-        sides = {name: side.weight.grad for name, side in self._side_convs().items()}
-        return dict(gradients, **{name: grad for name, grad in sides.items() if grad is not None})
-
-    def _output_statistics(self) -> Tuple[Tensor, Tensor]:
-        """Mean and variance ``(o,)`` of the outputs, as the weights and biases of the branches' last norms imply them.
-
-        A norm's outputs have its bias for mean and its weight for standard deviation. So the mean is exact; the
-        variance is as if the branches were uncorrelated.
-        """
-        conv, norm = self._origin()
-        if isinstance(conv, NormedBranches):
-            mean, var = conv._output_statistics()
-        else:
-            mean, var = norm.bias, norm.weight.square()
-        for side in self._side_norms():
-            mean = mean + self.attach_rate * side.bias
-            var = var + (self.attach_rate * side.weight).square()
-        return mean, var
-
-    def _implied_statistics(self, bias: Tensor) -> Tuple[Tensor, Tensor]:
-        """Mean and variance ``(o,)`` of the outputs of the folded kernel, whose bias is given."""
-        mean, var = self._output_statistics()
-        return mean - bias, var
-
-    @torch.no_grad()
-    def imply_statistics_(self) -> None:
-        mean, var = self._implied_statistics(self.compose_weight_bias()[1])
-        running_mean, running_var = kept_statistics(self._origin_norm())
-        running_mean.copy_(mean)
-        running_var.copy_(var)
-
-    @torch.no_grad()
-    def restore_(self, weight: Tensor, bias: Optional[Tensor] = None) -> None:
-        """Make the module compute exactly this kernel and bias in eval mode, whatever the side branches hold.
-
-        The origin branch takes ``K - attach_rate * (sum of the side branches)``. Its norm keeps its running statistics
-        and gets gain one; no learnt weight is divided by.
-
-        Args:
-            weight: Kernel ``(o, i/g, kh, kw)``.
-            bias: ``(o,)``, or None for zeros.
-
-        Raises:
-            UserError: For another shape. The module is then unchanged.
-        """
-        with without_autocast(next(self.parameters())), full_float32():
-            side_kernel, side_bias = self._side_kernel_bias()
-            check_kernel(self, side_kernel.shape, weight, bias)
-            bias = torch.zeros_like(side_bias) if bias is None else bias.to(side_bias)
-            weight = weight.to(side_kernel)
-            self._write_origin_(weight - self.attach_rate * side_kernel, bias - self.attach_rate * side_bias)
-            kernel, composed_bias = self.compose_weight_bias()  # take up the rounding of the first pass
-            self._shift_origin_(weight - kernel, bias - composed_bias)
-
-    @torch.no_grad()
-    def redraw_side_branches_(self, generator: Optional[torch.Generator] = None) -> None:
-        """Draw the side branches afresh: kernels from U(-b, b) with ``b = 0.1 / sqrt(o)``, norms reset (RepAn).
-
-        Args:
-            generator: Source of the draw.
-        """
-        for conv in self._side_convs().values():
-            # with a = 0 the bound is sqrt(6 / fan)
-            kaiming_uniform_(conv.weight, 6 * conv.out_channels / REDRAW_BOUND ** 2, generator=generator)
-        for norm in (*self._side_norms(), *self._inner_norms()):
-            reset_norm_(norm)
-
-    def _refuse_training(self) -> None:
-        if self.training:
-            raise UserError(
-                f'cannot fuse {type(self).__name__} in training mode: its branches use batch statistics there, a '
-                'fused convolution cannot. Call model.eval() first'
-            )
-
-
-def _told_apart(branches: Dict[str, Tensor]) -> Dict[str, Tensor]:
-    """Tell the side branches of a layer in the origin's place from the module's own."""
-    return {name if name == 'origin' else f'kxk_{name}': value for name, value in branches.items()}
 
 
 class NormedRepLayer(NormedBranches, RepLayer):
@@ -249,6 +51,8 @@ class NormedRepLayer(NormedBranches, RepLayer):
         UserError: For an even or 1x1 kernel, padding given as a string or mode other than zeros, or channels that the
             groups do not divide.
     """
+
+    stock_bias: Optional[bool]  # of a convolution with bias in the stock form, whether that is trained
 
     if TYPE_CHECKING:  # not for TorchScript, which takes class annotations for attributes
         padding: Tuple[int, int]
@@ -279,6 +83,7 @@ class NormedRepLayer(NormedBranches, RepLayer):
         if self.kernel_size == (1, 1):
             raise UserError(f'{name} needs a kernel larger than 1x1')
         self.bias = None
+        self.stock_bias = None
         dd: Dict[str, Any] = dict(device=device, dtype=dtype)
         norm_dd: Dict[str, Any] = dict(eps=eps, momentum=momentum, **dd)
         self.conv_kxk = nn.Conv2d(**self._geometry(), bias=False, **dd)
@@ -344,22 +149,28 @@ class NormedRepLayer(NormedBranches, RepLayer):
 
     @torch.no_grad()
     def fuse_conv_norm(self) -> Tuple[nn.Conv2d, nn.BatchNorm2d]:
-        """The stock pair: a convolution without bias and a batch norm that have the layer's outputs in eval mode.
+        """The stock pair: a convolution and a batch norm that have the layer's outputs in eval mode.
 
         Any statistics would do for that. The norm gets those that the branches' norms imply for further training: the
         sum of their means, and of their variances as if the branches were uncorrelated. It is frozen if the origin's
-        is.
+        is, and synchronized. The convolution has a bias if the one had that the layer was made for: zeros, since what
+        it adds is in the norm's mean.
 
         Returns:
             Convolution and batch norm, trainable where any branch is.
 
         Raises:
-            UserError: In training mode.
+            UserError: In training mode, or if the norms were replaced by others with a state of their own.
         """
         self._refuse_training()
-        kernel, bias = self.compose_weight_bias()
-        mean, var = self._implied_statistics(bias)
         origin = self.norm_kxk
+        if not (is_foldable(origin) or is_frozen(origin)):
+            raise UserError(
+                f'cannot fuse {type(self).__name__}: its batch norms were replaced by {type(origin).__name__}, which '
+                'has more state than a batch norm. Fuse first, then replace the norms of the stock form'
+            )
+        kernel, bias = self._fold()
+        mean, var = (value.to(origin.weight.dtype) for value in self._implied_statistics(bias))
         norm = nn.BatchNorm2d(self.out_channels, origin.eps, device=mean.device, dtype=mean.dtype)
         kernel, gamma, beta = kernels.unfold_norm(kernel, bias, mean, var, norm.eps)
         values = dict(origin.state_dict(), weight=gamma, bias=beta, running_mean=mean, running_var=var)
@@ -370,7 +181,12 @@ class NormedRepLayer(NormedBranches, RepLayer):
             norm.weight.requires_grad_(self._trains_norms('weight'))
             norm.bias.requires_grad_(self._trains_norms('bias'))
         norm.load_state_dict(values)
-        return self._plain_conv(kernel, None, self._trains_kernel(), False), norm.train(self.training)
+        kernel = kernel.to(self.conv_kxk.weight.dtype)
+        trains_bias = bool(self.stock_bias) and is_trainable(self.parameters())
+        conv = self._plain_conv(
+            kernel, None if self.stock_bias is None else torch.zeros_like(kernel[:, 0, 0, 0]), self._trains_kernel(),
+            trains_bias)
+        return conv, synchronized_as(origin, norm).train(self.training)
 
     def stock_form(self, behind: Optional[nn.Module]) -> Tuple[nn.Module, Optional[nn.Module]]:
         if not isinstance(behind, FoldedNorm):
@@ -429,7 +245,7 @@ class NormedRepLayer(NormedBranches, RepLayer):
             **kwargs: More arguments of the layer's constructor.
 
         Returns:
-            A layer on the same device, in the same dtype and mode, trainable where the pair is.
+            A layer on the same device, in the same dtypes and mode, trainable where the pair is.
 
         Raises:
             UserError: If this layer cannot stand for the pair.
@@ -440,7 +256,10 @@ class NormedRepLayer(NormedBranches, RepLayer):
             raise UserError(f'{cls.__name__} needs a batch norm with weight and bias, got {norm}')
         kept_statistics(norm)
         kwargs.update(eps=norm.eps, momentum=norm.momentum)
-        layer = super().from_conv(conv, generator, same_function=False, **kwargs)
+        layer = synchronized_as(norm, super().from_conv(conv, generator, same_function=False, **kwargs))
+        layer.stock_bias = None if conv.bias is None else conv.bias.requires_grad
+        for own in layer._norms():
+            own.to(norm.weight.dtype)
         for own in (layer.norm_kxk, *layer._side_norms()):
             own.weight.copy_(norm.weight)
             own.bias.copy_(norm.bias)
@@ -467,9 +286,8 @@ class NormedMethod(Method):
 
     def takes(self, place: Place) -> bool:
         conv, norm, sizes = place.conv, place.norm, place.conv.kernel_size
-        if norm is None or not FoldedNorm.accepts(norm) or not norm.affine or norm.running_mean is None:
+        if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or not is_foldable(norm):
             return False
-        if place.read_between:
+        if not norm.affine or norm.running_mean is None or place.read_between or place.norm_is_shared:
             return False
-        plain = conv.bias is None and not isinstance(conv.padding, str)
-        return plain and min(sizes) > 1 and max(sizes) <= MAX_KERNEL_SIZE
+        return not isinstance(conv.padding, str) and min(sizes) > 1 and max(sizes) <= MAX_KERNEL_SIZE

@@ -4,7 +4,8 @@ from typing import Any, Optional, Tuple
 
 import torch
 import torch.nn as nn
-from timm.layers import BatchNormAct2d, freeze_batch_norm_2d
+from timm.layers import BatchNormAct2d, SyncBatchNormAct, convert_sync_batchnorm, freeze_batch_norm_2d
+from timm.models import register_notrace_module
 from torch import Tensor
 
 from .. import kernels
@@ -13,7 +14,31 @@ from ..errors import UserError
 # What a norm has and a folded one has not.
 NORM_STATE = ('weight', 'bias', 'running_mean', 'running_var', 'eps', 'num_features', 'momentum')
 
-__all__ = ['FoldedNorm', 'fold_batch_norm', 'is_frozen', 'kept_statistics', 'reset_norm_']
+FOLDABLE = (nn.BatchNorm2d, BatchNormAct2d, nn.SyncBatchNorm, SyncBatchNormAct)
+
+__all__ = [
+    'FoldedNorm', 'fold_batch_norm', 'is_foldable', 'is_frozen', 'is_norm', 'kept_statistics',
+    'plain_batch_norm', 'reset_norm_', 'synchronized_as',
+]
+
+
+def is_norm(module: Optional[nn.Module], channels: int) -> bool:
+    """Whether a module is a norm of so many channels: of a batch, a group, a layer, or with fixed statistics."""
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        return module.num_features == channels
+    weight = getattr(module, 'weight', None)
+    named = 'norm' in type(module).__name__.lower()  # timm and torchvision have many without a class in common
+    return named and isinstance(weight, Tensor) and tuple(weight.shape) == (channels,)
+
+
+def is_foldable(norm: Optional[nn.Module]) -> bool:
+    """Whether a layer can take this norm in and give it back: a batch norm with nothing but its own state."""
+    return type(norm) in FOLDABLE
+
+
+def synchronized_as(norm: nn.Module, module: nn.Module) -> Any:
+    """The module, its batch norms synchronized over processes if the norm is."""
+    return convert_sync_batchnorm(module, norm.process_group) if isinstance(norm, nn.SyncBatchNorm) else module
 
 
 def kept_statistics(norm: nn.BatchNorm2d) -> Tuple[Tensor, Tensor]:
@@ -56,6 +81,15 @@ def is_frozen(norm: nn.Module) -> bool:
 
 
 @torch.no_grad()
+def plain_batch_norm(norm: Any) -> nn.BatchNorm2d:
+    """A batch norm in eval mode with the values of a synchronized or frozen one; timm's RepVGG block folds no other."""
+    plain = nn.BatchNorm2d(len(norm.weight), norm.eps, device=norm.weight.device, dtype=norm.weight.dtype)
+    for name in ('weight', 'bias', 'running_mean', 'running_var'):
+        getattr(plain, name).copy_(getattr(norm, name))
+    return plain.eval()
+
+
+@torch.no_grad()
 def reset_norm_(norm: nn.BatchNorm2d) -> None:
     """Set a batch norm, also a frozen one, to gain one, bias zero, mean zero and variance one."""
     if not is_frozen(norm):
@@ -67,6 +101,7 @@ def reset_norm_(norm: nn.BatchNorm2d) -> None:
         one.fill_(1.0)
 
 
+@register_notrace_module
 class FoldedNorm(nn.Module):
     """Keeps the place, and the dropout and activation, of a batch norm that went into the layer before it.
 
@@ -79,7 +114,7 @@ class FoldedNorm(nn.Module):
 
     def __init__(self, norm: nn.BatchNorm2d) -> None:
         super().__init__()
-        if not self.accepts(norm):
+        if not is_foldable(norm):
             raise UserError(f'a plain BatchNorm2d or BatchNormAct2d can be folded, got {norm}')
         # copies, since the norm may stay in a model that is expanded as a copy
         self.drop: Optional[nn.Module] = copy.deepcopy(getattr(norm, 'drop', None))
@@ -92,11 +127,6 @@ class FoldedNorm(nn.Module):
                 'live norms, call timm_rep.fuse(model) first'
             )
         return super().__getattr__(name)
-
-    @staticmethod
-    def accepts(norm: Optional[nn.Module]) -> bool:
-        """Whether a layer can take this norm in."""
-        return type(norm) in (nn.BatchNorm2d, BatchNormAct2d)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.drop is not None:
@@ -122,5 +152,8 @@ class FoldedNorm(nn.Module):
             norm_act.weight.requires_grad_(norm.weight.requires_grad)
             norm_act.bias.requires_grad_(norm.bias.requires_grad)
         norm_act.load_state_dict(norm.state_dict())
+        for name, parameter in norm.named_parameters():
+            norm_act.get_parameter(name).requires_grad_(parameter.requires_grad)
         norm_act.drop, norm_act.act = copy.deepcopy(self.drop), copy.deepcopy(self.act)
+        norm_act = synchronized_as(norm, norm_act)
         return norm_act.train(norm.training)

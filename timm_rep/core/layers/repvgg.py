@@ -4,14 +4,15 @@ from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple, Type, TypeVar
 
 import torch
 import torch.nn as nn
+from timm.models import register_notrace_module
 from timm.models.byobnet import RepVggBlock
 from torch import Tensor
 
 from .. import kernels
 from ..errors import UserError
 from .base import RepLayer, is_trainable
-from .normed import NormedBranches
-from .norms import fold_batch_norm
+from .branches import NormedBranches
+from .norms import fold_batch_norm, plain_batch_norm
 
 __all__ = ['AnnealedRepVggBlock']
 
@@ -26,6 +27,7 @@ def _of_class(cls: Type[BlockT], block: RepVggBlock) -> BlockT:
     return new
 
 
+@register_notrace_module
 class AnnealedRepVggBlock(RepVggBlock, NormedBranches):
     """timm's RepVGG block with ``kxk + attach_rate * (1x1 + identity)`` for ``kxk + 1x1 + identity``.
 
@@ -175,6 +177,8 @@ class AnnealedRepVggBlock(RepVggBlock, NormedBranches):
         biases = [p for name, p in block.named_parameters() if name.endswith('bias')]
         kernels_and_gains = [p for name, p in block.named_parameters() if not name.endswith('bias')]
         trainable, bias_trainable = is_trainable(kernels_and_gains), is_trainable(biases)
+        if block.identity is not None:
+            block.identity = plain_batch_norm(block.identity)
         block.reparameterize()
         conv: Any = block.reparam_conv
         conv.weight.requires_grad_(trainable)

@@ -176,7 +176,7 @@ class OrepaConv2d(LinearRepLayer):
 
     def init_non_persistent_buffers(self) -> None:
         """Compute the constants: which branch and spatial filter each entry has; float32 or float64."""
-        device = self.branches.device
+        device = self._device_of_constant(self.filters, self.branches)
         dtype = torch.float64 if self.branches.dtype == torch.float64 else torch.float32
         if device.type == 'meta':
             self.row_branch = torch.empty_like(self.row_branch, dtype=dtype, device=device)
