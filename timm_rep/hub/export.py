@@ -1,6 +1,7 @@
 """Export a model as a folder for the Hugging Face Hub, in stock form: any timm loads it without this package."""
 import copy
 import dataclasses
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -99,6 +100,13 @@ def _draw(run: Run, name: str, folder: Path) -> Optional[str]:
     return PLOT_FILE
 
 
+def _say_classes_once(path: Path) -> None:
+    """Leave the number of classes to the config itself: transformers does not take it from the arguments as well."""
+    config = json.loads(path.read_text())
+    config.get('model_args', {}).pop('num_classes', None)
+    path.write_text(json.dumps(config, indent=2))
+
+
 def _write_model(
         folder: Path,
         model: Any,
@@ -122,6 +130,7 @@ def _write_model(
     safetensors.torch.save_file(tensors, folder / SELF_CHECK_FILE)
     try:
         save_for_hf(model, str(folder), config, model_args=model_args, safe_serialization=True)
+        _say_classes_once(folder / CONFIG_FILE)
         rebuilt = timm.create_model(f'local-dir:{folder}', pretrained=True).to(dtype)
         # large inputs tell ReLU from ReLU6, but may overflow in half precision
         for gain in (1.0, 100.0) if dtype.itemsize >= 4 else (1.0,):
