@@ -33,7 +33,7 @@ import torch.nn as nn
 
 from .errors import UserError
 from .layers import AnnealedModule
-from .layers.base import check_attach_rate
+from .layers.annealed import check_attach_rate
 from .walk import annealed_modules, set_attach_rate
 
 __all__ = [
@@ -219,7 +219,7 @@ def set_time_step(model: nn.Module, number: int) -> None:
     """
     for module in model.modules():  # those inside a block or a stack, too
         if isinstance(module, AnnealedModule):
-            module.time_step.fill_(number)
+            module.set_time_step_(number)
 
 
 def reset_optimizer(optimizer: Any) -> None:

@@ -2,7 +2,7 @@
 import copy
 import fnmatch
 import logging
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Tuple, TypeVar, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -13,7 +13,8 @@ from .expansion import expansion_of
 from .layers import AnnealedRepVggBlock, FoldedNorm, RepLayer
 from .layers.rep import Rep
 from .methods import Method, MethodLike, Place, as_method
-from .walk import ancestors_of, norm_behind, parent_of
+from .fuse import fuse_before_own_
+from .walk import ModelT, ancestors_of, move_hooks, norm_behind, parent_of, reads_between, unwrapped
 
 __all__ = ['Select', 'anneal_repvgg_blocks_', 'expand', 'expand_as_', 'expand_fresh_']
 
@@ -23,7 +24,6 @@ _logger = logging.getLogger(__name__)
 KXK_CONV = 'conv_kxk.conv'
 BLOCK_ALONE = 'a model around the block is needed; for one alone use AnnealedRepVggBlock(block)'
 
-ModelT = TypeVar('ModelT', bound=nn.Module)
 Select = Union[None, Callable[[str, nn.Conv2d], bool], Iterable[str]]
 Methods = Union[MethodLike, Mapping[str, Optional[MethodLike]]]
 
@@ -62,15 +62,21 @@ def _anneal_blocks_(model: ModelT, names: Iterable[str]) -> ModelT:
 def _place(model: nn.Module, name: str) -> Place:
     conv = model.get_submodule(name)
     norm_name, norm = norm_behind(model, name, conv.out_channels)  # type: ignore[arg-type]
-    return Place(name, conv, norm, norm_name, tuple(ancestors_of(model, name)))  # type: ignore[arg-type]
+    read_between = norm is not None and reads_between(model, name, norm_name)
+    return Place(name, conv, norm, norm_name, tuple(ancestors_of(model, name)), read_between)  # type: ignore[arg-type]
 
 
 def _convs(model: nn.Module) -> Dict[str, nn.Conv2d]:
     """The plain convolutions of a model, in all places, but those that are parts of rep layers."""
     return {
         name: module for name, module in model.named_modules(remove_duplicate=False)
-        if type(module) is nn.Conv2d and not any(isinstance(m, RepLayer) for m in ancestors_of(model, name))
+        if _is_plain_conv(module) and not any(isinstance(m, RepLayer) for m in ancestors_of(model, name))
     }
+
+
+def _is_plain_conv(module: nn.Module) -> bool:
+    """Whether a module is a convolution whose kernel is a parameter, not computed of others (weight norm, pruning)."""
+    return type(module) is nn.Conv2d and set(module._parameters) == {'weight', 'bias'} and not module._buffers
 
 
 def _takes(method: Method, place: Place) -> bool:
@@ -224,6 +230,11 @@ def _swap(
         inplace: bool,
         same_function: bool,
 ) -> ModelT:
+    if unwrapped(model) is not model:
+        raise UserError(
+            f'expand the network before it is wrapped, got {type(model).__name__}: the wrapper goes on with the '
+            'parameters and the graph that it knows'
+        )
     assigned = _assign(model, method, select)
     if not assigned:
         names = method if isinstance(method, Mapping) else as_method(method).name
@@ -233,6 +244,11 @@ def _swap(
 
 def _make_layer(method: Method, place: Place, generator: Optional[torch.Generator], same_function: bool) -> nn.Module:
     if method.takes_norm:
+        if place.read_between:
+            raise UserError(
+                f'{method.name!r} takes the norm in, but something sees the output of {place.name} before the norm: a '
+                'hook, or a feature map'
+            )
         if not FoldedNorm.accepts(place.norm):
             raise UserError(
                 f'{method.name!r} needs a plain BatchNorm2d right behind the convolution; {place.name} has none')
@@ -278,5 +294,9 @@ def _expand_assigned(
     if not inplace:
         model = copy.deepcopy(model)
     for name, module in new_modules.items():
+        move_hooks(model.get_submodule(name), module)
         setattr(*parent_of(model, name), module)
-    return _anneal_blocks_(model, blocks)
+    _anneal_blocks_(model, blocks)
+    for name in assigned:
+        fuse_before_own_(model, name)
+    return model

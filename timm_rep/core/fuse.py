@@ -1,14 +1,18 @@
 """Take rep layers out of a model again: its stock form."""
 import copy
-from typing import Callable, Dict, List
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, List
 
 import torch.nn as nn
 
 from .errors import UserError
-from .expand import ModelT
-from .walk import annealed_modules, next_sibling, parent_of
+from .layers import AnnealedModule
+from .walk import ModelT, ancestors_of, annealed_modules, move_hooks, next_sibling, parent_of, unwrapped
 
-__all__ = ['fuse', 'when_fused']
+__all__ = ['fuse', 'fuse_before_own_', 'when_fused']
+
+# Methods by which networks fold their own convolutions and norms, and which timm's `reparameterize_model` calls.
+OWN_FUSE = ('fuse', 'reparameterize', 'switch_to_deploy')
 
 _WHEN_FUSED: List[Callable[[nn.Module], None]] = []
 
@@ -26,6 +30,35 @@ def when_fused(action: Callable[[nn.Module], None]) -> Callable[[nn.Module], Non
     return action
 
 
+@dataclass(frozen=True)
+class _FusedBefore:
+    """Stands in for a module's own method that folds its convolutions, which must be in stock form for that.
+
+    A call that does something else (with arguments, or while training) goes through as it is.
+    """
+
+    module: nn.Module
+    name: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not (args or self.module.training):
+            fuse(self.module, inplace=True)
+        return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
+
+
+def fuse_before_own_(model: nn.Module, name: str) -> None:
+    """Let the modules around a rep layer be fused before they fold their convolutions by a method of their own.
+
+    Args:
+        model: Model with rep layers.
+        name: Name of one.
+    """
+    for parent in ancestors_of(model, name):
+        for method in OWN_FUSE:
+            if callable(getattr(type(parent), method, None)) and not isinstance(parent, AnnealedModule):
+                vars(parent)[method] = _FusedBefore(parent, method)
+
+
 def fuse(model: ModelT, *, inplace: bool = False) -> ModelT:
     """Turn a rep model into its stock form: plain convolutions, live norms, the module tree and keys of timm's model.
 
@@ -36,11 +69,14 @@ def fuse(model: ModelT, *, inplace: bool = False) -> ModelT:
         inplace: Change the model itself instead of a copy.
 
     Returns:
-        The fused model. If its architecture is one of ours with a stock counterpart, its ``pretrained_cfg`` names that.
+        The fused model, without the wrappers that it had (DDP, torch.compile). If its architecture is one of ours with
+        a stock counterpart, its ``pretrained_cfg`` names that.
 
     Raises:
-        UserError: For layers with norms in their branches in training mode. The model is then unchanged.
+        UserError: For layers with norms in their branches in training mode, or with a hook on their outputs. The model
+            is then unchanged.
     """
+    model = unwrapped(model)
     replacements: Dict[str, nn.Module] = {}
     for name, module in annealed_modules(model):
         if name == '':
@@ -57,8 +93,12 @@ def fuse(model: ModelT, *, inplace: bool = False) -> ModelT:
         places.setdefault(id(module), []).append(name)
     for name, new_module in replacements.items():
         for place in places[id(model.get_submodule(name))]:
+            move_hooks(model.get_submodule(place), new_module)
             setattr(*parent_of(model, place), new_module)
     for part in model.modules():
+        for method in OWN_FUSE:
+            if isinstance(vars(part).get(method), _FusedBefore):
+                del vars(part)[method]
         for action in _WHEN_FUSED:
             action(part)
     return model

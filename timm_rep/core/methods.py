@@ -36,6 +36,7 @@ class Place:
         norm: The batch norm that is the next child of the same module and has its channels, or None.
         norm_name: Name of that norm, '' if there is none.
         parents: The modules around it, the model first.
+        read_between: Whether something else than the norm sees the output of the convolution: a hook, a feature map.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Place:
     norm: Optional[nn.BatchNorm2d]
     norm_name: str
     parents: Tuple[nn.Module, ...]
+    read_between: bool = False
 
     def is_inside(self, kind: Type[nn.Module]) -> bool:
         """Whether one of the modules around the convolution is of a kind."""

@@ -1,17 +1,77 @@
 """Finding things in a model: rep layers, what stands beside and around a module, its image channels."""
-from typing import Iterator, List, Optional, Set, Tuple
+from typing import Any, Iterator, List, Optional, Set, Tuple, TypeVar
 
+import torch
 import torch.nn as nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .errors import UserError
 from .layers import AnnealedModule, AnnealedRepVggBlock, RepLayer
-from .layers.base import check_attach_rate
+from .layers.annealed import check_attach_rate
 
 __all__ = [
-    'ancestors_of', 'annealed_modules', 'image_channels', 'next_sibling', 'norm_behind', 'parent_of', 'rep_layers',
-    'set_attach_rate',
+    'ModelT', 'ancestors_of', 'annealed_modules', 'image_channels', 'move_hooks', 'next_sibling', 'norm_behind',
+    'parent_of', 'reads_between', 'rep_layers', 'set_attach_rate', 'unwrapped',
 ]
 
+ModelT = TypeVar('ModelT', bound=nn.Module)
+
+HOOKS = (
+    '_forward_hooks', '_forward_hooks_with_kwargs', '_forward_hooks_always_called', '_forward_pre_hooks',
+    '_forward_pre_hooks_with_kwargs', '_backward_hooks', '_backward_pre_hooks', '_is_full_backward_hook',
+)
+
+
+def unwrapped(model: Any) -> Any:
+    """The network inside DDP, DataParallel and torch.compile, however nested.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        The module itself if it is no such wrapper.
+    """
+    while hasattr(model, '_orig_mod') or isinstance(model, (DataParallel, DistributedDataParallel)):
+        model = model._orig_mod if hasattr(model, '_orig_mod') else model.module
+    return model
+
+
+def move_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Let a module that takes the place of another have its hooks, and those of parts that both have.
+
+    The handles of the hooks go on removing them.
+    """
+    parts = dict(old.named_modules())
+    for name, part in new.named_modules():
+        if name in parts:
+            for hooks in HOOKS:
+                setattr(part, hooks, getattr(parts[name], hooks))
+
+
+def reads_between(model: nn.Module, name: str, norm_name: str) -> bool:
+    """Whether something sees the output of a convolution before the norm behind it takes it.
+
+    That is a hook, a feature map of timm's or torchvision's feature extractors, or another node of a traced graph.
+
+    Args:
+        model: Model around both.
+        name: Name of the convolution.
+        norm_name: Name of the norm.
+    """
+    conv, norm = model.get_submodule(name), model.get_submodule(norm_name)
+    hooks: Any = (conv._forward_hooks, conv._backward_hooks, conv._backward_pre_hooks)
+    hooks += (norm._forward_pre_hooks, norm._backward_hooks, norm._backward_pre_hooks)
+    if any(hooks):
+        return True
+    parents = ancestors_of(model, name)
+    if name.rpartition('.')[2] in getattr(parents[-1], 'return_layers', ()):
+        return True
+    for depth, parent in enumerate(parents):
+        if isinstance(parent, torch.fx.GraphModule):
+            here, behind = ('.'.join(full.split('.')[depth:]) for full in (name, norm_name))
+            users = [user for node in parent.graph.nodes if node.target == here for user in node.users]
+            return any(user.target != behind for user in users)
+    return False
 
 def rep_layers(model: nn.Module) -> Iterator[Tuple[str, RepLayer]]:
     """Walk over the rep layers of a model; the blocks inside a stem's stack are part of the stem.

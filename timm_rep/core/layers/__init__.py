@@ -2,7 +2,8 @@
 
 Importing this registers the methods, in the order of this list.
 """
-from .base import AnnealedModule, LinearRepLayer, RepLayer
+from .annealed import AnnealedModule
+from .base import LinearRepLayer, RepLayer
 from .normed import NormedRepLayer
 from .norms import FoldedNorm
 from .orepa import Orepa, OrepaConv2d, OrepaPointwiseConv2d, OrepaStemConv2d  # isort: split

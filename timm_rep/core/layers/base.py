@@ -1,6 +1,6 @@
-"""The contracts: modules with side branches that can be annealed, and rep layers, which look like convolutions."""
+"""The contract of rep layers, which look like convolutions, and what those without norms in their branches share."""
 import math
-from typing import Any, Dict, Optional, Sequence, Tuple, Type, TypeVar, Union
+from typing import Any, Dict, Iterable, Optional, Tuple, Type, TypeVar, Union
 
 import torch
 import torch.nn as nn
@@ -9,17 +9,17 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..precision import full_float32
+from .annealed import AnnealedModule, check_kernel
+from .composed import composed_kernel, refuse_writing
 
-__all__ = [
-    'AnnealedModule', 'LinearRepLayer', 'RepLayer', 'check_attach_rate', 'kaiming_uniform_',
-    'prefers_channels_last',
-]
+__all__ = ['LinearRepLayer', 'RepLayer', 'is_trainable', 'kaiming_uniform_', 'prefers_channels_last']
 
 # What a convolution is made with, besides its bias.
 GEOMETRY = (
     'in_channels', 'out_channels', 'kernel_size', 'stride', 'padding', 'dilation', 'groups', 'padding_mode')
 
 LayerT = TypeVar('LayerT', bound='RepLayer')
+LinearT = TypeVar('LinearT', bound='LinearRepLayer')
 
 
 def _pair(name: str, value: Any, least: int) -> Tuple[int, int]:
@@ -57,18 +57,9 @@ def kaiming_uniform_(
         return tensor.copy_(drawn.uniform_(-bound, bound, generator=generator))
 
 
-def check_attach_rate(rate: float) -> None:
-    """Raise a UserError if this is no attach rate."""
-    if not 0.0 <= rate <= 1.0:
-        raise UserError(f'attach rate must lie in [0, 1], got {rate}')
-
-
-def check_kernel(module: nn.Module, shape: Sequence[int], weight: Tensor, bias: Optional[Tensor]) -> None:
-    """Raise a UserError if a kernel and bias are not of the shape that a module takes."""
-    if tuple(weight.shape) != tuple(shape):
-        raise UserError(f'{type(module).__name__} takes a kernel of shape {tuple(shape)}, got {tuple(weight.shape)}')
-    if bias is not None and tuple(bias.shape) != (shape[0],):
-        raise UserError(f'bias must have shape ({shape[0]},), got {tuple(bias.shape)}')
+def is_trainable(parameters: Iterable[Optional[Tensor]]) -> bool:
+    """Whether any of these parameters is trained."""
+    return any(parameter is not None and parameter.requires_grad for parameter in parameters)
 
 
 def prefers_channels_last(x: Tensor) -> bool:
@@ -76,116 +67,11 @@ def prefers_channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
-class AnnealedModule(nn.Module):
-    """A module that folds into one convolution and is made of an origin branch and side branches.
-
-    Subclasses call :meth:`_init_annealing` in their constructor and define :meth:`compose_weight_bias`,
-    :meth:`restore_`, :meth:`redraw_side_branches_`, :meth:`branch_kernels` and :meth:`branch_gradients`.
-
-    Attributes:
-        attach_rate: 0-dim buffer in [0, 1] that multiplies the side branches; saved in the state_dict.
-        time_step: 0-dim buffer, how many time steps have begun before the one in force; saved in the state_dict.
-    """
-
-    attach_rate: Tensor
-    time_step: Tensor
-
-    def _init_annealing(self, device: Any = None) -> None:
-        self.register_buffer('attach_rate', torch.ones((), device=device))
-        self.register_buffer('time_step', torch.zeros((), dtype=torch.long, device=device))
-
-    def set_attach_rate_(self, rate: float) -> None:
-        """Set the factor of the side branches.
-
-        Args:
-            rate: In [0, 1].
-
-        Raises:
-            UserError: For a rate outside [0, 1].
-        """
-        check_attach_rate(rate)
-        self.attach_rate.fill_(rate)
-
-    def set_exact_rate_(self, rate: float, compensate: bool) -> None:
-        """Set the attach rate at which :meth:`restore_` shall be exact when a time step begins.
-
-        Args:
-            rate: Attach rate that will be in force, in [0, 1].
-            compensate: Whether the origin branch shall make up for the side branches at that rate, or at zero.
-        """
-        self.set_attach_rate_(rate if compensate else 0.0)
-
-    def compose_weight_bias(self) -> Tuple[Tensor, Optional[Tensor]]:
-        """Kernel ``(o, i/g, kh, kw)`` and bias ``(o,)`` at the attach rate in force, in the parameters' dtype."""
-        raise NotImplementedError(f'{type(self).__name__} must define compose_weight_bias')
-
-    def restore_(self, weight: Tensor, bias: Optional[Tensor] = None) -> None:
-        """Make the module compute exactly this kernel, whatever its side branches hold."""
-        raise NotImplementedError(f'{type(self).__name__} must define restore_')
-
-    def imply_statistics_(self) -> None:
-        """Let the origin branch's norm keep the statistics that the branches' norms imply for the folded kernel.
-
-        A module without norms in its branches has none to set. This changes the function until :meth:`restore_`.
-        """
-
-    def redraw_side_branches_(self, generator: Optional[torch.Generator] = None) -> None:
-        """Draw the side branches afresh and leave the origin branch alone; this changes the module's function."""
-        raise NotImplementedError(f'{type(self).__name__} must define redraw_side_branches_')
-
-    def stock_form(self, behind: Optional[nn.Module]) -> Tuple[nn.Module, Optional[nn.Module]]:
-        """What stands for the module in the stock model, as new modules.
-
-        Args:
-            behind: The next child of the same parent, if there is one.
-
-        Returns:
-            The module in its own place, and the one in the place of the next child, None if that stays.
-        """
-        raise NotImplementedError(f'{type(self).__name__} must define stock_form')
-
-    def branch_kernels(self) -> Dict[str, Tensor]:
-        """The kernel ``(o, i/g, kh, kw)`` that each branch adds to the sum, by name; the first is the origin's."""
-        raise NotImplementedError(f'{type(self).__name__} must define branch_kernels')
-
-    def branch_gradients(self) -> Dict[str, Tensor]:
-        """The gradient of each branch's kernel parameter, by name; the first is the origin's. None are left out."""
-        raise NotImplementedError(f'{type(self).__name__} must define branch_gradients')
-
-    @torch.no_grad()
-    def begin_time_step_(
-            self,
-            generator: Optional[torch.Generator] = None,
-            attach_rate: float = 0.0,
-            compensate: bool = False,
-            imply_statistics: bool = False,
-    ) -> None:
-        """Fold all branches, draw the side branches afresh, and put the folded kernel into the origin branch (RepAn).
-
-        Args:
-            generator: Source of the draw.
-            attach_rate: Rate in force afterwards.
-            compensate: Take what the fresh side branches add at that rate off the origin branch, so that outputs in
-                eval mode stay the same. Without, they stay the same at rate zero. Linear layers always do it, and
-                their outputs stay the same in training mode too.
-            imply_statistics: Give the origin branch's norm the statistics of the folded kernel instead of keeping its
-                own, as :meth:`imply_statistics_` does.
-        """
-        weight, bias = self.compose_weight_bias()
-        if imply_statistics:
-            self.imply_statistics_()
-        self.redraw_side_branches_(generator)
-        self.set_exact_rate_(attach_rate, compensate)
-        self.restore_(weight, bias)
-        self.set_attach_rate_(attach_rate)
-        self.time_step.add_(1)
-
-
 class RepLayer(AnnealedModule):
     """A convolution look-alike whose kernel is composed from branches.
 
     It has a convolution's attributes (``in_channels`` to ``padding_mode``, ``bias``, and ``weight``, which composes at
-    every read), but is not an ``nn.Conv2d``: nothing can write its weight by mistake.
+    every read and refuses to be written to), but is not an ``nn.Conv2d``: nothing can write its weight by mistake.
 
     Subclasses define, besides what annealing asks for, :meth:`compose_weight`, :meth:`reset_parameters` and
     :meth:`fuse`.
@@ -205,7 +91,7 @@ class RepLayer(AnnealedModule):
     """
 
     __constants__ = list(GEOMETRY)
-    __jit_unused_properties__ = ['weight']
+    __jit_unused_properties__ = [*AnnealedModule.__jit_unused_properties__, 'weight']
 
     def __init__(
             self,
@@ -267,8 +153,17 @@ class RepLayer(AnnealedModule):
 
     @property
     def weight(self) -> Tensor:
-        """The composed kernel, computed anew at every read."""
-        return self.compose_weight()
+        """The composed kernel, computed anew at every read; writing to it raises a UserError."""
+        return composed_kernel(self.compose_weight())
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        refuse_writing()
+
+    def register_parameter(self, name: str, param: Optional[nn.Parameter]) -> None:
+        if name == 'weight':  # layer.weight = nn.Parameter(...)
+            refuse_writing()
+        super().register_parameter(name, param)
 
     @property
     def weight_shape(self) -> Tuple[int, int, int, int]:
@@ -276,8 +171,8 @@ class RepLayer(AnnealedModule):
         return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
 
     def _reset_annealing(self) -> None:
-        self.attach_rate.fill_(1.0)
-        self.time_step.zero_()
+        self.set_attach_rate_(1.0)
+        self.set_time_step_(0)
 
     def reset_parameters(self, generator: Optional[torch.Generator] = None) -> None:
         """Draw all parameters afresh, with the paper's initial values; attach rate one, time step zero."""
@@ -339,7 +234,7 @@ class RepLayer(AnnealedModule):
             **kwargs: More arguments of the layer's constructor.
 
         Returns:
-            A layer on the same device, in the same dtype and mode.
+            A layer on the same device, in the same dtype and mode, trainable if the convolution is.
 
         Raises:
             UserError: If this layer cannot stand for the convolution.
@@ -349,9 +244,11 @@ class RepLayer(AnnealedModule):
         layer = cls(**kwargs).train(conv.training)
         if same_function:
             layer.restore_(conv.weight, conv.bias)
+        for parameter in layer.parameters():
+            parameter.requires_grad_(conv.weight.requires_grad)
         return layer
 
-    def _plain_conv(self, weight: Tensor, bias: Optional[Tensor]) -> nn.Conv2d:
+    def _plain_conv(self, weight: Tensor, bias: Optional[Tensor], trainable: bool, bias_trainable: bool) -> nn.Conv2d:
         # skip_init: fusing draws nothing from the global random generator
         conv = torch.nn.utils.skip_init(
             nn.Conv2d, **self._geometry(), bias=bias is not None, device=weight.device, dtype=weight.dtype)
@@ -359,6 +256,8 @@ class RepLayer(AnnealedModule):
             conv.weight.copy_(weight)
             if conv.bias is not None and bias is not None:
                 conv.bias.copy_(bias)
+                conv.bias.requires_grad_(bias_trainable)
+        conv.weight.requires_grad_(trainable)
         return conv.train(self.training)
 
 
@@ -410,9 +309,11 @@ class LinearRepLayer(RepLayer):
         """A new ``nn.Conv2d`` with the composed kernel, on the same device, in the same dtype and mode.
 
         Returns:
-            A convolution with the layer's outputs: to 1e-6 of the largest in float32, 1e-12 in float64.
+            A convolution with the layer's outputs: to 1e-6 of the largest in float32, 1e-12 in float64. Its kernel is
+            trainable if any branch is.
         """
-        return self._plain_conv(self.compose_weight(), self.bias)
+        trainable = is_trainable(parameter for parameter in self.parameters() if parameter is not self.bias)
+        return self._plain_conv(self.compose_weight(), self.bias, trainable, is_trainable([self.bias]))
 
     @torch.no_grad()
     def restore_(self, weight: Tensor, bias: Optional[Tensor] = None) -> None:
@@ -438,8 +339,11 @@ class LinearRepLayer(RepLayer):
             self.bias.zero_() if bias is None else self.bias.copy_(bias)
 
     @classmethod
-    def from_conv(cls: Type[LayerT], conv: nn.Conv2d, *args: Any, **kwargs: Any) -> LayerT:
-        return super().from_conv(conv, *args, bias=conv.bias is not None, **kwargs)
+    def from_conv(cls: Type[LinearT], conv: nn.Conv2d, *args: Any, **kwargs: Any) -> LinearT:
+        layer = super().from_conv(conv, *args, bias=conv.bias is not None, **kwargs)
+        if layer.bias is not None and conv.bias is not None:
+            layer.bias.requires_grad_(conv.bias.requires_grad)
+        return layer
 
 
 # A symbolic trace records this call as it is: a traced input has no memory format.

@@ -11,7 +11,8 @@ from .. import kernels
 from ..errors import UserError
 from ..methods import Method, Place
 from ..precision import full_float32, without_autocast
-from .base import AnnealedModule, RepLayer, check_kernel, kaiming_uniform_
+from .annealed import AnnealedModule, check_kernel
+from .base import RepLayer, is_trainable, kaiming_uniform_
 from .norms import FoldedNorm, fold_batch_norm, is_frozen, kept_statistics, reset_norm_
 
 __all__ = ['NormedBranches', 'NormedMethod', 'NormedRepLayer']
@@ -309,9 +310,19 @@ class NormedRepLayer(NormedBranches, RepLayer):
         """
         for conv in (self.conv_kxk, *self._side_convs().values()):
             kaiming_uniform_(conv.weight, conv.weight[0].numel(), 5 ** 0.5, generator)
-        for norm in (self.norm_kxk, *self._side_norms(), *self._inner_norms()):
+        for norm in self._norms():
             reset_norm_(norm)
         self._reset_annealing()
+
+    def _norms(self) -> Tuple[nn.BatchNorm2d, ...]:
+        return (self.norm_kxk, *self._side_norms(), *self._inner_norms())
+
+    def _trains_kernel(self) -> bool:
+        of_norms = {id(parameter) for norm in self._norms() for parameter in norm.parameters()}
+        return is_trainable(parameter for parameter in self.parameters() if id(parameter) not in of_norms)
+
+    def _trains_norms(self, name: str) -> bool:
+        return is_trainable(getattr(norm, name) for norm in self._norms())
 
     def compose_weight(self) -> Tensor:
         return self.compose_weight_bias()[0]
@@ -327,7 +338,9 @@ class NormedRepLayer(NormedBranches, RepLayer):
             UserError: In training mode.
         """
         self._refuse_training()
-        return self._plain_conv(*self.compose_weight_bias())
+        kernel, bias = self.compose_weight_bias()
+        kernels_or_gains, biases = self._trains_kernel() or self._trains_norms('weight'), self._trains_norms('bias')
+        return self._plain_conv(kernel, bias, kernels_or_gains, biases)
 
     @torch.no_grad()
     def fuse_conv_norm(self) -> Tuple[nn.Conv2d, nn.BatchNorm2d]:
@@ -338,7 +351,7 @@ class NormedRepLayer(NormedBranches, RepLayer):
         is.
 
         Returns:
-            Convolution and batch norm.
+            Convolution and batch norm, trainable where any branch is.
 
         Raises:
             UserError: In training mode.
@@ -354,12 +367,19 @@ class NormedRepLayer(NormedBranches, RepLayer):
             norm = freeze_batch_norm_2d(norm)
         else:
             norm.momentum = origin.momentum
+            norm.weight.requires_grad_(self._trains_norms('weight'))
+            norm.bias.requires_grad_(self._trains_norms('bias'))
         norm.load_state_dict(values)
-        return self._plain_conv(kernel, None), norm.train(self.training)
+        return self._plain_conv(kernel, None, self._trains_kernel(), False), norm.train(self.training)
 
     def stock_form(self, behind: Optional[nn.Module]) -> Tuple[nn.Module, Optional[nn.Module]]:
         if not isinstance(behind, FoldedNorm):
             return self.fuse(), None
+        if self._forward_hooks or self._backward_hooks or self._backward_pre_hooks:
+            raise UserError(
+                f'a hook sees the outputs of a {type(self).__name__}, which stands for a convolution and the norm behind '
+                'it; in the stock form it would see those of the convolution alone. Remove the hook before fuse'
+            )
         conv, norm = self.fuse_conv_norm()
         return conv, behind.unfolded(norm)
 
@@ -409,7 +429,7 @@ class NormedRepLayer(NormedBranches, RepLayer):
             **kwargs: More arguments of the layer's constructor.
 
         Returns:
-            A layer on the same device, in the same dtype and mode.
+            A layer on the same device, in the same dtype and mode, trainable where the pair is.
 
         Raises:
             UserError: If this layer cannot stand for the pair.
@@ -424,6 +444,9 @@ class NormedRepLayer(NormedBranches, RepLayer):
         for own in (layer.norm_kxk, *layer._side_norms()):
             own.weight.copy_(norm.weight)
             own.bias.copy_(norm.bias)
+        for own in layer._norms():
+            own.weight.requires_grad_(norm.weight.requires_grad)
+            own.bias.requires_grad_(norm.bias.requires_grad)
         if same_function:
             values = norm.state_dict()  # an activation in it may have some of its own
             layer.norm_kxk.load_state_dict({key: values[key] for key in layer.norm_kxk.state_dict()})
@@ -445,6 +468,8 @@ class NormedMethod(Method):
     def takes(self, place: Place) -> bool:
         conv, norm, sizes = place.conv, place.norm, place.conv.kernel_size
         if norm is None or not FoldedNorm.accepts(norm) or not norm.affine or norm.running_mean is None:
+            return False
+        if place.read_between:
             return False
         plain = conv.bias is None and not isinstance(conv.padding, str)
         return plain and min(sizes) > 1 and max(sizes) <= MAX_KERNEL_SIZE

@@ -10,6 +10,9 @@ from torch import Tensor
 from .. import kernels
 from ..errors import UserError
 
+# What a norm has and a folded one has not.
+NORM_STATE = ('weight', 'bias', 'running_mean', 'running_var', 'eps', 'num_features', 'momentum')
+
 __all__ = ['FoldedNorm', 'fold_batch_norm', 'is_frozen', 'kept_statistics', 'reset_norm_']
 
 
@@ -81,6 +84,14 @@ class FoldedNorm(nn.Module):
         # copies, since the norm may stay in a model that is expanded as a copy
         self.drop: Optional[nn.Module] = copy.deepcopy(getattr(norm, 'drop', None))
         self.act: Optional[nn.Module] = copy.deepcopy(getattr(norm, 'act', None))
+
+    def __getattr__(self, name: str) -> Any:
+        if name in NORM_STATE:  # of foreign code that folds norms
+            raise AttributeError(
+                f'FoldedNorm has no {name!r}: the norm lives in the rep layer in front of it. For the network with live '
+                'norms, call timm_rep.fuse(model) first'
+            )
+        return super().__getattr__(name)
 
     @staticmethod
     def accepts(norm: Optional[nn.Module]) -> bool:

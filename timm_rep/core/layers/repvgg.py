@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..errors import UserError
-from .base import RepLayer
+from .base import RepLayer, is_trainable
 from .normed import NormedBranches
 from .norms import fold_batch_norm
 
@@ -59,7 +59,8 @@ class AnnealedRepVggBlock(RepVggBlock, NormedBranches):
         self.__dict__.update(vars(_of_class(RepVggBlock, block)))
         self._init_annealing(self.conv_1x1.conv.weight.device)
 
-    __jit_unused_properties__ = ['in_channels', 'kernel_size', 'dilation']
+    __jit_unused_properties__ = [
+        *NormedBranches.__jit_unused_properties__, 'in_channels', 'kernel_size', 'dilation']
 
     @property
     def in_channels(self) -> int:
@@ -124,7 +125,7 @@ class AnnealedRepVggBlock(RepVggBlock, NormedBranches):
     def begin_time_step_(self, *args: Any, **kwargs: Any) -> None:
         super().begin_time_step_(*args, **kwargs)
         if isinstance(self.conv_kxk.conv, RepLayer):
-            self.conv_kxk.conv.time_step.copy_(self.time_step)
+            self.conv_kxk.conv.set_time_step_(int(self.time_step))
 
     def reparameterize(self) -> None:
         """Refused: timm's method knows no attach rate. Its ``reparameterize_model`` calls :meth:`fuse` instead."""
@@ -148,7 +149,8 @@ class AnnealedRepVggBlock(RepVggBlock, NormedBranches):
                 block.conv_kxk.bn = norm
         for name in ('attach_rate', 'time_step'):
             del block._buffers[name]
-        vars(block).pop('method', None)
+        for name in ('method', '_copied_from', '_written'):
+            vars(block).pop(name, None)
         for norm in (block.conv_1x1.bn, block.identity):
             if norm is not None:
                 norm.weight.mul_(self.attach_rate)
@@ -169,5 +171,9 @@ class AnnealedRepVggBlock(RepVggBlock, NormedBranches):
         """
         self._refuse_training()
         block = self.stock_block()
+        parameters = dict(block.named_parameters())
         block.reparameterize()
+        conv: Any = block.reparam_conv
+        conv.bias.requires_grad_(is_trainable(p for name, p in parameters.items() if name.endswith('bias')))
+        conv.weight.requires_grad_(is_trainable(p for name, p in parameters.items() if not name.endswith('bias')))
         return block

@@ -118,7 +118,7 @@ class OrepaStemConv2d(LinearRepLayer):
         for block in self._blocks():
             block.begin_time_step_(generator, attach_rate)
         super().set_attach_rate_(attach_rate)
-        self.time_step.add_(1)
+        self.set_time_step_(int(self.time_step) + 1)
 
     @torch.no_grad()
     def branch_kernels(self) -> Dict[str, Tensor]:

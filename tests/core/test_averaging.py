@@ -1,0 +1,101 @@
+"""Averaged copies (EMA, SWA) of a model whose attach rate changes: a rate and a time step are taken over, never averaged."""
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+from helpers import assert_near, randn, randomize_
+from timm.utils import ModelEmaV2, ModelEmaV3
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import timm_rep
+from timm_rep.core.annealing import set_time_step, time_step
+
+AVERAGES = {
+    'v3': lambda model: ModelEmaV3(model, decay=0.9998),
+    'v3-one-by-one': lambda model: ModelEmaV3(model, decay=0.9998, foreach=False),
+    'v3-no-buffers': lambda model: ModelEmaV3(model, decay=0.9998, exclude_buffers=True),
+    'v2': lambda model: ModelEmaV2(model, decay=0.9998),
+    'swa': lambda model: AveragedModel(model),
+    'swa-buffers': lambda model: AveragedModel(model, use_buffers=True),
+    'ema-buffers': lambda model: AveragedModel(
+        model, use_buffers=True, multi_avg_fn=get_ema_multi_avg_fn(0.999)),
+}
+
+
+def annealed(rate, kind='orepa'):
+    model = randomize_(timm.create_model('repan_repvgg_a0_cifar', rep_layer=kind)).double().eval()
+    timm_rep.set_attach_rate(model, rate)
+    return model
+
+
+def update(average, model, times):
+    for _ in range(times):
+        (average.update if hasattr(average, 'update') else average.update_parameters)(model)
+    return average.module.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('kind', ['orepa', 'dbb'])
+@pytest.mark.parametrize('average', AVERAGES)
+def test_an_averaged_copy_has_the_rate_and_time_step_of_its_model(average, kind):
+    model = annealed(1 / 3, kind)
+    averaged = AVERAGES[average](model)
+    set_time_step(model, 3)
+    timm_rep.set_attach_rate(model, 1.0)
+    copied = update(averaged, model, 3)
+    assert (timm_rep.attach_rate(copied), time_step(copied)) == (1.0, 3)
+    x = randn(2, 3, 32, 32)
+    assert_near(copied(x), model(x), 1e-9)  # no weight has changed
+    timm_rep.set_attach_rate(model, 0.5)
+    assert {value.item() for key, value in update(averaged, model, 1).state_dict().items() if key.endswith(
+        'attach_rate')} == {0.5}
+
+
+def test_a_copy_that_nobody_averages_keeps_its_rate_and_can_have_one_of_its_own():
+    model = annealed(0.25)
+    snapshot = copy.deepcopy(model)
+    timm_rep.set_attach_rate(model, 1.0)
+    assert timm_rep.attach_rate(snapshot) == 0.25
+    timm_rep.set_attach_rate(snapshot, 0.5)
+    set_time_step(snapshot, 2)
+    assert (timm_rep.attach_rate(snapshot.float()), time_step(snapshot)) == (0.5, 2)
+    snapshot.load_state_dict(annealed(0.75).state_dict())
+    assert timm_rep.attach_rate(snapshot) == 0.75
+    assert timm_rep.attach_rate(pickle.loads(pickle.dumps(snapshot))) == 0.75
+    assert timm_rep.attach_rate(model) == 1.0
+
+
+def test_writing_the_same_values_again_as_ddp_does_is_not_averaging():
+    model = annealed(0.25)
+    trained = copy.deepcopy(model)
+    timm_rep.set_attach_rate(trained, 0.5)
+    for buffer in trained.buffers():
+        buffer.copy_(buffer.clone())
+    assert timm_rep.attach_rate(trained) == 0.5
+
+
+def test_copies_of_copies_and_copies_whose_model_is_gone():
+    model = annealed(0.25)
+    first = ModelEmaV3(model, decay=0.9)
+    second = ModelEmaV3(first.module, decay=0.9)
+    timm_rep.set_attach_rate(model, 1.0)
+    first.update(model)
+    second.update(first.module)
+    assert timm_rep.attach_rate(second.module) == 1.0
+    del model
+    assert timm_rep.attach_rate(first.module) == 1.0
+    timm_rep.set_attach_rate(first.module, 0.5)
+    assert timm_rep.attach_rate(copy.deepcopy(first).module) == 0.5
+
+
+def test_a_compiled_copy_takes_the_rate_over_when_it_is_put_into_eval_mode():
+    model = annealed(0.25)
+    averaged = ModelEmaV3(model, decay=0.9)
+    compiled = torch.compile(averaged.module, backend='eager')
+    timm_rep.set_attach_rate(model, 1.0)
+    averaged.update(model)
+    x = randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert_near(compiled.eval()(x), model(x), 1e-10)

@@ -1,0 +1,72 @@
+"""What reading the kernel of a rep layer gives: a tensor that is computed, so writing to it is refused."""
+import copy
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from ..errors import UserError
+
+__all__ = ['ComposedKernel', 'composed_kernel', 'refuse_writing']
+
+INPLACE_OPERATORS = frozenset(f'__i{name}__' for name in (
+    'add', 'sub', 'mul', 'matmul', 'truediv', 'floordiv', 'mod', 'pow', 'and', 'or', 'xor', 'lshift', 'rshift'))
+WRITES = INPLACE_OPERATORS | {'__setitem__', '__set__'}
+
+
+def refuse_writing() -> None:
+    """Raise a UserError that says how a kernel is written."""
+    raise UserError(
+        'the kernel of a rep layer is composed from its branches at every read, so writing to it would change nothing. '
+        "Write with the layer's restore_(kernel); for plain convolutions, call timm_rep.fuse(model) first"
+    )
+
+
+def composed_kernel(kernel: Tensor) -> Tensor:
+    """Let a kernel refuse writes; where a compiler, an exporter or functorch looks at it, it stays as it is.
+
+    Args:
+        kernel: As composed.
+
+    Returns:
+        The same values.
+    """
+    watched = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if watched or type(kernel) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(kernel):
+        return kernel
+    return kernel.as_subclass(ComposedKernel)
+
+
+class ComposedKernel(Tensor):
+    """A kernel, or a view of one, that can be computed with but not written to; what comes of it is a plain tensor."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, '__name__', '')
+        if name in WRITES or (name.endswith('_') and not name.endswith('__') and name != 'requires_grad_'):
+            written = args[0] if args else None
+        else:
+            written = kwargs.get('out')
+        for tensor in written if isinstance(written, (list, tuple)) else [written]:
+            if isinstance(tensor, cls) and not isinstance(tensor, nn.Parameter):  # a new parameter is written to
+                refuse_writing()
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs)
+            if isinstance(result, (list, tuple)) and type(result) in (list, tuple):
+                return type(result)(cls._guarded(part, args) for part in result)
+            return cls._guarded(result, args)
+
+    @classmethod
+    def _guarded(cls, result: Any, args: Any) -> Any:
+        if type(result) is not Tensor or not args or not isinstance(args[0], cls):
+            return result
+        shares_memory = result.untyped_storage()._cdata == args[0].untyped_storage()._cdata
+        return result.as_subclass(cls) if shares_memory else result
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return copy.deepcopy(self.as_subclass(Tensor), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # a file with a kernel in it needs no class of ours
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
