@@ -19,7 +19,7 @@ from ..core.expand import expand
 from ..core.expansion import Expansion, expansion_of
 from ..core.fuse import fuse
 from ..core.verify import check_values, verify
-from ..core.walk import annealed_modules, image_channels
+from ..core.walk import annealed_modules, image_channels, unwrapped
 from ..io.extras import has_packages
 from ..io.output import new_folder, written_whole
 from ..io.runs import Run, write_run
@@ -58,6 +58,7 @@ def time_steps_of(model: nn.Module) -> int:
 
 def _copy_of(model: Any, label_names: Optional[Sequence[str]]) -> Any:
     """A copy of a model to export, if it can be."""
+    model = unwrapped(model)
     cfg = getattr(model, 'pretrained_cfg', None)
     if not isinstance(cfg, dict) or not timm.is_model(cfg.get('architecture') or ''):
         raise UserError(f'a {type(model).__name__} was not built by timm.create_model, which is to load the export')
@@ -165,6 +166,7 @@ def export_folder(
 
     Args:
         model: Model of timm or of this package in training or stock form, built by ``timm.create_model``; not changed.
+            What is around it (DDP, torch.compile) is left out.
         path: New or empty folder.
         dataset: Name of the data set that the model was trained on.
         metrics: Measured figures by name; ``top1`` and ``top5`` are accuracies in percent.

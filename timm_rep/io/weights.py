@@ -10,14 +10,13 @@ from typing import Any, Callable, Dict, Mapping, Optional
 import safetensors.torch
 import torch
 import torch.nn as nn
-from timm.utils import unwrap_model
 from torch import Tensor
 
 from ..core.errors import UserError
 from ..core.expand import expand_as_
 from ..core.expansion import expansion_of
 from ..core.verify import check_values
-from ..core.walk import annealed_modules
+from ..core.walk import annealed_modules, unwrapped
 from ..models.checkpoint_filter import first_names
 from ..models.names import OWN_ARGS
 from .architecture import create_model
@@ -72,7 +71,7 @@ def save(model: nn.Module, file: PathLike, *, replace: bool = False) -> None:
         VerificationError: If a value is not finite, or a running variance is negative.
     """
     path = new_output(file, suffixes=(SUFFIX,), replace=replace)
-    model = unwrap_model(model)
+    model = unwrapped(model)
     check_values(model)
     content = _safetensors(_weights_of(model), describe(model))
     with written_whole(path, replace=replace) as temporary:
@@ -96,6 +95,7 @@ def save_weights(model: nn.Module, path: PathLike) -> None:
     if path.suffix == SUFFIX:
         save(model, path)
         return
+    model = unwrapped(model)
     check_values(model)
     content = io.BytesIO()
     torch.save(_weights_of(model), content)
