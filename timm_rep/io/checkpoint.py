@@ -2,7 +2,9 @@
 import argparse
 import pickle
 import re
+import struct
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Tuple
@@ -26,7 +28,8 @@ from .plain_data import plain
 from .runs import read_run_args
 
 __all__ = [
-    'FLOATS', 'Checkpoint', 'dtype_fits', 'find_checkpoint', 'model_args_of', 'read_checkpoint', 'take_input_settings', 'trained_architecture',
+    'CHECKSUM', 'FLOATS', 'Checkpoint', 'dtype_fits', 'find_checkpoint', 'model_args_of', 'read_checkpoint',
+    'take_input_settings', 'trained_architecture',
 ]
 
 # Of timm, OREPA and RepAn; the tutorials of PyTorch; and many CIFAR trainings.
@@ -39,6 +42,7 @@ MODEL_ARGS = dict(num_classes='num_classes', in_chans='in_chans', gp='global_poo
 # What a model must be fed with, as train.py's arguments decide.
 DATA_CONFIG_KEYS = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
 
+CHECKSUM = 'crc32'  # of the numbers, in the metadata of files of ours
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Tensors of a file may share their numbers, as tied weights do, but they are not many times what it holds.
 SHARING = 2
@@ -105,12 +109,27 @@ def _check_records(path: Path) -> None:
                 raise UserError(f'its record {damaged} is damaged')
 
 
+def _check_sum(path: Path, metadata: Mapping[str, str]) -> None:
+    """Refuse a file of ours whose numbers are no longer those that were written."""
+    if CHECKSUM not in metadata:
+        return
+    total = 0
+    with path.open('rb') as file:
+        file.seek(8 + struct.unpack('<Q', file.read(8))[0])
+        while chunk := file.read(2 ** 24):
+            total = zlib.crc32(chunk, total)
+    if f'{total:08x}' != metadata[CHECKSUM]:
+        raise UserError('it is damaged: its numbers are not those that were written')
+
+
 def _read_file(path: Path, allow_pickle: bool) -> Tuple[Any, Mapping[str, str]]:
     """What a file holds, and the metadata beside it."""
     try:
         if path.suffix == '.safetensors':
             with safetensors.safe_open(path, 'pt') as file:
-                return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+                content, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+            _check_sum(path, metadata)
+            return content, metadata
         _check_records(path)
         # train.py puts its arguments into the checkpoint
         with torch.serialization.safe_globals([argparse.Namespace]):

@@ -1,4 +1,4 @@
-"""Pickles of torch.save, looked through before anything of them is made: plain data and tensors, in no large numbers."""
+"""Pickles of torch.save, looked through before anything of them is made: plain data and tensors, and not too many."""
 import io
 import pickletools
 import zipfile

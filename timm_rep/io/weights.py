@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import struct
+import zlib
 from pathlib import Path
 from typing import Any, Callable, Dict, Mapping, Optional
 
@@ -21,6 +22,7 @@ from ..models.checkpoint_filter import first_names
 from ..models.names import OWN_ARGS
 from .architecture import create_model
 from .checkpoint import (
+    CHECKSUM,
     FLOATS,
     Checkpoint,
     dtype_fits,
@@ -47,6 +49,7 @@ def _safetensors(weights: Dict[str, Tensor], metadata: Mapping[str, str]) -> byt
     """Content of a file, the same for the same model: safetensors itself writes metadata in any order."""
     content = safetensors.torch.save(weights)
     length = struct.unpack('<Q', content[:8])[0]
+    metadata = {**metadata, CHECKSUM: f'{zlib.crc32(content[8 + length:]):08x}'}
     header = json.dumps({'__metadata__': dict(sorted(metadata.items())), **json.loads(content[8:8 + length])}).encode()
     header += b' ' * (-len(header) % 8)  # tensors are aligned
     return struct.pack('<Q', len(header)) + header + content[8 + length:]

@@ -28,7 +28,7 @@ from typing import Any, List, Optional, Sequence, Tuple
 import yaml
 from timm.utils import is_primary
 
-from ..core.errors import UserError
+from ..core.errors import UserError, visible
 from ..io.hub_errors import HubError
 from .arguments import add_time_step_options, check_model, complete_schedule, read_options, recipe_file, recipe_names
 from .epochs import AnnealedEpochs
@@ -152,7 +152,7 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = 'timm-rep train') -> 
     try:
         _train(sys.argv[1:] if argv is None else argv, prog)
     except (DivergedError, UserError, HubError) as e:
-        print(f'{prog}: {e}', file=sys.stderr)
+        print(f'{prog}: {visible(str(e))}', file=sys.stderr)
         sys.exit(1 if isinstance(e, DivergedError) else 3 if isinstance(e, HubError) else 2)
     except BrokenPipeError:  # as in `--help | head`; Python's own last flush must not fail either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
