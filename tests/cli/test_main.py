@@ -141,7 +141,8 @@ def test_names_in_errors_are_spelt_out(error, monkeypatch):
 
 def test_names_of_files_and_options_are_spelt_out(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for args in (['verify', ESCAPES], ['verify', 'x', f'--{ESCAPES}'], ['bench', 'x', '--batch-size', ESCAPES], [ESCAPES]):
+    for args in (
+            ['verify', ESCAPES], ['verify', 'x', f'--{ESCAPES}'], ['bench', 'x', '--batch-size', ESCAPES], [ESCAPES]):
         result = CliRunner().invoke(main, args)
         assert result.exit_code == 2
         assert r'\x1b' in result.output

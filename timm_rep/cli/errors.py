@@ -44,7 +44,7 @@ class Group(click.Group):
         try:
             return super().invoke(context)
         except click.ClickException as e:
-            e.message = visible(e.message)
+            e.message = visible(e.message)  # type: ignore[misc]  # click declares it as final
             raise
 
 

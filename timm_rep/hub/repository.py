@@ -73,12 +73,19 @@ def _head_of(api: HfApi, repo: str, revision: str, replace_card: bool) -> Any:
     return info
 
 
-def _send(api: HfApi, repo: str, folder: Path, sent: List[str], **kwargs: Any) -> CommitInfo:
+def _send(
+        api: HfApi,
+        repo: str,
+        folder: Path,
+        sent: List[str],
+        token: Optional[str],
+        **kwargs: Any,
+) -> CommitInfo:
     """Send a folder in one commit, note it, and look at what arrived."""
     with warnings.catch_warnings(record=True) as told:  # by the server, about the card
         commit = api.upload_folder(repo_id=repo, folder_path=folder, delete_patterns=list(MANAGED_FILES), **kwargs)
     for warning in told:
-        _logger.warning('%s', without_tokens(str(warning.message), api.token))
+        _logger.warning('%s', without_tokens(str(warning.message), token))
     sent.append(str(commit.commit_url))
     files = file_sizes(folder)
     found = api.get_paths_info(repo, list(files), revision=commit.oid)
@@ -134,10 +141,10 @@ def send_forms(
         if training_folder is not None:
             parent = _head_of(api, repo, TRAIN_REVISION, replace_card).sha
             _send(
-                api, repo, training_folder, sent, revision=TRAIN_REVISION, parent_commit=parent,
+                api, repo, training_folder, sent, token, revision=TRAIN_REVISION, parent_commit=parent,
                 commit_message=f'{name} in training form')
         commit = _send(
-            api, repo, folder, sent, revision=None if create_pr else revision, parent_commit=head.sha,
+            api, repo, folder, sent, token, revision=None if create_pr else revision, parent_commit=head.sha,
             create_pr=create_pr, commit_message=f'{name}, fused by timm_rep {__version__}')
         if git_tag:
             api.create_tag(repo, tag=git_tag, revision=commit.oid)

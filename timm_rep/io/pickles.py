@@ -46,7 +46,7 @@ ADVICE = (
 class _Object(NamedTuple):
     """How many objects one stands for; its name, if it is a global or the codec; that of a pair is its second's."""
 
-    count: int
+    objects: int
     name: str = ''
 
 
@@ -89,6 +89,7 @@ def _scan(file: IO[bytes], functions: frozenset) -> None:
     stack: List[Any] = []
     memo: Dict[int, _Object] = {}
     total, start = 0, file.tell()
+    argument: Any
     for opcode, argument, position in pickletools.genops(file):
         total += 1
         if opcode.name not in OPCODES or (opcode.name == 'PROTO' and argument != PROTOCOL):
@@ -103,13 +104,13 @@ def _scan(file: IO[bytes], functions: frozenset) -> None:
             memo[argument] = stack[-1]
         elif opcode.name in ('BINGET', 'LONG_BINGET'):
             stack.append(memo[argument])
-            total += stack[-1].count
+            total += stack[-1].objects
         elif opcode.name not in ('PROTO', 'STOP'):
             taken = _popped(stack, opcode.stack_before)
             if opcode.name in ('REDUCE', 'NEWOBJ'):
-                _check_call(*taken, functions)
+                _check_call(taken[0], taken[1], functions)
             name = argument if argument == BYTES_CODEC else taken[0].name if opcode.name == 'TUPLE2' else ''
-            stack.append(_Object(1 + sum(part.count for part in taken), name))
+            stack.append(_Object(1 + sum(part.objects for part in taken), name))
         if total > MAX_OBJECTS or (position or 0) - start > MAX_BYTES:
             raise UserError(f'its pickle is more than {MAX_BYTES} bytes or {MAX_OBJECTS} objects')
 

@@ -62,7 +62,7 @@ def save(model: nn.Module, file: PathLike, *, replace: bool = False) -> None:
     and the input settings. Whoever reads safetensors reads the weights, too.
 
     Args:
-        model: Model in training or stock form, also in wrappers (DDP, torch.compile). Of a model that timm cannot build
+        model: Model in training or stock form, also in wrappers (DDP, torch.compile, EMA). Of a model that timm cannot build
             the file tells the expansion only: ``load(file, into=stock_model)``.
         file: New ``.safetensors`` file, which is there whole or not at all.
         replace: Let it be a file that exists.
@@ -186,7 +186,7 @@ def _described_model(checkpoint: Checkpoint, overrides: Mapping[str, Any] = {}) 
             model = description.build()
         except Exception as e:  # a file may give timm and the methods any arguments
             raise UserError(f'{path} does not describe its model: {e}') from e
-        return model.to(*dtypes) if len(dtypes) == 1 else model
+        return model.to(next(iter(dtypes))) if len(dtypes) == 1 else model
 
     return build_filled(checkpoint, AS_DESCRIBED, build)
 
