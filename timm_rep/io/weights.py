@@ -62,8 +62,8 @@ def save(model: nn.Module, file: PathLike, *, replace: bool = False) -> None:
     and the input settings. Whoever reads safetensors reads the weights, too.
 
     Args:
-        model: Model in training or stock form, also in wrappers (DDP, torch.compile, EMA). Of a model that timm cannot build
-            the file tells the expansion only: ``load(file, into=stock_model)``.
+        model: Model in training or stock form, also in wrappers (DDP, torch.compile, averaged copies). Of a model that
+            timm cannot build the file tells the expansion only: ``load(file, into=stock_model)``.
         file: New ``.safetensors`` file, which is there whole or not at all.
         replace: Let it be a file that exists.
 
