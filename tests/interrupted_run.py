@@ -1,10 +1,11 @@
-"""Run the wrapper around timm's train.py in a process of its own that kills itself at a chosen point."""
+"""Run the wrapper around timm's train.py in a process of its own that kills or interrupts itself at a chosen point."""
 import contextlib
 import csv
 import io
 import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
 
 STAND_IN = Path(__file__).with_name('small_train.py')
@@ -50,6 +51,22 @@ def contents(folder):
 
 def _die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _interrupt(*_):
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+class _Shutdown:
+    """As workers of a loader are shut down: what is raised there is printed and forgotten."""
+
+    def __del__(self):
+        _interrupt()
+        time.sleep(0)  # here it is raised
+
+
+def _terminate(*_):
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _patch(owner, name, count, before=None, after=None, only=lambda *args: True):
@@ -107,6 +124,10 @@ def _arm(point, count, folder, optimizer):
             os, 'replace', dict(before=_die, only=lambda src, dst: 'time_step-' in str(dst))),
         'validation': (timm.utils, 'accuracy', dict(before=_die)),
         'summary half written': (timm.utils, 'update_summary', dict(before=_write_half_a_row)),
+        'interrupted in training': (getattr(torch.optim, optimizer), 'step', dict(before=_interrupt)),
+        'interrupted in validation': (timm.utils, 'accuracy', dict(before=_interrupt)),
+        'interrupted in vain': (timm.utils, 'accuracy', dict(before=lambda *_: _Shutdown())),
+        'terminated': (getattr(torch.optim, optimizer), 'step', dict(before=_terminate)),
         'last snapshot': (AnnealedEpochs, 'finish', dict(before=_die)),
     }
     owner, name, when = points[point]

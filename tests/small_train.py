@@ -82,16 +82,17 @@ def main():
     if start_epoch > 0:
         scheduler.step(start_epoch)
     best_metric = None
-    for epoch in range(start_epoch, num_epochs):
-        train_metrics = train_one_epoch(
-            epoch, model, loader, optimizer, F.cross_entropy, args, lr_scheduler=scheduler, saver=saver,
-            output_dir=output_dir, model_ema=model_ema)
-        eval_metrics = validate(model, eval_loader)
-        utils.update_summary(
-            epoch, train_metrics, eval_metrics, filename=os.path.join(output_dir, 'summary.csv'),
-            lr=optimizer.param_groups[0]['lr'], write_header=best_metric is None)
-        best_metric, _ = saver.save_checkpoint(epoch, metric=eval_metrics['top1'])
-        scheduler.step(epoch + 1)
+    with suppress(KeyboardInterrupt):  # as the original
+        for epoch in range(start_epoch, num_epochs):
+            train_metrics = train_one_epoch(
+                epoch, model, loader, optimizer, F.cross_entropy, args, lr_scheduler=scheduler, saver=saver,
+                output_dir=output_dir, model_ema=model_ema)
+            eval_metrics = validate(model, eval_loader)
+            utils.update_summary(
+                epoch, train_metrics, eval_metrics, filename=os.path.join(output_dir, 'summary.csv'),
+                lr=optimizer.param_groups[0]['lr'], write_header=best_metric is None)
+            best_metric, _ = saver.save_checkpoint(epoch, metric=eval_metrics['top1'])
+            scheduler.step(epoch + 1)
 
 
 def train_one_epoch(

@@ -1,11 +1,10 @@
-"""Averaged copies (EMA, SWA) of a model whose attach rate changes: a rate and a time step are taken over, never averaged."""
+"""Averaged copies (EMA, SWA) of a model whose attach rate changes: they take it over, and never average it."""
 import copy
 import pickle
 
 import pytest
-import timm
 import torch
-from helpers import assert_near, randn, randomize_
+from helpers import assert_near, randn, randomize_, tiny_repvgg
 from timm.utils import ModelEmaV2, ModelEmaV3
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -25,7 +24,7 @@ AVERAGES = {
 
 
 def annealed(rate, kind='orepa'):
-    model = randomize_(timm.create_model('repan_repvgg_a0_cifar', rep_layer=kind)).double().eval()
+    model = randomize_(timm_rep.expand(tiny_repvgg(), kind)).double().eval()
     timm_rep.set_attach_rate(model, rate)
     return model
 

@@ -1,10 +1,11 @@
 """What is published of a run: all that says what was trained, nothing else, and only if it is of that run."""
 import logging
+import math
 
 import pytest
 import yaml
 
-from timm_rep.io.runs import read_run, write_run
+from timm_rep.io.runs import complete_rows, read_run, read_summary, write_run
 
 ARGS = dict(model='orepa_resnet18', epochs=3, lr=0.1, seed=42, val_split='test', input_size=[3, 32, 32], mean=[0.5] * 3)
 SUMMARY = 'epoch,train_top1,eval_top1,eval_top5,eval_loss\n0,10.0,20.0,90.0,1.8\n1,15.0,41.5,97.25,1.6\n'
@@ -131,3 +132,36 @@ def test_figures_are_of_the_weights_that_train_py_evaluates_last(checkpoint, arg
     with caplog.at_level(logging.WARNING):
         run = read_run(checkpoint, dict(ARGS, **args), 1, use_ema=use_ema)
     assert run.metrics == (dict(top1=41.5, top5=97.25) if measured else {})
+
+
+DAMAGE = dict(
+    zeros=bytes(140_000), digit='²,1.0,2.0'.encode(), bytes=b'1,\xff\xfe,2.0', quote=b'"1,1.0,2.0', inner=b'1,"1.0,2.0',
+    long=b'9' * 5000 + b',1.0,2.0', infinite=b'9' * 400 + b',1.0,2.0', escape=b'1,\x1b[2J,2.0', short=b'1,1.0',
+    header=b'epoch\x00,loss,top1', empty=b'')
+
+
+@pytest.mark.parametrize('line', DAMAGE)
+def test_a_damaged_line_is_left_out(tmp_path, caplog, line):
+    """No other line goes with it."""
+    path = tmp_path / 'summary.csv'
+    path.write_bytes(b'epoch,loss,top1\r\n0,1.5,10\r\n' + DAMAGE[line] + b'\r\n2,1.25,20\r\n3,1.')
+    with caplog.at_level(logging.WARNING):
+        assert read_summary(path) == [dict(epoch=0, loss=1.5, top1=10), dict(epoch=2, loss=1.25, top1=20)]
+    assert [record.getMessage() for record in caplog.records] == [f'{path}: damaged lines left out: 1']
+
+
+def test_columns_that_must_be_whole_numbers(tmp_path):
+    path = tmp_path / 'branch_gradients.csv'
+    path.write_text('epoch,depth,layer\n0,0,stem\n0,x,stem\n0,1,conv1\n')
+    assert [row['layer'] for row in complete_rows(path, ('epoch', 'depth'))] == ['stem', 'conv1']
+    path.write_text('epoch,depthy,layer\n0,0,stem\n')
+    assert list(complete_rows(path, ('epoch', 'depth'))) == []
+
+
+def test_columns_that_came_with_a_resume_are_written(checkpoint, tmp_path):
+    (tmp_path / 'summary.csv').write_text('epoch,eval_top1\n0,10\nepoch,eval_top1,eval_loss\n1,20,1.5\n')
+    run = read_run(checkpoint, ARGS)
+    write_run(run, tmp_path)
+    first, second = read_summary(tmp_path / 'summary.csv')
+    assert math.isnan(first.pop('eval_loss'))
+    assert (first, second) == (dict(epoch=0, eval_top1=10), dict(epoch=1, eval_top1=20, eval_loss=1.5))

@@ -1,4 +1,5 @@
 """What the wrapper refuses, in one line and before anything is written; its recipes."""
+import argparse
 import os
 import re
 import subprocess
@@ -15,8 +16,10 @@ from timm.data import resolve_data_config
 
 import timm_rep
 from timm_rep.core.walk import annealed_modules
+from timm_rep.io.runs import MAY_CHANGE
 from timm_rep.train import main
-from timm_rep.train.arguments import recipe_file, recipe_names
+from timm_rep.train.arguments import add_time_step_options, recipe_file, recipe_names
+from timm_rep.train.resume import find_run
 from timm_rep.train.wrapper import load_script
 
 SCRIPT = Path(timm_rep.__file__).parents[1] / 'train_scripts' / 'train.py'
@@ -99,8 +102,12 @@ def copied(finished, tmp_path):
 
 @pytest.mark.parametrize(('more', 'message'), [
     ([], 'holds another run; go on with it by --resume auto'),
-    (['--resume', 'auto', '--time-steps', 4], 'of a run with --time-steps 3, this one has --time-steps 4'),
-    (['--resume', 'auto', '--model', 'repan_repvgg_a1_cifar'], 'of a run with --model repan_repvgg_a0_cifar'),
+    (['--resume', 'auto', '--time-steps', 4],
+     'of a run with --lr-cycle-limit 3 (here 4), --time-steps 3 (here 4); take the same to go on with it, or'),
+    (['--resume', 'auto', '--model', 'repan_repvgg_a1_cifar'],
+     'of a run with --model repan_repvgg_a0_cifar (here repan_repvgg_a1_cifar);'),
+    (['--resume', 'auto', '--lr', 0.5, '--opt', 'adamw', '--weight-decay', 0],
+     'of a run with --lr 0.05 (here 0.5), --opt momentum (here adamw), --weight-decay 0.0001 (here 0.0);'),
     (['--resume', 'auto', '--start-epoch', 1], 'is in time step 3, epoch 1 lies before it'),
     (['--resume', 'output/train/run/last.pth.tar', '--experiment', 'other', '--time-steps', 2], '--time-steps 3'),
     (['--resume', 'auto', '--experiment', ''], 'name it with --experiment; output/train holds run'),
@@ -110,6 +117,65 @@ def test_folder_or_checkpoint_of_another_run_is_refused(copied, scripts, tmp_pat
     before = contents(tmp_path)
     assert message in refusal(arguments(scripts, *more))
     assert contents(tmp_path) == before
+
+
+SHAPING = """
+    batch_size grad_accum_steps workers lr lr_base opt momentum weight_decay opt_betas clip_grad sched min_lr epochs
+    warmup_epochs model_ema model_ema_decay drop_path mixup reprob aa hflip smoothing num_classes img_size bn_momentum
+    model_kwargs initial_checkpoint amp sync_bn seed kd_model_name class_map val_interval time_steps compensate
+""".split()
+
+
+@pytest.fixture
+def known(timm_scripts):
+    """All arguments of timm's script and ours, as nobody gave any."""
+    script = load_script(timm_scripts / 'train.py')
+    add_time_step_options(script.parser)
+    return vars(script.parser.parse_args([]))
+
+
+@pytest.fixture
+def resume(tmp_path):
+    """What is said to a run of some arguments that goes on from a checkpoint of others; None if nothing."""
+    def resumed(there, here, beside=None):
+        path = tmp_path / 'last.pth.tar'
+        torch.save(dict(state_dict=dict(x=torch.zeros(1)), epoch=3, args=argparse.Namespace(**there)), path)
+        (tmp_path / 'args.yaml').unlink(missing_ok=True)
+        if beside is not None:
+            (tmp_path / 'args.yaml').write_text(yaml.safe_dump(beside))
+        args = argparse.Namespace(**{**here, 'resume': str(path), 'output': str(tmp_path)})
+        try:
+            find_run(args, timm_rep.AnnealingSchedule(1, 300, 0))
+        except timm_rep.UserError as e:
+            return str(e)
+
+    return resumed
+
+
+def test_whatever_shapes_the_training_must_agree(known, resume):
+    allowed = {name for name in known if resume(known, {**known, name: 'other'}) is None}
+    assert allowed == MAY_CHANGE & known.keys()
+    assert not allowed & set(SHAPING)
+    assert set(SHAPING) <= known.keys()
+    said = resume({**known, 'lr': 0.1, 'aa': 'other'}, {**known, 'lr': 0.2})
+    assert 'of a run with --aa other (here None), --lr 0.1 (here 0.2); take the same' in said
+
+
+def test_what_timm_decides_itself_must_have_been_left_to_it(known, resume):
+    """It puts the learning rate that it takes into the checkpoint, and what it was told into args.yaml."""
+    ran = {**known, 'lr': 0.05, 'num_classes': 10, 'lr_base_scale': 'linear', 'rank': 0, 'world_size': 1}
+    assert resume(ran, known, beside=known) is None
+    assert resume(ran, {**known, 'lr': 0.05}, beside=known) is None
+    assert '--lr 0.05 (here 0.1)' in resume(ran, {**known, 'lr': 0.1}, beside=known)
+    assert '--lr 0.05 (here None)' in resume(ran, known, beside={**known, 'lr': 0.05})
+    assert '--lr 0.05 (here None), --lr-base-scale linear (here ), --num-classes 10 (here None)' in resume(ran, known)
+
+
+def test_as_many_processes_must_train_on(known, resume, monkeypatch):
+    assert '2 processes (here 1)' in resume({**known, 'world_size': 2}, known)
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    assert resume({**known, 'world_size': 2}, known) is None
+    assert '1 processes (here 2)' in resume({**known, 'world_size': 1}, known)
 
 
 @pytest.mark.parametrize(('cut_off', 'message'), [
@@ -132,7 +198,7 @@ def test_checkpoint_of_a_run_without_time_steps_is_refused(finished, scripts, tm
     for name in ('time_steps', 'attach_warmup_epochs'):
         delattr(checkpoint['args'], name)
     torch.save(checkpoint, tmp_path / 'plain.pth.tar')
-    assert 'of a run with --time-steps 1, this one has --time-steps 3' in refusal(
+    assert '--time-steps 1 (here 3)' in refusal(
         arguments(scripts, '--resume', 'plain.pth.tar'))
     # weights alone do not say of which epoch they are
     torch.save(dict(state_dict=checkpoint['state_dict']), tmp_path / 'weights.pth')

@@ -1,6 +1,8 @@
 """A run that is killed at any moment and resumed ends like one that was not."""
 import argparse
 import os
+import re
+import shutil
 import signal
 
 import pytest
@@ -32,15 +34,19 @@ KILLS = [
     ('snapshot not yet in place', 3),
     ('last snapshot', 1),
 ]
+# Ctrl-C, which timm takes for the end of the training, and what torchrun ends its processes with.
+INTERRUPTIONS = [
+    ('interrupted in training', 8, 130),
+    ('interrupted in validation', 2, 130),
+    ('interrupted in validation', 6, 130),  # of the last epoch
+    ('interrupted in vain', 2, 130),
+    ('terminated', 8, -signal.SIGTERM),
+]
+ENDS = [*((*kill, -signal.SIGKILL) for kill in KILLS), *INTERRUPTIONS]
 
 
-@pytest.mark.parametrize(('point', 'count'), KILLS, ids=str)
-def test_killed_and_resumed_run_ends_like_one_that_was_not(finished, scripts, tmp_path, point, count):
-    code, log = run(tmp_path, arguments(scripts, '--log-branches'), point=point, count=count)
-    assert code == -signal.SIGKILL, log
-    code, log = run(tmp_path, arguments(scripts, '--log-branches', '--resume', 'auto'))
-    assert code == 0, log
-    folder = tmp_path / 'output/train/run'
+def assert_ends_alike(folder, finished, point=''):
+    """All that a run left is as if nothing had happened to it."""
     for epoch in range(TIME_STEPS * EPOCHS):
         checkpoint = f'checkpoint-{epoch}.pth.tar'
         if (folder / checkpoint).is_file():  # one that was to be linked when the process died stays away
@@ -55,6 +61,46 @@ def test_killed_and_resumed_run_ends_like_one_that_was_not(finished, scripts, tm
         assert (folder / name).read_bytes() == (finished / name).read_bytes()
     for name in ('summary.csv', 'branch_gradients.csv'):
         assert rows(folder / name) == rows(finished / name)
+
+
+@pytest.mark.parametrize(('point', 'count', 'expected'), ENDS, ids=str)
+def test_killed_and_resumed_run_ends_like_one_that_was_not(finished, scripts, tmp_path, point, count, expected):
+    code, log = run(tmp_path, arguments(scripts, '--log-branches'), point=point, count=count)
+    assert code == expected, log
+    if code == 130:
+        assert log.endswith('train.py: interrupted\n')
+        assert ('Traceback' in log) == (point == 'interrupted in vain')  # by Python, of what it ignored
+        assert not (tmp_path / 'output/train/run/time_step-2.safetensors').exists() or count == 6
+    code, log = run(tmp_path, arguments(scripts, '--log-branches', '--resume', 'auto'))
+    assert code == 0, log
+    assert_ends_alike(tmp_path / 'output/train/run', finished, point)
+
+
+def turn_a_bit(path):
+    """Of the weights, somewhere in the middle; in no file that is linked to this one."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.unlink()
+    path.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_passed_over(finished, scripts, tmp_path, caplog):
+    folder = tmp_path / 'output/train/run'
+    shutil.copytree(finished, folder)
+    for name in ('last.pth.tar', 'checkpoint-5.pth.tar'):
+        turn_a_bit(folder / name)
+    assert newest_checkpoint(folder) == folder / 'checkpoint-4.pth.tar'
+    passed_over = [record.getMessage() for record in caplog.records]
+    for line, name in zip(passed_over, ('last.pth.tar', 'checkpoint-5.pth.tar'), strict=True):
+        assert line.startswith(f'Passed over: {folder / name} is not ')
+        assert re.search(r'its record \S+ is damaged', line)
+    code, log = run(tmp_path, arguments(scripts, '--log-branches', '--resume', 'output/train/run/last.pth.tar'))
+    assert code == 2
+    assert re.search(r'train\.py: output/train/run/last\.pth\.tar is not .* its record \S+ is damaged', log)
+    code, log = run(tmp_path, arguments(scripts, '--log-branches', '--resume', 'auto'))
+    assert code == 0, log
+    assert '--resume auto: output/train/run/checkpoint-4.pth.tar' in log
+    assert_ends_alike(folder, finished)
 
 
 def test_resuming_from_a_checkpoint_in_another_folder_ends_in_the_same_weights(finished, scripts, tmp_path):
@@ -105,6 +151,13 @@ def test_rows_of_an_interrupted_run_are_dropped(tmp_path):
     drop_rows(path, 2)
     assert path.read_text().split() == ['epoch,loss', '0,1.0', 'epoch,loss,rate', '1,0.5,0.1']
     assert sorted(p.name for p in tmp_path.iterdir()) == ['summary.csv']
+
+
+def test_a_run_with_damaged_rows_goes_on(tmp_path):
+    path = tmp_path / 'summary.csv'
+    path.write_bytes(b'epoch,loss\n0,1.0\n' + bytes(140_000) + '\n²,0.5\n2,0.4\n'.encode())
+    drop_rows(path, 2)
+    assert path.read_text().split() == ['epoch,loss', '0,1.0']
 
 
 def test_nothing_stays_of_a_snapshot_that_was_interrupted(tmp_path):

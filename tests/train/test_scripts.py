@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import re
+import signal
 import subprocess
 import sys
 
@@ -85,6 +86,33 @@ def test_script_runs_as_main_with_our_models_and_the_installed_timm(tmp_path):
         run_script(script, [str(tmp_path / 'seen.json'), '--fail'])
     assert error.value.code == 3
     assert sys.argv == own_argv
+
+
+def test_an_interruption_that_a_script_swallows_is_an_error_all_the_same(tmp_path):
+    script = tmp_path / 'validate.py'
+    script.write_text("""
+import os, signal, sys
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    signal.pause()
+except KeyboardInterrupt:
+    open(sys.argv[1], 'w').write('results so far')
+""")
+    with pytest.raises(KeyboardInterrupt):
+        run_script(script, [str(tmp_path / 'results')])
+    assert (tmp_path / 'results').read_text() == 'results so far'
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interruption_that_somebody_else_handles_is_theirs(tmp_path):
+    script = tmp_path / 'validate.py'
+    script.write_text('import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n')
+    usual = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does for what it runs in the background
+    try:
+        run_script(script)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 @pytest.mark.parametrize(('name', 'args', 'hint'), [

@@ -1,5 +1,4 @@
 """Put rep layers into a model: which convolutions a method takes, and the swap."""
-import copy
 import fnmatch
 import logging
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Tuple, Union
@@ -10,11 +9,11 @@ from timm.models.byobnet import RepVggBlock
 
 from .errors import UserError
 from .expansion import expansion_of
+from .fuse import fuse_before_own_
 from .layers import AnnealedRepVggBlock, FoldedNorm, RepLayer
 from .layers.rep import Rep
 from .methods import Method, MethodLike, Place, as_method
-from .fuse import fuse_before_own_
-from .walk import ModelT, ancestors_of, move_hooks, norm_behind, parent_of, reads_between, unwrapped
+from .walk import ModelT, ancestors_of, copied, move_hooks, norm_behind, parent_of, reads_between, unwrapped
 
 __all__ = ['Select', 'anneal_repvgg_blocks_', 'expand', 'expand_as_', 'expand_fresh_']
 
@@ -292,7 +291,7 @@ def _expand_assigned(
                 raise UserError(f'{method.name!r} takes the norm in; {name} is shared by places with other norms')
             new_modules[place.norm_name] = folded
     if not inplace:
-        model = copy.deepcopy(model)
+        model = copied(model)
     for name, module in new_modules.items():
         move_hooks(model.get_submodule(name), module)
         setattr(*parent_of(model, name), module)

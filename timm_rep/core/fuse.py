@@ -1,5 +1,4 @@
 """Take rep layers out of a model again: its stock form."""
-import copy
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, List
 
@@ -7,7 +6,7 @@ import torch.nn as nn
 
 from .errors import UserError
 from .layers import AnnealedModule
-from .walk import ModelT, ancestors_of, annealed_modules, move_hooks, next_sibling, parent_of, unwrapped
+from .walk import ModelT, ancestors_of, annealed_modules, copied, move_hooks, next_sibling, parent_of, unwrapped
 
 __all__ = ['fuse', 'fuse_before_own_', 'when_fused']
 
@@ -86,7 +85,7 @@ def fuse(model: ModelT, *, inplace: bool = False) -> ModelT:
         if norm is not None:
             replacements[sibling] = norm
     if not inplace:
-        model = copy.deepcopy(model)
+        model = copied(model)
     # A shared layer is one module in several places.
     places: Dict[int, List[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):

@@ -1,4 +1,5 @@
 """Finding things in a model: rep layers, what stands beside and around a module, its image channels."""
+import copy
 from typing import Any, Iterator, List, Optional, Set, Tuple, TypeVar
 
 import torch
@@ -12,8 +13,8 @@ from .layers import AnnealedModule, AnnealedRepVggBlock, RepLayer
 from .layers.annealed import check_attach_rate
 
 __all__ = [
-    'ModelT', 'ancestors_of', 'annealed_modules', 'image_channels', 'move_hooks', 'next_sibling', 'norm_behind',
-    'parent_of', 'reads_between', 'rep_layers', 'set_attach_rate', 'unwrapped',
+    'ModelT', 'ancestors_of', 'annealed_modules', 'copied', 'image_channels', 'move_hooks', 'next_sibling',
+    'norm_behind', 'parent_of', 'reads_between', 'rep_layers', 'set_attach_rate', 'unwrapped',
 ]
 
 ModelT = TypeVar('ModelT', bound=nn.Module)
@@ -39,6 +40,14 @@ def unwrapped(model: Any) -> Any:
     while hasattr(model, '_orig_mod') or isinstance(model, WRAPPERS):
         model = model._orig_mod if hasattr(model, '_orig_mod') else model.module
     return model
+
+
+def copied(model: ModelT) -> ModelT:
+    """A deep copy in the same mode, training or eval; that of a traced graph (torch.fx) would train."""
+    twin = copy.deepcopy(model)
+    for old, new in zip(model.modules(), twin.modules()):
+        new.training = old.training
+    return twin
 
 
 def move_hooks(old: nn.Module, new: nn.Module) -> None:

@@ -3,7 +3,6 @@ import argparse
 import pickle
 import re
 import struct
-import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from ..core.errors import UserError
 from ..core.layers import RepLayer
 from ..models.names import stock_architecture
 from .architecture import FACTORY_ARGS, check_input_size, create_model
+from .damage import check_records
 from .description import Description, read_description
 from .output import PathLike
 from .pickles import check_pickles
@@ -95,20 +95,6 @@ def find_checkpoint(path: PathLike) -> Path:
         f'{path} is not the output folder of a run: it holds neither {" nor ".join(RUN_CHECKPOINTS)}')
 
 
-def _check_records(path: Path) -> None:
-    """Refuse damaged records; and compressed ones, which torch.save does not write: they may take many times the file's
-    size.
-    """
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as file:
-            unpacked = sum(record.file_size for record in file.infolist())
-            if unpacked > path.stat().st_size:
-                raise UserError(f'its records take {unpacked} bytes, more than the file')
-            damaged = file.testzip()  # torch does not compare the sums
-            if damaged is not None:
-                raise UserError(f'its record {damaged} is damaged')
-
-
 def _check_sum(path: Path, metadata: Mapping[str, str]) -> None:
     """Refuse a file of ours whose numbers are no longer those that were written."""
     if CHECKSUM not in metadata:
@@ -130,12 +116,12 @@ def _read_file(path: Path, allow_pickle: bool) -> Tuple[Any, Mapping[str, str]]:
                 content, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
             _check_sum(path, metadata)
             return content, metadata
-        _check_records(path)
         # train.py puts its arguments into the checkpoint
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with path.open('rb') as file, torch.serialization.safe_globals([argparse.Namespace]):
+            check_records(file)  # of the very file that is read: a run may replace it at any time
             if not allow_pickle:
-                check_pickles(path)
-            return torch.load(path, map_location='cpu', weights_only=not allow_pickle), {}
+                check_pickles(file)
+            return torch.load(file, map_location='cpu', weights_only=not allow_pickle), {}
     except (PermissionError, ImportError):
         raise
     except Exception as e:  # a damaged file makes the readers raise almost anything

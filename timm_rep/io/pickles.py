@@ -2,16 +2,15 @@
 import io
 import pickletools
 import zipfile
-from pathlib import Path
 from typing import IO, Any, Dict, List, NamedTuple
 
 import torch
 
 from ..core.errors import UserError
+from .damage import ZIP_START
 
 __all__ = ['check_pickles']
 
-ZIP_START = b'PK\3\4'  # by which torch knows its newer files
 LEGACY_PICKLES = 5  # that torch reads of its older files, before the numbers
 # What torch.save writes. A state dict with its averages and its optimizer takes some kilobytes for a layer.
 OPCODES = frozenset("""
@@ -115,24 +114,26 @@ def _scan(file: IO[bytes], functions: frozenset) -> None:
             raise UserError(f'its pickle is more than {MAX_BYTES} bytes or {MAX_OBJECTS} objects')
 
 
-def check_pickles(path: Path) -> None:
+def check_pickles(file: IO[bytes]) -> None:
     """Refuse a file of torch.save that is more than weights and plain data, before any of it is unpickled.
 
     Args:
-        path: The file.
+        file: The file; it is at its start again afterwards.
 
     Raises:
         UserError: If it names other things, or would take any time or memory.
         Exception: Whatever a damaged file leads to.
     """
     functions = _functions()
-    with path.open('rb') as file:
-        if file.read(len(ZIP_START)) != ZIP_START:
-            file.seek(0)
-            for _ in range(LEGACY_PICKLES):
-                _scan(file, functions)
-            return
-    with zipfile.ZipFile(path) as archive:
-        for record in archive.infolist():
-            if record.filename.lower().endswith('/data.pkl'):
-                _scan(io.BytesIO(archive.read(record)), functions)
+    is_zip = file.read(len(ZIP_START)) == ZIP_START
+    file.seek(0)
+    if is_zip:
+        with zipfile.ZipFile(file) as archive:
+            for record in archive.infolist():
+                if record.filename.lower().endswith('/data.pkl'):
+                    record.CRC = None  # type: ignore[assignment]  # a file may keep no sums
+                    _scan(io.BytesIO(archive.read(record)), functions)
+    else:
+        for _ in range(LEGACY_PICKLES):
+            _scan(file, functions)
+    file.seek(0)

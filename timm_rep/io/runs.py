@@ -5,7 +5,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 from urllib.parse import urlsplit
 
 import yaml
@@ -14,7 +14,10 @@ from ..core.errors import UserError
 from .output import PathLike
 from .plain_data import plain, read_yaml
 
-__all__ = ['Run', 'complete_rows', 'read_run', 'read_run_args', 'read_summary', 'to_number', 'write_run']
+__all__ = [
+    'MAY_CHANGE', 'Run', 'complete_rows', 'read_run', 'read_run_args', 'read_summary', 'to_number',
+    'write_run',
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -35,11 +38,17 @@ SECRET_NAME = re.compile(r'token|secret|passw|credential|auth|key', re.IGNORECAS
 PRIVATE_VALUE = re.compile(
     r'(?<!\w)[/\\~]|local-dir:|(?:hf_|gh[opsur]_|github_pat_|glpat-|xox[abp]-|(?<![a-z])sk-|AKIA|AIza)\w{8}',
     re.IGNORECASE)
-# May differ between the arguments inside a checkpoint and those in the args.yaml beside it: train.py changes them
-# itself, or they may be others when a run is resumed.
-MAY_DIFFER = frozenset((
-    'checkpoint_hist', 'device', 'dist_bn', 'log_interval', 'log_wandb', 'pin_mem', 'recovery_interval', 'save_images',
-    'start_epoch', 'workers'))
+# Arguments that may be others when a run goes on: they do not shape the training. The last line changes rounding only.
+MAY_CHANGE = frozenset("""
+    checkpoint_hist data data_dir dataset_download dataset_trust_remote_code experiment local_rank log_branches
+    log_interval log_wandb no_resume_opt output pin_mem recovery_interval resume save_images start_epoch
+    synchronize_step validation_batch_size wandb_project wandb_resume_id wandb_tags
+    channels_last device device_modules fuser torchcompile torchcompile_mode
+""".split())
+# May differ between the arguments inside a checkpoint and those in the args.yaml beside it: train.py decides the first
+# itself, and allows any when it resumes.
+MAY_DIFFER = MAY_CHANGE | {'dist_bn', 'workers'}
+WHOLE_NUMBER = re.compile('[0-9]{1,9}')
 WHY_LEFT_OUT = "since about the machine it ran on, or not train.py's own"
 DEFAULT_EVAL_METRIC = 'top1'
 # Figures of summary.csv by the name that they have on a model card.
@@ -132,11 +141,25 @@ def _file_name(path: str) -> str:
     return 'FILE' if _is_private(name) else name
 
 
-def complete_rows(path: Path) -> Iterator[Dict[str, str]]:
+def _cells(line: str) -> List[str]:
+    """Cells of one line of a csv file; none of a damaged one. A stray quote must not swallow the lines below it."""
+    line = line.rstrip('\r\n')
+    if not line.isprintable() or '\ufffd' in line:  # which stands for bytes that are no text
+        return []
+    try:
+        return next(csv.reader([line], strict=True), [])
+    except csv.Error:
+        return []
+
+
+def complete_rows(path: Path, whole: Sequence[str] = ('epoch',)) -> Iterator[Dict[str, str]]:
     """Rows of a csv file that a run appends to: a resume repeats the header, a kill leaves a line cut off.
+
+    Lines that are damaged are left out as well, with a warning that counts them.
 
     Args:
         path: File whose first column is the epoch.
+        whole: Columns of whole numbers, without which a line is no row.
 
     Yields:
         The complete rows, by column.
@@ -150,11 +173,18 @@ def complete_rows(path: Path) -> Iterator[Dict[str, str]]:
     if lines and not lines[-1].endswith('\n'):
         del lines[-1]
     header: List[str] = []
-    for cells in csv.reader(lines):
+    damaged = 0
+    for line in lines:
+        cells = _cells(line)
+        row = dict(zip(header, cells))
         if cells[:1] == ['epoch']:
             header = cells
-        elif len(cells) == len(header) and cells[0].isdigit():
-            yield dict(zip(header, cells))
+        elif len(cells) == len(header) and all(WHOLE_NUMBER.fullmatch(row.get(name, '')) for name in whole):
+            yield row
+        else:
+            damaged += 1
+    if damaged:
+        _logger.warning('%s: damaged lines left out: %d', path, damaged)
 
 
 def to_number(text: str) -> float:
@@ -169,7 +199,7 @@ def read_summary(path: PathLike) -> List[Dict[str, float]]:
     """Read the figures that timm's train.py notes in ``summary.csv``.
 
     A resume from an earlier checkpoint repeats epochs; what was noted of them, and of the epochs after them, before
-    that is dropped, as are lines that are cut off.
+    that is dropped, as are lines that are cut off or damaged.
 
     Args:
         path: The file.
@@ -295,6 +325,7 @@ def write_run(run: Run, folder: PathLike) -> None:
         (folder / 'args.yaml').write_text(note + yaml.safe_dump(run.args))
     if run.history:
         with (folder / 'summary.csv').open('w', newline='') as file:
-            writer = csv.DictWriter(file, list(run.history[0]), lineterminator='\n')
+            columns = dict.fromkeys(name for row in run.history for name in row)  # a resume may add some
+            writer = csv.DictWriter(file, list(columns), lineterminator='\n')
             writer.writeheader()
             writer.writerows(dict(row, epoch=int(row['epoch'])) for row in run.history)

@@ -1,7 +1,8 @@
 """Names of architectures: which stock network a model of ours fuses into, and how it says so."""
-from typing import Any, Dict
+from typing import Any, Dict, Mapping, Tuple
 
 import timm
+import torch.nn as nn
 
 from ..core.fuse import when_fused
 
@@ -51,20 +52,31 @@ def timm_has(architecture: str) -> bool:
     return registering_package(architecture) == 'timm'
 
 
+def _as_stock(architecture: str, args: Mapping[str, Any]) -> Tuple[str, Dict[str, Any]]:
+    """Architecture and model arguments of the stock form."""
+    stock_args = {key: value for key, value in args.items() if key not in OWN_ARGS}
+    return stock_architecture(architecture), dict(stock_args, **stock_form_args(architecture))
+
+
 @when_fused
 def name_stock_architecture(model: Any) -> None:
     """Let the model's own metadata, which exports and reloads go by, name what it is now."""
     cfg = getattr(model, 'pretrained_cfg', None)
     architecture = cfg.get('architecture', '') if isinstance(cfg, dict) else ''
-    if not isinstance(cfg, dict) or not architecture.startswith(TRAINING_PREFIXES):
+    if not isinstance(cfg, dict) or not is_training_form(architecture):
         return
-    args = {key: value for key, value in getattr(model, '_model_args', {}).items() if key not in OWN_ARGS}
-    stock = stock_architecture(architecture)
-    if stock == architecture:  # timm has no such network: ours, in stock form
-        model._model_args = dict(args, inference_mode=True)
-        return
-    model._model_args = args
-    stock_cfg = timm.get_pretrained_cfg(stock)
-    first_conv = stock_cfg.first_conv if stock_cfg else cfg.get('first_conv')
-    model.pretrained_cfg = model.default_cfg = dict(cfg, architecture=stock, first_conv=first_conv)
-    model._traits = dict(getattr(model, '_traits', {}), first_conv=first_conv)
+    stock, model._model_args = _as_stock(architecture, getattr(model, '_model_args', {}))
+    if stock != architecture:
+        stock_cfg = timm.get_pretrained_cfg(stock)
+        first_conv = stock_cfg.first_conv if stock_cfg else cfg.get('first_conv')
+        model.pretrained_cfg = model.default_cfg = dict(cfg, architecture=stock, first_conv=first_conv)
+        model._traits = dict(getattr(model, '_traits', {}), first_conv=first_conv)
+
+
+@when_fused
+def name_stock_architecture_in_config(model: nn.Module) -> None:
+    """The same for the configuration of a module around the network (transformers' ``TimmWrapper...``)."""
+    config: Any = getattr(model, 'config', None)
+    architecture = getattr(config, 'architecture', None)
+    if isinstance(architecture, str) and is_training_form(architecture):
+        config.architecture, config.model_args = _as_stock(architecture, getattr(config, 'model_args', None) or {})

@@ -20,7 +20,7 @@ PathLike = Union[str, Path]
 def read_branch_gradients(path: PathLike) -> List[Dict[str, Any]]:
     """Read the gradient magnitudes that ``--log-branches`` writes to ``branch_gradients.csv``.
 
-    Repeated epochs and cut-off lines are dropped as in :func:`timm_rep.io.runs.read_summary`.
+    Repeated epochs, cut-off and damaged lines are dropped as in :func:`timm_rep.io.runs.read_summary`.
 
     Args:
         path: The file, with the columns ``epoch``, ``depth``, ``layer``, ``branch`` and ``rms``.
@@ -32,7 +32,9 @@ def read_branch_gradients(path: PathLike) -> List[Dict[str, Any]]:
         FileNotFoundError: If there is no such file.
     """
     found: Dict[int, Dict[Tuple[str, str], Dict[str, Any]]] = {}  # by epoch, then depth and branch
-    for cells in complete_rows(Path(path)):
+    for cells in complete_rows(Path(path), ('epoch', 'depth')):
+        if not {'layer', 'branch', 'rms'} <= cells.keys():
+            continue  # below a damaged header
         epoch = int(cells['epoch'])
         for undone in [later for later in found if later > epoch]:
             del found[undone]

@@ -17,6 +17,7 @@ from ..core.annealing import AnnealingSchedule, Position, time_step
 from ..core.branch_log import BranchLog
 from ..io.weights import load_training_form
 from .arguments import output_folder
+from .lock import RunLock
 from .resume import drop_rows, epoch_of, newest_checkpoint
 from .snapshots import save_snapshots
 
@@ -57,11 +58,13 @@ class AnnealedEpochs:
     Args:
         args: timm's arguments with the wrapper's.
         schedule: The time steps.
+        lock: Holds the output folder, or will once timm has named it.
     """
 
-    def __init__(self, args: argparse.Namespace, schedule: AnnealingSchedule) -> None:
+    def __init__(self, args: argparse.Namespace, schedule: AnnealingSchedule, lock: Optional[RunLock] = None) -> None:
         self.args = args
         self.schedule = schedule
+        self._lock = RunLock() if lock is None else lock
         self._folder = output_folder(args)
         self._forms: Dict[str, nn.Module] = {}  # once an epoch has begun
         self._annealer: Optional[Annealer] = None
@@ -102,6 +105,8 @@ class AnnealedEpochs:
         random_seed((args.seed + EPOCH_SEED_STRIDE * epoch) % MAX_SEED, getattr(args, 'rank', 0))
         _restart_workers(call.get('loader'))
         self._folder = None if call['output_dir'] is None else Path(call['output_dir'])
+        if self._folder is not None:
+            self._lock.take(self._folder)
         self._tidy(epoch)
         # timm's rounding of cycles may have an epoch more
         epoch = min(epoch, self.schedule.total_epochs - 1)

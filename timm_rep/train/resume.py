@@ -4,25 +4,23 @@ import csv
 import logging
 import math
 from pathlib import Path
-from typing import List, Optional
-
-import torch
+from typing import Any, List, Mapping, Optional
 
 from ..core.annealing import AnnealingSchedule
 from ..core.errors import UserError
 from ..io.checkpoint import read_checkpoint
 from ..io.output import written_whole
-from ..io.runs import complete_rows
+from ..io.plain_data import plain
+from ..io.runs import MAY_CHANGE, complete_rows, read_run_args
 from .arguments import output_folder, output_root
+from .lock import processes
 
 __all__ = ['drop_rows', 'epoch_of', 'find_run', 'newest_checkpoint']
 
 _logger = logging.getLogger('train')  # timm's
 
-# A checkpoint can be resumed only by a run that agrees in these.
-RUN_SETTINGS = (
-    'model', 'time_steps', 'epochs', 'attach_warmup_epochs', 'compensate', 'imply_statistics', 'seed', 'sched',
-    'lr_cycle_mul', 'lr_cycle_decay', 'warmup_epochs', 'warmup_prefix', 'cooldown_epochs')
+# What train.py may decide itself once it runs: it is enough to be told the same.
+DECIDED_LATER = ('dist_bn', 'grad_accum_steps', 'lr', 'lr_base_scale', 'num_classes')
 WITHOUT_TIME_STEPS = dict(time_steps=1, attach_warmup_epochs=0)  # of a run without the wrapper
 CHECKPOINTS = ('last.pth.tar', 'checkpoint-*.pth.tar')
 # Weights that a run leaves besides the checkpoints to go on from.
@@ -34,12 +32,13 @@ SHOWN_CANDIDATES = 5
 def epoch_of(path: Path) -> Optional[int]:
     """Epoch of a checkpoint of timm's, or None if the file is not whole."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            epoch: int = torch.load(path, map_location='cpu', weights_only=True, mmap=True)['epoch']
-            return epoch
-    except Exception as e:  # the unpickler raises all sorts of errors on arbitrary bytes
-        _logger.warning(f'{path} is not a whole checkpoint: {e}')
+        epoch = read_checkpoint(path).epoch
+    except (OSError, UserError) as e:
+        _logger.warning(f'Passed over: {e}')
         return None
+    if epoch is None:
+        _logger.warning(f'Passed over: {path} does not say its epoch')
+    return epoch
 
 
 def _checkpoints(folder: Path) -> List[Path]:
@@ -89,19 +88,30 @@ def _find_automatically(args: argparse.Namespace, folder: Optional[Path]) -> str
     return ''
 
 
+def _differences(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> List[str]:
+    """What shapes the training and is not as it was in the run of a checkpoint, in words."""
+    told = read_run_args(path)
+    found = []
+    for name in sorted(there.keys() & here.keys() - MAY_CHANGE):
+        as_told = name in DECIDED_LATER and name in told and told[name] == here[name]
+        if there[name] != here[name] and not as_told:
+            found.append(f'--{name.replace("_", "-")} {there[name]} (here {here[name]})')
+    if there.get('world_size', processes()) != processes():
+        found.append(f'{there["world_size"]} processes (here {processes()})')
+    return found
+
+
 def _check_checkpoint(args: argparse.Namespace, schedule: AnnealingSchedule) -> None:
     path = Path(args.resume)
     if not path.is_file():
         raise UserError(f'--resume takes a checkpoint file or auto, got {path}, which is none')
     checkpoint = read_checkpoint(path)
-    settings = {**WITHOUT_TIME_STEPS, **checkpoint.args} if checkpoint.args else {}
-    for name in RUN_SETTINGS:
-        there, here = settings.get(name), getattr(args, name, None)
-        if name in settings and there != here:
-            option = f'--{name.replace("_", "-")}'
+    if checkpoint.args:
+        differences = _differences(path, {**WITHOUT_TIME_STEPS, **checkpoint.args}, plain(vars(args)))
+        if differences:
             raise UserError(
-                f'{path} is of a run with {option} {there}, this one has {option} {here}; to start a new run from its '
-                'weights take --initial-checkpoint and another --experiment'
+                f'{path} is of a run with {", ".join(differences)}; take the same to go on with it, or, to start a new '
+                'run from its weights, --initial-checkpoint and another --experiment'
             )
     if schedule.anneals:
         time_step = max((int(v) for k, v in checkpoint.state_dict.items() if k.endswith('.time_step')), default=0)

@@ -4,16 +4,19 @@ import importlib.util
 import logging
 import os
 import runpy
+import signal
 import sys
+import threading
+from contextlib import contextmanager
 from pathlib import Path
-from typing import List, Sequence, Union
+from typing import Any, Iterator, List, Sequence, Union
 
 import timm
 
 from ..core.errors import UserError
 from ..models.names import TRAINING_PREFIXES  # with which our models are registered
 
-__all__ = ['SCRIPTS', 'find_script', 'run_script']
+__all__ = ['SCRIPTS', 'find_script', 'interruption_noted', 'run_script']
 
 _logger = logging.getLogger(__name__)
 
@@ -86,6 +89,35 @@ def _check_arguments(script: str, args: Sequence[str]) -> None:
         _logger.warning('%s keeps all its branches in %s; --reparam fuses it first', model, script)
 
 
+@contextmanager
+def interruption_noted() -> Iterator[List[int]]:
+    """Let Ctrl-C end the process as an error where a script of timm's takes it for the end of its work.
+
+    Yields:
+        The signals that have come, as they come.
+
+    Raises:
+        KeyboardInterrupt: At the end, if it was raised before and nothing became of it.
+    """
+    noted: List[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        noted.append(number)
+        signal.default_int_handler(number, frame)
+
+    is_usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not is_usual or threading.current_thread() is not threading.main_thread():  # somebody else decides
+        yield noted
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if noted:
+        raise KeyboardInterrupt
+
+
 def run_script(path: Union[str, Path], args: Sequence[str] = ()) -> None:
     """Run a timm script as the main program, with our models registered.
 
@@ -99,6 +131,7 @@ def run_script(path: Union[str, Path], args: Sequence[str] = ()) -> None:
     Raises:
         UserError: If a package that the script needs is missing.
         SystemExit: As the script raises it, e.g. behind its ``--help``.
+        KeyboardInterrupt: If the script was interrupted, even if it swallows that.
     """
     path = Path(path)
     _check_arguments(path.stem, args)
@@ -106,6 +139,7 @@ def run_script(path: Union[str, Path], args: Sequence[str] = ()) -> None:
     own_argv = sys.argv
     sys.argv = [str(path), *args]
     try:
-        runpy.run_path(str(path), run_name='__main__')
+        with interruption_noted():
+            runpy.run_path(str(path), run_name='__main__')
     finally:
         sys.argv = own_argv

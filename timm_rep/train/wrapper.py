@@ -18,22 +18,32 @@ with --use-multi-epochs-loader). Which epoch was the best so far is remembered f
 On several GPUs: torchrun --nproc-per-node 4 -m timm_rep.train ...
 """
 import argparse
+import functools
 import importlib.util
 import os
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any, List, Optional, Sequence, Tuple
+from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import yaml
 from timm.utils import is_primary
 
 from ..core.errors import UserError, visible
 from ..io.hub_errors import HubError
-from .arguments import add_time_step_options, check_model, complete_schedule, read_options, recipe_file, recipe_names
+from .arguments import (
+    add_time_step_options,
+    check_model,
+    complete_schedule,
+    output_folder,
+    read_options,
+    recipe_file,
+    recipe_names,
+)
 from .epochs import AnnealedEpochs
+from .lock import RunLock
 from .resume import find_run
-from .scripts import find_script
+from .scripts import find_script, interruption_noted
 from .snapshots import DivergedError
 
 __all__ = ['load_script', 'main']
@@ -66,24 +76,45 @@ def load_script(path: Path) -> ModuleType:
     return module
 
 
+def _unless_interrupted(train_one_epoch: Callable[..., Any], noted: Sequence[int]) -> Callable[..., Any]:
+    """An epoch that does not begin after Ctrl-C, which Python forgets if it comes while workers are shut down."""
+    @functools.wraps(train_one_epoch)
+    def epoch(*args: Any, **kwargs: Any) -> Any:
+        if noted:
+            raise KeyboardInterrupt
+        return train_one_epoch(*args, **kwargs)
+
+    return epoch
+
+
 def _train_in_time_steps(script: Any) -> None:
     """Run timm's main with time steps around its epochs. Arguments that cannot work are refused before it writes."""
     parse_args = script._parse_args
     runs: List[AnnealedEpochs] = []
+    lock = RunLock()
 
     def parse() -> Tuple[Any, str]:
         args, _ = parse_args()
         schedule = complete_schedule(args)
+        folder = output_folder(args)
+        if folder is not None:
+            lock.take(folder, make=False)  # before its files are read
         find_run(args, schedule)
         check_model(args, schedule)
-        runs.append(AnnealedEpochs(args, schedule))
-        script.train_one_epoch = runs[0].around(script.train_one_epoch)
+        if folder is not None:
+            lock.take(folder)
+        runs.append(AnnealedEpochs(args, schedule, lock))
+        script.train_one_epoch = runs[0].around(_unless_interrupted(script.train_one_epoch, noted))
         return args, yaml.safe_dump(vars(args), default_flow_style=False)  # timm keeps the text as args.yaml
 
     script._parse_args = parse
-    script.main()
-    if is_primary(runs[0].args):
-        runs[0].finish()
+    try:
+        with interruption_noted() as noted:
+            script.main()
+            if is_primary(runs[0].args):
+                runs[0].finish()
+    finally:
+        lock.release()
 
 
 def _own_parser(prog: str) -> argparse.ArgumentParser:
@@ -147,13 +178,16 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = 'timm-rep train') -> 
 
     Raises:
         SystemExit: With code 1 if the training has diverged, 2 for what the user can mend, 3 if the Hub does not give
-            the description of the model; else as timm's script raises it.
+            the description of the model, 130 if it was interrupted; else as timm's script raises it.
     """
     try:
         _train(sys.argv[1:] if argv is None else argv, prog)
     except (DivergedError, UserError, HubError) as e:
         print(f'{prog}: {visible(str(e))}', file=sys.stderr)
         sys.exit(1 if isinstance(e, DivergedError) else 3 if isinstance(e, HubError) else 2)
+    except KeyboardInterrupt:
+        print(f'{prog}: interrupted', file=sys.stderr)
+        sys.exit(130)  # as shells have it
     except BrokenPipeError:  # as in `--help | head`; Python's own last flush must not fail either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

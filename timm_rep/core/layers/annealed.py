@@ -45,7 +45,7 @@ class AnnealedModule(nn.Module):
     # Of a copy only: what it was copied from, and of each of the two buffers the tensor, its version and its value when
     # the module itself last wrote it.
     _copied_from: Optional['weakref.ref[AnnealedModule]'] = None
-    _written: Dict[str, Tuple[Tensor, int, Tensor]] = {}
+    _written: Dict[str, Tuple[Any, int, Tensor]] = {}
 
     def _init_annealing(self, device: Any = None) -> None:
         self.register_buffer('attach_rate', torch.ones((), device=device))

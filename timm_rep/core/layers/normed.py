@@ -377,8 +377,8 @@ class NormedRepLayer(NormedBranches, RepLayer):
             return self.fuse(), None
         if self._forward_hooks or self._backward_hooks or self._backward_pre_hooks:
             raise UserError(
-                f'a hook sees the outputs of a {type(self).__name__}, which stands for a convolution and the norm behind '
-                'it; in the stock form it would see those of the convolution alone. Remove the hook before fuse'
+                f'a hook sees the outputs of a {type(self).__name__}, which stands for a convolution and the norm '
+                'behind it; in the stock form it would see those of the convolution alone. Remove the hook before fuse'
             )
         conv, norm = self.fuse_conv_norm()
         return conv, behind.unfolded(norm)

@@ -88,8 +88,8 @@ class FoldedNorm(nn.Module):
     def __getattr__(self, name: str) -> Any:
         if name in NORM_STATE:  # of foreign code that folds norms
             raise AttributeError(
-                f'FoldedNorm has no {name!r}: the norm lives in the rep layer in front of it. For the network with live '
-                'norms, call timm_rep.fuse(model) first'
+                f'FoldedNorm has no {name!r}: the norm lives in the rep layer in front of it. For the network with '
+                'live norms, call timm_rep.fuse(model) first'
             )
         return super().__getattr__(name)
 
@@ -119,6 +119,8 @@ class FoldedNorm(nn.Module):
             norm_act = freeze_batch_norm_2d(norm_act)
         else:
             norm_act.momentum = norm.momentum
+            norm_act.weight.requires_grad_(norm.weight.requires_grad)
+            norm_act.bias.requires_grad_(norm.bias.requires_grad)
         norm_act.load_state_dict(norm.state_dict())
         norm_act.drop, norm_act.act = copy.deepcopy(self.drop), copy.deepcopy(self.act)
         return norm_act.train(norm.training)

@@ -19,9 +19,10 @@ BlockT = TypeVar('BlockT', bound=RepVggBlock)
 
 
 def _of_class(cls: Type[BlockT], block: RepVggBlock) -> BlockT:
-    """The same parts in a block of another class; the constructor of timm's would draw new ones."""
+    """The same parts in a block of another class, with the methods of that; the constructor would draw new parts."""
     new = cls.__new__(cls)
-    new.__dict__.update({key: value.copy() if isinstance(value, dict) else value for key, value in vars(block).items()})
+    parts = {key: value for key, value in vars(block).items() if not callable(getattr(cls, key, None))}
+    new.__dict__.update({key: value.copy() if isinstance(value, dict) else value for key, value in parts.items()})
     return new
 
 
@@ -171,9 +172,11 @@ class AnnealedRepVggBlock(RepVggBlock, NormedBranches):
         """
         self._refuse_training()
         block = self.stock_block()
-        parameters = dict(block.named_parameters())
+        biases = [p for name, p in block.named_parameters() if name.endswith('bias')]
+        kernels_and_gains = [p for name, p in block.named_parameters() if not name.endswith('bias')]
+        trainable, bias_trainable = is_trainable(kernels_and_gains), is_trainable(biases)
         block.reparameterize()
         conv: Any = block.reparam_conv
-        conv.bias.requires_grad_(is_trainable(p for name, p in parameters.items() if name.endswith('bias')))
-        conv.weight.requires_grad_(is_trainable(p for name, p in parameters.items() if not name.endswith('bias')))
+        conv.weight.requires_grad_(trainable)
+        conv.bias.requires_grad_(bias_trainable)
         return block

@@ -1,0 +1,187 @@
+"""What a user has set on a network and expand and fuse carry over: trainable flags, hooks, wrappers, its own fuse."""
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from helpers import MODEL_RTOL, TINY_MODELS, assert_near, randn, randomize_, tiny_repvgg, tiny_resnet, tree
+from timm.utils import reparameterize_model
+from torch.nn.utils import prune, weight_norm
+
+import timm_rep
+from timm_rep import UserError, expand, fuse
+from timm_rep.core.layers import RepLayer
+from timm_rep.core.walk import annealed_modules
+
+KINDS = ['orepa', 'dbb', 'acb', 'rep']
+RTOL = MODEL_RTOL[torch.float64]
+
+
+def flags(model):
+    return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('tiny', TINY_MODELS)
+def test_trainable_flags_survive_expand_time_step_and_fuse(tiny, kind):
+    model = TINY_MODELS[tiny]().eval()
+    for number, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(number % 3 > 0)
+    rep = expand(model, kind)
+    trained = {name: is_trained for name, is_trained in flags(rep).items() if not is_trained}
+    timm_rep.begin_time_step(rep)
+    assert trained == {name: is_trained for name, is_trained in flags(rep).items() if not is_trained}
+    assert flags(fuse(rep)) == flags(model)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('tiny', TINY_MODELS)
+def test_of_a_frozen_network_nothing_is_trained_in_any_form(tiny, kind):
+    rep = expand(TINY_MODELS[tiny]().requires_grad_(False), kind).eval()
+    for module in (rep, fuse(rep), *(module.fuse() for _, module in annealed_modules(rep))):
+        assert not any(flags(module).values())
+    rep.requires_grad_(True)
+    for module in (fuse(rep), *(module.fuse() for _, module in annealed_modules(rep))):
+        assert all(flags(module).values())
+
+
+def test_a_frozen_bias_and_a_frozen_kernel_are_told_apart():
+    conv = nn.Conv2d(4, 4, 3)
+    conv.bias.requires_grad_(False)
+    layer = timm_rep.OrepaConv2d.from_conv(conv)
+    assert layer.branches.requires_grad
+    assert not layer.bias.requires_grad
+    assert flags(layer.fuse()) == dict(weight=True, bias=False)
+
+
+def calls_of(module, register='register_forward_hook'):
+    seen = []
+    handle = getattr(module, register)(lambda module, *args: seen.append(args[-1]))
+    return seen, handle
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('inplace', [True, False])
+def test_hooks_move_along_both_ways_and_can_be_removed(inplace):
+    model = randomize_(tiny_repvgg()).double().eval()
+    conv = model.stages[0][0].conv_kxk
+    seen, handle = calls_of(conv.conv)
+    inputs, _ = calls_of(conv.conv, 'register_forward_pre_hook')
+    deep, _ = calls_of(model.stages[0][1].conv_1x1.bn)  # inside a block that is made anew
+    x = randn(1, 3, 32, 32)
+    model(x)
+    for kind in ('orepa', {'*': 'rep', '*.conv_kxk.conv': 'orepa'}):
+        rep = expand(model, kind, inplace=inplace)
+        rep(x)
+        fused = fuse(rep, inplace=inplace)
+        fused(x)
+        model = fused if inplace else model
+    assert [len(s) for s in (seen, inputs, deep)] == [5, 5, 5]
+    for output in seen[1:]:
+        assert_near(output, seen[0], RTOL)
+    if inplace:
+        handle.remove()
+        fused(x)
+        assert len(seen) == 5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('kind', ['dbb', 'acb', 'rep'])
+def test_what_reads_between_convolution_and_norm_keeps_the_norm_out(kind):
+    def pair():
+        return nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4))
+
+    hooked, also = pair(), nn.Sequential(pair(), pair()[:1], nn.BatchNorm2d(4))
+    calls_of(hooked[0])
+    with pytest.raises(UserError, match='no convolution'):
+        expand(hooked, kind)
+    with pytest.raises(UserError, match='sees the output of 0 before the norm'):
+        expand(hooked, kind, select='0')
+    calls_of(also[0][1], 'register_forward_pre_hook')
+    with pytest.raises(UserError, match='no convolution'):
+        expand(also, kind)
+    behind = pair()
+    seen, _ = calls_of(behind[1])
+    rep = expand(randomize_(behind).double().eval(), kind)
+    x = randn(1, 3, 8, 8)
+    assert_near(rep(x), behind(x), RTOL)
+    assert_near(seen[0], seen[1], RTOL)
+    calls_of(rep[0])
+    with pytest.raises(UserError, match='Remove the hook'):
+        fuse(rep)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('kind', ['orepa', 'dbb'])
+@pytest.mark.parametrize(('name', 'kwargs'), [
+    ('ghostnet_050', {}),
+    ('repghostnet_050', {}),
+    ('test_efficientnet', dict(feature_location='expansion')),
+    ('test_resnet', dict(feature_cls='hook')),
+    ('test_resnet', dict(feature_cls='fx')),
+])
+def test_feature_maps_stay_what_they_are(name, kwargs, kind):
+    model = randomize_(timm.create_model(name, features_only=True, **kwargs)).double().eval()
+    x = randn(1, 3, 64, 64)
+    expected = model(x)
+    rep = expand(model, kind)
+    for form in (rep, copy.deepcopy(rep).eval(), fuse(rep)):
+        maps = form(x)
+        assert len(maps) == len(expected)
+        for actual, wanted in zip(maps, expected):
+            assert_near(actual, wanted, RTOL)
+    assert tree(fuse(rep)) == tree(model) or kwargs == dict(feature_cls='fx')  # whose class is made for each
+
+
+def test_kernels_that_are_computed_already_are_not_taken():
+    for change in (lambda conv: weight_norm(conv), lambda conv: prune.l1_unstructured(conv, 'weight', 0.5)):
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        change(model[0])
+        with pytest.raises(UserError, match='no convolution'):
+            expand(model, 'orepa')
+
+
+@pytest.mark.parametrize('wrap', [torch.compile, nn.DataParallel, lambda model: torch.compile(nn.DataParallel(model))])
+def test_wrappers_are_taken_off_before_fusing_and_put_on_after_expanding(wrap):
+    model = tiny_resnet().eval()
+    rep = expand(model, 'orepa')
+    assert tree(fuse(wrap(rep))) == tree(model)
+    assert fuse(wrap(rep), inplace=True) is rep
+    with pytest.raises(UserError, match='before it is wrapped'):
+        expand(wrap(model), 'orepa')
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('kind', ['orepa', 'dbb'])
+@pytest.mark.parametrize('name', ['repghostnet_050', 'efficientvim_m1', 'levit_128s'])
+def test_a_network_that_folds_its_own_norms_does_so_in_stock_form(name, kind):
+    model = randomize_(timm.create_model(name)).eval()
+    x = randn(1, 3, 224, 224, dtype=torch.float32)
+    rep = expand(model, kind)
+    deployed = reparameterize_model(rep)
+    assert_near(deployed(x), model(x), 1e-4)
+    assert_near(rep(x), model(x), 1e-4)  # which was left alone
+
+
+class FeaturePyramid(nn.Module):
+    """Has a method of the same name that does something else."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3)
+
+    def fuse(self, x, y):
+        return x + y
+
+    def forward(self, x):
+        return self.fuse(x, self.bn(self.conv(x)))
+
+
+def test_a_method_that_is_called_fuse_but_adds_maps_is_left_alone():
+    model = FeaturePyramid().eval()
+    rep = expand(model, 'orepa')
+    rep(randn(1, 3, 8, 8, dtype=torch.float32))
+    assert isinstance(rep.conv, RepLayer)
+    assert 'fuse' in vars(rep)
+    assert 'fuse' not in vars(fuse(rep))
