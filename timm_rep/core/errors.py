@@ -17,7 +17,7 @@ class UserError(ValueError):
 
 
 def visible(text: str) -> str:
-    """A text with names of files and of what they hold, as a terminal may show it: ``\\x1b`` for an escape.
+    r"""A text with names of files and of what they hold, as a terminal may show it: ``\x1b`` for an escape.
 
     Args:
         text: Any text.
