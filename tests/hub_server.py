@@ -54,6 +54,7 @@ class Fault:
     times: int
     status: int = 0
     cut_after: int = -1  # bytes of the body, after which the connection is closed
+    message: str = ''
 
 
 class Failure(Exception):
@@ -148,7 +149,7 @@ class Handler(BaseHTTPRequestHandler):
         self.fault = self.hub.fault(self.command, path)
         try:
             if self.fault and self.fault.status:
-                raise Failure(self.fault.status, f'injected {self.fault.status}')
+                raise Failure(self.fault.status, self.fault.message or f'injected {self.fault.status}')
             with self.hub.lock:
                 status, content, headers = self._answer(path, body)
         except Failure as e:

@@ -11,6 +11,7 @@ from command_line import call, run_console_script
 
 import timm_rep
 from timm_rep.cli.main import main
+from timm_rep.cli.output import print_json
 from timm_rep.hub import forms
 from timm_rep.hub.publish import publish
 from timm_rep.report.cost import bench_models
@@ -117,3 +118,42 @@ def test_a_defect_has_its_traceback_and_an_exit_code_of_its_own(defect, monkeypa
     assert 'in verify\n' in result.output  # where it comes from
     line = next(line for line in result.output.splitlines() if line.startswith('{"ok": false'))
     assert f'Error: {json.loads(line)["error"]}\n' in result.output
+
+
+# A terminal acts upon nothing that a name or a file says.
+
+ESCAPES = 'x\x1b[2J\x07\x9b31m\r\u202etxt.pth'
+SPELT_OUT = r'x\x1b[2J\x07\x9b31m\r\u202etxt.pth'
+
+
+@pytest.mark.parametrize('error', [timm_rep.UserError, timm_rep.PublishError, KeyError])
+def test_names_in_errors_are_spelt_out(error, monkeypatch):
+    monkeypatch.setattr(forms, 'verify_checkpoint', lambda *args, **kwargs: raise_(error(f'no {ESCAPES}')))
+    result = CliRunner().invoke(main, ['verify', 'x.pth'])
+    assert ESCAPES[2:] not in result.output
+    assert 'Error: ' in result.output
+    assert not {'\x1b', '\x07', '\x9b', '\r', '\u202e'} & set(result.output)
+    told = CliRunner().invoke(main, ['verify', 'x.pth', '--json']).output
+    assert not {'\x1b', '\x07', '\x9b', '\r', '\u202e'} & set(told)
+    line = next(line for line in told.splitlines() if line.startswith('{'))
+    assert 'txt.pth' in json.loads(line)['error']
+
+
+def test_names_of_files_and_options_are_spelt_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for args in (
+            ['verify', ESCAPES], ['verify', 'x', f'--{ESCAPES}'], ['bench', 'x', '--batch-size', ESCAPES], [ESCAPES]):
+        result = CliRunner().invoke(main, args)
+        assert result.exit_code == 2
+        assert r'\x1b' in result.output
+        assert not {'\x1b', '\x07', '\x9b', '\r', '\u202e'} & set(result.output)
+    monkeypatch.setattr(forms, 'fuse_checkpoint', lambda *args, **kwargs: 'outputs agree')
+    assert call('fuse', 'x.pth', ESCAPES) == f'{SPELT_OUT}: outputs agree\n'
+    assert call('fuse', 'x.pth', '\udcff.pth') == '\\udcff.pth: outputs agree\n'  # bytes that are no text
+
+
+def test_json_says_what_the_text_spells_out(capsys):
+    print_json(dict(name='\x7f' + ESCAPES))
+    printed = capsys.readouterr().out
+    assert not {'\x7f', '\x1b'} & set(printed)
+    assert json.loads(printed) == dict(name='\x7f' + ESCAPES)

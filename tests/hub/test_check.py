@@ -63,6 +63,8 @@ def test_self_check_does_not_follow_arguments_elsewhere(server, run_folder, expo
     (dict(model_args=dict(nonsense=1)), "unexpected keyword argument 'nonsense'"),
     (dict(model_args={}, num_classes='x'), 'timm cannot rebuild the model from config.json'),
     (dict(pretrained_cfg=dict(unknown_field=1)), 'timm cannot rebuild the model from config.json'),
+    (dict(model_args=dict(layers=[10 ** 9, 1, 1, 1])), 'layers has numbers above 10000'),
+    (dict(pretrained_cfg=dict(input_size=[3, 10 ** 6, 10 ** 6])), 'input_size has numbers above 10000'),
     (dict(model_args={}, num_classes=7), 'timm cannot rebuild the model from config.json and model.safetensors'),
 ], ids=str)
 def test_self_check_of_nonsense_is_one_line(export, change, message):
@@ -73,6 +75,14 @@ def test_self_check_of_nonsense_is_one_line(export, change, message):
     assert message in call('verify', export, code=2)
     result = CliRunner().invoke(main, ['verify', str(export), '--json'])
     assert message in json.loads(result.output.splitlines()[0])['error']
+
+
+@pytest.mark.parametrize('dtype', [torch.bool, torch.int8, torch.float8_e4m3fn])
+def test_weights_are_of_the_models_kind_of_numbers(export, dtype):
+    path = export / 'model.safetensors'
+    weights = {key: value.clone() for key, value in load_file(path).items()}
+    save_file({**weights, 'fc.bias': weights['fc.bias'].to(dtype)}, path)
+    assert f'fc.bias is {dtype}' in call('verify', export, code=2)
 
 
 def test_self_check_takes_images_only(export):

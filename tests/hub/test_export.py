@@ -6,8 +6,9 @@ import huggingface_hub
 import pytest
 import timm
 import torch
-from helpers import MODEL_RTOL, OLD_TIMM, assert_near, randn, randomize_
+from helpers import MODEL_RTOL, OLD_TIMM, assert_near, assert_same_state, randn, randomize_
 from hub_publishing import fused_wrongly
+from safetensors.torch import load_file
 
 import timm_rep
 from timm_rep import UserError
@@ -50,6 +51,43 @@ def test_timm_builds_it_from_the_folder(tmp_path, kind):
         assert_near(reloaded(inputs), model.eval()(inputs), MODEL_RTOL[torch.float32])
     assert json.dumps(timm.data.resolve_data_config(model=reloaded)) == json.dumps(DATA_CONFIG)
     assert reloaded.pretrained_cfg['label_names'] == CLASSES
+
+
+@pytest.mark.skipif(OLD_TIMM, reason='this timm does not keep the arguments of a model')
+def test_other_libraries_build_it_as_timm_does(tmp_path):
+    """transformers gives the number of classes, or none, and the arguments beside it."""
+    model = training_form(in_chans=1)
+    model.reset_classifier(7, 'max')
+    folder = timm_rep.export_folder(model, tmp_path / 'model')
+    config = config_of(folder)
+    assert config['num_classes'] == 7
+    args = config.get('model_args', {})
+    weights = load_file(folder / 'model.safetensors')
+    theirs = timm.create_model(config['architecture'], num_classes=config['num_classes'], **args).eval()
+    theirs.load_state_dict(weights)
+    tensors = load_file(folder / 'test' / 'rand_tensors.safetensors')
+    ours = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    with torch.no_grad():
+        assert torch.equal(theirs(tensors['input']), tensors['output'])
+        assert torch.equal(ours(tensors['input']), tensors['output'])
+    timm.create_model(config['architecture'], num_classes=0, **args)
+
+
+def test_folders_that_say_the_classes_twice_are_loaded(tmp_path):
+    folder = timm_rep.export_folder(training_form(), tmp_path / 'model')
+    config = config_of(folder)
+    config.setdefault('model_args', {})['num_classes'] = len(CLASSES)
+    (folder / 'config.json').write_text(json.dumps(config))
+    assert 'outputs agree' in str(timm_rep.check_export(folder))
+
+
+@pytest.mark.parametrize('wrap', [
+    torch.compile, torch.nn.DataParallel, timm.utils.ModelEmaV3,
+    lambda model: torch.compile(torch.nn.DataParallel(model))])
+def test_what_is_around_a_model_is_left_out(wrap, tmp_path):
+    model = training_form().eval()
+    folder = timm_rep.export_folder(wrap(model), tmp_path / 'model')
+    assert_same_state(load_file(folder / 'model.safetensors'), timm_rep.fuse(model).state_dict())
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='files have no such modes on Windows')

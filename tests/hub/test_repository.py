@@ -1,10 +1,16 @@
 """Repositories: what is there already, and what can go wrong on the way, over real HTTP with the real client."""
+import base64
+import contextlib
+import io
 import json
+import logging
 import re
+import warnings
 from pathlib import Path
 
 import huggingface_hub
 import pytest
+from click.testing import CliRunner
 from hub_publishing import (
     ARCHITECTURE,
     CLASSES,
@@ -175,6 +181,59 @@ def test_the_token_is_left_out_of_errors(server, run_folder):
         timm_rep.publish(run_folder, f'me/test_resnet.{WRITER}', token=WRITER)
     assert WRITER not in str(error.value).replace(f'test_resnet.{WRITER}', '')
     assert error.value.__cause__ is None
+
+
+REFLECTED = dict(
+    plain=WRITER, quoted=''.join(f'%{ord(letter):02X}' for letter in WRITER),
+    base64=base64.b64encode(f'me:{WRITER}'.encode()).decode(), header=f'Bearer {WRITER}',
+    urlsafe=base64.urlsafe_b64encode(f'hf:{WRITER}'.encode()).decode(), hex=WRITER.encode().hex())
+
+
+@pytest.mark.parametrize('status', [400, 403, 500])
+@pytest.mark.parametrize('form', REFLECTED)
+def test_a_token_that_the_server_sends_back_is_not_shown(server, run_folder, export, form, status, caplog):
+    server.fail('GET', '/api/models', times=10 ** 3, status=status, message=f'got "{REFLECTED[form]}"')
+    error = call('verify', f'hf-hub:{REPO}', code=3)
+    assert f'{REPO} cannot be fetched: ' in error
+    assert 'got' in error
+    assert_not_told(error + caplog.text, form)
+
+
+@pytest.mark.parametrize('form', REFLECTED)
+def test_a_token_is_not_shown_in_any_place(server, run_folder, form, monkeypatch, capfd):
+    """Whatever the client raises, logs or gives."""
+    handler = logging.getLogger('huggingface_hub').handlers[0]
+    monkeypatch.setattr(handler, 'stream', io.StringIO())
+    commit = HfApi.create_commit
+
+    def create_commit(self, *args, **kwargs):
+        logging.getLogger('huggingface_hub.utils').warning('the server says: %s', REFLECTED[form])
+        warnings.warn(f'a warning {REFLECTED[form]}', stacklevel=1)
+        info = commit(self, *args, **kwargs)
+        info.commit_url = f'{info.commit_url}?{REFLECTED[form]}'
+        return info
+
+    monkeypatch.setattr(HfApi, 'create_commit', create_commit)
+    output = call('publish', run_folder, '--repo', REPO)
+    logged = handler.stream.getvalue()
+    assert 'the server says: ' in logged
+    assert_not_told(output + logged + ''.join(capfd.readouterr()), form)
+
+    def defect(*args, **kwargs):
+        raise KeyError(REFLECTED[form])
+
+    monkeypatch.setattr(HfApi, 'model_info', defect)
+    monkeypatch.setattr('timm_rep.hub.check.hub_errors', lambda repo: contextlib.nullcontext())
+    result = CliRunner().invoke(main, ['verify', f'hf-hub:{REPO}', '--json'])
+    assert result.exit_code == 4
+    assert 'Traceback' in result.output
+    assert_not_told(result.output, form)
+
+
+def assert_not_told(text, form):
+    secret = REFLECTED[form]
+    parts = {WRITER, secret, secret[4:-4], WRITER[3:]}
+    assert not [part for part in parts if part.lower() in text.lower()]
 
 
 def test_commit_of_somebody_else_in_between_is_not_overwritten(server, run_folder, monkeypatch):

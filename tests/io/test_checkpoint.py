@@ -117,11 +117,21 @@ def test_tied_weights_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(('change', 'kind'), [
-    (lambda x: x * 1j, 'complex64'), (lambda x: x.to_sparse(), 'sparse'), (lambda x: x.to('meta'), 'on meta')])
+    (lambda x: x * 1j, 'complex64'),
+    (lambda x: x.to_sparse(), 'sparse'),
+    (lambda x: x.to('meta'), 'meta'),
+    (lambda x: torch.nested.nested_tensor([x, x]), 'nested'),
+    (lambda x: torch.nested.nested_tensor([x, x], layout=torch.jagged), 'nested|Nested'),
+    (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), 'qint8|qtensor'),
+    (lambda x: torch.nn.parameter.UninitializedParameter(), 'UninitializedParameter'),
+])
+@pytest.mark.parametrize('allow_pickle', [False, True])
 @pytest.mark.filterwarnings('ignore::UserWarning')
-def test_only_plain_numbers_are_weights(change, kind, tmp_path):
-    with pytest.raises(ValueError, match=rf'holds fc\.weight as .*{kind}.*; weights are dense tensors of real numbers'):
-        read_checkpoint(saved({'fc.weight': change(torch.ones(3, 4))}, tmp_path / 'x.pth'))
+def test_only_plain_numbers_are_weights(change, kind, allow_pickle, tmp_path):
+    path = saved({'fc.weight': change(torch.ones(3, 4))}, tmp_path / 'x.pth')
+    with pytest.raises(ValueError, match=rf'holds .*({kind})') as error:
+        read_checkpoint(path, allow_pickle=allow_pickle)
+    assert 'weights are dense tensors of real numbers' in str(error.value) or 'Python objects' in str(error.value)
 
 
 def test_weights_have_names(tmp_path):

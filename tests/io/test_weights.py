@@ -109,11 +109,15 @@ def test_the_commands_ask_nothing_of_such_files(tmp_path):
         load_training_form(file, num_classes=4)
 
 
-@pytest.mark.parametrize('wrap', [torch.compile, timm.utils.ModelEmaV3])
+@pytest.mark.parametrize('wrap', [
+    torch.compile, torch.nn.DataParallel, timm.utils.ModelEmaV3, torch.optim.swa_utils.AveragedModel,
+    lambda model: torch.compile(torch.nn.DataParallel(model))])
 def test_wrappers_are_no_part_of_the_model(wrap, tmp_path):
     model = randomize_(expand(of_timm()))
     save(wrap(model), tmp_path / 'x.safetensors')
     assert_same(load(tmp_path / 'x.safetensors'), model)
+    save_weights(wrap(model), tmp_path / 'x.pth')
+    assert_same_state(torch.load(tmp_path / 'x.pth'), state_of(model))
 
 
 @pytest.mark.parametrize('change', [
@@ -195,7 +199,11 @@ def with_metadata(content, **changes):
     (dict(model_args=dict(pretrained=True)), 'pretrained are no arguments of a network'),
     (dict(model_args=dict(checkpoint_path='x.pth', pretrained_cfg_overlay={})), 'checkpoint_path, pretrained_cfg_'),
     (dict(model_args=dict(num_classes=10 ** 12)), r'fc\.\w+ has shape'),  # and takes no memory
-    (dict(model_args=dict(channels=[10 ** 5, 10 ** 5, 10 ** 5, 10 ** 5])), 'does not hold the model that it describes'),
+    (dict(model_args=dict(channels=[10 ** 4] * 4)), 'does not hold the model that it describes'),
+    (dict(model_args=dict(layers=[10 ** 9, 1, 1, 1])), 'layers has numbers above 10000'),
+    (dict(model_args=dict(layers=[10 ** 4] * 4)), 'more than 30000 modules and parameters'),
+    (dict(pretrained_cfg=dict(input_size=[3, 10 ** 6, 10 ** 6])), 'input_size must be channels, height and width'),
+    (dict(pretrained_cfg=dict(input_size='images')), 'input_size must be channels, height and width'),
     (dict(model_args=dict(num_classes='many')), 'does not describe its model'),
     (dict(model_args=dict(num_classes=-3)), 'not expected: fc'),
     (dict(model_args=dict(nonsense=1)), 'cannot be built with'),
@@ -218,6 +226,22 @@ def test_no_description_is_followed_blindly(changes, message, content, tmp_path)
     with pytest.raises(UserError, match=message) as error:
         load(file)
     assert str(file) in str(error.value)
+
+
+def test_a_bit_that_is_not_what_was_written_is_found(content, tmp_path):
+    file = tmp_path / 'x.safetensors'
+    length = struct.unpack('<Q', content[:8])[0]
+    for position in (8 + length, (8 + length + len(content)) // 2, len(content) - 1):
+        changed = bytearray(content)
+        changed[position] ^= 1
+        file.write_bytes(changed)
+        with pytest.raises(UserError, match=r'x\.safetensors is not loaded: it is damaged'):
+            load(file)
+    header = json.loads(content[8:8 + length])
+    del header['__metadata__']['crc32']  # as older files have it
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack('<Q', len(text)) + text + content[8 + length:])
+    assert expansion_of(load(file)).methods
 
 
 def test_settings_say_only_what_the_model_is_fed_with(content, tmp_path):

@@ -19,6 +19,7 @@ from ..hub.export import export_folder
 from ..io.extras import require_extra
 from ..report.cost import images_per_second
 from ..report.plots import draw_annealing
+from .output import say
 
 __all__ = ['run_demo']
 
@@ -141,11 +142,11 @@ def run_demo(
     output = _fresh_folder(output)
     random_seed(SEED)
 
-    print(f"[1/5] Writing the images of scikit-learn's handwritten digits to {output / 'images'}")
+    say(f"[1/5] Writing the images of scikit-learn's handwritten digits to {output / 'images'}")
     _write_digits(output / 'images', images)
     train_set, test_set, classes = own_loop.create_datasets(output / 'images')
 
-    print(f'[2/5] Training {MODEL} in {TIME_STEPS} time steps of {epochs} epochs on {len(train_set)} images')
+    say(f'[2/5] Training {MODEL} in {TIME_STEPS} time steps of {epochs} epochs on {len(train_set)} images')
     model: Any = timm.create_model(MODEL, num_classes=len(classes), pretrained_cfg_overlay=INPUT)
     annealer = own_loop.create_annealer(
         model, epochs=epochs, time_steps=TIME_STEPS, attach_warmup_epochs=min(ATTACH_WARMUP_EPOCHS, epochs - 1),
@@ -156,25 +157,25 @@ def run_demo(
         model, annealer, train_loader, test_loader, device, warmup_epochs=min(WARMUP_EPOCHS, epochs - 1))
     draw_annealing(history, f'{MODEL} on handwritten digits').savefig(output / 'annealing.png')
 
-    print('[3/5] Fusing, and comparing with the training form')
+    say('[3/5] Fusing, and comparing with the training form')
     fused: Any = fuse(model.eval())
     report = verify(model, fused)
-    print(f'      {report}')
+    say(f'      {report}')
     top1, fused_top1 = (own_loop.evaluate(form, test_loader, device)[1] for form in (model, fused))
     parameters = [sum(p.numel() for p in form.parameters()) for form in (model, fused)]
     speeds = images_per_second([model, fused], next(iter(test_loader))[0][:TIMING_BATCH])
 
     folder = output / 'resnet18.orepa_digits'
-    print(f'[4/5] Exporting {folder}')
+    say(f'[4/5] Exporting {folder}')
     export_folder(
         model, folder, dataset='scikit-learn digits', metrics=dict(top1=top1), tag='orepa_digits', label_names=classes)
 
-    print('[5/5] Reloading it in a process that has stock timm only')
+    say('[5/5] Reloading it in a process that has stock timm only')
     reloaded_top1 = 100 * _reload(folder, output / 'images') / len(test_set)
     top1s = [f'{value:.4f}' for value in (top1, fused_top1, reloaded_top1)]
     if len(set(top1s)) > 1:
         raise VerificationError(f'top-1 of the training form, fused and reloaded is not the same: {", ".join(top1s)}')
-    print(
+    say(
         f'\nHeld-out top-1 of the training form, fused and reloaded by stock timm: {top1:.2f}%\n'
         f'Fused: {parameters[0]:,} -> {parameters[1]:,} parameters, {speeds[0]:,.0f} -> {speeds[1]:,.0f} images/s\n'
         f'Picture: {output / "annealing.png"}\nModel:   {folder}\nTook {time.perf_counter() - start:.0f} s')

@@ -5,7 +5,7 @@ import click
 
 from .errors import Command
 from .options import checkpoint_options, json_option
-from .output import print_json, report_content
+from .output import print_json, report_content, say
 
 __all__ = ['publish']
 
@@ -53,19 +53,19 @@ def publish(source: str, repo: str, as_json: bool, dry_run: bool, create_pr: boo
         content.update(verification=report_content(content.pop('report')), registry_entry=content.pop('entry'))
         print_json(content)
         return
-    click.echo(f'{published.folder}: {published.report}')
+    say(f'{published.folder}: {published.report}')
     for name, size in published.files.items():
-        click.echo(f'  {size:>12,}  {name}')
+        say(f'  {size:>12,}  {name}')
     if dry_run:
         way = 'pull request' if create_pr else 'commit'
         target = f'{published.repo}@{published.revision}'
-        click.echo(f'Dry run, nothing was sent: these {len(published.files)} files would go to {target} in one {way}.')
+        say(f'Dry run, nothing was sent: these {len(published.files)} files would go to {target} in one {way}.')
         if published.training_folder is not None:
-            click.echo(f'The training form in {published.training_folder} would go to {published.repo}@train.')
+            say(f'The training form in {published.training_folder} would go to {published.repo}@train.')
     else:
         load = f"timm.create_model('hf-hub:{published.hub_id}', pretrained=True)"
-        click.echo(f'Published: {published.pull_request or published.commit}')
-        click.echo(f'Once it is merged, load it with {load}' if create_pr else f'Load it with {load}')
+        say(f'Published: {published.pull_request or published.commit}')
+        say(f'Once it is merged, load it with {load}' if create_pr else f'Load it with {load}')
     if published.entry is not None:
-        click.echo('To let pretrained=True find the weights, add to timm_rep/models/published.json:')
+        say('To let pretrained=True find the weights, add to timm_rep/models/published.json:')
         print_json(published.entry)

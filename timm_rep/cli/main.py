@@ -6,11 +6,12 @@ import click
 
 from .._version import __version__
 from . import hub, models, runs, weights
+from .errors import Group
 
 __all__ = ['main']
 
 
-@click.group(context_settings=dict(help_option_names=['-h', '--help'], max_content_width=120))
+@click.group(cls=Group, context_settings=dict(help_option_names=['-h', '--help'], max_content_width=120))
 @click.version_option(__version__, prog_name='timm-rep')
 def main() -> None:
     """Structural re-parameterization for timm: train with branches, fuse into stock timm models.

@@ -6,7 +6,7 @@ import click
 
 from .errors import Command
 from .options import json_option, model_kwargs_option
-from .output import print_json
+from .output import print_json, say
 
 __all__ = ['bench', 'demo', 'list_models']
 
@@ -41,9 +41,9 @@ def list_models(pattern: str, as_json: bool) -> None:
         return
     for model in models:
         own = model['stock'] == model['name']
-        click.echo(f'{model["name"]:24} {"own stock form (inference_mode=True)" if own else model["stock"]}')
+        say(f'{model["name"]:24} {"own stock form (inference_mode=True)" if own else model["stock"]}')
     for method in methods:
-        click.echo(f'method {method["name"]:17} {method["title"]}: {method["summary"]}')
+        say(f'method {method["name"]:17} {method["title"]}: {method["summary"]}')
 
 
 @click.command('demo', cls=Command)
@@ -89,10 +89,10 @@ def bench(architectures: Tuple[str, ...], as_json: bool, **kwargs: Any) -> None:
         print_json(result)
         return
     size = 'x'.join(map(str, result['input_size']))
-    click.echo(
+    say(
         f'A training step of {result["batch"]} images of {size}, {result["dtype"]}, on {result["hardware"]}, '
         f'torch {result["torch"]}:')
     for row in result['models']:
         ratio = f'{row["ratio"]:.2f} ({row["smallest"]:.2f} to {row["largest"]:.2f})'
         million = row['parameters'] / 1e6
-        click.echo(f'{row["name"]:40} {1e3 * row["median"]:9.1f} ms  x {ratio:20} {million:8.2f}M parameters')
+        say(f'{row["name"]:40} {1e3 * row["median"]:9.1f} ms  x {ratio:20} {million:8.2f}M parameters')

@@ -5,7 +5,7 @@ import click
 
 from .errors import Command
 from .options import json_option
-from .output import print_json
+from .output import print_json, say
 
 __all__ = ['ensemble', 'plot', 'run', 'train']
 
@@ -60,7 +60,7 @@ def plot(run_dir: str, out: Optional[str]) -> None:
     from ..report.run_pictures import plot_run
 
     for path in plot_run(run_dir, out):
-        click.echo(path)
+        say(path)
 
 
 @click.command('ensemble', cls=Command)
@@ -94,6 +94,6 @@ def ensemble(run_dir: str, data_dir: str, as_json: bool, **kwargs: Any) -> None:
     if as_json:
         print_json(result)
         return
-    click.echo(f'on {result.images} images: top-1 (%), top-5 (%), loss')
+    say(f'on {result.images} images: top-1 (%), top-5 (%), loss')
     for score in (*result.snapshots, result.outputs, result.weights):
-        click.echo(f'{score.name:20}{score.top1:8.2f}{score.top5:8.2f}{score.loss:9.4f}')
+        say(f'{score.name:20}{score.top1:8.2f}{score.top5:8.2f}{score.loss:9.4f}')

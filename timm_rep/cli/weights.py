@@ -5,7 +5,7 @@ import click
 
 from .errors import Command
 from .options import checkpoint_options, json_option, model_kwargs_option, size_options
-from .output import print_json, report_content
+from .output import print_json, report_content, say
 
 __all__ = ['expand', 'fuse', 'import_official', 'verify']
 
@@ -36,7 +36,7 @@ def fuse(checkpoint: str, out: Optional[str], **kwargs: Any) -> None:
 
     report = fuse_checkpoint(checkpoint, out, **kwargs)
     written = ', '.join(str(path) for path in (out, kwargs['onnx'], kwargs['program']) if path)
-    click.echo(f'{written}: {report}')
+    say(f'{written}: {report}')
 
 
 @click.command('verify', cls=Command)
@@ -70,7 +70,7 @@ def verify(checkpoint: str, fused: Optional[str], as_json: bool, **kwargs: Any) 
     if as_json:
         print_json(dict(report_content(report), ok=True))
     else:
-        click.echo(report)
+        say(report)
 
 
 @click.command('expand', cls=Command)
@@ -96,7 +96,7 @@ def expand(source: str, out: str, method: str, **kwargs: Any) -> None:
     from ..hub.forms import expand_checkpoint
 
     report = expand_checkpoint(source, out, method, **kwargs)
-    click.echo(f'{out}: {report}')
+    say(f'{out}: {report}')
 
 
 @click.command('import-official', cls=Command)
@@ -133,4 +133,4 @@ def import_official(file: str, out: str, as_json: bool, **kwargs: Any) -> None:
     text = '{output}: {architecture} in {form} form, {num_classes} classes'.format(**imported)
     if imported['model_kwargs']:
         text += ', built with ' + ' '.join(f'{key}={value}' for key, value in imported['model_kwargs'].items())
-    click.echo(text if report is None else f'{text}; training form and stock form: {report}')
+    say(text if report is None else f'{text}; training form and stock form: {report}')

@@ -4,7 +4,9 @@ from typing import Any, Dict, Iterator, List, Optional, Set, Tuple, TypeVar
 
 import torch
 import torch.nn as nn
+from timm.utils import ModelEmaV2, ModelEmaV3
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from .errors import UserError
 from .layers import AnnealedModule, AnnealedRepVggBlock, RepLayer
@@ -18,6 +20,9 @@ __all__ = [
 
 ModelT = TypeVar('ModelT', bound=nn.Module)
 
+# Modules whose ``module`` is the network.
+WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel, ModelEmaV2, ModelEmaV3)
+
 HOOKS = (
     '_forward_hooks', '_forward_hooks_with_kwargs', '_forward_hooks_always_called', '_forward_pre_hooks',
     '_forward_pre_hooks_with_kwargs', '_backward_hooks', '_backward_pre_hooks', '_is_full_backward_hook',
@@ -25,7 +30,7 @@ HOOKS = (
 
 
 def unwrapped(model: Any) -> Any:
-    """The network inside DDP, DataParallel and torch.compile, however nested.
+    """The network inside DDP, DataParallel, torch.compile and averaged copies, however nested.
 
     Args:
         model: Any module.
@@ -33,7 +38,7 @@ def unwrapped(model: Any) -> Any:
     Returns:
         The module itself if it is no such wrapper.
     """
-    while hasattr(model, '_orig_mod') or isinstance(model, (DataParallel, DistributedDataParallel)):
+    while hasattr(model, '_orig_mod') or isinstance(model, WRAPPERS):
         model = model._orig_mod if hasattr(model, '_orig_mod') else model.module
     return model
 

@@ -1,9 +1,10 @@
 """Check that an exported model, in a folder or on the Hub, still computes what it did when it was exported."""
 import json
 from pathlib import Path
-from typing import Optional, Union
+from typing import Dict, Mapping, Optional, Union
 
 import huggingface_hub
+import safetensors
 import safetensors.torch
 import timm
 import torch
@@ -12,7 +13,14 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 
 from ..core.errors import UserError
 from ..core.verify import DEFAULT_RTOL, Report, VerificationError, compare_outputs
-from ..io.architecture import FACTORY_ARGS, HUB_PREFIX
+from ..io.architecture import (
+    FACTORY_ARGS,
+    HUB_PREFIX,
+    check_input_size,
+    check_network_args,
+    no_endless_network,
+)
+from ..io.checkpoint import dtype_fits
 from ..io.hub_errors import HubError, hub_errors
 from .export import CONFIG_FILE, SELF_CHECK_FILE, WEIGHTS_FILE
 
@@ -65,6 +73,13 @@ def _check_config(path: Path) -> None:
         raise UserError(f'{path} does not describe a timm model: {type(e).__name__}: {e}') from None
     if not known:
         raise UserError(f'{path} is of an unknown architecture, {config["architecture"]!r}')
+    try:
+        check_network_args(args)
+        check_network_args(cfg)
+        if 'input_size' in cfg:
+            check_input_size(cfg['input_size'])
+    except UserError as e:
+        raise UserError(f'{path} does not describe a timm model: {e}') from None
     if named:
         raise UserError(f'{path} names another source of weights ({", ".join(named)}); it is not followed')
 
@@ -72,18 +87,32 @@ def _check_config(path: Path) -> None:
 def _build(folder: Path, pretrained: bool) -> nn.Module:
     """Let timm rebuild the model of a checked config.json."""
     try:
-        return timm.create_model(f'local-dir:{folder}', pretrained=pretrained)
+        with no_endless_network():
+            return timm.create_model(f'local-dir:{folder}', pretrained=pretrained)
     except Exception as e:  # whatever the model makes of strange arguments
         what = f'{CONFIG_FILE} and {WEIGHTS_FILE}' if pretrained else CONFIG_FILE
         raise UserError(f'timm cannot rebuild the model from {what} in {folder}: {e}') from e
 
 
-def _check_weights_size(folder: Path, size: Optional[int]) -> None:
-    """Compare the size of the weights with what the model takes, before that is allocated."""
+def _check_weights_size(folder: Path, size: Optional[int]) -> Dict[str, torch.Tensor]:
+    """Compare the size of the weights with what the model takes, before that is allocated; gives its tensors."""
     with torch.device('meta'):
-        values = _build(folder, pretrained=False).state_dict().values()
-    numbers = sum(value.numel() for value in values)
+        own = _build(folder, pretrained=False).state_dict()
+    numbers = sum(value.numel() for value in own.values())
     _check_size(WEIGHTS_FILE, size, 8 * numbers + WEIGHTS_ALLOWANCE, least=2 * numbers)
+    return own
+
+
+def _check_weights(path: Path, own: Mapping[str, torch.Tensor]) -> None:
+    """Refuse numbers of other kinds than the model's, which timm would convert; the rest timm compares."""
+    try:
+        with safetensors.safe_open(path, 'pt') as file:
+            given = {key: file.get_tensor(key).dtype for key in own.keys() & set(file.keys())}
+    except Exception as e:  # a damaged file makes the reader raise almost anything
+        raise UserError(f'timm cannot rebuild the model from {path}: {e}') from e
+    for key, dtype in given.items():
+        if not dtype_fits(own[key].dtype, dtype):
+            raise UserError(f'{path} is not of the model that it describes: {key} is {dtype}')
 
 
 def _fetch(repo: str, revision: Optional[str]) -> Path:
@@ -125,7 +154,8 @@ def load_export(folder: Path) -> nn.Module:
         UserError: If a file is too large, or not what an export writes.
     """
     _check_config(_file(folder, CONFIG_FILE))
-    _check_weights_size(folder, _file(folder, WEIGHTS_FILE).stat().st_size)
+    weights = _file(folder, WEIGHTS_FILE)
+    _check_weights(weights, _check_weights_size(folder, weights.stat().st_size))
     return _build(folder, pretrained=True).eval()
 
 

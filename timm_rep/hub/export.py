@@ -1,6 +1,7 @@
 """Export a model as a folder for the Hugging Face Hub, in stock form: any timm loads it without this package."""
 import copy
 import dataclasses
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -18,7 +19,7 @@ from ..core.expand import expand
 from ..core.expansion import Expansion, expansion_of
 from ..core.fuse import fuse
 from ..core.verify import check_values, verify
-from ..core.walk import annealed_modules, image_channels
+from ..core.walk import annealed_modules, image_channels, unwrapped
 from ..io.extras import has_packages
 from ..io.output import new_folder, written_whole
 from ..io.runs import Run, write_run
@@ -57,6 +58,7 @@ def time_steps_of(model: nn.Module) -> int:
 
 def _copy_of(model: Any, label_names: Optional[Sequence[str]]) -> Any:
     """A copy of a model to export, if it can be."""
+    model = unwrapped(model)
     cfg = getattr(model, 'pretrained_cfg', None)
     if not isinstance(cfg, dict) or not timm.is_model(cfg.get('architecture') or ''):
         raise UserError(f'a {type(model).__name__} was not built by timm.create_model, which is to load the export')
@@ -99,6 +101,13 @@ def _draw(run: Run, name: str, folder: Path) -> Optional[str]:
     return PLOT_FILE
 
 
+def _say_classes_once(path: Path) -> None:
+    """Leave the number of classes to the config itself: transformers does not take it from the arguments as well."""
+    config = json.loads(path.read_text())
+    config.get('model_args', {}).pop('num_classes', None)
+    path.write_text(json.dumps(config, indent=2))
+
+
 def _write_model(
         folder: Path,
         model: Any,
@@ -122,6 +131,7 @@ def _write_model(
     safetensors.torch.save_file(tensors, folder / SELF_CHECK_FILE)
     try:
         save_for_hf(model, str(folder), config, model_args=model_args, safe_serialization=True)
+        _say_classes_once(folder / CONFIG_FILE)
         rebuilt = timm.create_model(f'local-dir:{folder}', pretrained=True).to(dtype)
         # large inputs tell ReLU from ReLU6, but may overflow in half precision
         for gain in (1.0, 100.0) if dtype.itemsize >= 4 else (1.0,):
@@ -156,6 +166,7 @@ def export_folder(
 
     Args:
         model: Model of timm or of this package in training or stock form, built by ``timm.create_model``; not changed.
+            What is around it (DDP, torch.compile) is left out.
         path: New or empty folder.
         dataset: Name of the data set that the model was trained on.
         metrics: Measured figures by name; ``top1`` and ``top5`` are accuracies in percent.

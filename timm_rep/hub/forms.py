@@ -10,11 +10,11 @@ from ..core.fuse import fuse
 from ..core.methods import as_method
 from ..core.verify import Report, verify
 from ..io.architecture import create_model
-from ..io.checkpoint import model_args_of, read_checkpoint, take_input_settings
+from ..io.checkpoint import model_args_of, read_checkpoint
 from ..io.hub_errors import hub_errors
 from ..io.output import PathLike, is_weights_file, new_output
 from ..io.programs import ONNX_SUFFIX, PROGRAM_SUFFIX, export_onnx, export_program
-from ..io.weights import load_strictly, load_training_form, save_weights
+from ..io.weights import build_filled, load_strictly, load_training_form, save_weights
 from ..models.checkpoint_filter import checkpoint_filter_fn
 from ..models.names import OWN_ARGS, TRAINING_PREFIXES, stock_architecture
 from .check import load_export
@@ -167,9 +167,8 @@ def expand_checkpoint(
         target, layer_args = _training_architecture(name, layer)
         args = {key: value for key, value in model_args_of(checkpoint, name, overrides).items() if key not in OWN_ARGS}
         args.update(layer_args)
-        stock: Any = create_model(target, inference_mode=True, **args)
-        load_strictly(stock, checkpoint.state_dict, checkpoint.path, f'{name} in stock form')
-        take_input_settings(stock, checkpoint.args, checkpoint.path)
+        stock: Any = build_filled(
+            checkpoint, f'{name} in stock form', lambda: create_model(target, inference_mode=True, **args))
     elif timm.is_model(str(source)):
         if not timm.models.is_model_pretrained(str(source)):
             raise UserError(f'timm has no pretrained weights of {source}')

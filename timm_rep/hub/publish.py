@@ -14,6 +14,7 @@ from ..core.expansion import expansion_of
 from ..core.fuse import fuse
 from ..core.verify import Report, verify
 from ..io.checkpoint import read_checkpoint, trained_architecture
+from ..io.hub_errors import without_tokens
 from ..io.output import PathLike, new_folder
 from ..io.runs import Run, read_run
 from ..io.weights import training_form
@@ -234,8 +235,8 @@ def publish(
         training_folder,
         repo,
         revision,
-        None if commit is None else str(commit.commit_url),
-        None if commit is None else commit.pr_url,
+        None if commit is None else without_tokens(str(commit.commit_url), token),
+        None if commit is None or commit.pr_url is None else without_tokens(commit.pr_url, token),
         report,
         images,
         None if create_pr else _registry_entry(folder, full_name),

@@ -1,4 +1,6 @@
 """A repository on the Hugging Face Hub: what is there, and folders sent to it in one commit each."""
+import logging
+import warnings
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -6,11 +8,13 @@ from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import RevisionNotFoundError
 
 from .._version import __version__
-from ..io.hub_errors import HubError, hub_message
+from ..io.hub_errors import HubError, hide_tokens_in_logs, hub_message, without_tokens
 from .card import TRAIN_REVISION, is_generated
 from .export import CARD_FILE, MANAGED_FILES
 
 __all__ = ['MAIN_REVISION', 'PublishError', 'file_sizes', 'hub_id', 'log_in', 'send_forms']
+
+_logger = logging.getLogger(__name__)
 
 MAIN_REVISION = 'main'
 
@@ -42,6 +46,7 @@ def log_in(token: Optional[str]) -> HfApi:
     Raises:
         PublishError: If there is no valid token, or no Hub.
     """
+    hide_tokens_in_logs()
     api = HfApi(token=token, library_name='timm_rep', library_version=__version__)
     try:
         api.whoami()
@@ -68,9 +73,19 @@ def _head_of(api: HfApi, repo: str, revision: str, replace_card: bool) -> Any:
     return info
 
 
-def _send(api: HfApi, repo: str, folder: Path, sent: List[str], **kwargs: Any) -> CommitInfo:
+def _send(
+        api: HfApi,
+        repo: str,
+        folder: Path,
+        sent: List[str],
+        token: Optional[str],
+        **kwargs: Any,
+) -> CommitInfo:
     """Send a folder in one commit, note it, and look at what arrived."""
-    commit = api.upload_folder(repo_id=repo, folder_path=folder, delete_patterns=list(MANAGED_FILES), **kwargs)
+    with warnings.catch_warnings(record=True) as told:  # by the server, about the card
+        commit = api.upload_folder(repo_id=repo, folder_path=folder, delete_patterns=list(MANAGED_FILES), **kwargs)
+    for warning in told:
+        _logger.warning('%s', without_tokens(str(warning.message), token))
     sent.append(str(commit.commit_url))
     files = file_sizes(folder)
     found = api.get_paths_info(repo, list(files), revision=commit.oid)
@@ -126,10 +141,10 @@ def send_forms(
         if training_folder is not None:
             parent = _head_of(api, repo, TRAIN_REVISION, replace_card).sha
             _send(
-                api, repo, training_folder, sent, revision=TRAIN_REVISION, parent_commit=parent,
+                api, repo, training_folder, sent, token, revision=TRAIN_REVISION, parent_commit=parent,
                 commit_message=f'{name} in training form')
         commit = _send(
-            api, repo, folder, sent, revision=None if create_pr else revision, parent_commit=head.sha,
+            api, repo, folder, sent, token, revision=None if create_pr else revision, parent_commit=head.sha,
             create_pr=create_pr, commit_message=f'{name}, fused by timm_rep {__version__}')
         if git_tag:
             api.create_tag(repo, tag=git_tag, revision=commit.oid)
@@ -137,5 +152,6 @@ def send_forms(
     except Exception as e:  # those of the HTTP library of huggingface_hub, which is not always the same one
         problem = str(e) if isinstance(e, HubError) else f'publishing to {repo} failed: {hub_message(e, token)}'
         state = f'On the Hub: {", ".join(sent)}' if sent else 'The Hub has confirmed no commit'
+        state += f' (look at {api.endpoint}/{repo})'
         raise PublishError(
-            f'{problem}. {state} (look at {api.endpoint}/{repo}); the folder {folder} is complete and stays') from None
+            without_tokens(f'{problem}. {state}', token) + f'; the folder {folder} is complete and stays') from None

@@ -1,15 +1,18 @@
-"""Networks that a file names: built by timm, from arguments of the network only."""
+"""Networks that a file names: built by timm, from arguments of the network only, and no larger than networks are."""
 import inspect
-from typing import Any
+import reprlib
+from contextlib import contextmanager
+from typing import Any, Iterator, Mapping, Sequence
 
 import timm
 import torch.nn as nn
 from timm.models import build_model_with_cfg
+from torch.nn.modules import module as torch_module
 
 from ..core.errors import UserError
 from .hub_errors import HubError, hub_message
 
-__all__ = ['FACTORY_ARGS', 'HUB_PREFIX', 'create_model']
+__all__ = ['FACTORY_ARGS', 'HUB_PREFIX', 'check_input_size', 'check_network_args', 'create_model', 'no_endless_network']
 
 # Arguments of timm's factory, not of a network: where weights come from, and where to. No file may give them.
 FACTORY_ARGS = {'device', 'dtype', *(
@@ -17,6 +20,79 @@ FACTORY_ARGS = {'device', 'dtype', *(
     for name, parameter in inspect.signature(function).parameters.items() if parameter.kind is not parameter.VAR_KEYWORD
 )}
 HUB_PREFIX = 'hf-hub:'
+# Depths, widths, sizes and factors: timm repeats, and allocates, as often as they say. Classes only widen a layer.
+MAX_NUMBER = 10 ** 4
+UNBOUNDED_ARGS = ('num_classes',)
+# Modules and parameters: three times those of HRNet-W64 with DBB layers, ten times those of timm's largest networks.
+MAX_PARTS = 30_000
+MAX_IMAGE_SIDE = 4096
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, (int, float)):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _numbers(part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _numbers(part)
+
+
+def check_network_args(args: Mapping[str, Any]) -> None:
+    """Refuse arguments that timm would build for hours, or until no memory is left.
+
+    Args:
+        args: Plain data, by the names of arguments.
+
+    Raises:
+        UserError: For larger numbers than there are in a network.
+    """
+    for name, value in args.items():
+        if name not in UNBOUNDED_ARGS and any(abs(number) > MAX_NUMBER for number in _numbers(value)):
+            raise UserError(f'{name} has numbers above {MAX_NUMBER}, more than any network is built of')
+
+
+def check_input_size(size: Sequence[Any]) -> None:
+    """Refuse what cannot be the size of images.
+
+    Args:
+        size: Channels, height and width.
+
+    Raises:
+        UserError: If it is none, or too large to compute anything with.
+    """
+    known = isinstance(size, (list, tuple)) and len(size) == 3 and all(type(number) is int for number in size)
+    if not known or not all(0 < number <= MAX_IMAGE_SIDE for number in size):
+        raise UserError(f'input_size must be channels, height and width, at most {MAX_IMAGE_SIDE}, got {size!r}')
+
+
+@contextmanager
+def no_endless_network() -> Iterator[None]:
+    """Stop timm where what it builds has more parts than any network.
+
+    Raises:
+        UserError: If it has.
+    """
+    left = MAX_PARTS
+
+    def count(*registered: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise UserError(f'it has more than {MAX_PARTS} modules and parameters, which no network has')
+
+    hooks = [
+        register(count) for register in (
+            torch_module.register_module_module_registration_hook,
+            torch_module.register_module_parameter_registration_hook,
+        )
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def create_model(architecture: str, /, **kwargs: Any) -> nn.Module:
@@ -36,15 +112,19 @@ def create_model(architecture: str, /, **kwargs: Any) -> nn.Module:
     on_hub = architecture.startswith(HUB_PREFIX)
     if not on_hub and not timm.is_model(architecture):
         raise UserError(f'unknown model {architecture!r}; `timm-rep list` shows the models with rep layers')
+    check_network_args(kwargs)
     try:
-        model: Any = timm.create_model(architecture, **kwargs)
-    except (TypeError, LookupError, AttributeError, ArithmeticError, AssertionError) as e:
-        given = ', '.join(f'{key}={value!r}' for key, value in kwargs.items())
-        raise UserError(f'{architecture} cannot be built with {given}: {e}') from e
+        with no_endless_network():
+            model: Any = timm.create_model(architecture, **kwargs)
     except OSError as e:
         if not on_hub:
             raise
         raise HubError(f'{architecture} cannot be looked up, name its architecture: {hub_message(e)}') from None
+    except (TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, ValueError, RuntimeError) as e:
+        if kwargs.get('pretrained') and isinstance(e, (ValueError, RuntimeError)):  # of the weights
+            raise
+        given = ', '.join(f'{key}={reprlib.repr(value)}' for key, value in kwargs.items())
+        raise UserError(f'{architecture} cannot be built with {given}: {e}') from e
     if not hasattr(model, '_model_args'):  # older timm
         model._model_args = kwargs
     return model

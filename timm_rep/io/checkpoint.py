@@ -1,6 +1,9 @@
 """Checkpoint files: read safely, with what they say of the model that they are of."""
 import argparse
+import pickle
 import re
+import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Tuple
@@ -16,14 +19,17 @@ from torch import Tensor
 from ..core.errors import UserError
 from ..core.layers import RepLayer
 from ..models.names import stock_architecture
-from .architecture import FACTORY_ARGS, create_model
+from .architecture import FACTORY_ARGS, check_input_size, create_model
 from .damage import check_records
 from .description import Description, read_description
 from .output import PathLike
-from .runs import plain, read_run_args
+from .pickles import check_pickles
+from .plain_data import plain
+from .runs import read_run_args
 
 __all__ = [
-    'Checkpoint', 'find_checkpoint', 'model_args_of', 'read_checkpoint', 'take_input_settings', 'trained_architecture',
+    'CHECKSUM', 'FLOATS', 'Checkpoint', 'dtype_fits', 'find_checkpoint', 'model_args_of', 'read_checkpoint',
+    'take_input_settings', 'trained_architecture',
 ]
 
 # Of timm, OREPA and RepAn; the tutorials of PyTorch; and many CIFAR trainings.
@@ -36,6 +42,8 @@ MODEL_ARGS = dict(num_classes='num_classes', in_chans='in_chans', gp='global_poo
 # What a model must be fed with, as train.py's arguments decide.
 DATA_CONFIG_KEYS = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
 
+CHECKSUM = 'crc32'  # of the numbers, in the metadata of files of ours
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Tensors of a file may share their numbers, as tied weights do, but they are not many times what it holds.
 SHARING = 2
 
@@ -87,40 +95,84 @@ def find_checkpoint(path: PathLike) -> Path:
         f'{path} is not the output folder of a run: it holds neither {" nor ".join(RUN_CHECKPOINTS)}')
 
 
+def _check_sum(path: Path, metadata: Mapping[str, str]) -> None:
+    """Refuse a file of ours whose numbers are no longer those that were written."""
+    if CHECKSUM not in metadata:
+        return
+    total = 0
+    with path.open('rb') as file:
+        file.seek(8 + struct.unpack('<Q', file.read(8))[0])
+        while chunk := file.read(2 ** 24):
+            total = zlib.crc32(chunk, total)
+    if f'{total:08x}' != metadata[CHECKSUM]:
+        raise UserError('it is damaged: its numbers are not those that were written')
+
+
 def _read_file(path: Path, allow_pickle: bool) -> Tuple[Any, Mapping[str, str]]:
     """What a file holds, and the metadata beside it."""
     try:
         if path.suffix == '.safetensors':
             with safetensors.safe_open(path, 'pt') as file:
-                return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+                content, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+            _check_sum(path, metadata)
+            return content, metadata
         # train.py puts its arguments into the checkpoint
         with path.open('rb') as file, torch.serialization.safe_globals([argparse.Namespace]):
             check_records(file)  # of the very file that is read: a run may replace it at any time
+            if not allow_pickle:
+                check_pickles(file)
             return torch.load(file, map_location='cpu', weights_only=not allow_pickle), {}
     except (PermissionError, ImportError):
         raise
     except Exception as e:  # a damaged file makes the readers raise almost anything
-        refused = re.search(r'(?i)unsupported (?:global: )?GLOBAL (\S+)', str(e))
-        if refused:
-            raise UserError(
-                f'{path} holds Python objects ({refused[1]}), not only weights; it is not loaded, since that could run '
-                'code (allow_pickle=True or --allow-pickle loads it all the same: only if you trust whoever made it)'
-            ) from e
+        if isinstance(e, UserError):
+            raise UserError(f'{path} is not loaded: {e}') from e
         kind = 'safetensors file' if path.suffix == '.safetensors' else 'PyTorch checkpoint'
-        first_line = str(e).partition('\n')[0]
-        raise UserError(f'{path} is not a {kind} ({type(e).__name__}: {first_line})') from e
+        raise UserError(f'{path} is not a {kind} ({_in_words(e)})') from e
+
+
+def _in_words(error: Exception) -> str:
+    """What a reader says, but what torch says of refused files, which is how to load them unsafely."""
+    text = str(error).partition('\n')[0]
+    unsafe = isinstance(error, pickle.UnpicklingError) or re.search('weights_only|safe_globals|pickle_module', text)
+    return type(error).__name__ if unsafe else f'{type(error).__name__}: {text}'
 
 
 def _check_tensors(weights: Mapping[str, Tensor], path: Path) -> None:
     """Refuse tensors that are no plain arrays of real numbers, or that take much more than the file holds."""
     total = 0
     for key, value in weights.items():
-        if value.layout != torch.strided or value.device.type != 'cpu' or value.is_quantized or value.is_complex():
-            kind = f'{value.dtype}, {value.layout}, on {value.device}'
+        plain_kind = type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided and not value.is_nested
+        if not plain_kind or value.device.type != 'cpu' or value.is_quantized or value.is_complex():
+            nested = 'nested, ' if value.is_nested else ''
+            kind = f'{type(value).__name__} ({nested}{value.dtype}, {value.layout}, on {value.device})'
             raise UserError(f'{path} holds {key} as {kind}; weights are dense tensors of real numbers')
         total += value.numel() * value.element_size()
     if total > SHARING * path.stat().st_size:
         raise UserError(f'{path} has {path.stat().st_size} bytes, but its tensors take {total}; it is not loaded')
+
+
+def _run_args(args: Any, path: Path) -> Dict[str, Any]:
+    """Arguments of the run, from the checkpoint, else from the file beside it."""
+    if not isinstance(args, argparse.Namespace):
+        return read_run_args(path)
+    try:
+        return plain(vars(args))
+    except UserError as e:
+        raise UserError(f'{path} holds arguments of no run: {e}') from e
+
+
+def dtype_fits(own: torch.dtype, given: torch.dtype) -> bool:
+    """Whether a tensor of a model takes the numbers of a file: weights in any usual precision, all else as it is.
+
+    Args:
+        own: Of the model's tensor.
+        given: Of the file's tensor.
+
+    Returns:
+        Whether it does.
+    """
+    return given == own or (own.is_floating_point and given in FLOATS)
 
 
 def read_checkpoint(path: PathLike, *, use_ema: bool = False, allow_pickle: bool = False) -> Checkpoint:
@@ -153,11 +205,11 @@ def read_checkpoint(path: PathLike, *, use_ema: bool = False, allow_pickle: bool
             raise UserError(f'{path} has no EMA weights; it was written without --model-ema')
         weights = content
     if not weights or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in weights.items()):
-        raise UserError(f'{path} holds no weights; its keys are {", ".join(map(str, list(content)[:5]))}')
+        keys = ', '.join(key[:99] if isinstance(key, str) else type(key).__name__ for key in list(content)[:5])
+        raise UserError(f'{path} holds no weights; its keys are {keys}')
     _check_tensors(weights, path)
     description = read_description(metadata, path)
-    args = content.get('args')
-    args = plain(vars(args)) if isinstance(args, argparse.Namespace) else read_run_args(path)
+    args = _run_args(content.get('args'), path)
     described = None if description is None else description.architecture
     architecture = described or args.get('model') or content.get('arch')
     if description is None:
@@ -251,8 +303,10 @@ def take_input_settings(model: Any, args: Mapping[str, Any], source: PathLike) -
         return
     try:
         config = resolve_data_config(dict(args), model=model)
-    except (AssertionError, TypeError) as e:
-        raise UserError(f'input settings of the run of {source} cannot be used: {e}') from e
+        check_input_size(config['input_size'])
+    except (AssertionError, TypeError, UserError) as e:
+        raise UserError(
+            f'input settings of the run of {source} cannot be used: {str(e) or type(e).__name__}') from e
     if tuple(config['input_size']) != tuple(model.pretrained_cfg['input_size']):
         model.pretrained_cfg['pool_size'] = None
     model.pretrained_cfg.update({key: config[key] for key in DATA_CONFIG_KEYS})

@@ -4,7 +4,7 @@ from typing import BinaryIO
 
 from ..core.errors import UserError
 
-__all__ = ['check_records']
+__all__ = ['ZIP_START', 'check_records']
 
 ZIP_START = b'PK\x03\x04'  # by which torch.load tells what torch.save writes today from its older format
 FOLDER_FLAG = 0x10  # of MS-DOS, in the attributes of a record

@@ -18,7 +18,7 @@ from ..core.layers import RepLayer
 from ..core.methods import Method
 from ..core.walk import image_channels
 from ..models.names import OWN_ARGS, TRAINING_PREFIXES
-from .architecture import FACTORY_ARGS, create_model
+from .architecture import FACTORY_ARGS, check_input_size, create_model
 
 __all__ = ['Description', 'describe', 'read_description']
 
@@ -155,6 +155,8 @@ def _description(metadata: Mapping[str, str]) -> Description:
         raise UserError(f'{", ".join(refused)} are no arguments of a network')
     given = _parse(metadata, SETTINGS, dict)
     settings = {key: given[key] for key in SETTINGS_FIELDS if given.get(key) is not None}
+    if 'input_size' in settings:
+        check_input_size(settings['input_size'])
     return Description(architecture, args, methods_from_list(_parse(metadata, EXPANSION, list)), settings)
 
 

@@ -12,7 +12,7 @@ from timm.utils import reparameterize_model
 from ..core.errors import UserError
 from ..core.fuse import fuse
 from ..core.verify import Difference, compare_outputs
-from ..core.walk import image_channels
+from ..core.walk import image_channels, unwrapped
 from .extras import require_extra
 from .output import new_output, written_whole
 
@@ -32,7 +32,7 @@ CHECKED_BATCHES = (1, 2, 5)
 
 def _deploy_form(model: nn.Module) -> nn.Module:
     """A fused copy; branches that the stock model has itself (RepVGG's) are folded too."""
-    fused = reparameterize_model(fuse(copy.deepcopy(model).eval().cpu()))
+    fused = reparameterize_model(fuse(copy.deepcopy(unwrapped(model)).eval().cpu()))
     return fused.float().eval()
 
 
@@ -73,7 +73,7 @@ def export_program(model: nn.Module, path: Union[str, Path]) -> Difference:
     """
     path = new_output(path, suffixes=(PROGRAM_SUFFIX,))
     fused = _deploy_form(model)
-    images = _images(model)
+    images = _images(fused)
     program = io.BytesIO()  # torch ends the process where it cannot write a file
     torch.export.save(_trace(fused, images[0]), program)
     program.seek(0)
@@ -117,7 +117,7 @@ def export_onnx(model: nn.Module, path: Union[str, Path]) -> Difference:
 
     path = new_output(path, suffixes=(ONNX_SUFFIX,))
     fused = _deploy_form(model)
-    images = _images(model)
+    images = _images(fused)
     with written_whole(path) as temporary:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # of the exporter, about its own workings

@@ -12,9 +12,10 @@ import yaml
 
 from ..core.errors import UserError
 from .output import PathLike
+from .plain_data import plain, read_yaml
 
 __all__ = [
-    'MAY_CHANGE', 'Run', 'complete_rows', 'plain', 'read_run', 'read_run_args', 'read_summary', 'to_number',
+    'MAY_CHANGE', 'Run', 'complete_rows', 'read_run', 'read_run_args', 'read_summary', 'to_number',
     'write_run',
 ]
 
@@ -78,15 +79,6 @@ class Run:
     metrics: Dict[str, float]
 
 
-def plain(value: Any) -> Any:
-    """What a file says as plain numbers, strings, lists and dicts; None for what is none of these."""
-    if isinstance(value, dict):
-        return {str(key): plain(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(part) for part in value]
-    return next((kind(value) for kind in (bool, int, float, str) if isinstance(value, kind)), None)
-
-
 def read_run_args(path: Path) -> Dict[str, Any]:
     """Arguments of the run that wrote a checkpoint, from the file that train.py puts beside it.
 
@@ -97,15 +89,12 @@ def read_run_args(path: Path) -> Dict[str, Any]:
         The arguments; empty if there is no args.yaml.
 
     Raises:
-        UserError: If args.yaml is not a YAML file.
+        UserError: If args.yaml is not a YAML file of plain data, or too large.
     """
     args_path = path.parent / 'args.yaml'
     if not args_path.is_file():
         return {}
-    try:
-        args = yaml.safe_load(args_path.read_text())
-    except (yaml.YAMLError, ValueError, RecursionError) as e:
-        raise UserError(f'{args_path} is not a YAML file: {e}') from e
+    args = read_yaml(args_path)
     return plain(args) if isinstance(args, dict) else {}
 
 

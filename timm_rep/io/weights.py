@@ -4,28 +4,37 @@ import dataclasses
 import io
 import json
 import struct
+import zlib
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional
+from typing import Any, Callable, Dict, Mapping, Optional
 
 import safetensors.torch
 import torch
 import torch.nn as nn
-from timm.utils import unwrap_model
 from torch import Tensor
 
 from ..core.errors import UserError
 from ..core.expand import expand_as_
 from ..core.expansion import expansion_of
 from ..core.verify import check_values
-from ..core.walk import annealed_modules
+from ..core.walk import annealed_modules, unwrapped
 from ..models.checkpoint_filter import first_names
 from ..models.names import OWN_ARGS
 from .architecture import create_model
-from .checkpoint import Checkpoint, model_args_of, read_checkpoint, take_input_settings, trained_architecture
+from .checkpoint import (
+    CHECKSUM,
+    FLOATS,
+    Checkpoint,
+    dtype_fits,
+    model_args_of,
+    read_checkpoint,
+    take_input_settings,
+    trained_architecture,
+)
 from .description import describe
 from .output import PathLike, new_output, written_whole
 
-__all__ = ['load', 'load_strictly', 'load_training_form', 'save', 'save_weights', 'training_form']
+__all__ = ['build_filled', 'load', 'load_strictly', 'load_training_form', 'save', 'save_weights', 'training_form']
 
 SUFFIX = '.safetensors'
 AS_DESCRIBED = 'the model that it describes'
@@ -40,6 +49,7 @@ def _safetensors(weights: Dict[str, Tensor], metadata: Mapping[str, str]) -> byt
     """Content of a file, the same for the same model: safetensors itself writes metadata in any order."""
     content = safetensors.torch.save(weights)
     length = struct.unpack('<Q', content[:8])[0]
+    metadata = {**metadata, CHECKSUM: f'{zlib.crc32(content[8 + length:]):08x}'}
     header = json.dumps({'__metadata__': dict(sorted(metadata.items())), **json.loads(content[8:8 + length])}).encode()
     header += b' ' * (-len(header) % 8)  # tensors are aligned
     return struct.pack('<Q', len(header)) + header + content[8 + length:]
@@ -52,8 +62,8 @@ def save(model: nn.Module, file: PathLike, *, replace: bool = False) -> None:
     and the input settings. Whoever reads safetensors reads the weights, too.
 
     Args:
-        model: Model in training or stock form, also in wrappers (DDP, torch.compile). Of a model that timm cannot build
-            the file tells the expansion only: ``load(file, into=stock_model)``.
+        model: Model in training or stock form, also in wrappers (DDP, torch.compile, averaged copies). Of a model that
+            timm cannot build the file tells the expansion only: ``load(file, into=stock_model)``.
         file: New ``.safetensors`` file, which is there whole or not at all.
         replace: Let it be a file that exists.
 
@@ -64,7 +74,7 @@ def save(model: nn.Module, file: PathLike, *, replace: bool = False) -> None:
         VerificationError: If a value is not finite, or a running variance is negative.
     """
     path = new_output(file, suffixes=(SUFFIX,), replace=replace)
-    model = unwrap_model(model)
+    model = unwrapped(model)
     check_values(model)
     content = _safetensors(_weights_of(model), describe(model))
     with written_whole(path, replace=replace) as temporary:
@@ -88,6 +98,7 @@ def save_weights(model: nn.Module, path: PathLike) -> None:
     if path.suffix == SUFFIX:
         save(model, path)
         return
+    model = unwrapped(model)
     check_values(model)
     content = io.BytesIO()
     torch.save(_weights_of(model), content)
@@ -111,6 +122,10 @@ def _check_fit(model: nn.Module, state_dict: Mapping[str, Tensor], path: Path, f
                 f'{path} does not hold {form}: {key} has shape {tuple(state_dict[key].shape)}, the model takes '
                 f'{tuple(value.shape)}'
             )
+        if not dtype_fits(value.dtype, state_dict[key].dtype):
+            allowed = ', '.join(str(dtype) for dtype in (FLOATS if value.is_floating_point() else (value.dtype,)))
+            raise UserError(
+                f'{path} does not hold {form}: {key} is {state_dict[key].dtype}, allowed are {allowed}')
         if key.endswith('attach_rate') and not 0 <= state_dict[key] <= 1:
             raise UserError(f'{path} does not hold {form}: {key} must lie in [0, 1], got {state_dict[key].item():g}')
 
@@ -132,7 +147,24 @@ def load_strictly(model: nn.Module, state_dict: Dict[str, Tensor], path: Path, f
     model.load_state_dict(state_dict)
 
 
-def _filled(model: nn.Module, checkpoint: Checkpoint, form: str) -> nn.Module:
+def build_filled(checkpoint: Checkpoint, form: str, build: Callable[[], nn.Module]) -> nn.Module:
+    """Build the network of a checkpoint, once it is known to be that: no memory is taken for what the file lacks.
+
+    Args:
+        checkpoint: The checkpoint, read.
+        form: What it should be, for the error.
+        build: Builds the network.
+
+    Returns:
+        The model with the weights, in eval mode. Its ``pretrained_cfg`` has the input settings of the run.
+
+    Raises:
+        UserError: If the weights are not those of the network, or the run had settings that timm does not understand.
+    """
+    with torch.device('meta'):
+        skeleton = build()
+    _check_fit(skeleton, checkpoint.state_dict, checkpoint.path, form)
+    model = build()
     load_strictly(model, checkpoint.state_dict, checkpoint.path, form)
     take_input_settings(model, checkpoint.args, checkpoint.path)
     return model.eval()
@@ -147,17 +179,16 @@ def _described_model(checkpoint: Checkpoint, overrides: Mapping[str, Any] = {}) 
             f'{path} is of a model that timm does not build; give its stock form: load(file, into=stock_model)')
     given = {key: value for key, value in overrides.items() if value is not None}
     description = dataclasses.replace(description, model_args={**description.model_args, **given})
-    try:
-        with torch.device('meta'):
-            skeleton = description.build()
-    except Exception as e:  # a file may give timm and the methods any arguments
-        raise UserError(f'{path} does not describe its model: {e}') from e
-    _check_fit(skeleton, weights, path, AS_DESCRIBED)
-    model = description.build()
-    dtypes = {value.dtype for value in weights.values() if value.is_floating_point()}
-    if len(dtypes) == 1:
-        model.to(dtypes.pop())
-    return _filled(model, checkpoint, AS_DESCRIBED)
+    dtypes = {value.dtype for value in weights.values() if value.dtype in FLOATS}
+
+    def build() -> nn.Module:
+        try:
+            model = description.build()
+        except Exception as e:  # a file may give timm and the methods any arguments
+            raise UserError(f'{path} does not describe its model: {e}') from e
+        return model.to(next(iter(dtypes))) if len(dtypes) == 1 else model
+
+    return build_filled(checkpoint, AS_DESCRIBED, build)
 
 
 def _load_into_(model: nn.Module, checkpoint: Checkpoint) -> None:
@@ -259,9 +290,14 @@ def training_form(
         raise UserError(f'{checkpoint.path} does not say which model it is of; name it (--model)')
     if architecture == trained_architecture(checkpoint):
         architecture = str(checkpoint.args['model'])  # with its tag, which may have input settings of its own
-    model = create_model(architecture, **model_args_of(checkpoint, architecture, overrides))
-    _check_training_form(model, architecture)
-    return _filled(model, checkpoint, f'{architecture} in training form')
+    args = model_args_of(checkpoint, architecture, overrides)
+
+    def build() -> nn.Module:
+        model = create_model(architecture, **args)
+        _check_training_form(model, architecture)
+        return model
+
+    return build_filled(checkpoint, f'{architecture} in training form', build)
 
 
 def _is_described(checkpoint: Checkpoint) -> bool:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..core.errors import UserError
 from ..core.layers import NormedRepLayer
+from ..io.checkpoint import dtype_fits
 from ..models.checkpoint_filter import first_names
 
 __all__ = ['Source', 'Weights', 'is_folded']
@@ -47,13 +48,15 @@ class Source:
         """Whether a name begins so."""
         return any(name.startswith(start) for name in self._tensors)
 
-    def take(self, name: str, shape: Sequence[int]) -> Tensor:
-        """A tensor that must be there, of this shape."""
+    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """A tensor that must be there, of this shape, for one of this type."""
         value = self.take_optional(name)
         if value is None:
             self._missing.append(name)
         elif tuple(value.shape) != tuple(shape):
             self._misfits.append(f'{name} has shape {tuple(value.shape)}, the model takes {tuple(shape)}')
+        elif not dtype_fits(dtype, value.dtype):
+            self._misfits.append(f'{name} is {value.dtype}, the model takes {dtype}')
         else:
             return value
         return torch.zeros(tuple(shape))
@@ -65,7 +68,7 @@ class Source:
 
     def fill(self, tensor: Tensor, name: str) -> None:
         """Overwrite a tensor of the model."""
-        tensor.copy_(self.take(name, tensor.shape))
+        tensor.copy_(self.take(name, tensor.shape, tensor.dtype))
 
     def fill_weight_bias(self, layer: Any, name: str) -> None:
         """Overwrite what a layer or norm learns."""

@@ -3,12 +3,11 @@ import argparse
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-import yaml
-
 from ..core.annealing import AnnealingSchedule
 from ..core.errors import UserError
 from ..core.walk import annealed_modules
 from ..io.architecture import create_model
+from ..io.plain_data import read_yaml
 
 __all__ = [
     'add_time_step_options', 'check_model', 'complete_schedule', 'output_folder', 'output_root', 'read_options',
@@ -60,8 +59,8 @@ def read_options(path: Path) -> Dict[str, Any]:
         UserError: If there is no such file, or it is something else.
     """
     try:
-        options = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:
+        options = read_yaml(path)
+    except (OSError, UserError) as e:
         raise UserError(f'{path} cannot be read as a YAML file: {" ".join(str(e).split())}') from None
     if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
         raise UserError(f'{path} must hold options and their values, as in "epochs: 30"')

@@ -10,7 +10,8 @@ from ..core.annealing import AnnealingSchedule
 from ..core.errors import UserError
 from ..io.checkpoint import read_checkpoint
 from ..io.output import written_whole
-from ..io.runs import MAY_CHANGE, complete_rows, plain, read_run_args
+from ..io.plain_data import plain
+from ..io.runs import MAY_CHANGE, complete_rows, read_run_args
 from .arguments import output_folder, output_root
 from .lock import processes
 

@@ -29,7 +29,7 @@ from typing import Any, Callable, List, Optional, Sequence, Tuple
 import yaml
 from timm.utils import is_primary
 
-from ..core.errors import UserError
+from ..core.errors import UserError, visible
 from ..io.hub_errors import HubError
 from .arguments import (
     add_time_step_options,
@@ -183,7 +183,7 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = 'timm-rep train') -> 
     try:
         _train(sys.argv[1:] if argv is None else argv, prog)
     except (DivergedError, UserError, HubError) as e:
-        print(f'{prog}: {e}', file=sys.stderr)
+        print(f'{prog}: {visible(str(e))}', file=sys.stderr)
         sys.exit(1 if isinstance(e, DivergedError) else 3 if isinstance(e, HubError) else 2)
     except KeyboardInterrupt:
         print(f'{prog}: interrupted', file=sys.stderr)
