@@ -112,7 +112,7 @@ class FoldedNorm(nn.Module):
         UserError: For another norm.
     """
 
-    def __init__(self, norm: nn.BatchNorm2d) -> None:
+    def __init__(self, norm: nn.Module) -> None:
         super().__init__()
         if not is_foldable(norm):
             raise UserError(f'a plain BatchNorm2d or BatchNormAct2d can be folded, got {norm}')
@@ -149,8 +149,6 @@ class FoldedNorm(nn.Module):
             norm_act = freeze_batch_norm_2d(norm_act)
         else:
             norm_act.momentum = norm.momentum
-            norm_act.weight.requires_grad_(norm.weight.requires_grad)
-            norm_act.bias.requires_grad_(norm.bias.requires_grad)
         norm_act.load_state_dict(norm.state_dict())
         for name, parameter in norm.named_parameters():
             norm_act.get_parameter(name).requires_grad_(parameter.requires_grad)
