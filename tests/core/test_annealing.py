@@ -451,3 +451,15 @@ def test_reset_optimizer_steps_like_a_new_one(name):
         step(used, used_optimizer, seed)
         step(new, new_optimizer, seed)
         assert_same_state(used.state_dict(), new.state_dict())
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16, torch.float16])
+def test_a_rate_is_the_same_number_in_every_precision(dtype):
+    model = tiny_repvgg()
+    forms = [
+        expand(model.to(dtype), {'*': 'rep', '*.conv_kxk.conv': 'orepa'}),
+        expand(tiny_repvgg(), {'*': 'rep', '*.conv_kxk.conv': 'dbb'}).to(dtype),
+    ]
+    for form in forms:
+        timm_rep.set_attach_rate(form, 1 / 3)
+        assert timm_rep.attach_rate(form.float()) == torch.tensor(1 / 3).item()

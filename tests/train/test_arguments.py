@@ -18,7 +18,7 @@ import timm_rep
 from timm_rep.core.walk import annealed_modules
 from timm_rep.io.runs import MAY_CHANGE
 from timm_rep.train import main
-from timm_rep.train.arguments import add_time_step_options, recipe_file, recipe_names
+from timm_rep.train.arguments import add_time_step_options, check_model, recipe_file, recipe_names
 from timm_rep.train.resume import find_run
 from timm_rep.train.wrapper import load_script
 
@@ -77,6 +77,16 @@ def test_bad_input_is_one_clear_error_and_nothing_is_written(scripts, tmp_path, 
     line = refusal(arguments(scripts, *more))
     assert re.search(message, line), line
     assert contents(tmp_path) == {}
+
+
+def test_dbb_is_not_both_compiled_and_checkpointed():
+    args = argparse.Namespace(
+        model='repan_resnet18_cifar', model_kwargs=dict(rep_layer='dbb'), log_branches=True, torchcompile='inductor',
+        grad_checkpointing=True)
+    with pytest.raises(timm_rep.UserError, match='wrong gradients of the DBB layers of repan_resnet18_cifar'):
+        check_model(args, timm_rep.AnnealingSchedule(1, 2))
+    for changed in (dict(torchcompile=None), dict(grad_checkpointing=False), dict(model_kwargs=dict(rep_layer='acb'))):
+        check_model(argparse.Namespace(**{**vars(args), **changed}), timm_rep.AnnealingSchedule(1, 2))
 
 
 @pytest.mark.parametrize(('content', 'message'), [

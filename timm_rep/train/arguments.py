@@ -5,6 +5,7 @@ from typing import Any, Dict, List, Optional
 
 from ..core.annealing import AnnealingSchedule
 from ..core.errors import UserError
+from ..core.layers.dbb import NormPad2d
 from ..core.walk import annealed_modules
 from ..io.architecture import create_model
 from ..io.plain_data import read_yaml
@@ -169,6 +170,11 @@ def check_model(args: argparse.Namespace, schedule: AnnealingSchedule) -> None:
             f'{args.model} has no rep layers, so there are no branches to anneal or to log; `timm-rep list` shows the '
             'models that have'
         )
+    recomputes = getattr(args, 'torchcompile', None) is not None and getattr(args, 'grad_checkpointing', False)
+    if recomputes and any(isinstance(module, NormPad2d) for module in model.modules()):
+        raise UserError(
+            f'--torchcompile together with --grad-checkpointing gives wrong gradients of the DBB layers of '
+            f'{args.model}; train with one of the two')
 
 
 def output_root(args: argparse.Namespace) -> Path:
