@@ -1,5 +1,6 @@
 """Averaged copies (EMA, SWA) of a model whose attach rate changes: they take it over, and never average it."""
 import copy
+import gc
 import pickle
 
 import pytest
@@ -87,6 +88,42 @@ def test_copies_of_copies_and_copies_whose_model_is_gone():
     assert timm_rep.attach_rate(first.module) == 1.0
     timm_rep.set_attach_rate(first.module, 0.5)
     assert timm_rep.attach_rate(copy.deepcopy(first).module) == 0.5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('after', ['model gone', 'pickled', 'time step', 'saved'])
+def test_a_mean_is_never_stored(after):
+    model = annealed(0.25)
+    averaged = ModelEmaV3(model, decay=0.9998)
+    timm_rep.set_attach_rate(model, 1.0)
+    x = randn(2, 3, 32, 32)
+    expected = model(x)
+    averaged.update(model)
+    copied = averaged.module
+    if after == 'model gone':
+        del model
+        gc.collect()
+    elif after == 'pickled':
+        copied = pickle.loads(pickle.dumps(copied))
+    elif after == 'time step':
+        for form in (model, copied):
+            timm_rep.begin_time_step(form, torch.Generator().manual_seed(1), attach_rate=0.0)
+        assert_near(copied(x), model(x), 1e-9)
+    else:
+        other = annealed(0.5)
+        other.load_state_dict(copied.state_dict())
+        copied = other
+    assert_near(copied(x), expected, 1e-9)
+
+
+@torch.no_grad()
+def test_values_that_are_no_mean_of_the_two_are_kept():
+    base = annealed(1.0)
+    query, key = copy.deepcopy(base), copy.deepcopy(base)
+    timm_rep.set_attach_rate(query, 0.25)
+    for own, theirs in zip(key.state_dict().values(), query.state_dict().values()):
+        own.copy_(theirs)
+    assert timm_rep.attach_rate(key) == 0.25
 
 
 def test_a_compiled_copy_takes_the_rate_over_when_it_is_put_into_eval_mode():

@@ -185,3 +185,78 @@ def test_a_method_that_is_called_fuse_but_adds_maps_is_left_alone():
     assert isinstance(rep.conv, RepLayer)
     assert 'fuse' in vars(rep)
     assert 'fuse' not in vars(fuse(rep))
+
+
+@pytest.mark.parametrize('arguments', [dict(low=True), dict(high='nearest')])
+def test_switches_are_no_feature_maps(arguments):
+    """As of Ultralytics' ``fuse(verbose=True)``."""
+    class Network(FeaturePyramid):
+        def fuse(self, low=None, high=None):
+            assert isinstance(self.conv, nn.Conv2d)
+            return self
+
+    rep = expand(Network().eval(), 'orepa')
+    assert rep.fuse(**arguments) is rep
+    assert not list(timm_rep.rep_layers(rep))
+    trained = expand(Network(), 'orepa')
+    with pytest.raises(AssertionError):
+        trained.train().fuse()
+
+
+def test_maps_by_name_are_no_switches():
+    class Network(FeaturePyramid):
+        def fuse(self, low=None, high=None):
+            return low + high
+
+        def forward(self, x):
+            return self.fuse(low=x, high=self.bn(self.conv(x)))
+
+    rep = expand(Network().eval(), 'orepa')
+    rep(randn(1, 3, 8, 8, dtype=torch.float32))
+    assert isinstance(rep.conv, RepLayer)
+
+
+def test_the_handle_of_a_hook_on_a_repvgg_block_removes_it():
+    model = tiny_repvgg().eval()
+    seen, handle = calls_of(model.stages[0][0])
+    expand(model, 'rep', inplace=True)
+    x = randn(1, 3, 32, 32, dtype=torch.float32)
+    model(x)
+    handle.remove()
+    model(x)
+    assert len(seen) == 1
+
+
+def test_convolutions_that_share_a_kernel_stay_plain():
+    model = nn.Sequential(*(nn.Sequential(nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4)) for _ in range(3)))
+    model[1][0].weight = model[0][0].weight
+    for kind in KINDS:
+        rep = expand(model, kind)
+        assert [name for name, _ in timm_rep.rep_layers(rep)] == ['2.0']
+        assert rep[0][0].weight is rep[1][0].weight
+    with pytest.raises(UserError, match=r"no nn.Conv2d .* matches '0.0'"):
+        expand(model, 'orepa', select='0.0')
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('kind', ['dbb', 'acb', 'rep'])
+def test_a_kernel_behind_a_gain_of_zero_is_kept(kind):
+    model = randomize_(tiny_resnet()).double().eval()
+    block = model.layer1[0]
+    block.bn2.weight.zero_()
+    block.bn1.weight[::2] = 0
+    rep = expand(model, kind)
+    fused = fuse(rep)
+    x = randn(1, 3, 32, 32)
+    for form in (rep, fused):
+        assert_near(form(x), model(x), RTOL)
+    given_back = fused.layer1[0]
+    for name in ('conv2.weight', 'bn2.weight', 'bn2.running_mean', 'bn2.running_var'):
+        assert torch.equal(given_back.get_parameter(name) if 'weight' in name else given_back.get_buffer(name),
+                           block.get_parameter(name) if 'weight' in name else block.get_buffer(name)), name
+    assert torch.equal(given_back.conv1.weight[::2], block.conv1.weight[::2])
+    assert torch.equal(rep.layer1[0].conv2.conv_kxk.weight, block.conv2.weight)
+    rep.train().requires_grad_(True)
+    with torch.enable_grad():
+        rep(randn(4, 3, 32, 32)).square().sum().backward()
+    assert rep.layer1[0].conv2.norm_kxk.weight.grad.abs().max() > 0

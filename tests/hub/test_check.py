@@ -77,6 +77,17 @@ def test_self_check_of_nonsense_is_one_line(export, change, message):
     assert message in json.loads(result.output.splitlines()[0])['error']
 
 
+def test_self_check_computes_no_more_than_an_export_writes(export):
+    path = export / 'test/rand_tensors.safetensors'
+    save_file(dict(input=torch.zeros(10_000, 3, 1, 1), output=torch.zeros(10_000, 5)), path)
+    assert 'an export writes 2 images, these are 10000' in call('verify', export, code=2)
+
+
+@pytest.mark.parametrize('repo', ['', 'a b/c', 'a/b/c'])
+def test_a_name_that_is_none_of_a_repository(repo):
+    call('verify', f'hf-hub:{repo}', code=2)
+
+
 @pytest.mark.parametrize('dtype', [torch.bool, torch.int8, torch.float8_e4m3fn])
 def test_weights_are_of_the_models_kind_of_numbers(export, dtype):
     path = export / 'model.safetensors'

@@ -311,6 +311,8 @@ def test_existing_folder_is_refused_before_anything_is_done(run_folder, tmp_path
 @pytest.mark.parametrize(('kwargs', 'message'), [
     (dict(repo='resnet18'), 'repo must be ORG/NAME'),
     (dict(repo='../x'), 'repo must be ORG/NAME'),
+    (dict(repo='me/a--b'), "'me/a--b' can be no name of a repository"),
+    (dict(repo='me/x.git'), 'can be no name of a repository'),
     (dict(tag='a b'), 'letters, digits and _'),
     (dict(tag='r160_in1k'), "tag 'r160_in1k' claims test_resnet.r160_in1k, a recipe of timm"),
     (dict(architecture='orepa_resnet18'), 'does not hold orepa_resnet18|says that it trained'),

@@ -186,6 +186,7 @@ def content(tmp_path_factory):
 def with_metadata(content, **changes):
     length = struct.unpack('<Q', content[:8])[0]
     header, data = json.loads(content[8:8 + length]), content[8 + length:]
+    header['__metadata__'].pop('crc32')  # whoever changes it on purpose would give a right one
     for key, value in changes.items():
         header['__metadata__'][key] = value if isinstance(value, str) else json.dumps(value)
     text = json.dumps(header).encode()
@@ -236,6 +237,12 @@ def test_a_bit_that_is_not_what_was_written_is_found(content, tmp_path):
         changed[position] ^= 1
         file.write_bytes(changed)
         with pytest.raises(UserError, match=r'x\.safetensors is not loaded: it is damaged'):
+            load(file)
+    for said in (b'mean', b'pretrained_cfg', b'orepa'):
+        changed = bytearray(content)
+        changed[content.index(said) + 2] ^= 4
+        file.write_bytes(changed)
+        with pytest.raises(UserError, match='is not loaded: '):
             load(file)
     header = json.loads(content[8:8 + length])
     del header['__metadata__']['crc32']  # as older files have it

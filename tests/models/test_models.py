@@ -1,5 +1,6 @@
 """The registered architectures, and timm's own checks that are limited to timm's module names."""
 import math
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -353,3 +354,26 @@ def test_model_forward_intermediates(name):
     model.set_grad_checkpointing()
     checkpointed, _ = model.forward_intermediates(images(96), output_fmt='NCHW')
     torch.testing.assert_close(output, checkpointed, rtol=1e-4, atol=1e-5)
+
+
+class Host(nn.Module):
+    """As transformers wraps a network: its configuration names what it is built of."""
+
+    def __init__(self, **config):
+        super().__init__()
+        self.config = SimpleNamespace(**config)
+        self.net = timm.create_model('repan_resnet18_cifar', rep_layer='orepa', num_classes=2)
+
+
+@pytest.mark.parametrize(('config', 'expected'), [
+    (dict(architecture='orepa_resnet18', model_args=dict(in_chans=3)), dict(
+        architecture='resnet18', model_args=dict(in_chans=3))),
+    (dict(architecture='repan_resnet18_cifar', model_args=dict(rep_layer='orepa')), dict(
+        architecture='repan_resnet18_cifar', model_args=dict(inference_mode=True))),
+    (dict(architecture='resnet18', model_args=dict(rep_layer='mine')), dict(
+        architecture='resnet18', model_args=dict(rep_layer='mine'))),
+    (dict(backbone_config=SimpleNamespace(backbone='dbb_resnet18')), dict(
+        backbone_config=SimpleNamespace(backbone='resnet18'))),
+], ids=str)
+def test_the_configuration_of_a_module_around_it_names_the_stock_form(config, expected):
+    assert vars(fuse(Host(**config).eval()).config) == expected

@@ -7,10 +7,16 @@ import signal
 
 import pytest
 import timm
+import torch
 from helpers import assert_same_state
 from interrupted_run import EPOCHS, TIME_STEPS, arguments, rows, run, states
 
-from timm_rep.train.resume import drop_rows, newest_checkpoint
+import timm_rep
+from timm_rep import UserError
+from timm_rep.io.checkpoint import read_checkpoint
+from timm_rep.io.runs import read_run_args
+from timm_rep.train.arguments import check_start_weights
+from timm_rep.train.resume import drop_rows, find_run, newest_checkpoint
 from timm_rep.train.snapshots import save_snapshots
 
 KILLS = [
@@ -156,8 +162,65 @@ def test_rows_of_an_interrupted_run_are_dropped(tmp_path):
 def test_a_run_with_damaged_rows_goes_on(tmp_path):
     path = tmp_path / 'summary.csv'
     path.write_bytes(b'epoch,loss\n0,1.0\n' + bytes(140_000) + '\n²,0.5\n2,0.4\n'.encode())
+    damaged = path.read_bytes()
     drop_rows(path, 2)
     assert path.read_text().split() == ['epoch,loss', '0,1.0']
+    assert (tmp_path / 'summary.csv.damaged-1').read_bytes() == damaged
+
+
+def test_rows_below_a_damaged_header_are_not_lost(tmp_path):
+    path = tmp_path / 'summary.csv'
+    for number, text in enumerate(('epocl,loss\n0,1.0\n', 'epoch;loss\n0;1.0\n'), 1):
+        path.write_text(text)
+        drop_rows(path)
+        assert not path.exists()
+        assert (tmp_path / f'summary.csv.damaged-{number}').read_text() == text
+    path.write_text('\ufeffepoch,loss\n0,1.0\n', encoding='utf-8')  # as other programs save it
+    drop_rows(path)
+    assert path.read_text() == 'epoch,loss\n0,1.0\n'
+
+
+def finished_args(finished, **changes):
+    """Arguments of the finished run as its command gave them, before train.py decided what was left open."""
+    told = read_run_args(finished / 'last.pth.tar')
+    return argparse.Namespace(**{**told, 'resume': str(finished / 'last.pth.tar'), **changes})
+
+
+@pytest.mark.parametrize('content', [None, '', 'lr: [0.1'], ids=['gone', 'empty', 'cut off'])
+def test_a_run_without_its_args_yaml_goes_on_with_the_same_command(finished, tmp_path, content):
+    for name in ('last.pth.tar', 'args.yaml'):
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
+    args = finished_args(tmp_path)
+    (tmp_path / 'args.yaml').unlink()
+    if content is not None:
+        (tmp_path / 'args.yaml').write_text(content)
+    there = read_checkpoint(tmp_path / 'last.pth.tar').args
+    schedule = timm_rep.AnnealingSchedule(args.time_steps, args.epochs, args.attach_warmup_epochs)
+    find_run(args, schedule)
+    assert args.lr == there['lr']
+    with pytest.raises(UserError, match=r'--lr .*\(here 7.0\)'):
+        find_run(finished_args(finished, lr=7.0), schedule)
+
+
+def test_weights_without_an_epoch_are_not_resumed(finished, tmp_path):
+    file = tmp_path / 'weights.pth'
+    torch.save(read_checkpoint(finished / 'last.pth.tar').state_dict, file)
+    args = finished_args(finished, resume=str(file))
+    schedule = timm_rep.AnnealingSchedule(args.time_steps, args.epochs, args.attach_warmup_epochs)
+    with pytest.raises(UserError, match=r'weights\.pth does not say its epoch'):
+        find_run(args, schedule)
+
+
+def test_weights_to_start_from_are_whole(finished, tmp_path):
+    file = tmp_path / 'last.pth.tar'
+    file.write_bytes((finished / 'last.pth.tar').read_bytes())
+    saved = tmp_path / 'start.safetensors'
+    timm_rep.save(timm.create_model('orepa_repvgg_a0_cifar'), saved)
+    for damaged in (file, saved):
+        check_start_weights(argparse.Namespace(initial_checkpoint=str(damaged)))
+        turn_a_bit(damaged)
+        with pytest.raises(UserError, match=r'is not loaded: .*damaged'):
+            check_start_weights(argparse.Namespace(pretrained_path=str(damaged)))
 
 
 def test_nothing_stays_of_a_snapshot_that_was_interrupted(tmp_path):

@@ -1,6 +1,7 @@
 """Put rep layers into a model: which convolutions a method takes, and the swap."""
 import fnmatch
 import logging
+from collections import Counter
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Tuple, Union
 
 import torch
@@ -66,6 +67,7 @@ def _anneal_blocks_(model: ModelT, names: Iterable[str]) -> ModelT:
     places: List[Tuple[str, Any]] = [(name, model.get_submodule(name)) for name in names]
     annealed = {id(block): AnnealedRepVggBlock(block) for _, block in places}  # a shared block stays shared
     for name, block in places:
+        move_hooks(block, annealed[id(block)])
         setattr(*parent_of(model, name), annealed[id(block)])
     return model
 
@@ -80,10 +82,15 @@ def _place(model: nn.Module, name: str, names: Mapping[int, List[str]]) -> Place
 
 
 def _convs(model: nn.Module) -> Dict[str, nn.Conv2d]:
-    """The plain convolutions of a model, in all places, but those that are parts of rep layers."""
+    """The plain convolutions of a model, in all places, but those that are parts of rep layers.
+
+    Nor is one of them whose kernel another module has, too: they would train apart.
+    """
+    owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     return {
         name: module for name, module in model.named_modules(remove_duplicate=False)
-        if _is_plain_conv(module) and not any(isinstance(m, RepLayer) for m in ancestors_of(model, name))
+        if _is_plain_conv(module) and owners[id(module.weight)] == 1 and not any(
+            isinstance(m, RepLayer) for m in ancestors_of(model, name))
     }
 
 

@@ -43,14 +43,15 @@ def when_fused(action: Callable[[nn.Module], None]) -> Callable[[nn.Module], Non
 class _FusedBefore:
     """Stands in for a module's own method that folds its convolutions, which must be in stock form for that.
 
-    A call that does something else (with arguments, or while training) goes through as it is.
+    A call that does something else (with more than switches for arguments, or while training) goes through as it is.
     """
 
     module: nn.Module
     name: str
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not (args or self.module.training):
+        switches = all(isinstance(value, (bool, str, type(None))) for value in (*args, *kwargs.values()))
+        if switches and not self.module.training:
             fuse(self.module, inplace=True)
         return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
 

@@ -22,7 +22,7 @@ from ..io.architecture import (
 )
 from ..io.checkpoint import dtype_fits
 from ..io.hub_errors import HubError, hub_errors
-from .export import CONFIG_FILE, SELF_CHECK_FILE, WEIGHTS_FILE
+from .export import CONFIG_FILE, SELF_CHECK_FILE, SELF_CHECK_IMAGES, WEIGHTS_FILE
 
 __all__ = ['check_export', 'is_export', 'load_export']
 
@@ -189,6 +189,8 @@ def check_export(source: Union[str, Path]) -> Report:
     try:
         tensors = safetensors.torch.load_file(path)
         inputs, expected = tensors['input'], tensors['output']
+        if len(inputs) != SELF_CHECK_IMAGES:
+            raise UserError(f'an export writes {SELF_CHECK_IMAGES} images, these are {len(inputs)}')
         rtol = DEFAULT_RTOL[inputs.dtype]
         with torch.inference_mode():
             difference = compare_outputs('', expected, model.to(inputs.dtype)(inputs), rtol)

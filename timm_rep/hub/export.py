@@ -30,7 +30,8 @@ from ..report.plots import draw_annealing
 from .card import UNKNOWN_LICENSE, Expanding, model_card
 
 __all__ = [
-    'CARD_FILE', 'CONFIG_FILE', 'DATA_FIELDS', 'MANAGED_FILES', 'SELF_CHECK_FILE', 'WEIGHTS_FILE', 'export_folder',
+    'CARD_FILE', 'CONFIG_FILE', 'DATA_FIELDS', 'MANAGED_FILES', 'SELF_CHECK_FILE', 'SELF_CHECK_IMAGES', 'WEIGHTS_FILE',
+    'export_folder',
     'time_steps_of',
 ]
 
@@ -42,6 +43,7 @@ CARD_FILE = 'README.md'
 PLOT_FILE = 'training.png'
 # Input and output of the published weights, for anyone to compare with.
 SELF_CHECK_FILE = 'test/rand_tensors.safetensors'
+SELF_CHECK_IMAGES = 2
 # All that an export may write: what a new publication may replace or remove.
 MANAGED_FILES = (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, PLOT_FILE, SELF_CHECK_FILE, 'args.yaml', 'summary.csv')
 
@@ -124,7 +126,7 @@ def _write_model(
     config = dict(timm_rep=provenance, **({} if label_names is None else dict(label_names=list(label_names))))
     model.to(memory_format=torch.contiguous_format)  # safetensors takes no other tensors
     dtype, size = next(model.parameters()).dtype, cfg['input_size']
-    inputs = torch.randn(2, *size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    inputs = torch.randn(SELF_CHECK_IMAGES, *size, generator=torch.Generator().manual_seed(0)).to(dtype)
     (folder / SELF_CHECK_FILE).parent.mkdir(parents=True)
     with torch.no_grad():
         tensors = dict(input=inputs, output=model(inputs).contiguous())

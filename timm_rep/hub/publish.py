@@ -8,6 +8,8 @@ from typing import Any, Dict, Mapping, Optional, Tuple
 
 import timm
 import torch.nn as nn
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from ..core.errors import UserError
 from ..core.expansion import expansion_of
@@ -66,6 +68,10 @@ class Published:
 def _check_arguments(repo: str, tag: Optional[str], revision: Optional[str], create_pr: bool, **others: Any) -> None:
     if not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', repo):
         raise UserError(f'repo must be ORG/NAME, got {repo!r}')
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as e:
+        raise UserError(f'{repo!r} can be no name of a repository: {e}') from None
     if tag is not None and not re.fullmatch(r'[A-Za-z0-9_]+', tag):
         raise UserError(f'tag must be letters, digits and _, as in orepa_in1k; got {tag!r}')
     if revision == TRAIN_REVISION:

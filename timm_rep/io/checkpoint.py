@@ -2,8 +2,6 @@
 import argparse
 import pickle
 import re
-import struct
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Tuple
@@ -20,7 +18,7 @@ from ..core.errors import UserError
 from ..core.layers import RepLayer
 from ..models.names import stock_architecture
 from .architecture import FACTORY_ARGS, check_input_size, create_model
-from .damage import check_records
+from .damage import check_records, check_sum
 from .description import Description, read_description
 from .output import PathLike
 from .pickles import check_pickles
@@ -28,7 +26,7 @@ from .plain_data import plain
 from .runs import read_run_args
 
 __all__ = [
-    'CHECKSUM', 'FLOATS', 'Checkpoint', 'dtype_fits', 'find_checkpoint', 'model_args_of', 'read_checkpoint',
+    'FLOATS', 'Checkpoint', 'dtype_fits', 'find_checkpoint', 'model_args_of', 'read_checkpoint',
     'take_input_settings', 'trained_architecture',
 ]
 
@@ -42,7 +40,6 @@ MODEL_ARGS = dict(num_classes='num_classes', in_chans='in_chans', gp='global_poo
 # What a model must be fed with, as train.py's arguments decide.
 DATA_CONFIG_KEYS = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
 
-CHECKSUM = 'crc32'  # of the numbers, in the metadata of files of ours
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Tensors of a file may share their numbers, as tied weights do, but they are not many times what it holds.
 SHARING = 2
@@ -95,26 +92,13 @@ def find_checkpoint(path: PathLike) -> Path:
         f'{path} is not the output folder of a run: it holds neither {" nor ".join(RUN_CHECKPOINTS)}')
 
 
-def _check_sum(path: Path, metadata: Mapping[str, str]) -> None:
-    """Refuse a file of ours whose numbers are no longer those that were written."""
-    if CHECKSUM not in metadata:
-        return
-    total = 0
-    with path.open('rb') as file:
-        file.seek(8 + struct.unpack('<Q', file.read(8))[0])
-        while chunk := file.read(2 ** 24):
-            total = zlib.crc32(chunk, total)
-    if f'{total:08x}' != metadata[CHECKSUM]:
-        raise UserError('it is damaged: its numbers are not those that were written')
-
-
 def _read_file(path: Path, allow_pickle: bool) -> Tuple[Any, Mapping[str, str]]:
     """What a file holds, and the metadata beside it."""
     try:
         if path.suffix == '.safetensors':
             with safetensors.safe_open(path, 'pt') as file:
                 content, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-            _check_sum(path, metadata)
+            check_sum(path, metadata)
             return content, metadata
         # train.py puts its arguments into the checkpoint
         with path.open('rb') as file, torch.serialization.safe_globals([argparse.Namespace]):

@@ -1,10 +1,18 @@
-"""Damage in checkpoint files, found before anything in them is used."""
+"""Damage in files of weights, found before anything in them is used."""
+import json
+import struct
 import zipfile
-from typing import BinaryIO
+import zlib
+from pathlib import Path
+from typing import Any, BinaryIO, Iterable, Mapping
+
+import safetensors
 
 from ..core.errors import UserError
 
-__all__ = ['ZIP_START', 'check_records']
+__all__ = ['CHECKSUM', 'ZIP_START', 'check_file', 'check_records', 'check_sum', 'checksum']
+
+CHECKSUM = 'crc32'  # in the metadata of safetensors files of ours
 
 ZIP_START = b'PK\x03\x04'  # by which torch.load tells what torch.save writes today from its older format
 FOLDER_FLAG = 0x10  # of MS-DOS, in the attributes of a record
@@ -40,3 +48,62 @@ def check_records(file: BinaryIO) -> None:
             if damaged is not None:
                 raise UserError(f'its record {damaged} is damaged')
     file.seek(0)
+
+
+def checksum(header: Mapping[str, Any], numbers: Iterable[bytes]) -> str:
+    """Sum of a safetensors file by which damage is told, over all but itself.
+
+    Args:
+        header: Header of the file, as its JSON says.
+        numbers: What follows.
+
+    Returns:
+        What its metadata hold under :data:`CHECKSUM`.
+    """
+    metadata = {key: value for key, value in header['__metadata__'].items() if key != CHECKSUM}
+    total = zlib.crc32(json.dumps({**header, '__metadata__': metadata}, sort_keys=True).encode())
+    for chunk in numbers:
+        total = zlib.crc32(chunk, total)
+    return f'{total:08x}'
+
+
+def check_sum(path: Path, metadata: Mapping[str, str]) -> None:
+    """Refuse a safetensors file of ours that is no longer what was written.
+
+    Args:
+        path: The file.
+        metadata: What its header says; without :data:`CHECKSUM` the file passes.
+
+    Raises:
+        UserError: If it is damaged.
+    """
+    if CHECKSUM not in metadata:
+        return
+    with path.open('rb') as file:
+        header = json.loads(file.read(struct.unpack('<Q', file.read(8))[0]))
+        if checksum(header, iter(lambda: file.read(2 ** 24), b'')) != metadata[CHECKSUM]:
+            raise UserError('it is damaged: it does not hold what was written')
+
+
+def check_file(path: Path) -> None:
+    """Refuse a damaged file of weights, as far as its own sums tell; of any other kind of file nothing is said.
+
+    Args:
+        path: The file.
+
+    Raises:
+        UserError: If it is damaged.
+        OSError: If it cannot be read.
+    """
+    try:
+        if path.suffix == '.safetensors':
+            with safetensors.safe_open(path, 'pt') as opened:
+                metadata = opened.metadata() or {}
+            check_sum(path, metadata)
+        else:
+            with path.open('rb') as file:
+                check_records(file)
+    except OSError:
+        raise
+    except Exception as e:
+        raise UserError(f'{path} is not loaded: {e}') from e

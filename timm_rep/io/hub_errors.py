@@ -11,10 +11,13 @@ from urllib.parse import quote, quote_plus
 import huggingface_hub
 from huggingface_hub.errors import (
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
 )
+
+from ..core.errors import UserError
 
 __all__ = ['HUB_ERRORS', 'HubError', 'hide_tokens_in_logs', 'hub_errors', 'hub_message', 'without_tokens']
 
@@ -122,12 +125,15 @@ def hub_errors(what: str) -> Iterator[None]:
 
     Raises:
         HubError: If the Hub cannot be reached, or refuses.
+        UserError: If that can be no name of a repository.
     """
     hide_tokens_in_logs()
     try:
         yield
     except LocalEntryNotFoundError as e:
         raise HubError(f'{what} is not in the cache, and cannot be fetched: {hub_message(e)}') from None
+    except HFValidationError as e:
+        raise UserError(f'{what!r} is no name of a repository: {e}') from None
     except HubError:
         raise
     except Exception as e:  # those of the HTTP library of huggingface_hub, which is not always the same one

@@ -16,10 +16,16 @@ MAX_INTEGER = 2 ** 63
 
 
 class _Loader(yaml.SafeLoader):
-    """Without merge keys (``<<``): through aliases a few of them take any time and memory."""
+    """Counts what merge keys (``<<``) take over: through aliases a few of them could take any time and memory."""
+
+    merged = 0
 
     def flatten_mapping(self, node: Any) -> None:
-        """Leave a mapping as it is; a merge key then has no value."""
+        """Put what a mapping merges into it."""
+        super().flatten_mapping(node)
+        self.merged += len(node.value)
+        if self.merged > MAX_VALUES:
+            raise UserError(f'its merge keys (<<) make more than {MAX_VALUES} values')
 
 
 def plain(value: Any) -> Any:

@@ -5,7 +5,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 from urllib.parse import urlsplit
 
 import yaml
@@ -15,7 +15,7 @@ from .output import PathLike
 from .plain_data import plain, read_yaml
 
 __all__ = [
-    'MAY_CHANGE', 'Run', 'complete_rows', 'read_run', 'read_run_args', 'read_summary', 'to_number',
+    'MAY_CHANGE', 'Run', 'complete_rows', 'read_rows', 'read_run', 'read_run_args', 'read_summary', 'to_number',
     'write_run',
 ]
 
@@ -152,27 +152,39 @@ def _cells(line: str) -> List[str]:
         return []
 
 
-def complete_rows(path: Path, whole: Sequence[str] = ('epoch',)) -> Iterator[Dict[str, str]]:
-    """Rows of a csv file that a run appends to: a resume repeats the header, a kill leaves a line cut off.
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a csv file that a run appends to.
 
-    Lines that are damaged are left out as well, with a warning that counts them.
+    Attributes:
+        complete: The complete rows, by column.
+        damaged: Number of lines that are none, and no header. Lines that a kill has cut off do not count.
+    """
+
+    complete: List[Dict[str, str]]
+    damaged: int
+
+
+def read_rows(path: Path, whole: Sequence[str] = ('epoch',)) -> Rows:
+    """Read a csv file that a run appends to: a resume repeats the header, a kill leaves a line cut off.
 
     Args:
         path: File whose first column is the epoch.
         whole: Columns of whole numbers, without which a line is no row.
 
-    Yields:
-        The complete rows, by column.
+    Returns:
+        Its rows.
 
     Raises:
         FileNotFoundError: If there is no such file.
     """
     if not path.is_file():
         raise FileNotFoundError(f'no {path.name} in {path.parent}')
-    lines = path.read_text(errors='replace').splitlines(keepends=True)
+    lines = path.read_text('utf-8-sig', errors='replace').splitlines(keepends=True)
     if lines and not lines[-1].endswith('\n'):
         del lines[-1]
     header: List[str] = []
+    complete: List[Dict[str, str]] = []
     damaged = 0
     for line in lines:
         cells = _cells(line)
@@ -180,11 +192,18 @@ def complete_rows(path: Path, whole: Sequence[str] = ('epoch',)) -> Iterator[Dic
         if cells[:1] == ['epoch']:
             header = cells
         elif len(cells) == len(header) and all(WHOLE_NUMBER.fullmatch(row.get(name, '')) for name in whole):
-            yield row
-        else:
+            complete.append(row)
+        elif not (cells and len(cells) < len(header) and WHOLE_NUMBER.fullmatch(cells[0])):  # which was cut off
             damaged += 1
-    if damaged:
-        _logger.warning('%s: damaged lines left out: %d', path, damaged)
+    return Rows(complete, damaged)
+
+
+def complete_rows(path: Path, whole: Sequence[str] = ('epoch',)) -> List[Dict[str, str]]:
+    """The complete rows that :func:`read_rows` finds, with a warning if there are damaged ones."""
+    rows = read_rows(path, whole)
+    if rows.damaged:
+        _logger.warning('%s: damaged lines left out: %d', path, rows.damaged)
+    return rows.complete
 
 
 def to_number(text: str) -> float:

@@ -4,7 +4,6 @@ import dataclasses
 import io
 import json
 import struct
-import zlib
 from pathlib import Path
 from typing import Any, Callable, Dict, Mapping, Optional
 
@@ -22,7 +21,6 @@ from ..models.checkpoint_filter import first_names
 from ..models.names import OWN_ARGS
 from .architecture import create_model
 from .checkpoint import (
-    CHECKSUM,
     FLOATS,
     Checkpoint,
     dtype_fits,
@@ -31,6 +29,7 @@ from .checkpoint import (
     take_input_settings,
     trained_architecture,
 )
+from .damage import CHECKSUM, checksum
 from .description import describe
 from .output import PathLike, new_output, written_whole
 
@@ -49,10 +48,12 @@ def _safetensors(weights: Dict[str, Tensor], metadata: Mapping[str, str]) -> byt
     """Content of a file, the same for the same model: safetensors itself writes metadata in any order."""
     content = safetensors.torch.save(weights)
     length = struct.unpack('<Q', content[:8])[0]
-    metadata = {**metadata, CHECKSUM: f'{zlib.crc32(content[8 + length:]):08x}'}
-    header = json.dumps({'__metadata__': dict(sorted(metadata.items())), **json.loads(content[8:8 + length])}).encode()
-    header += b' ' * (-len(header) % 8)  # tensors are aligned
-    return struct.pack('<Q', len(header)) + header + content[8 + length:]
+    numbers = content[8 + length:]
+    header = {'__metadata__': dict(sorted(metadata.items())), **json.loads(content[8:8 + length])}
+    header['__metadata__'][CHECKSUM] = checksum(header, [numbers])
+    text = json.dumps(header).encode()
+    text += b' ' * (-len(text) % 8)  # tensors are aligned
+    return struct.pack('<Q', len(text)) + text + numbers
 
 
 def save(model: nn.Module, file: PathLike, *, replace: bool = False) -> None:

@@ -75,8 +75,11 @@ def name_stock_architecture(model: Any) -> None:
 
 @when_fused
 def name_stock_architecture_in_config(model: nn.Module) -> None:
-    """The same for the configuration of a module around the network (transformers' ``TimmWrapper...``)."""
-    config: Any = getattr(model, 'config', None)
-    architecture = getattr(config, 'architecture', None)
-    if isinstance(architecture, str) and is_training_form(architecture):
-        config.architecture, config.model_args = _as_stock(architecture, getattr(config, 'model_args', None) or {})
+    """The same for configurations of modules around the network (transformers' ``TimmWrapper...``, backbones)."""
+    own: Any = getattr(model, 'config', None)
+    for config in (own, *vars(own).values()) if hasattr(own, '__dict__') else ():
+        architecture, backbone = (getattr(config, name, None) for name in ('architecture', 'backbone'))
+        if isinstance(architecture, str) and is_training_form(architecture):
+            config.architecture, config.model_args = _as_stock(architecture, getattr(config, 'model_args', None) or {})
+        if isinstance(backbone, str) and is_training_form(backbone):
+            config.backbone = stock_architecture(backbone)

@@ -8,17 +8,19 @@ from ..core.errors import UserError
 from ..core.layers.dbb import NormPad2d
 from ..core.walk import annealed_modules
 from ..io.architecture import create_model
+from ..io.damage import check_file
 from ..io.plain_data import read_yaml
 
 __all__ = [
-    'add_time_step_options', 'check_model', 'complete_schedule', 'output_folder', 'output_root', 'read_options',
-    'recipe_file', 'recipe_names',
+    'START_FILES', 'add_time_step_options', 'check_model', 'check_start_weights', 'complete_schedule', 'output_folder',
+    'output_root', 'read_options', 'recipe_file', 'recipe_names',
 ]
 
 # Schedules of timm that start anew with --lr-cycle-limit.
 RESTARTING_SCHEDULES = ('cosine', 'tanh', 'poly')
 # Options of timm that break up rep layers.
 UNFIT_OPTIONS = ('torchscript', 'split_bn')
+START_FILES = ('initial_checkpoint', 'pretrained_path')  # that weights to start from may be in
 DEFAULT_OUTPUT = './output/train'  # timm's
 RECIPES = Path(__file__).with_name('recipes')
 
@@ -146,6 +148,21 @@ def complete_schedule(args: argparse.Namespace) -> AnnealingSchedule:
     if args.time_steps > 1:
         args.lr_cycle_limit = args.time_steps
     return schedule
+
+
+def check_start_weights(args: argparse.Namespace) -> None:
+    """Refuse weights to start from that are damaged; timm would train on.
+
+    Args:
+        args: timm's arguments.
+
+    Raises:
+        UserError: If a file that they name is damaged.
+    """
+    for name in START_FILES:
+        file = getattr(args, name, None)
+        if file and Path(file).is_file():
+            check_file(Path(file))
 
 
 def check_model(args: argparse.Namespace, schedule: AnnealingSchedule) -> None:

@@ -16,7 +16,7 @@ from ..core.annealer import Annealer
 from ..core.annealing import AnnealingSchedule, Position, time_step
 from ..core.branch_log import BranchLog
 from ..io.weights import load_training_form
-from .arguments import output_folder
+from .arguments import START_FILES, output_folder
 from .lock import RunLock
 from .resume import drop_rows, epoch_of, newest_checkpoint
 from .snapshots import save_snapshots
@@ -26,7 +26,7 @@ __all__ = ['AnnealedEpochs']
 _logger = logging.getLogger('train')  # timm's
 
 # Arguments that give a model weights to start from.
-START_ARGS = ('pretrained', 'initial_checkpoint', 'pretrained_path')
+START_ARGS = ('pretrained', *START_FILES)
 BRANCH_FILE = 'branch_gradients.csv'
 ROW_FILES = ('summary.csv', BRANCH_FILE)
 # The epochs' seeds must not meet those of other ranks, which timm counts up from the run's.

@@ -1,6 +1,7 @@
 """Go on with a run as if it had never stopped: its newest whole checkpoint, and its files as they were then."""
 import argparse
 import csv
+import itertools
 import logging
 import math
 from pathlib import Path
@@ -11,7 +12,7 @@ from ..core.errors import UserError
 from ..io.checkpoint import read_checkpoint
 from ..io.output import written_whole
 from ..io.plain_data import plain
-from ..io.runs import MAY_CHANGE, complete_rows, read_run_args
+from ..io.runs import MAY_CHANGE, read_rows, read_run_args
 from .arguments import output_folder, output_root
 from .lock import processes
 
@@ -88,9 +89,20 @@ def _find_automatically(args: argparse.Namespace, folder: Optional[Path]) -> str
     return ''
 
 
+def _take_decided(args: argparse.Namespace, there: Mapping[str, Any]) -> None:
+    """Take from the run of a checkpoint what train.py had decided there and is left open here."""
+    for name in DECIDED_LATER:
+        if name in there and getattr(args, name, there[name]) in (None, ''):
+            setattr(args, name, there[name])
+
+
 def _differences(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> List[str]:
     """What shapes the training and is not as it was in the run of a checkpoint, in words."""
-    told = read_run_args(path)
+    try:
+        told = read_run_args(path)
+    except UserError as e:
+        told = {}
+        _logger.warning(f'Passed over: {e}')
     found = []
     for name in sorted(there.keys() & here.keys() - MAY_CHANGE):
         as_told = name in DECIDED_LATER and name in told and told[name] == here[name]
@@ -107,12 +119,17 @@ def _check_checkpoint(args: argparse.Namespace, schedule: AnnealingSchedule) -> 
         raise UserError(f'--resume takes a checkpoint file or auto, got {path}, which is none')
     checkpoint = read_checkpoint(path)
     if checkpoint.args:
+        _take_decided(args, checkpoint.args)
         differences = _differences(path, {**WITHOUT_TIME_STEPS, **checkpoint.args}, plain(vars(args)))
         if differences:
             raise UserError(
                 f'{path} is of a run with {", ".join(differences)}; take the same to go on with it, or, to start a new '
                 'run from its weights, --initial-checkpoint and another --experiment'
             )
+    if checkpoint.epoch is None and args.start_epoch is None:
+        raise UserError(
+            f'{path} does not say its epoch, so there is nothing to go on with; to start a new run from its weights, '
+            'take --initial-checkpoint and another --experiment')
     if schedule.anneals:
         time_step = max((int(v) for k, v in checkpoint.state_dict.items() if k.endswith('.time_step')), default=0)
         following = 0 if checkpoint.epoch is None else checkpoint.epoch + 1
@@ -155,22 +172,30 @@ def find_run(args: argparse.Namespace, schedule: AnnealingSchedule) -> None:
 def drop_rows(path: Path, epoch: float = math.inf) -> None:
     """Take out of a run's csv file what an interrupted run left: rows from an epoch on, second headers, cut-off rows.
 
+    A file with damaged lines is kept beside the new one.
+
     Args:
         path: File whose first column is the epoch; it need not exist, and goes if no row is left.
         epoch: First epoch to drop; none by default.
     """
     if not path.is_file():
         return
+    rows = read_rows(path)
     kept: List[List[str]] = []
     header: List[str] = []
-    for row in complete_rows(path):
+    for row in rows.complete:
         if int(row['epoch']) < epoch:
             if list(row) != header:  # the first, or one of other columns
                 header = list(row)
                 kept.append(header)
             kept.append(list(row.values()))
-    if not kept:
+    if rows.damaged:
+        copies = (path.with_name(f'{path.name}.damaged-{number}') for number in itertools.count(1))
+        beside = next(copy for copy in copies if not copy.exists())
+        path.rename(beside)
+        _logger.warning(f'{path} has {rows.damaged} damaged lines, which the new one has not; it is now {beside}')
+    elif not kept:
         path.unlink()
-        return
-    with written_whole(path, replace=True) as temporary, temporary.open('w', newline='') as file:
-        csv.writer(file).writerows(kept)
+    if kept:
+        with written_whole(path, replace=True) as temporary, temporary.open('w', newline='') as file:
+            csv.writer(file).writerows(kept)

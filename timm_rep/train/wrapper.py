@@ -34,6 +34,7 @@ from ..io.hub_errors import HubError
 from .arguments import (
     add_time_step_options,
     check_model,
+    check_start_weights,
     complete_schedule,
     output_folder,
     read_options,
@@ -100,6 +101,7 @@ def _train_in_time_steps(script: Any) -> None:
         if folder is not None:
             lock.take(folder, make=False)  # before its files are read
         find_run(args, schedule)
+        check_start_weights(args)
         check_model(args, schedule)
         if folder is not None:
             lock.take(folder)

@@ -23,6 +23,8 @@ WRITES = {
     'view': lambda layer: layer.weight.detach().flatten(1)[0].zero_(),
     'split view': lambda layer: layer.weight.split(2)[1].zero_(),
     'out': lambda layer: torch.add(layer.weight, 1, out=layer.weight.detach()),
+    'functional': lambda layer: torch.nn.functional.relu(layer.weight, inplace=True),
+    'module': lambda layer: nn.LeakyReLU(inplace=True)(layer.weight),
     'foreach': lambda layer: torch._foreach_mul_([layer.weight.detach()], 2.0),
     'parameter': lambda layer: setattr(layer, 'weight', nn.Parameter(torch.zeros(4, 4, 3, 3))),
     'tensor': lambda layer: setattr(layer, 'weight', torch.zeros(4, 4, 3, 3)),

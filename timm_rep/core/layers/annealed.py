@@ -28,6 +28,50 @@ def check_kernel(module: nn.Module, shape: Sequence[int], weight: Tensor, bias: 
         raise UserError(f'bias must have shape ({shape[0]},), got {tuple(bias.shape)}')
 
 
+class _KnownToCopy:
+    """What a copy of a module knows, to tell whether it was averaged with what it was copied from."""
+
+    def __init__(self, original: 'AnnealedModule', buffers: Tuple[Tensor, ...]) -> None:
+        self.original = weakref.ref(original)
+        self.note_own(buffers)
+        self.note_original(original._annealing_buffers())
+
+    def note_own(self, buffers: Tuple[Tensor, ...]) -> None:
+        """Note what the copy itself has written."""
+        self._tensors = buffers
+        self._versions = [tensor._version for tensor in buffers]
+        self._own = [tensor.detach().clone() for tensor in buffers]
+
+    def note_original(self, buffers: Tuple[Tensor, ...]) -> None:
+        """Note what the original holds now."""
+        self._others = [tensor.detach().clone() for tensor in buffers]
+
+    def take_over(self, buffers: Tuple[Tensor, ...]) -> bool:
+        """Replace means of own and original values by those of the original. Others were written on purpose.
+
+        Returns:
+            Whether the buffers hold other values than the copy has written.
+        """
+        if any(now is not tensor for now, tensor in zip(buffers, self._tensors)):
+            return False  # put in their place for a while, by torch.func
+        if [tensor._version for tensor in buffers] == self._versions:
+            return False
+        changed = not all(torch.equal(now, value) for now, value in zip(buffers, self._own))  # DDP writes the same ones
+        if changed and all(_lies_between(*values) for values in zip(buffers, self._own, self._others)):
+            with torch.no_grad():
+                for tensor, value in zip(buffers, self._others):
+                    tensor.copy_(value)
+        self.note_own(buffers)
+        return changed
+
+
+def _lies_between(value: Tensor, one: Tensor, other: Tensor) -> bool:
+    """Whether a value lies between two others, up to rounding: that of float32, or to whole numbers."""
+    low, high = sorted((one.item(), other.item()))
+    slack = 1e-6 if value.is_floating_point() else 1
+    return low - slack <= value.item() <= high + slack
+
+
 class AnnealedModule(nn.Module):
     """A module that folds into one convolution and is made of an origin branch and side branches.
 
@@ -42,10 +86,9 @@ class AnnealedModule(nn.Module):
 
     __jit_unused_properties__ = ['attach_rate', 'time_step']
 
-    # Of a copy only: what it was copied from, and of each of the two buffers the tensor, its version and its value when
-    # the module itself last wrote it.
-    _copied_from: Optional['weakref.ref[AnnealedModule]'] = None
-    _written: Dict[str, Tuple[Any, int, Tensor]] = {}
+    # Copies of the module that are alive; of a copy, what it knows of itself and of what it was copied from.
+    _copies: Optional['weakref.WeakSet[AnnealedModule]'] = None
+    _known: Optional['_KnownToCopy'] = None
 
     def _init_annealing(self, device: Any = None) -> None:
         self.register_buffer('attach_rate', torch.ones((), device=device))
@@ -60,64 +103,72 @@ class AnnealedModule(nn.Module):
         return self._annealing_buffer('time_step')
 
     def _annealing_buffer(self, name: str) -> Tensor:
-        """One of the two buffers; of an averaged copy (EMA) that of the model it averages.
-
-        Averaging treats all buffers alike, but a mean of two attach rates is the rate of neither model. Values of a
-        copy that changed, and not by its own methods, are such means.
-        """
         if name not in self._buffers:
             raise AttributeError(f'{type(self).__name__} has no attribute {name!r}')
-        tensor: Any = self._buffers[name]
-        original = None if self._copied_from is None else self._copied_from()
-        if original is None or torch.compiler.is_compiling():
-            return tensor
-        written, version, _ = self._written.get(name, (None, 0, tensor))
-        if tensor is written and tensor._version != version:
-            if not all(torch.equal(tensor, value) for tensor, _, value in self._written.values()):
-                with torch.no_grad():
-                    for each, (tensor, _, _) in self._written.items():
-                        tensor.copy_(original._annealing_buffer(each))
-            self._note_written()
-        current: Tensor = self._buffers[name]  # type: ignore[assignment]
-        return current
+        self._settle()
+        buffer: Any = self._buffers[name]
+        return buffer
 
-    def _note_written(self) -> None:
-        if self._copied_from is not None:
-            buffers = [(name, self._buffers[name]) for name in ('attach_rate', 'time_step')]
-            self._written = {
-                name: (tensor, tensor._version, tensor.detach().clone()) for name, tensor in buffers
-                if tensor is not None and not tensor.is_inference()  # which has no version
-            }
+    def _annealing_buffers(self) -> Tuple[Any, Any]:
+        return self._buffers['attach_rate'], self._buffers['time_step']
 
     def _settle(self) -> None:
-        for name in ('attach_rate', 'time_step'):
-            self._annealing_buffer(name)
+        """Take over the state of the module that this is an averaged copy of (EMA), if it was averaged.
+
+        Averaging treats all buffers alike, but a mean of two attach rates is the rate of neither model.
+        """
+        if self._known is None or torch.compiler.is_compiling():
+            return
+        if self._known.take_over(self._annealing_buffers()):
+            self._tell_copies()
+        if self._known.original() is None:
+            self._known = None
+
+    def _before_writing(self) -> None:
+        """Let the copies take over what the module holds before it changes."""
+        self._settle()
+        for twin in self._copies or ():
+            twin._settle()
+
+    def _tell_copies(self) -> None:
+        for twin in self._copies or ():
+            if twin._known is not None:
+                twin._known.note_original(self._annealing_buffers())
+
+    def _written(self) -> None:
+        """What is to be done after the module itself has written its buffers."""
+        if self._known is not None:
+            self._known.note_own(self._annealing_buffers())
+        self._tell_copies()
 
     def __deepcopy__(self: AnnealedT, memo: Dict[int, Any]) -> AnnealedT:
-        self._settle()
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        twin._copied_from = weakref.ref(self)
-        twin._note_written()
+        if not self.attach_rate.is_inference():  # what happens to such tensors cannot be told
+            twin._known = _KnownToCopy(self, twin._annealing_buffers())
+            self._copies = weakref.WeakSet() if self._copies is None else self._copies
+            self._copies.add(twin)
         return twin
 
     def __getstate__(self) -> Dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key not in ('_copied_from', '_written')}
+        self._settle()
+        return {key: value for key, value in vars(self).items() if key not in ('_copies', '_known')}
 
     def _apply(self: AnnealedT, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AnnealedT:
-        self._settle()
+        self._before_writing()
         rate: Any = self._buffers['attach_rate']
         super()._apply(fn, recurse)
         moved: Any = self._buffers['attach_rate']
         if moved.dtype != rate.dtype:  # a rate is the same number in every precision
             self._buffers['attach_rate'] = rate.to(moved.device)
-        self._note_written()
+        self._written()
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._before_writing()
         super()._load_from_state_dict(*args, **kwargs)
-        self._note_written()
+        self._written()
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._settle()
@@ -137,13 +188,15 @@ class AnnealedModule(nn.Module):
             UserError: For a rate outside [0, 1].
         """
         check_attach_rate(rate)
+        self._before_writing()
         self.attach_rate.fill_(rate)
-        self._note_written()
+        self._written()
 
     def set_time_step_(self, number: int) -> None:
         """Set the number of time steps that have begun before the one in force; this changes nothing else."""
+        self._before_writing()
         self.time_step.fill_(number)
-        self._note_written()
+        self._written()
 
     def set_exact_rate_(self, rate: float, compensate: bool) -> None:
         """Set the attach rate at which :meth:`restore_` shall be exact when a time step begins.

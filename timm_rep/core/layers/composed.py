@@ -44,7 +44,8 @@ class ComposedKernel(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, '__name__', '')
-        if name in WRITES or (name.endswith('_') and not name.endswith('__') and name != 'requires_grad_'):
+        named_so = name.endswith('_') and not name.endswith('__') and name != 'requires_grad_'
+        if name in WRITES or named_so or kwargs.get('inplace'):
             written = args[0] if args else None
         else:
             written = kwargs.get('out')

@@ -172,7 +172,12 @@ class NormedRepLayer(NormedBranches, RepLayer):
         kernel, bias = self._fold()
         mean, var = (value.to(origin.weight.dtype) for value in self._implied_statistics(bias))
         norm = nn.BatchNorm2d(self.out_channels, origin.eps, device=mean.device, dtype=mean.dtype)
+        hidden = self._hidden()
+        own_mean, own_var = kept_statistics(origin)
+        mean, var = torch.where(hidden, own_mean, mean), torch.where(hidden, own_var, var)
         kernel, gamma, beta = kernels.unfold_norm(kernel, bias, mean, var, norm.eps)
+        kernel = torch.where(hidden.view(-1, 1, 1, 1), self.conv_kxk.weight, kernel)
+        gamma, beta = torch.where(hidden, 0.0, gamma), torch.where(hidden, bias.to(beta), beta)
         values = dict(origin.state_dict(), weight=gamma, bias=beta, running_mean=mean, running_var=var)
         if is_frozen(origin):
             norm = freeze_batch_norm_2d(norm)
@@ -203,7 +208,9 @@ class NormedRepLayer(NormedBranches, RepLayer):
     def absorb_norm_(self, weight: Tensor, bias: Optional[Tensor] = None) -> None:
         """Make the layer compute, in eval mode, a convolution and the norm behind it, whose values ``norm_kxk`` holds.
 
-        The gain of that norm goes into the origin's kernel, and into the statistics that the origin's norm keeps.
+        The gain of that norm goes into the origin's kernel, and into the statistics that the origin's norm keeps. Where
+        all gains are zero they stay it, and the kernel that they hide stays too: training starts from it (timm's
+        ``zero_init_last``).
 
         Args:
             weight: Kernel of the convolution ``(o, i/g, kh, kw)``.
@@ -216,10 +223,23 @@ class NormedRepLayer(NormedBranches, RepLayer):
         norm = self.norm_kxk
         kernel, folded_bias = fold_batch_norm(weight, bias, norm)
         mean, var = kept_statistics(norm)
-        gain = norm.weight * torch.rsqrt(var + norm.eps)
-        mean.sub_(torch.zeros_like(mean) if bias is None else bias.to(mean)).mul_(gain)
+        mean.sub_(torch.zeros_like(mean) if bias is None else bias.to(mean))
+        hidden = self._hidden()
+        gain = torch.where(hidden, 1.0, norm.weight * torch.rsqrt(var + norm.eps))
+        mean.mul_(gain)
         var.mul_(gain.square())
         self.restore_(kernel, folded_bias)
+        beta = self._fold_origin()[1]
+        norm.weight.masked_fill_(hidden, 0.0)
+        norm.bias.copy_(torch.where(hidden, beta, norm.bias))
+        self.conv_kxk.weight.copy_(torch.where(hidden.view(-1, 1, 1, 1), weight, self.conv_kxk.weight))
+
+    def _hidden(self) -> Tensor:
+        """Which outputs ``(o,)`` show nothing of the input, since the gains of all branches are zero."""
+        hidden = self.norm_kxk.weight == 0
+        for norm in self._side_norms():
+            hidden = hidden & (norm.weight == 0)
+        return hidden
 
     @classmethod
     @torch.no_grad()

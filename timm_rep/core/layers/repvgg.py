@@ -152,7 +152,7 @@ class AnnealedRepVggBlock(RepVggBlock, NormedBranches):
                 block.conv_kxk.bn = norm
         for name in ('attach_rate', 'time_step'):
             del block._buffers[name]
-        for name in ('method', '_copied_from', '_written'):
+        for name in ('method', '_copies', '_known'):
             vars(block).pop(name, None)
         for norm in (block.conv_1x1.bn, block.identity):
             if norm is not None:
