@@ -1,5 +1,10 @@
+import signal
+
 import pytest
 import torch
+
+# Shells let what they run in the background ignore it, and what that runs.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
