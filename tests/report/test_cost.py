@@ -85,7 +85,8 @@ def test_bench():
     assert [line.partition('  ')[0] for line in lines[1:]] == [f'{SMALL} (stock form)', SMALL, 'test_resnet']
     assert ['1.00 (1.00 to 1.00)' in line for line in lines[1:]] == [True, False, False]
     assert "unknown model 'resnet1'; `timm-rep list` shows" in call('bench', 'resnet1', code=2)
-    assert "device 'abacus' cannot be used" in call('bench', SMALL, '--device', 'abacus', code=2)
+    for device in ('abacus', 'meta'):
+        assert f"device '{device}' cannot be used" in call('bench', SMALL, '--device', device, code=2)
 
 
 def test_speed_is_measured_in_full_precision(monkeypatch):

@@ -77,7 +77,9 @@ def as_device(device: Union[str, torch.device]) -> torch.device:
         UserError: If torch cannot compute there.
     """
     try:
-        return torch.empty(0, device=device).device
+        found = torch.zeros(1, device=device)
+        found.item()  # which the meta device has not
+        return found.device
     except (RuntimeError, AssertionError) as e:  # the latter where torch is built without CUDA
         raise UserError(f'device {str(device)!r} cannot be used: {str(e).splitlines()[0]}') from None
 
