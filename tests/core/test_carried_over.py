@@ -55,6 +55,16 @@ def test_a_frozen_bias_and_a_frozen_kernel_are_told_apart():
     assert flags(layer.fuse()) == dict(weight=True, bias=False)
 
 
+@pytest.mark.parametrize('trained', ['0.bias', '1.bias', '1.weight', '0.weight'])
+@pytest.mark.parametrize('kind', KINDS)
+def test_one_trained_parameter_is_the_one_that_comes_back(kind, trained):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).requires_grad_(False).eval()
+    model.get_parameter(trained).requires_grad_(True)
+    rep = expand(model, kind)
+    assert any(flags(rep).values())
+    assert flags(fuse(rep)) == flags(model)
+
+
 def calls_of(module, register='register_forward_hook'):
     seen = []
     handle = getattr(module, register)(lambda module, *args: seen.append(args[-1]))
@@ -134,8 +144,16 @@ def test_feature_maps_stay_what_they_are(name, kwargs, kind):
     assert tree(fuse(rep)) == tree(model) or kwargs == dict(feature_cls='fx')  # whose class is made for each
 
 
-def test_kernels_that_are_computed_already_are_not_taken():
-    for change in (lambda conv: weight_norm(conv), lambda conv: prune.l1_unstructured(conv, 'weight', 0.5)):
+def test_convolutions_that_are_more_than_that_are_not_taken():
+    for change in (
+        weight_norm,
+        lambda conv: prune.l1_unstructured(conv, 'weight', 0.5),
+        lambda conv: conv.weight.register_hook(lambda gradient: 0 * gradient),
+        lambda conv: conv.bias.register_post_accumulate_grad_hook(lambda parameter: None),
+        lambda conv: conv.register_state_dict_post_hook(lambda *args: None),
+        lambda conv: conv.register_load_state_dict_post_hook(lambda *args: None),
+        lambda conv: setattr(conv, 'forward', lambda x: x),
+    ):
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
         change(model[0])
         with pytest.raises(UserError, match='no convolution'):
@@ -260,3 +278,16 @@ def test_a_kernel_behind_a_gain_of_zero_is_kept(kind):
     with torch.enable_grad():
         rep(randn(4, 3, 32, 32)).square().sum().backward()
     assert rep.layer1[0].conv2.norm_kxk.weight.grad.abs().max() > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('kind', ['dbb', 'acb', 'rep'])
+def test_a_convolution_shared_by_places_with_other_norms_is_left_alone(kind):
+    shared = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+    model = nn.Sequential(*(
+        nn.Sequential(conv, nn.BatchNorm2d(4)) for conv in (nn.Conv2d(4, 4, 3, padding=1), shared, shared)))
+    model = randomize_(model).double().eval()
+    rep = expand(model, kind)
+    assert [name for name, _ in timm_rep.rep_layers(rep)] == ['0.0']
+    x = randn(1, 4, 8, 8)
+    assert_near(fuse(rep)(x), model(x), RTOL)

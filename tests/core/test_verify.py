@@ -4,8 +4,10 @@ import copy
 import pytest
 import timm
 import torch
-from helpers import TINY_MODELS, EmulatedTF32, randn, randomize_
+import torch.nn as nn
+from helpers import TINY_MODELS, EmulatedTF32, randn, randomize_, tiny_resnet
 from timm.utils import reparameterize_model
+from torch.optim.swa_utils import AveragedModel
 
 from timm_rep import VerificationError, expand, fuse, rep_layers, set_attach_rate, verify
 
@@ -111,3 +113,24 @@ def test_shape_mismatch_raises():
 def test_missing_input_size_raises():
     with pytest.raises(ValueError, match='pass inputs'):
         verify(*pair())
+
+
+@pytest.mark.parametrize('output', [list, tuple, lambda maps: dict(enumerate(maps)), lambda maps: dict(all=list(maps))])
+def test_feature_maps_are_compared_one_by_one(output):
+    class Maps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = randomize_(expand(tiny_resnet(), 'orepa'))
+            self.factor = 1.0
+
+        def forward(self, x):
+            stem = self.net.maxpool(self.net.act1(self.net.bn1(self.net.conv1(x))))
+            return output([stem, self.factor * self.net.layer1(stem)])
+
+    model = Maps().eval()
+    fused = fuse(model)
+    x = randn(1, 3, 32, 32, dtype=torch.float32)
+    verify(AveragedModel(model), torch.compile(fused, backend='eager'), inputs=x)
+    fused.factor = 1.01
+    with pytest.raises(VerificationError, match='the model is off'):
+        verify(model, fused, inputs=x)

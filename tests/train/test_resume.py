@@ -145,6 +145,17 @@ def test_newest_is_the_last_that_is_whole(finished, tmp_path):
     assert newest_checkpoint(tmp_path).name == 'last.pth.tar'
 
 
+def test_newest_of_a_copy_is_the_one_of_the_last_epoch(finished, tmp_path):
+    for epoch, age in ((5, 0), (0, 2), (1, 1)):
+        path = tmp_path / f'checkpoint-{epoch}.pth.tar'
+        path.write_bytes((finished / 'checkpoint-5.pth.tar').read_bytes())
+        os.utime(path, (age, age))
+    (tmp_path / 'summary.csv').write_text('epoch,loss\n0,1.0\n1,0.9\n')
+    assert newest_checkpoint(tmp_path).name == 'checkpoint-1.pth.tar'  # the run has not come to epoch 5 again
+    (tmp_path / 'summary.csv').write_text('epoch,loss\n0,1.0\n1,0.9\n5,0.8\n')
+    assert newest_checkpoint(tmp_path).name == 'checkpoint-5.pth.tar'
+
+
 def test_rows_of_an_interrupted_run_are_dropped(tmp_path):
     path = tmp_path / 'summary.csv'
     path.write_text('epoch,loss\n0,1.0\n1,0.5\nepoch,loss\n1,0.4\n2,0.3\n3\n')

@@ -34,6 +34,8 @@ _logger = logging.getLogger(__name__)
 
 # The convolution of a RepVGG block that can be a rep layer beside annealed branches.
 KXK_CONV = 'conv_kxk.conv'
+STATE_HOOKS = (
+    '_state_dict_hooks', '_state_dict_pre_hooks', '_load_state_dict_pre_hooks', '_load_state_dict_post_hooks')
 BLOCK_ALONE = 'a model around the block is needed; for one alone use AnnealedRepVggBlock(block)'
 
 Select = Union[None, Callable[[str, nn.Conv2d], bool], Iterable[str]]
@@ -77,8 +79,8 @@ def _place(model: nn.Module, name: str, names: Mapping[int, List[str]]) -> Place
     norm_name, norm = norm_behind(model, name, conv.out_channels)
     read_between = norm is not None and reads_between(model, name, norm_name)
     behind = {next_sibling(model, own)[0] for own in names[id(conv)]}
-    norm_is_shared = norm is not None and not behind.issuperset(names[id(norm)])
-    return Place(name, conv, norm, norm_name, tuple(ancestors_of(model, name)), read_between, norm_is_shared)
+    stands_apart = norm is not None and behind != set(names[id(norm)])
+    return Place(name, conv, norm, norm_name, tuple(ancestors_of(model, name)), read_between, stands_apart)
 
 
 def _convs(model: nn.Module) -> Dict[str, nn.Conv2d]:
@@ -95,8 +97,17 @@ def _convs(model: nn.Module) -> Dict[str, nn.Conv2d]:
 
 
 def _is_plain_conv(module: nn.Module) -> bool:
-    """Whether a module is a convolution whose kernel is a parameter, not computed of others (weight norm, pruning)."""
-    return type(module) is nn.Conv2d and set(module._parameters) == {'weight', 'bias'} and not module._buffers
+    """Whether a module is a convolution and no more than that.
+
+    Its kernel is a parameter, not computed of others (weight norm, pruning), without hooks on its gradient; its forward
+    is torch's, and so is what it writes to a state_dict.
+    """
+    if type(module) is not nn.Conv2d or set(module._parameters) != {'weight', 'bias'} or module._buffers:
+        return False
+    hooks: List[Any] = [getattr(module, name) for name in STATE_HOOKS]
+    for parameter in module.parameters():
+        hooks += [parameter._backward_hooks, getattr(parameter, '_post_accumulate_grad_hooks', None)]
+    return 'forward' not in vars(module) and not any(hooks)
 
 
 def _takes(method: Method, place: Place) -> bool:
@@ -278,8 +289,9 @@ def _make_layer(method: Method, place: Place, generator: Optional[torch.Generato
             found = 'none' if place.norm is None else f'a {type(place.norm).__name__}'
             raise UserError(
                 f'{method.name!r} needs a plain BatchNorm2d right behind the convolution; {place.name} has {found}')
-        if place.norm_is_shared:
-            raise UserError(f'{method.name!r} takes the norm in; that of {place.name} is shared by other modules')
+        if place.stands_apart:
+            raise UserError(
+                f'{method.name!r} takes the norm in; {place.name} or its norm is shared by places without the other')
     try:
         layer: Any = method.make_layer(place, generator, same_function)
     except ValueError as e:
@@ -302,7 +314,7 @@ def _expand_assigned(
         raise UserError("expand needs a model around the convolution; for one alone use the layer's from_conv()")
     blocks = [name for name in assigned if isinstance(model.get_submodule(name), RepVggBlock)]
     names = names_of(model)
-    made: Dict[int, Tuple[Place, nn.Module, Optional[FoldedNorm]]] = {}
+    made: Dict[int, Tuple[nn.Module, Optional[FoldedNorm]]] = {}
     new_modules: Dict[str, nn.Module] = {}
     for name, method in assigned.items():
         if name in blocks:
@@ -312,11 +324,9 @@ def _expand_assigned(
         place = _place(model, name, names)
         if id(place.conv) not in made:
             layer = _make_layer(method, place, generator, same_function)
-            made[id(place.conv)] = place, layer, FoldedNorm(place.norm) if method.takes_norm and place.norm else None
-        first, new_modules[name], folded = made[id(place.conv)]
+            made[id(place.conv)] = layer, FoldedNorm(place.norm) if method.takes_norm and place.norm else None
+        new_modules[name], folded = made[id(place.conv)]
         if folded is not None:
-            if place.norm is not first.norm:
-                raise UserError(f'{method.name!r} takes the norm in; {name} is shared by places with other norms')
             new_modules[place.norm_name] = folded
     if not inplace:
         model = copied(model)

@@ -37,7 +37,7 @@ class Place:
         norm_name: Name of that norm, '' if there is none.
         parents: The modules around it, the model first.
         read_between: Whether something else than the norm sees the output of the convolution: a hook, a feature map.
-        norm_is_shared: Whether that norm stands behind other modules, too.
+        stands_apart: Whether the convolution or that norm is shared, and stands somewhere without the other.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Place:
     norm_name: str
     parents: Tuple[nn.Module, ...]
     read_between: bool = False
-    norm_is_shared: bool = False
+    stands_apart: bool = False
 
     def is_inside(self, kind: Type[nn.Module]) -> bool:
         """Whether one of the modules around the convolution is of a kind."""

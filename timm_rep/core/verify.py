@@ -1,7 +1,7 @@
 """Check that a fused model computes what its training form computes, layer by layer and end to end."""
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Callable, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Iterator, List, Mapping, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -10,7 +10,7 @@ from torch import Tensor
 from .errors import UserError
 from .layers import FoldedNorm
 from .precision import full_float32
-from .walk import annealed_modules, image_channels, next_sibling
+from .walk import annealed_modules, image_channels, next_sibling, unwrapped
 
 __all__ = ['DEFAULT_RTOL', 'Difference', 'Report', 'VerificationError', 'check_values', 'compare_outputs', 'verify']
 
@@ -132,6 +132,23 @@ def compare_outputs(name: str, expected: Tensor, actual: Tensor, rtol: float, at
     return difference
 
 
+def _compare_all(expected: Any, actual: Any, rtol: float, atol: float) -> Difference:
+    """Compare all tensors of two outputs: one, or lists and dicts of feature maps. The largest difference of them."""
+    wanted, found = list(_tensors(expected)), list(_tensors(actual))
+    if len(wanted) != len(found) or not wanted:
+        raise VerificationError(f'the models put out {len(wanted)} and {len(found)} tensors')
+    differences = [compare_outputs('', one, other, rtol, atol) for one, other in zip(wanted, found)]
+    return max(differences, key=lambda difference: difference.relative)
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, (list, tuple, Mapping)):
+        for part in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(part)
+
+
 def _counterparts(
         model: nn.Module,
         fused: nn.Module,
@@ -169,8 +186,8 @@ def verify(
     Both compute in full float32 here, also where TF32 is allowed.
 
     Args:
-        model: Model in training form.
-        fused: The same model in stock or deploy form.
+        model: Model in training form, also in wrappers (DDP, torch.compile, averaged copies).
+        fused: The same model in stock or deploy form. Both may put out feature maps.
         inputs: Images ``(b, c, h, w)`` for the end-to-end check; two random ones of the model's input size if None.
         rtol: Largest allowed difference relative to the largest output; by default 1e-10 in float64, 1e-5 in float32.
         atol: Absolute part of the tolerance.
@@ -182,6 +199,7 @@ def verify(
         VerificationError: If a layer or the model is off, or an output is not finite. It names the first that is.
         UserError: If inputs are needed and the model does not say its input size.
     """
+    model, fused = unwrapped(model), unwrapped(fused)
     reference = next(model.parameters())
     if rtol is None:
         rtol = DEFAULT_RTOL.get(reference.dtype, DEFAULT_RTOL[torch.float32])
@@ -200,5 +218,5 @@ def verify(
             if forms is not None:
                 x = _layer_input(layer, generator)
                 differences.append(compare_outputs(name, forms[0](x), forms[1](x), rtol, atol))
-        end_to_end = compare_outputs('', model(inputs), fused(inputs), rtol, atol)
+        end_to_end = _compare_all(model(inputs), fused(inputs), rtol, atol)
     return Report(tuple(differences), end_to_end, rtol, atol)

@@ -4,8 +4,9 @@ import csv
 import itertools
 import logging
 import math
+import re
 from pathlib import Path
-from typing import Any, List, Mapping, Optional
+from typing import Any, List, Mapping, Optional, Tuple
 
 from ..core.annealing import AnnealingSchedule
 from ..core.errors import UserError
@@ -23,6 +24,7 @@ _logger = logging.getLogger('train')  # timm's
 # What train.py may decide itself once it runs: it is enough to be told the same.
 DECIDED_LATER = ('dist_bn', 'grad_accum_steps', 'lr', 'lr_base_scale', 'num_classes')
 WITHOUT_TIME_STEPS = dict(time_steps=1, attach_warmup_epochs=0)  # of a run without the wrapper
+CHECKPOINT_OF_EPOCH = re.compile(r'checkpoint-(\d{1,9})\.pth\.tar')
 CHECKPOINTS = ('last.pth.tar', 'checkpoint-*.pth.tar')
 # Weights that a run leaves besides the checkpoints to go on from.
 KEPT_WEIGHTS = ('model_best.pth.tar', 'time_step-*.safetensors')
@@ -43,10 +45,22 @@ def epoch_of(path: Path) -> Optional[int]:
 
 
 def _checkpoints(folder: Path) -> List[Path]:
-    """Checkpoints that timm writes at the end of an epoch, the latest written first."""
-    older = folder.glob('checkpoint-*.pth.tar')
+    """Checkpoints that timm writes at the end of an epoch, the latest first.
+
+    A run that went back to an earlier one leaves older files of later epochs, which its summary.csv does not have. The
+    times of files do not tell: those of a copy are the times of its copying.
+    """
+    summary = folder / 'summary.csv'
+    rows = read_rows(summary).complete if summary.is_file() else []
+    reached = int(rows[-1]['epoch']) if rows else math.inf
+
+    def order(path: Path) -> Tuple[bool, int, int]:
+        number = CHECKPOINT_OF_EPOCH.fullmatch(path.name)
+        epoch = int(number[1]) if number else -1
+        return epoch <= reached < math.inf, epoch if reached < math.inf else -1, path.stat().st_mtime_ns
+
     paths = [folder / 'last.pth.tar', folder / 'tmp.pth.tar']  # tmp becomes last once it is written
-    paths += sorted(older, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    paths += sorted(folder.glob('checkpoint-*.pth.tar'), key=order, reverse=True)
     return [path for path in paths if path.is_file()]
 
 

@@ -126,6 +126,11 @@ class NormedRepLayer(NormedBranches, RepLayer):
         of_norms = {id(parameter) for norm in self._norms() for parameter in norm.parameters()}
         return is_trainable(parameter for parameter in self.parameters() if id(parameter) not in of_norms)
 
+    def _trains_stock_bias_only(self) -> bool:
+        """Whether the bias of the convolution was trained, and that of the norm was not."""
+        sides = is_trainable(norm.bias for norm in (*self._side_norms(), *self._inner_norms()))
+        return bool(self.stock_bias) and self.norm_kxk.bias.requires_grad and not sides
+
     def _trains_norms(self, name: str) -> bool:
         return is_trainable(getattr(norm, name) for norm in self._norms())
 
@@ -184,7 +189,7 @@ class NormedRepLayer(NormedBranches, RepLayer):
         else:
             norm.momentum = origin.momentum
             norm.weight.requires_grad_(self._trains_norms('weight'))
-            norm.bias.requires_grad_(self._trains_norms('bias'))
+            norm.bias.requires_grad_(self._trains_norms('bias') and not self._trains_stock_bias_only())
         norm.load_state_dict(values)
         kernel = kernel.to(self.conv_kxk.weight.dtype)
         trains_bias = bool(self.stock_bias) and is_trainable(self.parameters())
@@ -286,6 +291,8 @@ class NormedRepLayer(NormedBranches, RepLayer):
         for own in layer._norms():
             own.weight.requires_grad_(norm.weight.requires_grad)
             own.bias.requires_grad_(norm.bias.requires_grad)
+        if layer.stock_bias:
+            layer.norm_kxk.bias.requires_grad_(True)
         if same_function:
             values = norm.state_dict()  # an activation in it may have some of its own
             layer.norm_kxk.load_state_dict({key: values[key] for key in layer.norm_kxk.state_dict()})
@@ -308,6 +315,6 @@ class NormedMethod(Method):
         conv, norm, sizes = place.conv, place.norm, place.conv.kernel_size
         if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or not is_foldable(norm):
             return False
-        if not norm.affine or norm.running_mean is None or place.read_between or place.norm_is_shared:
+        if not norm.affine or norm.running_mean is None or place.read_between or place.stands_apart:
             return False
         return not isinstance(conv.padding, str) and min(sizes) > 1 and max(sizes) <= MAX_KERNEL_SIZE
