@@ -228,7 +228,8 @@ def test_bad_arguments(tmp_path):
             (training_form(), dict(label_names=['cat']), 'the 5 classes of the model, got 1 names'),
             (training_form(), dict(data_config=dict(size=3)), "unexpected keyword argument 'size'"),
             (torch.nn.Sequential(), {}, 'a Sequential was not built by timm.create_model'),
-            (other, {}, 'a ResNet was not built by timm.create_model')):
+            (other, {}, 'a ResNet was not built by timm.create_model'),
+            (timm.create_model('orepa_resnet18_cifar', features_only=True), {}, 'puts out feature maps')):
         with pytest.raises(UserError, match=message):
             timm_rep.export_folder(model, tmp_path / 'model', **kwargs)
     assert names_in(tmp_path) == []

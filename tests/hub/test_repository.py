@@ -81,6 +81,20 @@ def test_a_card_that_somebody_wrote_or_changed_stays(server, run_folder, tmp_pat
     call(*options)
 
 
+def test_files_of_another_model_stay(server, run_folder):
+    api = huggingface_hub.HfApi()
+    api.create_repo(REPO)
+    for name in ('model.safetensors', 'summary.csv', 'notes.txt'):
+        api.upload_file(path_or_fileobj=b'mine', path_in_repo=name, repo_id=REPO)
+    before = server.files(REPO)
+    error = call('publish', run_folder, '--repo', REPO, code=3)
+    assert f'{REPO} holds model.safetensors, summary.csv, but no model card of timm_rep' in error
+    assert server.files(REPO) == before
+    call('publish', run_folder, '--repo', REPO, '--replace-card')
+    assert server.files(REPO)['notes.txt'] == b'mine'
+    assert is_generated(card_of(server))
+
+
 def test_new_revision_train_has_a_card_of_its_own(server, run_folder):
     """It starts as a copy of the main one, whose card is no reason to refuse."""
     put_card('# Mine\n')

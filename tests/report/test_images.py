@@ -65,6 +65,11 @@ def test_gray_images_for_a_gray_model(tmp_path):
     assert compare(model, write_images(tmp_path)).images == 12
 
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
+def test_images_are_numbers_of_the_models_kind(tmp_path, dtype):
+    assert compare(classifier().to(dtype), write_images(tmp_path)).images == 12
+
+
 def test_the_forms_are_compared_on_the_images(tmp_path):
     model, other = classifier(), classifier()
     with torch.no_grad():

@@ -195,6 +195,14 @@ def test_gradients_without_time_steps_and_with_gaps():
             draw_branch_gradients(without)
 
 
+def test_a_picture_has_an_end():
+    rows = [dict(epoch=n, depth=n, layer='x', branch='origin', rms=1.0) for n in range(2000)]
+    with pytest.raises(UserError, match='2000 epochs of 2000 layers are too many for a picture'):
+        draw_branch_gradients(rows)
+    history = [dict(epoch=n, time_step=n, train_loss=1.0, attach_rate=1.0) for n in range(1000)]
+    draw_annealing(history, NAME)
+
+
 def test_similarities_are_the_mean_over_layers_of_a_kind():
     model = timm_rep.expand(tiny_resnet('bottleneck'), 'orepa', generator=torch.Generator().manual_seed(0))
     similarities = branch_similarities(model)

@@ -69,7 +69,9 @@ def plot(run_dir: str, out: Optional[str]) -> None:
 @click.option('--val-split', metavar='NAME', help="Split to evaluate on; the run's by default.")
 @click.option('--train-split', metavar='NAME', help="Split to re-estimate batch norms on; the run's by default.")
 @click.option('--batch-size', type=click.IntRange(min=1), metavar='N', help="Images a batch; the run's by default.")
-@click.option('--workers', type=int, metavar='N', help='Processes that load images; as in the run by default.')
+@click.option(
+    '--workers', type=click.IntRange(min=0), metavar='N',
+    help='Processes that load images; as in the run by default.')
 @click.option('--device', metavar='NAME', help='Where to compute; cuda if there is one by default.')
 @click.option(
     '--bn-images', type=click.IntRange(min=2), metavar='N', default=2048, show_default=True,

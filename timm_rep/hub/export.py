@@ -64,6 +64,8 @@ def _copy_of(model: Any, label_names: Optional[Sequence[str]]) -> Any:
     cfg = getattr(model, 'pretrained_cfg', None)
     if not isinstance(cfg, dict) or not timm.is_model(cfg.get('architecture') or ''):
         raise UserError(f'a {type(model).__name__} was not built by timm.create_model, which is to load the export')
+    if getattr(model, 'num_classes', None) is None:
+        raise UserError(f'a {type(model).__name__} puts out feature maps; an export is of a model that classifies')
     if label_names is not None and len(label_names) != model.num_classes:
         raise UserError(
             f'label_names must name the {model.num_classes} classes of the model, got {len(label_names)} names')

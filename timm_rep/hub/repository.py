@@ -58,13 +58,19 @@ def log_in(token: Optional[str]) -> HfApi:
 
 
 def _head_of(api: HfApi, repo: str, revision: str, replace_card: bool) -> Any:
-    """State of a branch, if its model card may be replaced; a branch is made if there is none."""
+    """State of a branch, if what is there may be replaced; a branch is made if there is none."""
     try:
         info = api.model_info(repo, revision=revision)
     except RevisionNotFoundError:
         api.create_branch(repo, branch=revision, exist_ok=True)
         return api.model_info(repo, revision=revision)  # its card is a copy of one that stays
-    if CARD_FILE in {file.rfilename for file in info.siblings or ()} and not replace_card:
+    files = {file.rfilename for file in info.siblings or ()}
+    if CARD_FILE not in files and not replace_card and files.intersection(MANAGED_FILES):
+        there = ', '.join(sorted(files.intersection(MANAGED_FILES)))
+        raise HubError(
+            f'{hub_id(repo, revision)} holds {there}, but no model card of timm_rep, so they are not of a publication; '
+            'to replace them give replace_card (--replace-card)')
+    if CARD_FILE in files and not replace_card:
         path = api.hf_hub_download(repo, CARD_FILE, revision=info.sha)
         if not is_generated(Path(path).read_text(encoding='utf-8', errors='replace')):
             raise HubError(

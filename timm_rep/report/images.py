@@ -226,12 +226,13 @@ def compare_on_images(
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).tolist()
     reader.samples = [samples[index] for index in sorted(order[:max_images])]
     model, fused = model.to(device), fused.to(device)
-    differences, rtol = [], DEFAULT_RTOL[next(model.parameters()).dtype]
+    dtype = next(model.parameters()).dtype
+    differences, rtol = [], DEFAULT_RTOL[dtype]
 
-    def forward(images: Tensor) -> Tuple[Tensor, Tensor]:
-        outputs = model(images), fused(images)
-        differences.append(compare_outputs('', *outputs, rtol).relative)
-        return outputs
+    def forward(images: Tensor) -> List[Tensor]:
+        expected, actual = model(images.to(dtype)), fused(images.to(dtype))
+        differences.append(compare_outputs('', expected, actual, rtol).relative)
+        return [expected, actual]
 
     try:
         scores, count = evaluate(forward, ('training form', 'fused'), loader, device, progress)

@@ -25,6 +25,7 @@ __all__ = [
     'BranchSimilarity', 'branch_similarities', 'draw_annealing', 'draw_branch_gradients', 'draw_branch_similarity',
 ]
 
+MAX_CELLS, MAX_BANDS = 10 ** 6, 200  # of a picture
 ORIGIN = 'origin'
 # Okabe and Ito's colours, which colour-blind readers tell apart too.
 BLUE, VERMILLION, GREEN, PURPLE, BLACK = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#000000'
@@ -139,6 +140,8 @@ def _draw_bands(axes: Any, history: Rows, labels: bool) -> None:
     epochs_of: Dict[int, List[int]] = {}
     for epoch, number in _points(history, 'time_step'):
         epochs_of.setdefault(int(number), []).append(epoch)
+    if len(epochs_of) > MAX_BANDS:
+        return  # nobody could tell them apart
     for number, epochs in epochs_of.items():
         start, end = min(epochs) - 0.5, max(epochs) + 0.5
         if number % 2 == 0:
@@ -210,6 +213,8 @@ def draw_annealing(history: Rows, title: str = 'training run', *, published: Opt
 def _gradients(rows: Rows) -> Tuple[List[int], List[int], Tensor, Tensor]:
     """Epochs, depths, and gradients ``(d, e)`` of the origin and the mean side branch; NaN where none was noted."""
     epochs, depths = (sorted({int(row[column]) for row in rows}) for column in ('epoch', 'depth'))
+    if len(epochs) * len(depths) > MAX_CELLS:
+        raise UserError(f'{len(epochs)} epochs of {len(depths)} layers are too many for a picture')
     sums, counts = torch.zeros(2, 2, len(depths), len(epochs), dtype=torch.float64)
     for row in rows:
         place = (int(row['branch'] != ORIGIN), depths.index(int(row['depth'])), epochs.index(int(row['epoch'])))
