@@ -212,7 +212,9 @@ def test_checkpoint_of_a_run_without_time_steps_is_refused(finished, scripts, tm
         arguments(scripts, '--resume', 'plain.pth.tar'))
     # weights alone do not say of which epoch they are
     torch.save(dict(state_dict=checkpoint['state_dict']), tmp_path / 'weights.pth')
-    assert 'epoch 0 lies before it; say where to go on' in refusal(arguments(scripts, '--resume', 'weights.pth'))
+    assert 'weights.pth does not say its epoch' in refusal(arguments(scripts, '--resume', 'weights.pth'))
+    assert 'epoch 1 lies before it; say where to go on' in refusal(
+        arguments(scripts, '--resume', 'weights.pth', '--start-epoch', 1))
 
 
 def test_script_that_does_not_fit_is_refused(tmp_path, refusal):

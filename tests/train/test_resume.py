@@ -158,7 +158,7 @@ def test_newest_of_a_copy_is_the_one_of_the_last_epoch(finished, tmp_path):
 
 def test_rows_of_an_interrupted_run_are_dropped(tmp_path):
     path = tmp_path / 'summary.csv'
-    path.write_text('epoch,loss\n0,1.0\n1,0.5\nepoch,loss\n1,0.4\n2,0.3\n3\n')
+    path.write_text('epoch,loss\n0,1.0\n1,0.5\nepoch,loss\n1,0.4\n2,0.3\n3')
     drop_rows(path, 1)
     assert path.read_text().split() == ['epoch,loss', '0,1.0']
     drop_rows(path, 1)

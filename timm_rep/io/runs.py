@@ -158,7 +158,7 @@ class Rows:
 
     Attributes:
         complete: The complete rows, by column.
-        damaged: Number of lines that are none, and no header. Lines that a kill has cut off do not count.
+        damaged: Number of lines that are none, and no header. A last line that a kill has cut off does not count.
     """
 
     complete: List[Dict[str, str]]
@@ -193,7 +193,7 @@ def read_rows(path: Path, whole: Sequence[str] = ('epoch',)) -> Rows:
             header = cells
         elif len(cells) == len(header) and all(WHOLE_NUMBER.fullmatch(row.get(name, '')) for name in whole):
             complete.append(row)
-        elif not (cells and len(cells) < len(header) and WHOLE_NUMBER.fullmatch(cells[0])):  # which was cut off
+        else:
             damaged += 1
     return Rows(complete, damaged)
 

@@ -79,8 +79,8 @@ class AnnealedModule(nn.Module):
     :meth:`restore_`, :meth:`redraw_side_branches_`, :meth:`branch_kernels` and :meth:`branch_gradients`.
 
     Attributes:
-        attach_rate: 0-dim float32 buffer in [0, 1] that multiplies the side branches; saved in the state_dict. An
-            averaged copy of a module (EMA), whatever averages it, has the attach rate and time step of the module.
+        attach_rate: 0-dim buffer in [0, 1] that multiplies the side branches; saved in the state_dict. An averaged copy
+            of a module (EMA), whatever averages it, has the attach rate and time step of the module.
         time_step: 0-dim buffer, how many time steps have begun before the one in force; saved in the state_dict.
     """
 
@@ -90,8 +90,8 @@ class AnnealedModule(nn.Module):
     _copies: Optional['weakref.WeakSet[AnnealedModule]'] = None
     _known: Optional['_KnownToCopy'] = None
 
-    def _init_annealing(self, device: Any = None) -> None:
-        self.register_buffer('attach_rate', torch.ones((), device=device))
+    def _init_annealing(self, device: Any = None, dtype: Optional[torch.dtype] = None) -> None:
+        self.register_buffer('attach_rate', torch.ones((), device=device, dtype=dtype))
         self.register_buffer('time_step', torch.zeros((), dtype=torch.long, device=device))
 
     @property
@@ -157,11 +157,7 @@ class AnnealedModule(nn.Module):
 
     def _apply(self: AnnealedT, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AnnealedT:
         self._before_writing()
-        rate: Any = self._buffers['attach_rate']
         super()._apply(fn, recurse)
-        moved: Any = self._buffers['attach_rate']
-        if moved.dtype != rate.dtype:  # a rate is the same number in every precision
-            self._buffers['attach_rate'] = rate.to(moved.device)
         self._written()
         return self
 

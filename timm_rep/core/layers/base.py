@@ -249,6 +249,9 @@ class RepLayer(AnnealedModule):
             layer.restore_(conv.weight, conv.bias)
         for parameter in layer.parameters():
             parameter.requires_grad_(conv.weight.requires_grad)
+        for module in layer.modules():
+            if isinstance(module, AnnealedModule):
+                module._buffers['attach_rate'] = module.attach_rate.to(conv.weight.dtype)
         return layer
 
     def _plain_conv(self, weight: Tensor, bias: Optional[Tensor], trainable: bool, bias_trainable: bool) -> nn.Conv2d:

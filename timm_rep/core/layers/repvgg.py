@@ -60,7 +60,7 @@ class AnnealedRepVggBlock(RepVggBlock, NormedBranches):
         if any(isinstance(part, RepLayer) for part in block.modules() if part not in allowed):
             raise UserError('only the KxK convolution of an annealed RepVGG block can be a rep layer')
         self.__dict__.update(vars(_of_class(RepVggBlock, block)))
-        self._init_annealing(self.conv_1x1.conv.weight.device)
+        self._init_annealing(self.conv_1x1.conv.weight.device, self.conv_1x1.conv.weight.dtype)
 
     __jit_unused_properties__ = [
         *NormedBranches.__jit_unused_properties__, 'in_channels', 'kernel_size', 'dilation']
