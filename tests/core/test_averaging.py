@@ -126,6 +126,55 @@ def test_values_that_are_no_mean_of_the_two_are_kept():
     assert timm_rep.attach_rate(key) == 0.25
 
 
+@torch.no_grad()
+def test_a_model_and_its_average_that_are_copied_together():
+    model = annealed(0.25)
+    for pair in ((model, ModelEmaV3(model, decay=0.9)), (ModelEmaV3(model, decay=0.9), model)):
+        both = copy.deepcopy(pair)
+        averaged, own = sorted(both, key=lambda part: not isinstance(part, ModelEmaV3))
+        timm_rep.set_attach_rate(own, 1.0)
+        assert timm_rep.attach_rate(update(averaged, own, 2)) == 1.0
+
+
+@torch.no_grad()
+def test_a_rate_that_was_written_by_hand_is_taken_over():
+    model = annealed(0.25)
+    averaged = ModelEmaV3(model, decay=0.9)
+    for name, buffer in model.named_buffers():
+        if name.endswith('attach_rate'):
+            buffer.fill_(1.0)
+    assert timm_rep.attach_rate(update(averaged, model, 2)) == 1.0
+
+
+@torch.no_grad()
+def test_a_time_step_that_is_copied_on_purpose_is_kept():
+    base = annealed(1.0)
+    query, key = copy.deepcopy(base), copy.deepcopy(base)
+    set_time_step(query, 1)
+    for own, theirs in zip(key.state_dict().values(), query.state_dict().values()):
+        own.copy_(theirs)
+    assert time_step(key) == 1
+
+
+@pytest.mark.parametrize('average', ['v3', 'v2'])
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_means_in_half_precision_may_round_to_what_was_there(dtype, average):
+    model = annealed(1.0).to(dtype)
+    averaged = AVERAGES[average](model)
+    timm_rep.set_attach_rate(model, 1 / 3)
+    assert timm_rep.attach_rate(update(averaged, model, 2)) == timm_rep.attach_rate(model)
+
+
+def test_copies_in_inference_mode():
+    model = annealed(0.25)
+    with torch.inference_mode():
+        twin = copy.deepcopy(model).float()
+        timm_rep.verify(model, timm_rep.fuse(model), inputs=randn(1, 3, 32, 32))
+        assert timm_rep.attach_rate(twin) == 0.25
+        timm_rep.set_attach_rate(twin, 0.5)
+    assert (timm_rep.attach_rate(twin), timm_rep.attach_rate(model)) == (0.5, 0.25)
+
+
 def test_a_compiled_copy_takes_the_rate_over_when_it_is_put_into_eval_mode():
     model = annealed(0.25)
     averaged = ModelEmaV3(model, decay=0.9)

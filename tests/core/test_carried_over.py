@@ -223,6 +223,38 @@ def test_switches_are_no_feature_maps(arguments):
         trained.train().fuse()
 
 
+def test_a_fuse_that_is_static_or_of_the_instance_is_left_alone():
+    class Network(FeaturePyramid):
+        @staticmethod
+        def fuse(x, y):
+            return x + y
+
+    x = randn(1, 3, 8, 8, dtype=torch.float32)
+    model = Network().eval()
+    assert_near(expand(model, 'orepa')(x), model(x), 1e-5)
+    model = FeaturePyramid().eval()
+    model.fuse = mine = lambda x, y: 2 * x
+    rep = expand(model, 'orepa', inplace=True)
+    assert fuse(rep, inplace=True).fuse is mine
+
+
+@pytest.mark.parametrize('kind', ['dbb', 'acb', 'rep'])
+@pytest.mark.parametrize('change', [
+    lambda model: setattr(model[1], 'forward', torch.relu),
+    lambda model: model[1].weight.register_hook(lambda gradient: 0 * gradient),
+    lambda model: model[1].register_buffer('mask', torch.ones(4)),
+    lambda model: model[1].register_state_dict_post_hook(lambda *args: None),
+    lambda model: setattr(model[1], 'weight', model[2].weight),
+])
+def test_norms_that_are_more_than_that_stay(change, kind):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    change(model)
+    with pytest.raises(UserError, match='no convolution'):
+        expand(model, kind)
+    with pytest.raises(UserError, match='cannot go with it'):
+        expand(model, kind, select='0')
+
+
 def test_maps_by_name_are_no_switches():
     class Network(FeaturePyramid):
         def fuse(self, low=None, high=None):

@@ -290,8 +290,10 @@ def test_shared_block_stays_shared():
 def test_one_branched_layer_cannot_stand_for_two_norms():
     model = Shared(own_norms=True)
     modules = tree(model)
-    with pytest.raises(ValueError, match='shared'):
+    with pytest.raises(ValueError, match='no convolution of Shared'):
         expand(model, 'dbb', inplace=True)
+    with pytest.raises(ValueError, match='shared'):
+        expand(model, 'dbb', inplace=True, select=lambda name, conv: True)
     assert tree(model) == modules
 
 

@@ -208,7 +208,7 @@ def test_a_norm_shared_by_two_convolutions_is_left_alone(method):
     rep = expand(model, method)
     assert list(expansion_of(rep).methods) == ['4']
     assert rep[1] is rep[3]
-    with pytest.raises(UserError, match='2 or its norm is shared by places without the other'):
+    with pytest.raises(UserError, match='that of 2 cannot go with it: one of the two is shared'):
         expand(model, method, select='2')
     assert list(expansion_of(expand(model, 'orepa')).methods) == ['0', '2', '4']
 

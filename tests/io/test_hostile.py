@@ -17,9 +17,9 @@ import timm_rep
 from timm_rep import UserError, load
 from timm_rep.io import architecture, pickles, weights
 from timm_rep.io.checkpoint import read_checkpoint
-from timm_rep.io.damage import CHECKSUM
 from timm_rep.io.plain_data import plain, read_yaml
 from timm_rep.io.weights import load_training_form
+from timm_rep.models.damage import CHECKSUM
 from timm_rep.official.source import Source
 
 NAME = 'orepa_resnet18_cifar'

@@ -5,9 +5,11 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+import torch.nn as nn
 from helpers import LINEAR_RTOL, MODEL_RTOL, assert_near, assert_same_state, randn, randomize_, state_of
 
-from timm_rep import expand, fuse, set_attach_rate
+from timm_rep import UserError, expand, fuse, set_attach_rate
+from timm_rep import save as save_file
 from timm_rep.core.annealing import time_step
 from timm_rep.core.walk import annealed_modules
 from timm_rep.models.checkpoint_filter import checkpoint_filter_fn
@@ -268,3 +270,34 @@ def test_training_form_to_stock_form_and_back_twice(name, kwargs):
         for key, value in stock.state_dict().items():
             if value.ndim == 4:
                 assert_near(again.state_dict()[key], value, LINEAR_RTOL[torch.float64])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('name', ['dbb_resnet18_cifar', 'repan_repvgg_a0_cifar'])
+def test_kernels_behind_gains_of_zero_are_kept(name, tmp_path):
+    stock = randomize_(timm.create_model(name, inference_mode=True)).eval()
+    for module in stock.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight[::3] = 0
+    torch.save(stock.state_dict(), tmp_path / 'stock.pth')
+    kwargs = dict(rep_layer='dbb') if name.startswith('repan') else {}
+    model = timm.create_model(
+        name, pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'stock.pth')), **kwargs).eval()
+    x = randn(1, 3, 32, 32, dtype=torch.float32)
+    assert_near(model(x), stock(x), 1e-4)
+    fused = fuse(model)
+    for key in (key for key in stock.state_dict() if key.endswith(('conv1.weight', 'conv_kxk.conv.weight'))):
+        assert (fused.get_parameter(key)[::3].abs().amax((1, 2, 3)) > 0).all(), key
+
+
+def test_damaged_files_are_not_loaded(tmp_path):
+    model = timm.create_model('orepa_repvgg_a0_cifar')
+    files = [tmp_path / 'x.safetensors', tmp_path / 'x.pth']
+    save_file(model, files[0])
+    torch.save(model.state_dict(), files[1])
+    for file in files:
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=r'is not loaded: .*damaged'):
+            timm.create_model('orepa_repvgg_a0_cifar', pretrained=True, pretrained_cfg_overlay=dict(file=str(file)))

@@ -138,6 +138,8 @@ def test_newest_is_the_last_that_is_whole(finished, tmp_path):
     (tmp_path / 'tmp.pth.tar').write_bytes(b'cut off')
     assert newest_checkpoint(tmp_path).name == 'last.pth.tar'
     (tmp_path / 'last.pth.tar').unlink()
+    assert newest_checkpoint(tmp_path).name == 'checkpoint-5.pth.tar'
+    (tmp_path / 'summary.csv').write_text('epoch,loss\n0,1.0\n')
     assert newest_checkpoint(tmp_path).name == 'checkpoint-0.pth.tar'
     # copies have the times of their copying: they do not count as long as there is a last one
     (tmp_path / 'last.pth.tar').write_bytes((finished / 'last.pth.tar').read_bytes())

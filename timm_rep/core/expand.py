@@ -2,6 +2,7 @@
 import fnmatch
 import logging
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Tuple, Union
 
 import torch
@@ -34,6 +35,7 @@ _logger = logging.getLogger(__name__)
 
 # The convolution of a RepVGG block that can be a rep layer beside annealed branches.
 KXK_CONV = 'conv_kxk.conv'
+NORM_BUFFERS = {'running_mean', 'running_var', 'num_batches_tracked'}
 STATE_HOOKS = (
     '_state_dict_hooks', '_state_dict_pre_hooks', '_load_state_dict_pre_hooks', '_load_state_dict_post_hooks')
 BLOCK_ALONE = 'a model around the block is needed; for one alone use AnnealedRepVggBlock(block)'
@@ -74,40 +76,49 @@ def _anneal_blocks_(model: ModelT, names: Iterable[str]) -> ModelT:
     return model
 
 
-def _place(model: nn.Module, name: str, names: Mapping[int, List[str]]) -> Place:
-    conv: Any = model.get_submodule(name)
-    norm_name, norm = norm_behind(model, name, conv.out_channels)
-    read_between = norm is not None and reads_between(model, name, norm_name)
-    behind = {next_sibling(model, own)[0] for own in names[id(conv)]}
-    stands_apart = norm is not None and behind != set(names[id(norm)])
-    return Place(name, conv, norm, norm_name, tuple(ancestors_of(model, name)), read_between, stands_apart)
+@dataclass(frozen=True)
+class _Network:
+    """A model, with the names of all its modules, and how many modules have each of its parameters, by id."""
 
+    model: nn.Module
+    names: Mapping[int, List[str]]
+    owners: Mapping[int, int]
 
-def _convs(model: nn.Module) -> Dict[str, nn.Conv2d]:
-    """The plain convolutions of a model, in all places, but those that are parts of rep layers.
+    @classmethod
+    def of(cls, model: nn.Module) -> '_Network':
+        parameters = (parameter for module in model.modules() for parameter in module._parameters.values())
+        return cls(model, names_of(model), Counter(map(id, parameters)))
 
-    Nor is one of them whose kernel another module has, too: they would train apart.
-    """
-    owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
-    return {
-        name: module for name, module in model.named_modules(remove_duplicate=False)
-        if _is_plain_conv(module) and owners[id(module.weight)] == 1 and not any(
-            isinstance(m, RepLayer) for m in ancestors_of(model, name))
-    }
+    def place(self, name: str) -> Place:
+        model, conv = self.model, self.model.get_submodule(name)
+        norm_name, norm = norm_behind(model, name, conv.out_channels)  # type: ignore[arg-type]
+        read_between = norm is not None and reads_between(model, name, norm_name)
+        behind = {next_sibling(model, own)[0] for own in self.names[id(conv)]}
+        norm_stays = norm is not None and (
+            behind != set(self.names[id(norm)]) or not set(norm._buffers) <= NORM_BUFFERS or not self._is_as_made(norm))
+        return Place(
+            name, conv, norm, norm_name, tuple(ancestors_of(model, name)), read_between, norm_stays)  # type: ignore[arg-type]
 
+    def convs(self) -> Dict[str, nn.Conv2d]:
+        """The plain convolutions of a model, in all places, but those that are parts of rep layers."""
+        return {
+            name: module for name, module in self.model.named_modules(remove_duplicate=False)
+            if type(module) is nn.Conv2d and not module._buffers and self._is_as_made(module) and not any(
+                isinstance(parent, RepLayer) for parent in ancestors_of(self.model, name))
+        }
 
-def _is_plain_conv(module: nn.Module) -> bool:
-    """Whether a module is a convolution and no more than that.
+    def _is_as_made(self, module: nn.Module) -> bool:
+        """Whether a module is no more than its class says.
 
-    Its kernel is a parameter, not computed of others (weight norm, pruning), without hooks on its gradient; its forward
-    is torch's, and so is what it writes to a state_dict.
-    """
-    if type(module) is not nn.Conv2d or set(module._parameters) != {'weight', 'bias'} or module._buffers:
-        return False
-    hooks: List[Any] = [getattr(module, name) for name in STATE_HOOKS]
-    for parameter in module.parameters():
-        hooks += [parameter._backward_hooks, getattr(parameter, '_post_accumulate_grad_hooks', None)]
-    return 'forward' not in vars(module) and not any(hooks)
+        It has weight and bias, not computed of others (weight norm, pruning), in no other module, and without hooks on
+        their gradients; its forward is its class's, and so is what it writes to a state_dict.
+        """
+        hooks: List[Any] = [getattr(module, name) for name in STATE_HOOKS]
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                hooks += [parameter._backward_hooks, getattr(parameter, '_post_accumulate_grad_hooks', None)]
+                hooks += [self.owners[id(parameter)] > 1]
+        return set(module._parameters) == {'weight', 'bias'} and 'forward' not in vars(module) and not any(hooks)
 
 
 def _takes(method: Method, place: Place) -> bool:
@@ -121,9 +132,10 @@ def _check_pattern(model: nn.Module, convs: Iterable[str], pattern: str) -> None
 
 
 def _by_selection(model: nn.Module, method: Method, select: Select) -> Dict[str, Method]:
-    convs, names = _convs(model), names_of(model)
+    network = _Network.of(model)
+    convs = network.convs()
     if select is None:
-        return {name: method for name in convs if _takes(method, _place(model, name, names))}
+        return {name: method for name in convs if _takes(method, network.place(name))}
     if callable(select):
         return {name: method for name, conv in convs.items() if select(name, conv)}
     patterns = [select] if isinstance(select, str) else list(select)
@@ -134,14 +146,15 @@ def _by_selection(model: nn.Module, method: Method, select: Select) -> Dict[str,
 
 def _by_pattern(model: nn.Module, patterns: Mapping[str, Optional[Method]]) -> Dict[str, Method]:
     """The method of every convolution that it takes; the first pattern that matches a name decides."""
-    convs, names = _convs(model), names_of(model)
+    network = _Network.of(model)
+    convs = network.convs()
     for pattern in patterns:
         _check_pattern(model, convs, pattern)
     found: Dict[str, Method] = {}
     for name in convs:
         first = _first_match(patterns, name)
         method = patterns.get(first)
-        if method is not None and (first == name or _takes(method, _place(model, name, names))):
+        if method is not None and (first == name or _takes(method, network.place(name))):
             found[name] = method
     return found
 
@@ -272,7 +285,7 @@ def _swap(
 
 def _nothing_to_expand(model: nn.Module, method: Methods) -> str:
     wanted = method if isinstance(method, Mapping) else as_method(method).name
-    norms = {type(norm_behind(model, name, conv.out_channels)[1]) for name, conv in _convs(model).items()}
+    norms = {type(norm_behind(model, name, conv.out_channels)[1]) for name, conv in _Network.of(model).convs().items()}
     others = sorted(norm.__name__ for norm in norms - {type(None), *FOLDABLE})
     text = f'no convolution of {type(model).__name__} to expand with {wanted!r}'
     return f'{text}; methods that take the norm in need a BatchNorm2d, here are {", ".join(others)}' if others else text
@@ -289,9 +302,10 @@ def _make_layer(method: Method, place: Place, generator: Optional[torch.Generato
             found = 'none' if place.norm is None else f'a {type(place.norm).__name__}'
             raise UserError(
                 f'{method.name!r} needs a plain BatchNorm2d right behind the convolution; {place.name} has {found}')
-        if place.stands_apart:
+        if place.norm_stays:
             raise UserError(
-                f'{method.name!r} takes the norm in; {place.name} or its norm is shared by places without the other')
+                f'{method.name!r} takes the norm in, but that of {place.name} cannot go with it: one of the two is '
+                'shared by places without the other, or the norm has hooks or state of its own')
     try:
         layer: Any = method.make_layer(place, generator, same_function)
     except ValueError as e:
@@ -313,7 +327,7 @@ def _expand_assigned(
             raise UserError(BLOCK_ALONE)
         raise UserError("expand needs a model around the convolution; for one alone use the layer's from_conv()")
     blocks = [name for name in assigned if isinstance(model.get_submodule(name), RepVggBlock)]
-    names = names_of(model)
+    network = _Network.of(model)
     made: Dict[int, Tuple[nn.Module, Optional[FoldedNorm]]] = {}
     new_modules: Dict[str, nn.Module] = {}
     for name, method in assigned.items():
@@ -321,7 +335,7 @@ def _expand_assigned(
             continue
         if any(name.startswith(f'{block}.') and name != f'{block}.{KXK_CONV}' for block in blocks):
             raise UserError(f'only the KxK convolution of an annealed RepVGG block can be a rep layer, not {name}')
-        place = _place(model, name, names)
+        place = network.place(name)
         if id(place.conv) not in made:
             layer = _make_layer(method, place, generator, same_function)
             made[id(place.conv)] = layer, FoldedNorm(place.norm) if method.takes_norm and place.norm else None

@@ -1,4 +1,5 @@
 """Take rep layers out of a model again: its stock form."""
+import inspect
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, List
 
@@ -65,7 +66,8 @@ def fuse_before_own_(model: nn.Module, name: str) -> None:
     """
     for parent in ancestors_of(model, name):
         for method in OWN_FUSE:
-            if callable(getattr(type(parent), method, None)) and not isinstance(parent, AnnealedModule):
+            own = inspect.getattr_static(type(parent), method, None)  # a static one folds no module
+            if inspect.isfunction(own) and method not in vars(parent) and not isinstance(parent, AnnealedModule):
                 vars(parent)[method] = _FusedBefore(parent, method)
 
 

@@ -37,7 +37,8 @@ class Place:
         norm_name: Name of that norm, '' if there is none.
         parents: The modules around it, the model first.
         read_between: Whether something else than the norm sees the output of the convolution: a hook, a feature map.
-        stands_apart: Whether the convolution or that norm is shared, and stands somewhere without the other.
+        norm_stays: Whether that norm cannot go with the convolution: one of the two is shared by places without the
+            other, or the norm has hooks or state of its own.
     """
 
     name: str
@@ -46,7 +47,7 @@ class Place:
     norm_name: str
     parents: Tuple[nn.Module, ...]
     read_between: bool = False
-    stands_apart: bool = False
+    norm_stays: bool = False
 
     def is_inside(self, kind: Type[nn.Module]) -> bool:
         """Whether one of the modules around the convolution is of a kind."""

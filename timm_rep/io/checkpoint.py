@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ..core.errors import UserError
 from ..core.layers import RepLayer
+from ..models.damage import check_records, check_sum
 from ..models.names import stock_architecture
 from .architecture import FACTORY_ARGS, check_input_size, create_model
-from .damage import check_records, check_sum
 from .description import Description, read_description
 from .output import PathLike
 from .pickles import check_pickles

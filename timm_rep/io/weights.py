@@ -18,6 +18,7 @@ from ..core.expansion import expansion_of
 from ..core.verify import check_values
 from ..core.walk import annealed_modules, unwrapped
 from ..models.checkpoint_filter import first_names
+from ..models.damage import CHECKSUM, checksum
 from ..models.names import OWN_ARGS
 from .architecture import create_model
 from .checkpoint import (
@@ -29,7 +30,6 @@ from .checkpoint import (
     take_input_settings,
     trained_architecture,
 )
-from .damage import CHECKSUM, checksum
 from .description import describe
 from .output import PathLike, new_output, written_whole
 

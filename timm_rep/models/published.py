@@ -8,6 +8,7 @@ import torch.nn as nn
 from timm.models import build_model_with_cfg, get_pretrained_cfg, load_model_config_from_hf, resolve_pretrained_cfg
 
 from ..core.errors import UserError
+from .damage import check_file
 
 __all__ = ['build_model', 'published_weights', 'with_published']
 
@@ -107,10 +108,12 @@ def build_model(
         The model.
 
     Raises:
-        UserError: If weights are asked for and none are published.
+        UserError: If weights are asked for and none are published, or the file that the overlay names is damaged.
     """
     if pretrained:
         overlay = pretrained_cfg_overlay or {}
+        if overlay.get('file') and Path(overlay['file']).is_file():
+            check_file(Path(overlay['file']))
         pretrained_cfg_overlay = {**_description_of(overlay, variant, kwargs.get('cache_dir')), **overlay}
         cfg: Any = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
         if not (cfg.has_weights or cfg.state_dict):

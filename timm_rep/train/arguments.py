@@ -8,8 +8,8 @@ from ..core.errors import UserError
 from ..core.layers.dbb import NormPad2d
 from ..core.walk import annealed_modules
 from ..io.architecture import create_model
-from ..io.damage import check_file
 from ..io.plain_data import read_yaml
+from ..models.damage import check_file
 
 __all__ = [
     'START_FILES', 'add_time_step_options', 'check_model', 'check_start_weights', 'complete_schedule', 'output_folder',

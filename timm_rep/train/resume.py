@@ -54,10 +54,10 @@ def _checkpoints(folder: Path) -> List[Path]:
     rows = read_rows(summary).complete if summary.is_file() else []
     reached = int(rows[-1]['epoch']) if rows else math.inf
 
-    def order(path: Path) -> Tuple[bool, int, int]:
+    def order(path: Path) -> Tuple[bool, int]:
         number = CHECKPOINT_OF_EPOCH.fullmatch(path.name)
         epoch = int(number[1]) if number else -1
-        return epoch <= reached < math.inf, epoch if reached < math.inf else -1, path.stat().st_mtime_ns
+        return epoch <= reached, epoch
 
     paths = [folder / 'last.pth.tar', folder / 'tmp.pth.tar']  # tmp becomes last once it is written
     paths += sorted(folder.glob('checkpoint-*.pth.tar'), key=order, reverse=True)

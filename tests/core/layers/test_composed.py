@@ -1,6 +1,7 @@
 """The kernel that a rep layer gives to read: it computes like any tensor, and refuses to be written to."""
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ WRITES = {
     'out': lambda layer: torch.add(layer.weight, 1, out=layer.weight.detach()),
     'functional': lambda layer: torch.nn.functional.relu(layer.weight, inplace=True),
     'module': lambda layer: nn.LeakyReLU(inplace=True)(layer.weight),
+    'keyword': lambda layer: torch.reshape(input=layer.weight, shape=(-1,)).zero_(),
     'foreach': lambda layer: torch._foreach_mul_([layer.weight.detach()], 2.0),
     'parameter': lambda layer: setattr(layer, 'weight', nn.Parameter(torch.zeros(4, 4, 3, 3))),
     'tensor': lambda layer: setattr(layer, 'weight', torch.zeros(4, 4, 3, 3)),
@@ -67,6 +69,27 @@ def test_a_kernel_can_start_a_parameter_and_be_saved():
     torch.save(layer.weight.detach(), file)
     file.seek(0)
     assert torch.equal(torch.load(file, weights_only=True), layer.compose_weight())
+
+
+def test_a_parameter_of_a_kernel_is_as_any():
+    conv = nn.Conv2d(4, 4, 3)
+    conv.weight = nn.Parameter(OrepaConv2d(4, 4, 3).weight.detach())
+    conv.weight.data.clamp_(-0.1, 0.1)
+    with torch.no_grad():
+        conv.weight[0].zero_()
+    for copied in (copy.deepcopy(conv), pickle.loads(pickle.dumps(conv))):
+        assert type(copied.weight) is nn.Parameter
+        assert torch.equal(copied.weight, conv.weight)
+
+
+def test_kernels_in_other_layouts_and_derivatives():
+    kernel = OrepaConv2d(4, 4, 3).weight
+    assert torch.equal(kernel.detach().to_sparse().to_dense(), kernel)
+    tangent = torch.ones(4, 4, 3, 3)
+    assert torch.equal(torch.func.jvp(torch.flatten, (kernel.detach(),), (tangent,))[1], tangent.flatten())
+    kernel.grad = None
+    flat = torch.compile(lambda read: read.flatten() * 2, backend='eager')(kernel.detach())
+    assert torch.equal(flat, 2 * kernel.flatten())
 
 
 def test_a_compiled_reader_sees_the_kernel():

@@ -1,7 +1,7 @@
 """The contract of annealing: a module with an origin branch and side branches, which an attach rate multiplies."""
 import copy
 import weakref
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple, TypeVar
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, TypeVar
 
 import torch
 import torch.nn as nn
@@ -33,43 +33,54 @@ class _KnownToCopy:
 
     def __init__(self, original: 'AnnealedModule', buffers: Tuple[Tensor, ...]) -> None:
         self.original = weakref.ref(original)
+        self.has_a_rate_of_its_own = False  # once it was set by the copy's own methods
         self.note_own(buffers)
         self.note_original(original._annealing_buffers())
 
     def note_own(self, buffers: Tuple[Tensor, ...]) -> None:
         """Note what the copy itself has written."""
         self._tensors = buffers
-        self._versions = [tensor._version for tensor in buffers]
+        self._versions = _versions(buffers)
         self._own = [tensor.detach().clone() for tensor in buffers]
 
     def note_original(self, buffers: Tuple[Tensor, ...]) -> None:
         """Note what the original holds now."""
         self._others = [tensor.detach().clone() for tensor in buffers]
 
+    def was_written(self, buffers: Tuple[Tensor, ...]) -> bool:
+        """Whether something else than the copy has written its buffers."""
+        if any(now is not tensor for now, tensor in zip(buffers, self._tensors)):
+            return False  # put in their place for a while, by torch.func
+        return _versions(buffers) != self._versions
+
     def take_over(self, buffers: Tuple[Tensor, ...]) -> bool:
         """Replace means of own and original values by those of the original. Others were written on purpose.
 
         Returns:
-            Whether the buffers hold other values than the copy has written.
+            Whether the buffers then hold other values than the copy has written.
         """
-        if any(now is not tensor for now, tensor in zip(buffers, self._tensors)):
-            return False  # put in their place for a while, by torch.func
-        if [tensor._version for tensor in buffers] == self._versions:
-            return False
-        changed = not all(torch.equal(now, value) for now, value in zip(buffers, self._own))  # DDP writes the same ones
-        if changed and all(_lies_between(*values) for values in zip(buffers, self._own, self._others)):
+        same = all(torch.equal(now, value) for now, value in zip(buffers, self._own))  # as DDP writes them, too
+        is_mean = all(_lies_between(*values) for values in zip(buffers, self._own, self._others))
+        if is_mean and not (same and self.has_a_rate_of_its_own):
             with torch.no_grad():
                 for tensor, value in zip(buffers, self._others):
                     tensor.copy_(value)
+        changed = not all(torch.equal(now, value) for now, value in zip(buffers, self._own))
         self.note_own(buffers)
         return changed
 
 
+def _versions(buffers: Tuple[Tensor, ...]) -> List[int]:
+    return [0 if tensor.is_inference() else tensor._version for tensor in buffers]  # such tensors have none
+
+
 def _lies_between(value: Tensor, one: Tensor, other: Tensor) -> bool:
-    """Whether a value lies between two others, up to rounding: that of float32, or to whole numbers."""
+    """Whether a value lies between two others, up to rounding: whole numbers are cut off."""
     low, high = sorted((one.item(), other.item()))
-    slack = 1e-6 if value.is_floating_point() else 1
-    return low - slack <= value.item() <= high + slack
+    if value.is_floating_point():
+        slack = 8 * torch.finfo(value.dtype).eps
+        return low - slack <= value.item() <= high + slack
+    return low - 1 <= value.item() <= high
 
 
 class AnnealedModule(nn.Module):
@@ -117,11 +128,16 @@ class AnnealedModule(nn.Module):
 
         Averaging treats all buffers alike, but a mean of two attach rates is the rate of neither model.
         """
-        if self._known is None or torch.compiler.is_compiling():
+        known = self._known
+        if known is None or torch.compiler.is_compiling():
             return
-        if self._known.take_over(self._annealing_buffers()):
-            self._tell_copies()
-        if self._known.original() is None:
+        original = known.original()
+        if known.was_written(self._annealing_buffers()):
+            if original is not None:
+                known.note_original(original._annealing_buffers())
+            if known.take_over(self._annealing_buffers()):
+                self._tell_copies()
+        if original is None:
             self._known = None
 
     def _before_writing(self) -> None:
@@ -135,21 +151,28 @@ class AnnealedModule(nn.Module):
             if twin._known is not None:
                 twin._known.note_original(self._annealing_buffers())
 
-    def _written(self) -> None:
+    def _written(self, on_purpose: bool = True) -> None:
         """What is to be done after the module itself has written its buffers."""
         if self._known is not None:
             self._known.note_own(self._annealing_buffers())
+            self._known.has_a_rate_of_its_own |= on_purpose
         self._tell_copies()
 
     def __deepcopy__(self: AnnealedT, memo: Dict[int, Any]) -> AnnealedT:
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        if not self.attach_rate.is_inference():  # what happens to such tensors cannot be told
-            twin._known = _KnownToCopy(self, twin._annealing_buffers())
-            self._copies = weakref.WeakSet() if self._copies is None else self._copies
-            self._copies.add(twin)
+        original = None if self._known is None else self._known.original()
+        twin._become_copy_of(memo.get(id(original), self))
+        for other in self._copies or ():
+            if id(other) in memo:  # a model and its average, copied together
+                memo[id(other)]._become_copy_of(twin)
         return twin
+
+    def _become_copy_of(self, original: 'AnnealedModule') -> None:
+        self._known = _KnownToCopy(original, self._annealing_buffers())
+        original._copies = weakref.WeakSet() if original._copies is None else original._copies
+        original._copies.add(self)
 
     def __getstate__(self) -> Dict[str, Any]:
         self._settle()
@@ -158,7 +181,7 @@ class AnnealedModule(nn.Module):
     def _apply(self: AnnealedT, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AnnealedT:
         self._before_writing()
         super()._apply(fn, recurse)
-        self._written()
+        self._written(on_purpose=False)
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -13,7 +13,8 @@ __all__ = ['ComposedKernel', 'composed_kernel', 'refuse_writing']
 
 INPLACE_OPERATORS = frozenset(f'__i{name}__' for name in (
     'add', 'sub', 'mul', 'matmul', 'truediv', 'floordiv', 'mod', 'pow', 'and', 'or', 'xor', 'lshift', 'rshift'))
-WRITES = INPLACE_OPERATORS | {'__setitem__', '__set__'}
+WRITES = INPLACE_OPERATORS | {'__setitem__'}
+SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 def refuse_writing() -> None:
@@ -43,9 +44,11 @@ class ComposedKernel(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():
+            return super().__torch_function__(func, types, args, kwargs)
         name = getattr(func, '__name__', '')
         named_so = name.endswith('_') and not name.endswith('__') and name != 'requires_grad_'
-        if name in WRITES or named_so or kwargs.get('inplace'):
+        if name in WRITES or func == SET_DATA or named_so or kwargs.get('inplace'):
             written = args[0] if args else None
         else:
             written = kwargs.get('out')
@@ -55,18 +58,30 @@ class ComposedKernel(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
             if isinstance(result, (list, tuple)) and type(result) in (list, tuple):
-                return type(result)(cls._guarded(part, args) for part in result)
-            return cls._guarded(result, args)
+                return type(result)(cls._guarded(part, (*args, *kwargs.values())) for part in result)
+            return cls._guarded(result, (*args, *kwargs.values()))
 
     @classmethod
     def _guarded(cls, result: Any, args: Any) -> Any:
-        if type(result) is not Tensor or not args or not isinstance(args[0], cls):
+        """The result, guarded if it is a view of a kernel."""
+        kernels = [arg for arg in args if isinstance(arg, cls) and not isinstance(arg, nn.Parameter)]
+        if type(result) is not Tensor or not kernels or not _has_memory(result):
             return result
-        shares_memory = result.untyped_storage()._cdata == args[0].untyped_storage()._cdata
+        shares_memory = any(kernel.untyped_storage()._cdata == result.untyped_storage()._cdata for kernel in kernels)
         return result.as_subclass(cls) if shares_memory else result
 
+    def _plain(self) -> Tensor:
+        """As a plain tensor, or a plain parameter if it was made one."""
+        plain = self.as_subclass(Tensor)
+        return nn.Parameter(plain.detach(), self.requires_grad) if isinstance(self, nn.Parameter) else plain
+
     def __deepcopy__(self, memo: Any) -> Tensor:
-        return copy.deepcopy(self.as_subclass(Tensor), memo)
+        return copy.deepcopy(self._plain(), memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # a file with a kernel in it needs no class of ours
-        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+        return self._plain().__reduce_ex__(protocol)
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether a tensor has memory of its own: a sparse one has not, nor one inside torch.func."""
+    return tensor.layout == torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)

@@ -213,9 +213,9 @@ class NormedRepLayer(NormedBranches, RepLayer):
     def absorb_norm_(self, weight: Tensor, bias: Optional[Tensor] = None) -> None:
         """Make the layer compute, in eval mode, a convolution and the norm behind it, whose values ``norm_kxk`` holds.
 
-        The gain of that norm goes into the origin's kernel, and into the statistics that the origin's norm keeps. Where
-        all gains are zero they stay it, and the kernel that they hide stays too: training starts from it (timm's
-        ``zero_init_last``).
+        The last norms of the side branches get its gain and bias. The gain goes into the origin's kernel, too, and into
+        the statistics that the origin's norm keeps. Where it is zero it stays zero, and the kernel that it hides stays
+        too: training starts from it (timm's ``zero_init_last``).
 
         Args:
             weight: Kernel of the convolution ``(o, i/g, kh, kw)``.
@@ -227,6 +227,9 @@ class NormedRepLayer(NormedBranches, RepLayer):
         check_kernel(self, self.weight_shape, weight, bias)
         norm = self.norm_kxk
         kernel, folded_bias = fold_batch_norm(weight, bias, norm)
+        for own in self._side_norms():
+            own.weight.copy_(norm.weight)
+            own.bias.copy_(norm.bias)
         mean, var = kept_statistics(norm)
         mean.sub_(torch.zeros_like(mean) if bias is None else bias.to(mean))
         hidden = self._hidden()
@@ -315,6 +318,6 @@ class NormedMethod(Method):
         conv, norm, sizes = place.conv, place.norm, place.conv.kernel_size
         if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or not is_foldable(norm):
             return False
-        if not norm.affine or norm.running_mean is None or place.read_between or place.stands_apart:
+        if not norm.affine or norm.running_mean is None or place.read_between or place.norm_stays:
             return False
         return not isinstance(conv.padding, str) and min(sizes) > 1 and max(sizes) <= MAX_KERNEL_SIZE
