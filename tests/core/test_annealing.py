@@ -460,3 +460,11 @@ def test_a_rate_is_a_number_of_the_models_kind_expanded_before_or_after(kinds, d
         set_attach_rate(form, 1 / 3)
         rates = {tensor for name, tensor in form.state_dict().items() if name.endswith('attach_rate')}
         assert {(rate.dtype, rate.item()) for rate in rates} == {(dtype, torch.tensor(1 / 3, dtype=dtype).item())}
+
+
+def test_the_rate_of_a_partly_half_precise_model():
+    model = tiny_repvgg()
+    model.stages[1].bfloat16()
+    rep = expand(model, {'*': 'rep', '*.conv_kxk.conv': 'orepa'})
+    set_attach_rate(rep, 1 / 3)
+    assert timm_rep.attach_rate(rep) == torch.tensor(1 / 3).item()

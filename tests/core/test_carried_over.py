@@ -325,3 +325,31 @@ def test_a_convolution_shared_by_places_with_other_norms_is_left_alone(kind):
     assert [name for name, _ in timm_rep.rep_layers(rep)] == ['0.0']
     x = randn(1, 4, 8, 8)
     assert_near(fuse(rep)(x), model(x), RTOL)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('kind', ['dbb', 'acb', 'rep'])
+def test_norms_that_are_kept_in_eval_mode_stay_in_it(kind):
+    """The usual fine-tuning with fixed statistics."""
+    model = randomize_(tiny_resnet()).double().train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    x = randn(2, 3, 32, 32)
+    rep = expand(model, kind)
+    fused = fuse(rep)
+    for form in (rep, fused):
+        assert form.training
+        assert not any(part.training for part in form.modules() if isinstance(part, nn.BatchNorm2d))
+        assert_near(form(x), model(x), RTOL)
+    with pytest.raises(UserError, match='in training mode'):
+        fuse(rep.train())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('kind', ['dbb', 'acb', 'rep'])
+def test_an_activation_that_a_norm_only_keeps_is_not_called(kind):
+    model = randomize_(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).double().eval()
+    model[1].act = nn.ReLU()
+    x = randn(2, 3, 8, 8)
+    assert_near(expand(model, kind)(x), model(x), RTOL)

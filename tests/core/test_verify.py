@@ -1,5 +1,6 @@
 """verify() passes for a right fusion and names the first layer that is off."""
 import copy
+import dataclasses
 
 import pytest
 import timm
@@ -9,7 +10,7 @@ from helpers import TINY_MODELS, EmulatedTF32, randn, randomize_, tiny_resnet
 from timm.utils import reparameterize_model
 from torch.optim.swa_utils import AveragedModel
 
-from timm_rep import VerificationError, expand, fuse, rep_layers, set_attach_rate, verify
+from timm_rep import UserError, VerificationError, expand, fuse, rep_layers, set_attach_rate, verify
 
 
 def pair(name='basic', layer='orepa', dtype=torch.float32):
@@ -134,3 +135,31 @@ def test_feature_maps_are_compared_one_by_one(output):
     fused.factor = 1.01
     with pytest.raises(VerificationError, match='the model is off'):
         verify(model, fused, inputs=x)
+
+
+@dataclasses.dataclass
+class Boxes:
+    scores: torch.Tensor
+    boxes: torch.Tensor
+
+
+class Detector(nn.Module):
+    def __init__(self, make):
+        super().__init__()
+        self.conv, self.make = nn.Conv2d(3, 4, 3), make
+
+    def forward(self, x):
+        return self.make(self.conv(x))
+
+
+def test_other_outputs_are_compared_too():
+    x = randn(1, 3, 8, 8, dtype=torch.float32)
+    model = Detector(lambda y: Boxes(torch.complex(y, y), y[:0])).eval()
+    other = copy.deepcopy(model)
+    verify(model, other, inputs=x)
+    other.make = lambda y: Boxes(torch.complex(y, 5 * y), y[:0])
+    with pytest.raises(VerificationError, match='the model is off'):
+        verify(model, other, inputs=x)
+    other.make = model.make = lambda y: 'nothing'
+    with pytest.raises(UserError, match='no tensor in what the model puts out, a str'):
+        verify(model, other, inputs=x)

@@ -172,10 +172,13 @@ def check_rep_layers(model: nn.Module) -> None:
 
 def _the_one(model: nn.Module, what: str) -> Any:
     check_rep_layers(model)
-    values = {getattr(module, what).item() for _, module in annealed_modules(model)}
-    if len(values) > 1:
-        raise UserError(f'the rep layers are in different {what.replace("_", " ")}s: {sorted(values)}')
-    return values.pop()
+    buffers = [getattr(module, what) for _, module in annealed_modules(model)]
+    steps = [torch.finfo(buffer.dtype).eps if buffer.is_floating_point() else 0 for buffer in buffers]
+    _, value = min(zip(steps, (buffer.item() for buffer in buffers)))  # the one of most digits
+    if any(abs(buffer.item() - value) > max(steps) for buffer in buffers):
+        values = sorted({buffer.item() for buffer in buffers})
+        raise UserError(f'the rep layers are in different {what.replace("_", " ")}s: {values}')
+    return value
 
 
 def attach_rate(model: nn.Module) -> float:

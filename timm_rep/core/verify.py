@@ -1,4 +1,5 @@
 """Check that a fused model computes what its training form computes, layer by layer and end to end."""
+import dataclasses
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Callable, Iterator, List, Mapping, Optional, Tuple
@@ -121,8 +122,10 @@ def compare_outputs(name: str, expected: Tensor, actual: Tensor, rtol: float, at
     for form, tensor in (('training', expected), ('fused', actual)):
         if not torch.isfinite(tensor).all():
             raise VerificationError(f'{label}: the {form} form puts out non-finite values')
-    expected, actual = expected.double(), actual.double()
-    difference = Difference(name, (expected - actual).abs().max().item(), expected.abs().max().item())
+    exact = torch.complex128 if expected.is_complex() or actual.is_complex() else torch.float64
+    expected, actual = expected.to(exact), actual.to(exact)
+    absolute, largest = ((t.abs().max().item() if t.numel() else 0.0) for t in (expected - actual, expected))
+    difference = Difference(name, absolute, largest)
     allowed = atol + rtol * difference.largest
     if difference.absolute > allowed:
         raise VerificationError(
@@ -135,7 +138,9 @@ def compare_outputs(name: str, expected: Tensor, actual: Tensor, rtol: float, at
 def _compare_all(expected: Any, actual: Any, rtol: float, atol: float) -> Difference:
     """Compare all tensors of two outputs: one, or lists and dicts of feature maps. The largest difference of them."""
     wanted, found = list(_tensors(expected)), list(_tensors(actual))
-    if len(wanted) != len(found) or not wanted:
+    if not wanted:
+        raise UserError(f'verify: there is no tensor in what the model puts out, a {type(expected).__name__}')
+    if len(wanted) != len(found):
         raise VerificationError(f'the models put out {len(wanted)} and {len(found)} tensors')
     differences = [compare_outputs('', one, other, rtol, atol) for one, other in zip(wanted, found)]
     return max(differences, key=lambda difference: difference.relative)
@@ -144,6 +149,8 @@ def _compare_all(expected: Any, actual: Any, rtol: float, atol: float) -> Differ
 def _tensors(output: Any) -> Iterator[Tensor]:
     if isinstance(output, Tensor):
         yield output
+    elif dataclasses.is_dataclass(output):
+        yield from _tensors(vars(output))
     elif isinstance(output, (list, tuple, Mapping)):
         for part in output.values() if isinstance(output, Mapping) else output:
             yield from _tensors(part)

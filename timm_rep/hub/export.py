@@ -69,6 +69,8 @@ def _copy_of(model: Any, label_names: Optional[Sequence[str]]) -> Any:
     if label_names is not None and len(label_names) != model.num_classes:
         raise UserError(
             f'label_names must name the {model.num_classes} classes of the model, got {len(label_names)} names')
+    if next(model.parameters()).dtype == torch.float64:
+        raise UserError('timm builds networks of 32 bits, so an export cannot hold 64: call model.float() first')
     check_values(model)
     return copy.deepcopy(model).eval().cpu()
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..core.errors import UserError
 from ..core.layers import RepLayer
 from ..models.damage import check_records, check_sum
-from ..models.names import stock_architecture
+from ..models.names import TRAINING_PREFIXES, stock_architecture
 from .architecture import FACTORY_ARGS, check_input_size, create_model
 from .description import Description, read_description
 from .output import PathLike
@@ -229,10 +229,12 @@ def _trained(args: Mapping[str, Any]) -> Optional[str]:
 
 def _sizes_of(checkpoint: Checkpoint, architecture: str) -> Dict[str, int]:
     """Classes and image channels that the shapes of the weights tell, as far as they do."""
-    if not timm.is_model(architecture):
+    names = (prefix + architecture for prefix in ('', *TRAINING_PREFIXES))  # a stock form may have no name of its own
+    registered = next(filter(timm.is_model, names), None)
+    if registered is None:
         return {}
     with torch.device('meta'):
-        skeleton: Any = create_model(architecture)
+        skeleton: Any = create_model(registered)
     classifier = skeleton.pretrained_cfg.get('classifier') or ''
     classifier = classifier if isinstance(classifier, str) else classifier[0]
     convs = (name for name, module in skeleton.named_modules() if isinstance(module, (nn.Conv2d, RepLayer)))

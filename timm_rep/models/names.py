@@ -1,4 +1,5 @@
 """Names of architectures: which stock network a model of ours fuses into, and how it says so."""
+import logging
 from typing import Any, Dict, Mapping, Tuple
 
 import timm
@@ -10,6 +11,8 @@ __all__ = [
     'OWN_ARGS', 'TRAINING_PREFIXES', 'is_training_form', 'registering_package', 'stock_architecture', 'stock_form_args',
     'timm_has',
 ]
+
+_logger = logging.getLogger(__name__)
 
 # Prefixes of our architectures whose stock form is the timm architecture named behind it.
 TRAINING_PREFIXES = ('orepa_', 'dbb_', 'repan_')
@@ -83,3 +86,5 @@ def name_stock_architecture_in_config(model: nn.Module) -> None:
             config.architecture, config.model_args = _as_stock(architecture, getattr(config, 'model_args', None) or {})
         if isinstance(backbone, str) and is_training_form(backbone):
             config.backbone = stock_architecture(backbone)
+            if stock_form_args(backbone):
+                _logger.warning('a configuration with backbone=%r builds the training form, not this one', backbone)

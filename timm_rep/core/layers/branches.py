@@ -10,7 +10,7 @@ from ..errors import UserError
 from ..precision import full_float32, without_autocast
 from .annealed import AnnealedModule, check_kernel
 from .base import RepLayer, kaiming_uniform_
-from .norms import fold_batch_norm, kept_statistics, reset_norm_
+from .norms import fold_batch_norm, is_frozen, kept_statistics, reset_norm_
 
 __all__ = ['NormedBranches']
 
@@ -213,7 +213,8 @@ class NormedBranches(AnnealedModule):
             reset_norm_(norm)
 
     def _refuse_training(self) -> None:
-        if self.training:
+        norms = (self._origin_norm(), *self._side_norms(), *self._inner_norms())
+        if any(norm.training and not is_frozen(norm) for norm in norms):
             raise UserError(
                 f'cannot fuse {type(self).__name__} in training mode: its branches use batch statistics there, a '
                 'fused convolution cannot. Call model.eval() first'

@@ -196,7 +196,7 @@ class NormedRepLayer(NormedBranches, RepLayer):
         conv = self._plain_conv(
             kernel, None if self.stock_bias is None else torch.zeros_like(kernel[:, 0, 0, 0]), self._trains_kernel(),
             trains_bias)
-        return conv, synchronized_as(origin, norm).train(self.training)
+        return conv, synchronized_as(origin, norm).train(origin.training)
 
     def stock_form(self, behind: Optional[nn.Module]) -> Tuple[nn.Module, Optional[nn.Module]]:
         if not isinstance(behind, FoldedNorm):
@@ -292,6 +292,7 @@ class NormedRepLayer(NormedBranches, RepLayer):
             own.weight.copy_(norm.weight)
             own.bias.copy_(norm.bias)
         for own in layer._norms():
+            own.train(norm.training)
             own.weight.requires_grad_(norm.weight.requires_grad)
             own.bias.requires_grad_(norm.bias.requires_grad)
         if layer.stock_bias:

@@ -69,6 +69,8 @@ def fold_batch_norm(kernel: Tensor, bias: Optional[Tensor], norm: nn.BatchNorm2d
     Returns:
         Kernel and bias; float32 for half-precision values.
     """
+    if not hasattr(norm, 'eps'):
+        raise UserError(f'a {type(norm).__name__} cannot be folded: it does not say its eps')
     dtype = torch.float64 if kernel.dtype == torch.float64 else torch.float32
     mean, var, gamma, beta = (v.to(dtype) for v in (*kept_statistics(norm), norm.weight, norm.bias))
     return kernels.fold_norm(
@@ -117,8 +119,10 @@ class FoldedNorm(nn.Module):
         if not is_foldable(norm):
             raise UserError(f'a plain BatchNorm2d or BatchNormAct2d can be folded, got {norm}')
         # copies, since the norm may stay in a model that is expanded as a copy
-        self.drop: Optional[nn.Module] = copy.deepcopy(getattr(norm, 'drop', None))
-        self.act: Optional[nn.Module] = copy.deepcopy(getattr(norm, 'act', None))
+        acts: Any = norm if isinstance(norm, (BatchNormAct2d, SyncBatchNormAct)) else None  # others do not call theirs
+        self.drop: Optional[nn.Module] = copy.deepcopy(getattr(acts, 'drop', None))
+        self.act: Optional[nn.Module] = copy.deepcopy(getattr(acts, 'act', None))
+        self.train(norm.training)
 
     def __getattr__(self, name: str) -> Any:
         if name in NORM_STATE:  # of foreign code that folds norms
