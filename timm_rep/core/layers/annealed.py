@@ -29,7 +29,10 @@ def check_kernel(module: nn.Module, shape: Sequence[int], weight: Tensor, bias: 
 
 
 class _KnownToCopy:
-    """What a copy of a module knows, to tell whether it was averaged with what it was copied from."""
+    """What a copy of a module knows, to tell whether it was averaged with what it was copied from.
+
+    Values are kept as numbers, so that nothing waits for a GPU as long as the copy holds what the original holds.
+    """
 
     def __init__(self, original: 'AnnealedModule', buffers: Tuple[Tensor, ...]) -> None:
         self.original = weakref.ref(original)
@@ -41,17 +44,17 @@ class _KnownToCopy:
         """Note what the copy itself has written."""
         self._tensors = buffers
         self._versions = _versions(buffers)
-        self._own = [tensor.detach().clone() for tensor in buffers]
+        self._own = _numbers(buffers)
 
     def note_original(self, buffers: Tuple[Tensor, ...]) -> None:
         """Note what the original holds now."""
-        self._others = [tensor.detach().clone() for tensor in buffers]
+        self._others = _numbers(buffers)
 
-    def was_written(self, buffers: Tuple[Tensor, ...]) -> bool:
-        """Whether something else than the copy has written its buffers."""
+    def may_be_averaged(self, buffers: Tuple[Tensor, ...], thoroughly: bool) -> bool:
+        """Whether something else than the copy has written its buffers, and it could matter."""
         if any(now is not tensor for now, tensor in zip(buffers, self._tensors)):
             return False  # put in their place for a while, by torch.func
-        return _versions(buffers) != self._versions
+        return _versions(buffers) != self._versions and (thoroughly or self._own != self._others)
 
     def take_over(self, buffers: Tuple[Tensor, ...]) -> bool:
         """Replace means of own and original values by those of the original. Others were written on purpose.
@@ -59,28 +62,29 @@ class _KnownToCopy:
         Returns:
             Whether the buffers then hold other values than the copy has written.
         """
-        same = all(torch.equal(now, value) for now, value in zip(buffers, self._own))  # as DDP writes them, too
-        is_mean = all(_lies_between(*values) for values in zip(buffers, self._own, self._others))
-        if is_mean and not (same and self.has_a_rate_of_its_own):
+        now, before = _numbers(buffers), self._own
+        slacks = [8 * torch.finfo(tensor.dtype).eps if tensor.is_floating_point() else 0 for tensor in buffers]
+        is_mean = all(_lies_between(*values) for values in zip(now, self._own, self._others, slacks))
+        if is_mean and not (now == self._own and self.has_a_rate_of_its_own):  # which DDP writes again
             with torch.no_grad():
                 for tensor, value in zip(buffers, self._others):
-                    tensor.copy_(value)
-        changed = not all(torch.equal(now, value) for now, value in zip(buffers, self._own))
+                    tensor.fill_(value)
         self.note_own(buffers)
-        return changed
+        return self._own != before
 
 
 def _versions(buffers: Tuple[Tensor, ...]) -> List[int]:
     return [0 if tensor.is_inference() else tensor._version for tensor in buffers]  # such tensors have none
 
 
-def _lies_between(value: Tensor, one: Tensor, other: Tensor) -> bool:
-    """Whether a value lies between two others, up to rounding: whole numbers are cut off."""
-    low, high = sorted((one.item(), other.item()))
-    if value.is_floating_point():
-        slack = 8 * torch.finfo(value.dtype).eps
-        return low - slack <= value.item() <= high + slack
-    return low - 1 <= value.item() <= high
+def _numbers(buffers: Tuple[Tensor, ...]) -> List[float]:
+    return [0 if tensor.is_meta else tensor.item() for tensor in buffers]
+
+
+def _lies_between(value: float, one: float, other: float, slack: float) -> bool:
+    """Whether a value lies between two others, up to rounding: whole numbers, which have no slack, are cut off."""
+    low, high = sorted((one, other))
+    return low - (slack or 1) <= value <= high + slack
 
 
 class AnnealedModule(nn.Module):
@@ -116,23 +120,26 @@ class AnnealedModule(nn.Module):
     def _annealing_buffer(self, name: str) -> Tensor:
         if name not in self._buffers:
             raise AttributeError(f'{type(self).__name__} has no attribute {name!r}')
-        self._settle()
+        self._settle(thoroughly=False)
         buffer: Any = self._buffers[name]
         return buffer
 
     def _annealing_buffers(self) -> Tuple[Any, Any]:
         return self._buffers['attach_rate'], self._buffers['time_step']
 
-    def _settle(self) -> None:
+    def _settle(self, thoroughly: bool = True) -> None:
         """Take over the state of the module that this is an averaged copy of (EMA), if it was averaged.
 
         Averaging treats all buffers alike, but a mean of two attach rates is the rate of neither model.
+
+        Args:
+            thoroughly: Also where the copy holds what the original held when it last told; rounding may have moved it.
         """
         known = self._known
         if known is None or torch.compiler.is_compiling():
             return
         original = known.original()
-        if known.was_written(self._annealing_buffers()):
+        if known.may_be_averaged(self._annealing_buffers(), thoroughly):
             if original is not None:
                 known.note_original(original._annealing_buffers())
             if known.take_over(self._annealing_buffers()):
@@ -190,7 +197,7 @@ class AnnealedModule(nn.Module):
         self._written()
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._settle()
+        self._settle(thoroughly=False)  # averaging asks for it at every update
         super()._save_to_state_dict(*args, **kwargs)
 
     def train(self: AnnealedT, mode: bool = True) -> AnnealedT:
