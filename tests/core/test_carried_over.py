@@ -223,6 +223,20 @@ def test_switches_are_no_feature_maps(arguments):
         trained.train().fuse()
 
 
+def test_a_fuse_in_the_forward_of_its_own_module_folds_nothing():
+    class Network(FeaturePyramid):
+        def fuse(self, mode='sum'):
+            return self.maps[0] + self.maps[1]
+
+        def forward(self, x):
+            self.maps = x, self.bn(self.conv(x))
+            return self.fuse(mode='sum')
+
+    rep = expand(Network().eval(), 'orepa')
+    rep(randn(1, 3, 8, 8, dtype=torch.float32))
+    assert isinstance(rep.conv, RepLayer)
+
+
 def test_a_fuse_that_is_static_or_of_the_instance_is_left_alone():
     class Network(FeaturePyramid):
         @staticmethod

@@ -125,8 +125,7 @@ def test_wrappers_are_no_part_of_the_model(wrap, tmp_path):
     lambda model: setattr(model, 'fc', torch.nn.Linear(96, 8)),
     lambda model: setattr(model.layer4[0].conv2, 'dilation', (2, 2)),
     lambda model: model._model_args.update(act_layer=torch.nn.GELU),
-    lambda model: model.fc.double(),
-], ids=['activation', 'classifier', 'geometry', 'argument', 'precision'])
+], ids=['activation', 'classifier', 'geometry', 'argument'])
 def test_a_network_that_timm_would_build_otherwise_is_not_said_to_be_timms(change, tmp_path, caplog):
     model = of_timm()
     change(model)
@@ -297,3 +296,16 @@ def test_others_may_read_as_far_as_they_may_read_new_files(tmp_path):
     folder = timm_rep.export_folder(of_timm(), tmp_path / 'folder')
     files = [tmp_path / 'x.safetensors', tmp_path / 'x.pth', *(path for path in folder.rglob('*') if path.is_file())]
     assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {usual}
+
+
+def test_a_model_of_several_precisions_keeps_them(tmp_path):
+    model = timm.create_model('orepa_test_resnet').half().eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.float()
+    model.fc.double()
+    save(model, tmp_path / 'x.safetensors')
+    loaded = load(tmp_path / 'x.safetensors').state_dict()
+    for key, value in model.state_dict().items():
+        assert loaded[key].dtype == value.dtype, key
+        assert torch.equal(loaded[key], value), key

@@ -44,7 +44,8 @@ def when_fused(action: Callable[[nn.Module], None]) -> Callable[[nn.Module], Non
 class _FusedBefore:
     """Stands in for a module's own method that folds its convolutions, which must be in stock form for that.
 
-    A call that does something else (with more than switches for arguments, or while training) goes through as it is.
+    A call that does something else (with more than switches for arguments, while training, or in the module's own
+    forward) goes through as it is.
     """
 
     module: nn.Module
@@ -52,9 +53,17 @@ class _FusedBefore:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         switches = all(isinstance(value, (bool, str, type(None))) for value in (*args, *kwargs.values()))
-        if switches and not self.module.training:
+        if switches and not (self.module.training or self._is_in_forward()):
             fuse(self.module, inplace=True)
         return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
+
+    def _is_in_forward(self) -> bool:
+        frame = inspect.currentframe()
+        while frame is not None:
+            if frame.f_code.co_name == 'forward' and any(value is self.module for value in frame.f_locals.values()):
+                return True
+            frame = frame.f_back
+        return False
 
 
 def fuse_before_own_(model: nn.Module, name: str) -> None:

@@ -68,8 +68,8 @@ class Description:
 
 
 def _structure(model: nn.Module) -> Dict[str, str]:
-    """All that tells two networks apart, besides the values of their weights."""
-    found = {key: f'{value.dtype} {tuple(value.shape)}' for key, value in model.state_dict().items()}
+    """All that tells two networks apart, besides the values and the precision of their weights."""
+    found = {key: str(tuple(value.shape)) for key, value in model.state_dict().items()}
     for name, module in model.named_modules():
         kind = type(module).__name__
         if isinstance(module, (nn.Conv2d, RepLayer)):
@@ -96,7 +96,7 @@ def _architecture_of(model: Any) -> Dict[str, str]:
         }
         with torch.device('meta'):
             rebuilt = dataclasses.replace(_description(metadata), methods=expansion_of(model).methods).build()
-        if _structure(model) == _structure(rebuilt.to(next(model.parameters()).dtype)):
+        if _structure(model) == _structure(rebuilt):
             return metadata
         why = 'its modules are others'
     except (TypeError, UserError) as e:

@@ -180,16 +180,26 @@ def _described_model(checkpoint: Checkpoint, overrides: Mapping[str, Any] = {}) 
             f'{path} is of a model that timm does not build; give its stock form: load(file, into=stock_model)')
     given = {key: value for key, value in overrides.items() if value is not None}
     description = dataclasses.replace(description, model_args={**description.model_args, **given})
-    dtypes = {value.dtype for value in weights.values() if value.dtype in FLOATS}
-
     def build() -> nn.Module:
         try:
             model = description.build()
         except Exception as e:  # a file may give timm and the methods any arguments
             raise UserError(f'{path} does not describe its model: {e}') from e
-        return model.to(next(iter(dtypes))) if len(dtypes) == 1 else model
+        return _in_precision_of_(model, weights)
 
     return build_filled(checkpoint, AS_DESCRIBED, build)
+
+
+def _in_precision_of_(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """Give a model the precision of weights, of which some may have less than others."""
+    dtypes = {value.dtype for value in weights.values() if value.dtype in FLOATS}
+    if len(dtypes) == 1:
+        return model.to(dtypes.pop())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        given = weights.get(name)
+        if given is not None and given.dtype in FLOATS and tensor.is_floating_point():
+            tensor.data = tensor.data.to(given.dtype)
+    return model
 
 
 def _load_into_(model: nn.Module, checkpoint: Checkpoint) -> None:
