@@ -132,24 +132,27 @@ def draw(settings, runs, timing, path):
     for (form, epochs), values in by_group.items():
         time = (timing['ratios'].get(form, 1) if timing else 1) * epochs / settings['epochs']
         equal_time = epochs != settings['epochs']
-        # Forms of equal time stand side by side.
-        x = time + 0.04 * list(colours).index(form) * equal_time
+        x = time * 0.94 ** (list(colours).index(form) * equal_time)  # those of equal time side by side, left of plain
         style = dict(color=colours[form], marker='s' if equal_time else 'o')
         label = f'{TITLES.get(form, form)}, {epochs:g} epochs'
         mean, _, half = mean_and_error(list(values.values()))
         left.scatter([x] * len(values), list(values.values()), s=12, alpha=0.5, linewidths=0, **style)
-        left.errorbar([x + 0.02], [mean], [half or 0], capsize=3, label=label, **style)
+        left.errorbar([1.015 * x], [mean], [half or 0], capsize=3, label=label, **style)
         if form != 'plain' and paired(values, plain):
             differences = paired(values, plain)
             mean, _, half = mean_and_error(differences)
             right.scatter([x] * len(differences), differences, s=12, alpha=0.5, linewidths=0, **style)
-            right.errorbar([x + 0.02], [mean], [half or 0], capsize=3, label=label, **style)
+            right.errorbar([1.015 * x], [mean], [half or 0], capsize=3, label=label, **style)
     right.axhline(0, color=colours.get('plain', 'grey'), linewidth=1)
     left.set_ylabel('top-1 (%): seeds, mean, 95% interval')
     right.set_ylabel('difference to plain, paired by seed (points)')
+    ticks = (1, 1.5, 2, 3, 4)
     for axes in (left, right):
-        axes.set_xlabel('training time (plain = 1)')
-    left.legend(fontsize=8)
+        axes.set_xscale('log')
+        axes.set_xticks(ticks, [f'{tick:g}' for tick in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel('training time (plain = 1; squares: equal time, drawn left of it)')
+    figure.legend(*left.get_legend_handles_labels(), loc='outside lower center', ncol=4, fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -161,7 +164,8 @@ def main(argv=None):
         sys.exit(f'error: {folder} holds no runs')
     table = markdown(settings, runs, timing)
     (folder / 'results.md').write_text(table)
-    draw(settings, runs, timing, folder / 'results.png')
+    if groups(settings, runs):
+        draw(settings, runs, timing, folder / 'results.png')
     print(table)
 
 
