@@ -1,7 +1,10 @@
+import importlib
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -193,3 +196,210 @@ def test_augmented_images_are_crops_and_mirror_images(experiment):
     crops = {image.numpy().tobytes() for x, _ in batches for image in x}
     assert crops <= allowed
     assert len(crops) > 10
+
+
+# cifar10_fast
+
+FAST = SCRIPT.parents[1] / 'cifar10_fast'
+FAST_MODULES = ('data', 'network', 'training', 'run', 'table')
+FAST_SETTINGS = ['--epochs', '2', '--batch-size', '8', '--set-aside', '8', '--rates', '0.1', '0.2', '--few']
+
+
+@pytest.fixture(scope='module')
+def fast():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FAST)
+        for name in FAST_MODULES:
+            sys.modules.pop(name, None)
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in FAST_MODULES})
+        for name in FAST_MODULES:
+            del sys.modules[name]
+
+
+@pytest.fixture(scope='module')
+def small_images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('fast') / 'images'
+    random = np.random.default_rng(0)
+    for split, count in (('train', 12), ('test', 4)):
+        for name in ('cat', 'dog'):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(count):
+                image = random.integers(256, size=(32, 32, 3), dtype=np.uint8)
+                Image.fromarray(image).save(folder / split / name / f'{number}.png')
+    return folder
+
+
+@pytest.fixture
+def start(fast, small_images):
+    """Start the experiment in a folder."""
+    def call(output, *arguments):
+        threads = torch.get_num_threads()
+        fast.run.main(['--data', str(small_images), '--output', str(output), *FAST_SETTINGS, *arguments])
+        torch.set_num_threads(threads)
+    return call
+
+
+def fast_run(form='plain', top1=50.0, seed=0, **changes):
+    """What `table.py` reads of a run's file."""
+    run = dict(form=form, lr=0.2, epochs=2, seed=seed, grid=False, top1=top1, diverged=False, hardware='h', versions={})
+    return dict(run, **changes)
+
+
+def test_forms_of_a_seed_start_from_one_function_and_end_as_one_network(fast):
+    pixels = torch.randint(256, (50, 32, 32, 3), dtype=torch.uint8)
+    stem, x = fast.network.whitening(pixels), fast.data.normalized(pixels[:4])
+    models = {form: fast.network.build('small', form, 3, stem, 10).eval() for form in fast.network.forms()}
+    assert {'plain', 'orepa', 'rep', 'dbb'} <= set(models)
+    other = fast.network.build('small', 'plain', 4, stem, 10).eval()
+    with torch.no_grad():
+        expected = models['plain'](x)
+        assert (other(x) - expected).abs().max() > 0.01
+        for model in models.values():
+            assert (model(x) - expected).abs().max() < 1e-6
+            assert str(timm_rep.fuse(model)) == str(models['plain'])
+    assert len({sum(p.numel() for p in model.parameters()) for model in models.values()}) == len(models)
+    patches = torch.nn.functional.conv2d(fast.data.normalized(pixels[::10]), stem).transpose(0, 1).flatten(1)[:12]
+    assert (patches @ patches.T / patches.shape[1] - torch.eye(12)).abs().max() < 0.01
+
+
+def test_fast_runs_are_done_once_and_repeat_exactly(fast, small_images, start, tmp_path, capsys):
+    output = tmp_path / 'results'
+    forms = ['--forms', 'plain', 'rep', '--seeds', '2']
+    start(output, *forms, '--timing', '1')
+    assert list(load(output / 'timing.json')['ratios']) == ['plain', 'rep']
+    timing = load(output / 'timing.json')
+    (output / 'timing.json').write_text(json.dumps(dict(timing, ratios=dict(plain=1.0, rep=1.6))))
+    start(output, *forms)
+    runs = {path.name: load(path) for path in output.glob('*-seed*.json')}
+    assert len(runs) == 2 * 2 + 2 * 2 + 2  # grid, equal epochs, equal time
+    assert {run['rows'][-1]['steps'] for run in runs.values() if run['grid']} == {4}  # of 16 images, 8 set aside
+    assert {run['rows'][-1]['steps'] for run in runs.values() if not run['grid']} == {6, round(2 / 1.6 * 3)}
+    assert {run['fused_parameters'] for run in runs.values()} == {126562}
+    assert max(run['fused_difference'] for run in runs.values()) < 1e-4
+    assert small_images.with_name('images-uint8.npz').exists()
+
+    lost = next(output.glob('rep-*-epochs2-seed1.json'))
+    found = load(lost)
+    lost.unlink()
+    capsys.readouterr()
+    start(output, *forms)
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(':')[0] for line in printed] == [lost.stem] * 2
+    timed = ('seconds', 'wall_seconds')
+    rows, expected = [[{k: v for k, v in row.items() if k not in timed} for row in run['rows']]
+                      for run in (load(lost), found)]
+    assert rows == expected
+
+    fast.table.main([str(output)])
+    table = (output / 'results.md').read_text()
+    assert '| REP | 2 |' in table
+    assert '| REP | 1.25 |' in table
+    assert (output / 'results.png').stat().st_size > 1000
+    with pytest.raises(SystemExit, match=r'runs of other settings: batch_size is 8 there and 4 here'):
+        start(output, *forms, '--batch-size', '4')
+
+
+@pytest.fixture
+def played(fast, start, monkeypatch):
+    """Start the experiment with runs that cost nothing; the runs that were done, with the images they saw."""
+    done = []
+
+    def train(run, settings, stem, train_images, eval_images, compiled):
+        done.append((run, len(train_images.targets), len(eval_images.targets)))
+        return dict(run._asdict(), top1=run.lr, diverged=run.form == 'rep' and run.lr == 0.2)
+
+    monkeypatch.setattr(fast.run, 'train', train)
+    return lambda *arguments: (start(*arguments), done)[1]
+
+
+def test_rates_are_chosen_on_images_set_aside(played, tmp_path):
+    done = played(tmp_path, '--forms', 'plain', 'rep', 'dbb', '--few', 'dbb', '--seeds', '2', '--few-seeds', '1')
+    assert [(run.form, run.lr, run.seed) for run, *_ in done if not run.grid] == [
+        ('plain', 0.2, 0), ('rep', 0.1, 0), ('plain', 0.2, 1), ('rep', 0.1, 1), ('dbb', 0.2, 0)]
+    assert [run.form for run, *_ in done if run.grid] == ['plain', 'rep'] * 2 + ['dbb'] * 2
+    assert {(run.grid, *counts) for run, *counts in done} == {(True, 16, 8), (False, 24, 8)}
+    (search,) = {run.seed for run, *_ in done if run.grid}
+    assert search not in (0, 1)
+
+
+def test_images_set_aside_are_no_training_images(fast):
+    images = fast.data.Images(torch.arange(100), torch.arange(100))
+    rest, aside = fast.data.set_aside(images, 20)
+    assert (len(rest.targets), len(aside.targets)) == (80, 20)
+    assert sorted([*rest.targets.tolist(), *aside.targets.tolist()]) == list(range(100))
+    assert torch.equal(fast.data.set_aside(images, 20)[1].targets, aside.targets)
+
+
+def test_a_run_is_claimed_by_a_living_process_only(fast, tmp_path):
+    code = (
+        f'import sys, time; sys.path.insert(0, {str(FAST)!r}); sys.modules.update(dict.fromkeys('
+        "['torch', 'data', 'network', 'training', 'timm_rep', 'timm_rep.report', 'timm_rep.report.cost'],"
+        "__import__('unittest.mock').mock.MagicMock())); from pathlib import Path; import run\n"
+        f'with run.claimed(Path({str(tmp_path)!r}), "a") as mine: print(mine, flush=True); time.sleep(60)')
+    other = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == 'True\n'
+        with fast.run.claimed(tmp_path, 'a') as mine, fast.run.claimed(tmp_path, 'b') as another:
+            assert (mine, another) == (False, True)
+    finally:
+        other.kill()
+        other.communicate()
+    with fast.run.claimed(tmp_path, 'a') as mine:
+        assert mine
+    (tmp_path / 'a.json').write_text('{}')
+    with fast.run.claimed(tmp_path, 'a') as mine:
+        assert not mine
+
+
+def test_fast_batches_are_crops_and_mirror_images(fast):
+    pixels = torch.arange(36 * 3, dtype=torch.uint8).reshape(1, 6, 6, 3)
+    images = fast.data.padded(fast.data.Images(pixels.expand(40, -1, -1, -1), torch.arange(40)))
+    padding = fast.data.CROP_PADDING
+    allowed = {
+        crop.numpy().tobytes()
+        for top in range(2 * padding + 1) for left in range(2 * padding + 1)
+        for image in [fast.data.normalized(images.pixels[:1, top:top + 6, left:left + 6])]
+        for crop in (image.contiguous(), image.flip(3).contiguous())
+    }
+    mean, std = torch.tensor([fast.data.MEAN, fast.data.STD])[..., None, None]
+    expected = (pixels.permute(0, 3, 1, 2) / 255 - mean) / std
+    torch.testing.assert_close(fast.data.normalized(pixels), expected)
+    batches = list(fast.data.train_batches(images, 12, torch.Generator().manual_seed(0)))
+    assert [len(targets) for _, targets in batches] == [12, 12, 12]  # the rest is dropped
+    assert len(set(torch.cat([targets for _, targets in batches]).tolist())) == 36
+    crops = {image.contiguous().numpy().tobytes() for x, _ in batches for image in x}
+    assert crops <= allowed
+    assert len(crops) > 10
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x, _ in batches)
+
+
+def test_rate_rises_and_falls(fast):
+    factors = [fast.training.rate_factor(step, 100, 0.15) for step in range(100)]
+    assert factors[0] == 1 / 16
+    assert factors[15] == max(factors) == 1
+    assert factors[:16] == sorted(factors[:16])
+    assert factors[15:] == sorted(factors[15:], reverse=True)
+    assert 0 < factors[-1] < 0.001
+
+
+def test_table_pairs_by_seed(fast):
+    table = fast.table
+    assert [table.t975(n) for n in (1, 11, 30)] == [12.706, 2.201, 2.042]
+    assert table.t975(49) == pytest.approx(2.0096, abs=2e-3)
+    mean, error, half = table.mean_and_error([1.0, 2.0, 3.0])
+    assert (mean, error, half) == (2.0, pytest.approx(1 / 3 ** 0.5), pytest.approx(4.303 / 3 ** 0.5))
+    settings = dict(
+        network='small', epochs=2, batch_size=8, momentum=0.9, weight_decay=0.0, amp=True, set_aside=8,
+        data=dict(train=1, test=1))
+    grid = [fast_run(form, top1, 1000, lr=lr, grid=True)
+            for form in ('plain', 'rep') for lr, top1 in ((0.1, 40.0), (0.2, 60.0), (0.4, 50.0))]
+    runs = [
+        *grid, *(fast_run(seed=seed, top1=50.0 + seed) for seed in range(3)),
+        *(fast_run('rep', seed=seed, top1=51.0 + 2 * seed) for seed in (0, 1, 2, 3)),
+        fast_run('rep', seed=0, top1=10.0, lr=0.1), fast_run('rep', seed=0, top1=49.5, epochs=1.25)]
+    text = table.markdown(settings, runs, dict(ratios=dict(plain=1.0, rep=1.6)))
+    # differences 1, 2, 3 of the three seeds that both have; not of the rate that lost
+    assert '| REP | 2 | 0.2 | 4 | 54.00 | 2.58 | +2.00 (3) | 0.58 | -0.48 to +4.48 | 1.60 | 1.60 |' in text
+    assert '| REP | 1.25 | 0.2 | 1 | 49.50 |  | -0.50 (1) |  |  | 1.60 | 1.00 |' in text
+    assert '| plain | 40.00 | 60.00 | 50.00 | 0.2 |' in text
+    assert 'edge of the grid' in table.markdown(settings, [run for run in runs if run['lr'] != 0.4], None)

@@ -1,0 +1,143 @@
+"""One run: a network in one form, trained from one seed at one learning rate."""
+import math
+import platform
+import time
+from typing import NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from data import normalized, padded, train_batches
+from network import build
+from timm.optim import create_optimizer_v2
+
+import timm_rep
+from timm_rep.report.cost import hardware_name
+
+EVAL_BATCH_SIZE = 500
+
+
+class Run(NamedTuple):
+    """What tells one run from another. Of the grid, it is measured on images set aside, else on the test images."""
+
+    form: str
+    lr: float
+    epochs: float
+    seed: int
+    grid: bool = False
+
+    @property
+    def name(self):
+        return f"{'grid-' if self.grid else ''}{self.form}-lr{self.lr:g}-epochs{self.epochs:g}-seed{self.seed}"
+
+
+def rate_factor(step, steps, warmup):
+    """Share of the highest learning rate: up in a line for a share of all steps, then down in half a cosine to 0."""
+    rise = warmup * steps
+    if step < rise:
+        return (step + 1) / (rise + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / (steps - rise)))
+
+
+def seconds_used(device):
+    """A clock of what this process computed; with several on one machine, wall time says little."""
+    if device.type == 'cuda':
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+@torch.inference_mode()
+def evaluate(model, images, amp):
+    """Mean cross entropy, and top-1 accuracy in percent."""
+    model.eval()
+    device = images.pixels.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+        output = torch.cat([model(normalized(part)) for part in images.pixels.split(EVAL_BATCH_SIZE)]).float()
+    right = output.argmax(1) == images.targets
+    return F.cross_entropy(output, images.targets).item(), 100 * right.float().mean().item()
+
+
+@torch.inference_mode()
+def fused_difference(model, fused, pixels):
+    """How far the outputs of two networks are apart in float32, relative to the largest."""
+    x = normalized(pixels)
+    expected = model.eval()(x)
+    return ((fused.eval()(x) - expected).abs().max() / expected.abs().max()).item()
+
+
+class Trainer:
+    """A network in one form with its optimizer; `step` is one step."""
+
+    def __init__(self, run, settings, stem, device, compiled=False):
+        self.model = build(settings['network'], run.form, run.seed, stem, settings['data']['classes']).to(device)
+        self.forward = torch.compile(self.model) if compiled else self.model
+        self.optimizer = create_optimizer_v2(
+            self.model, opt='sgd', lr=run.lr, momentum=settings['momentum'], weight_decay=settings['weight_decay'])
+        self.lr, self.warmup, self.amp = run.lr, settings['warmup'], settings['amp']
+
+    def step(self, x, targets, step, steps):
+        for group in self.optimizer.param_groups:
+            group['lr'] = self.lr * rate_factor(step, steps, self.warmup)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
+            loss = F.cross_entropy(self.forward(x), targets)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+
+def train(run, settings, stem, train_images, eval_images, compiled=False):
+    """Train, and measure the fused network after every epoch; what the run's file holds."""
+    device, batch_size = train_images.pixels.device, settings['batch_size']
+    trainer = Trainer(run, settings, stem, device, compiled)
+    model, images = trainer.model, padded(train_images)
+    per_epoch = len(images.targets) // batch_size
+    steps, done, rows = round(run.epochs * per_epoch), 0, []
+    generator = torch.Generator().manual_seed(run.seed)
+    while done < steps:
+        used, wall, total, first = seconds_used(device), time.perf_counter(), 0.0, done
+        model.train()
+        for x, targets in train_batches(images, batch_size, generator):
+            if done == steps:
+                break
+            total += trainer.step(x, targets, done, steps)
+            done += 1
+        train_loss = (total / (done - first)).item()  # waits for the device
+        used, wall = seconds_used(device) - used, time.perf_counter() - wall
+        fused = timm_rep.fuse(model.eval())
+        loss, top1 = evaluate(fused, eval_images, settings['amp'])
+        rows.append(dict(
+            steps=done, train_loss=train_loss, loss=loss, top1=round(top1, 4), seconds=round(used, 2),
+            wall_seconds=round(wall, 2)))
+        print(f'{run.name}: {done}/{steps}, train loss {train_loss:.3f}, top-1 {top1:.2f}, {used:.0f} s', flush=True)
+        if not math.isfinite(train_loss):
+            rows[-1].update(train_loss=None, loss=None)
+            break
+    return dict(
+        run._asdict(), top1=rows[-1]['top1'], diverged=rows[-1]['train_loss'] is None, rows=rows,
+        fused_difference=fused_difference(model, fused, eval_images.pixels[:EVAL_BATCH_SIZE]),
+        parameters=sum(p.numel() for p in model.parameters()),
+        fused_parameters=sum(p.numel() for p in fused.parameters()),
+        settings=settings, hardware=hardware_name(device), versions=versions())
+
+
+def versions():
+    return dict(
+        python=platform.python_version(), torch=torch.__version__, timm=timm.__version__, timm_rep=timm_rep.__version__)
+
+
+def time_forms(forms, settings, stem, images, rounds):
+    """Seconds of a training step of each form, taken in turns: a list for each."""
+    device = images.pixels.device
+    trainers = {form: Trainer(Run(form, 0.01, 1, 0), settings, stem, device) for form in forms}
+    x, targets = next(train_batches(padded(images), settings['batch_size'], torch.Generator().manual_seed(0)))
+    seconds = {form: [] for form in forms}
+    for turn in range(rounds + 2):
+        for form, trainer in trainers.items():
+            trainer.model.train()
+            start = seconds_used(device)
+            trainer.step(x, targets, 0, 2)
+            if turn >= 2:  # the first ones are slow
+                seconds[form].append(seconds_used(device) - start)
+    return seconds
