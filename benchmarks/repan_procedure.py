@@ -11,8 +11,8 @@ What their code does otherwise than its text says, and how it is met here:
   stay as they are, which is compared; what calling it would do to the training loss is measured beside.
 - Weight decay and clipping leave out what has "bn" in its name: the norm of the ResNets' stem, which has not, is
   decayed. Which parameters of ours are meant comes from the import: see `names_of_theirs`.
-- The REP of their ResNets has no identity branch, nor has the first block of a stage of their RepVGG. Ours has where
-  the shapes allow it; `imported` takes it out.
+- The REP of their ResNets has no identity branch, nor has the first block of a stage of their RepVGG, and the stem of
+  their ResNets for small images is plain. Ours has branches where the shapes allow it; `imported` leaves these out.
 - Their folds end in a tensor on the GPU that nothing reads: `without_cuda` keeps it here.
 """
 import contextlib
@@ -20,12 +20,14 @@ import copy
 import re
 from dataclasses import dataclass
 
+import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import timm_rep
 from timm_rep.core.walk import annealed_modules
+from timm_rep.official.networks import fill_from_official_
 
 # The kernels that their `init_branch_weights` draws; all else that it writes is a constant.
 DRAWN = re.compile(r'(conv_1|dbb_1x1\.conv|dbb_avg\.conv|dbb_1x1_kxk\.conv2|ver_conv|hor_conv)\.weight$')
@@ -118,14 +120,20 @@ def train_start_(theirs, batches, steps):
 
 def imported(state, model):
     """A network of ours with these weights of theirs, without the branches that theirs lacks."""
-    name, *arguments = model.split()
-    ours = timm_rep.load_official_checkpoint(state, name, **dict(argument.split('=') for argument in arguments))
+    name, _, rep_layer = model.partition(' rep_layer=')
+    ours = timm.create_model(name, num_classes=classes_of(state), inference_mode=True).double().eval()
+    layers = {'conv1': None, '*': rep_layer} if rep_layer else 'rep'
+    fill_from_official_(timm_rep.expand(ours, layers, inplace=True), state)
     for module in ours.modules():
         for branch in ('identity', 'norm_identity'):  # the import has silenced those that the file lacks
             norm = getattr(module, branch, None)
             if norm is not None and not norm.weight.any():
                 setattr(module, branch, None)
     return ours
+
+
+def classes_of(state):
+    return next(len(state[name]) for name in ('fc.bias', 'linear.bias') if name in state)
 
 
 def names_of_theirs(state, model):
@@ -135,7 +143,7 @@ def names_of_theirs(state, model):
     found = {}
     for ours, tensor in imported(numbers, model).state_dict().items():
         if ours.rpartition('.')[2] not in ('attach_rate', 'time_step'):  # theirs are in no file
-            number, = tensor.unique().tolist()
+            (number,) = tensor.unique().tolist()
             found[ours] = names[int(number) - 1]
     if len(set(found.values())) != len(found):
         raise ValueError('the import takes a tensor of theirs twice')
