@@ -33,6 +33,7 @@ from timm_rep.official.networks import fill_from_official_
 DRAWN = re.compile(r'(conv_1|dbb_1x1\.conv|dbb_avg\.conv|dbb_1x1_kxk\.conv2|ver_conv|hor_conv)\.weight$')
 DRAW_BOUND = 0.1  # over the root of the output channels
 GRAD_CLIP = 10.0
+SETTLING = 50  # batches
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,11 @@ class Procedure:
 
 # By the names of official_networks.py. With REP ResNets they have a configuration for ImageNet only.
 PROCEDURES = {
-    'RepVGG-A1, CIFAR-100': Procedure('keep_gain', 0.75, 2e-4, image=32, batch=32, freezes=True),
-    'ResNet-18 of DBB, CIFAR-100': Procedure('authors', 0.2, 1e-4, image=16, batch=16),
-    'ResNet-18 of ACB, CIFAR-100': Procedure('authors', 0.2, 1e-4, image=16, batch=16),
-    'ResNet-18 of REP, CIFAR-100': Procedure('authors', 0.1, 3e-5, image=16, batch=16),
-    'RepVGG-A1': Procedure('authors', 0.1, 3e-5, image=64, batch=16),
+    'RepVGG-A1, CIFAR-100': Procedure('keep_gain', 0.75, 2e-4, image=32, batch=16, freezes=True),
+    'ResNet-18 of DBB, CIFAR-100': Procedure('authors', 0.2, 1e-4, image=16, batch=8),
+    'ResNet-18 of ACB, CIFAR-100': Procedure('authors', 0.2, 1e-4, image=16, batch=8),
+    'ResNet-18 of REP, CIFAR-100': Procedure('authors', 0.1, 3e-5, image=16, batch=8),
+    'RepVGG-A1': Procedure('authors', 0.1, 3e-5, image=64, batch=8),
 }
 
 
@@ -116,6 +117,9 @@ def train_start_(theirs, batches, steps):
         F.cross_entropy(theirs(x), target).backward()
         nn.utils.clip_grad_norm_(theirs.parameters(), GRAD_CLIP)
         optimizer.step()
+    with torch.no_grad():  # a descent ends at a learning rate near zero, so statistics are up to date
+        for number in range(SETTLING):
+            theirs(batches(steps + number)[0])
 
 
 def imported(state, model):

@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from official_import import (
     REPOSITORIES,
     check_clone,
@@ -68,8 +69,8 @@ NOTES = """\
 - Loss in training mode, on one batch that training has not seen. "gain 1" and "gain kept" are the authors' two rules,
   of which each network has one; the others are ours. "plain pairs restored" is the authors' rule with `ConvBN.inversion`
   called as well: their code has this method, folds plain convolutions and norms, and never calls it.
-- Images are synthetic, of ten classes. Start: as many steps with momentum as the command says; gains of all norms then
-  lie in the range that is given.
+- Images are synthetic, of ten classes. Start: as many steps with momentum as the command says, then 50 batches without
+  learning, for the statistics; gains of all norms then lie in the range that is given, "eval" is the loss in eval mode.
 """
 
 
@@ -128,6 +129,7 @@ class Transition:
             largest_drawn_over_bound=drawn,
             tensors_before=largest(tensor_differences(self.ours(), self.before, self.names)),
             tensors=largest(tensor_differences(ours, self.after, self.names)),
+            eval_loss_before=F.cross_entropy(eval_before, self.held_out[1]).item(),
             eval_of_theirs=relative_difference(eval_after, eval_before),
             eval_difference=relative_difference(evaluated(ours, self.held_out), eval_after),
             losses=self.losses(ours),
@@ -254,8 +256,8 @@ def difference_table(results):
 
 
 def loss_table(results):
-    lines = [row_of(['network of RepAn', 'gains', 'transition', 'before', *(f'at {rate:g}' for rate in RATES)]),
-             '|---|---|---|' + '--:|' * (1 + len(RATES))]
+    lines = [row_of(['network of RepAn', 'gains', 'eval', 'transition', 'before', *(f'at {rate:g}' for rate in RATES)]),
+             '|---|---|--:|---|' + '--:|' * (1 + len(RATES))]
     for name, result in results.items():
         before, *after = result['losses']
         rows = {
@@ -267,7 +269,7 @@ def loss_table(results):
         for rule, losses in rows.items():
             first = before['ours'] if rule == 'ours' else before['theirs']
             lines.append(row_of(
-                [name, f'{low:.2f} to {high:.2f}', rule, *(f'{loss:.4f}' for loss in (first, *losses))]))
+                [name, f'{low:.2f} to {high:.2f}', f"{result['eval_loss_before']:.4f}", rule, *(f'{loss:.4f}' for loss in (first, *losses))]))
     return lines
 
 
@@ -290,7 +292,7 @@ def parse_args(argv):
         '--peer', type=Path, metavar='CLONE', required=True,
         help=f"clone of https://github.com/{REPOSITORIES['repan'].name}")
     parser.add_argument('--only', type=re.compile, metavar='PATTERN', help='only networks with this regular expression')
-    parser.add_argument('--start-steps', type=int, default=40, help='steps that the networks are trained for before')
+    parser.add_argument('--start-steps', type=int, default=20, help='steps that the networks are trained for before')
     parser.add_argument('--threads', type=int, default=torch.get_num_threads(), help='threads of torch')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--debug', action='store_true', help='stop where something fails')

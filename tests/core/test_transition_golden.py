@@ -9,8 +9,7 @@ from helpers import assert_near
 from timm.models.byobnet import RepVggBlock
 
 from timm_rep import begin_time_step, set_attach_rate
-from timm_rep.core.layers import AnnealedRepVggBlock
-from timm_rep.layers import AsymmetricConv2d, DiverseBranchConv2d, RepConv2d
+from timm_rep.core.layers import AnnealedRepVggBlock, AsymmetricConv2d, DiverseBranchConv2d, RepConv2d
 
 GOLDEN = Path(__file__).parents[1] / 'golden'
 RTOL = {torch.float64: 1e-12, torch.float32: 1e-6}
