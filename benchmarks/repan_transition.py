@@ -2,8 +2,8 @@
 
 The authors' RepVGG-A1, for small images and for ImageNet, and their ResNet-18 of DBB, ACB and REP blocks are built by
 their own code, from a local clone, trained for some steps and imported into our networks. Then both go through one
-transition, with the same side kernels, and through twenty steps of the authors' optimizer, all in float64. Compared are
-the loss in training mode before and after, at three attach rates, every tensor, and the losses and tensors of the steps.
+transition, with the same side kernels, and twenty steps of the authors' optimizer, in float64. What is compared: the
+loss in training mode before and after, at three attach rates, every tensor, and the losses and tensors of the steps.
 
     python benchmarks/repan_transition.py --peer CLONE --output FILE
 
@@ -67,8 +67,8 @@ NOTES = """\
   1, where their first epoch runs, and at 1/2. In RepVGG for small images the origin stands still in them; at 1/2 our
   Annealer sees to it, and to the whole transition, in every network.
 - Loss in training mode, on one batch that training has not seen. "gain 1" and "gain kept" are the authors' two rules,
-  of which each network has one; the others are ours. "plain pairs restored" is the authors' rule with `ConvBN.inversion`
-  called as well: their code has this method, folds plain convolutions and norms, and never calls it.
+  of which each network has one; the others are ours. "plain pairs restored" is the authors' rule with
+  `ConvBN.inversion` called as well: their code has this method, folds plain convolutions and norms, and never calls it.
 - Images are synthetic, of ten classes. Start: as many steps with momentum as the command says, then 50 batches without
   learning, for the statistics; gains of all norms then lie in the range that is given, "eval" is the loss in eval mode.
 """
@@ -118,7 +118,8 @@ class Transition:
 
     def run(self):
         """Raw results."""
-        gains = torch.cat([p.detach() for n, p in self.before.named_parameters() if n.endswith('weight') and p.ndim == 1])
+        norms = [module for module in self.before.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+        gains = torch.cat([norm.weight.detach() for norm in norms])
         ours, drawn = self.ours_after()
         self.after.set_attach_rate(0.0)
         eval_before, eval_after = (evaluated(model, self.held_out) for model in (self.before, self.after))
@@ -265,11 +266,11 @@ def loss_table(results):
             **{rule: losses for rule, losses in result['other_losses'].items()
                if rule != dict(authors='gain 1', keep_gain='gain kept')[result['restoration']]},
         }
-        low, high = result['gains']
+        gains = '{:.2f} to {:.2f}'.format(*result['gains'])
+        in_eval = f"{result['eval_loss_before']:.4f}"
         for rule, losses in rows.items():
             first = before['ours'] if rule == 'ours' else before['theirs']
-            lines.append(row_of(
-                [name, f'{low:.2f} to {high:.2f}', f"{result['eval_loss_before']:.4f}", rule, *(f'{loss:.4f}' for loss in (first, *losses))]))
+            lines.append(row_of([name, gains, in_eval, rule, *(f'{loss:.4f}' for loss in (first, *losses))]))
     return lines
 
 
@@ -319,8 +320,8 @@ def main(argv=None):
     output = f' --output {args.output.name if args.output.is_absolute() else args.output}' if args.output else ''
     command = (f'python benchmarks/repan_transition.py --peer CLONE{only} --start-steps {args.start_steps} '
                f'--threads {args.threads} --seed {args.seed}{output}')
-    report = dict(**origin_of(command, args.threads, dict(repan=args.peer)), tolerance=TOLERANCE, start=args.start_steps,
-                  results=results, errors=errors)
+    origin = origin_of(command, args.threads, dict(repan=args.peer))
+    report = dict(**origin, tolerance=TOLERANCE, results=results, errors=errors)
     write_report(args.output, report, markdown(report))
     sys.exit(1 if errors or any(exceeds(result) for result in results.values()) else 0)
 
