@@ -60,9 +60,9 @@ class Procedure:
 # By the names of official_networks.py. With REP ResNets they have a configuration for ImageNet only.
 PROCEDURES = {
     'RepVGG-A1, CIFAR-100': Procedure('keep_gain', 0.75, 2e-4, image=32, batch=16, freezes=True),
-    'ResNet-18 of DBB, CIFAR-100': Procedure('authors', 0.2, 1e-4, image=16, batch=8),
-    'ResNet-18 of ACB, CIFAR-100': Procedure('authors', 0.2, 1e-4, image=16, batch=8),
-    'ResNet-18 of REP, CIFAR-100': Procedure('authors', 0.1, 3e-5, image=16, batch=8),
+    'ResNet-18 of DBB, CIFAR-100': Procedure('authors', 0.2, 1e-4, image=24, batch=8),
+    'ResNet-18 of ACB, CIFAR-100': Procedure('authors', 0.2, 1e-4, image=24, batch=8),
+    'ResNet-18 of REP, CIFAR-100': Procedure('authors', 0.1, 3e-5, image=24, batch=8),
     'RepVGG-A1': Procedure('authors', 0.1, 3e-5, image=64, batch=8),
 }
 
@@ -92,7 +92,7 @@ class Batches:
         generator = torch.Generator().manual_seed(1000 * self.seed + number + 1)
         target = torch.randint(self.classes, (self.batch,), generator=generator)
         noise = torch.randn(self.batch, 3, self.image, self.image, generator=generator, dtype=torch.float64)
-        return 0.7 * self.patterns[target] + noise, target
+        return 1.2 * self.patterns[target] + noise, target
 
 
 def training_loss(model, batch):
