@@ -201,7 +201,8 @@ def test_augmented_images_are_crops_and_mirror_images(experiment):
 # cifar10_fast
 
 FAST = SCRIPT.parents[1] / 'cifar10_fast'
-FAST_MODULES = ('data', 'network', 'training', 'run', 'table')
+FAST_MODULES = (
+    'common', 'data', 'network', 'training', 'arms', 'run', 'table', 'anneal', 'table_anneal')
 FAST_SETTINGS = ['--epochs', '2', '--batch-size', '8', '--set-aside', '8', '--rates', '0.1', '0.2', '--few']
 
 
@@ -332,22 +333,20 @@ def test_images_set_aside_are_no_training_images(fast):
 
 def test_a_run_is_claimed_by_a_living_process_only(fast, tmp_path):
     code = (
-        f'import sys, time; sys.path.insert(0, {str(FAST)!r}); sys.modules.update(dict.fromkeys('
-        "['torch', 'data', 'network', 'training', 'timm_rep', 'timm_rep.report', 'timm_rep.report.cost'],"
-        "__import__('unittest.mock').mock.MagicMock())); from pathlib import Path; import run\n"
-        f'with run.claimed(Path({str(tmp_path)!r}), "a") as mine: print(mine, flush=True); time.sleep(60)')
+        f'import sys, time; sys.path.insert(0, {str(FAST)!r}); from pathlib import Path; import common\n'
+        f'with common.claimed(Path({str(tmp_path)!r}), "a") as mine: print(mine, flush=True); time.sleep(60)')
     other = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == 'True\n'
-        with fast.run.claimed(tmp_path, 'a') as mine, fast.run.claimed(tmp_path, 'b') as another:
+        with fast.common.claimed(tmp_path, 'a') as mine, fast.common.claimed(tmp_path, 'b') as another:
             assert (mine, another) == (False, True)
     finally:
         other.kill()
         other.communicate()
-    with fast.run.claimed(tmp_path, 'a') as mine:
+    with fast.common.claimed(tmp_path, 'a') as mine:
         assert mine
     (tmp_path / 'a.json').write_text('{}')
-    with fast.run.claimed(tmp_path, 'a') as mine:
+    with fast.common.claimed(tmp_path, 'a') as mine:
         assert not mine
 
 
