@@ -318,7 +318,7 @@ def start_rates(args, settings):
         if form not in rates:
             sys.exit(f'error: nobody says the learning rate of the start of {form}: give --start-rates {form}=RATE, or '
                      '--rates-from a folder with its grid')
-        for path in args.output.glob(f'start-*{form}-seed*.json'):
+        for path in sorted(args.output.glob(f'start-*{form}-seed*.json')):
             found = json.loads(path.read_text())
             if found['form'] == form and found['lr'] != rates[form]:
                 sys.exit(f'error: {path} is a start at learning rate {found["lr"]:g}, not {rates[form]:g}. '
