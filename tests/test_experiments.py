@@ -425,7 +425,7 @@ def without_times(run):
     return [{k: v for k, v in row.items() if not k.endswith('seconds')} for row in run['rows']]
 
 
-def test_arms_go_on_from_one_start_and_repeat_exactly(fast, anneal, tmp_path, capsys):
+def test_arms_go_on_from_one_start_and_repeat_exactly(fast, anneal, small_images, tmp_path, capsys):
     output = tmp_path / 'results'
     arguments = [
         '--forms', 'rep', 'plain', '--seeds', '2', '--arms', 'descent', 'restarts', 'measured0', '--few-seeds', '1',
@@ -450,6 +450,18 @@ def test_arms_go_on_from_one_start_and_repeat_exactly(fast, anneal, tmp_path, ca
     assert {(row['depth'], len(row['rms'])) for row in logged['branch_gradients']} == {(n, 4) for n in range(6)}
     assert [row['depth'] for row in logged['branch_similarity']] == list(range(6))
     assert all(-1 <= row['mean'] <= 1 for row in logged['branch_similarity'])
+
+    kept = torch.load(output / '.starts' / 'rep-seed1.pt')['model']
+    for arm in ('descent', 'restarts'):  # the first loss is that of the start
+        (run,) = (run for run in arms.values() if (run['form'], run['arm'], run['seed']) == ('rep', arm, 1))
+        train_images, _, _ = fast.data.read_data(small_images)
+        images = fast.data.padded(train_images)
+        trainer = fast.training.Trainer(
+            fast.anneal.Run('rep', arm, 0.1, 1), run['settings'], fast.network.whitening(train_images.pixels), 'cpu')
+        trainer.model.load_state_dict(kept)
+        x, targets = next(fast.data.train_batches(
+            images, 8, torch.Generator().manual_seed(fast.anneal.ORDER_SEED + 1)))
+        assert trainer.step(x, targets, 1.0).item() == pytest.approx(run['rows'][0]['first_losses'][0], abs=1e-4)
 
     lost = next(output.glob('rep-measured0-*-seed1.json'))
     found = load(lost)
