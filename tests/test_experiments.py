@@ -441,6 +441,10 @@ def test_arms_go_on_from_one_start_and_repeat_exactly(fast, anneal, small_images
         rows, anneals = run['rows'], run['arm'] in ('measured0', 'authors-frozen')
         assert [row['attach_rate'] for row in rows] == (2 * [0.5, 1.0] if anneals else 4 * [1.0])
         assert [len(row.get('first_losses', [])) for row in rows] == [2 if run['grid'] else 3, 0] * 2
+        lrs = [row['first_lr'] for row in rows]
+        assert (lrs[:2] == lrs[2:]) == (run['arm'] != 'descent')
+        assert max(lrs[1:]) <= run['lr']
+        assert lrs[-1] < 0.8 * run['lr']
         start = runs[f"start-{'grid-' if run['grid'] else ''}{run['form']}-seed{run['seed']}"]
         assert run['start'] == {key: start[key] for key in ('lr', 'top1', 'last_loss')}
         assert ('branch_gradients' in run) == (run['seed'] == 0 and run['form'] == 'rep'), name
@@ -458,7 +462,7 @@ def test_arms_go_on_from_one_start_and_repeat_exactly(fast, anneal, small_images
         images = fast.data.padded(train_images)
         trainer = fast.training.Trainer(
             fast.anneal.Run('rep', arm, 0.1, 1), run['settings'], fast.network.whitening(train_images.pixels), 'cpu')
-        trainer.model.load_state_dict(kept)
+        trainer.model.train().load_state_dict(kept)
         x, targets = next(fast.data.train_batches(
             images, 8, torch.Generator().manual_seed(fast.anneal.ORDER_SEED + 1)))
         assert trainer.step(x, targets, 1.0).item() == pytest.approx(run['rows'][0]['first_losses'][0], abs=1e-4)

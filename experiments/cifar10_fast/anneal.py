@@ -154,7 +154,9 @@ def train_arm(run, start, settings, stem, train_images, eval_images, compiled=Fa
         row, losses, fused = trainer.epoch(
             train_batches(images, settings['batch_size'], generator), factors, eval_images)
         annealer.end_epoch()
-        row = dict(epoch=epoch, attach_rate=position.attach_rate, **row, last_loss=mean_loss(losses[-FIRST_STEPS:]))
+        row = dict(
+            epoch=epoch, attach_rate=position.attach_rate, first_lr=round(run.lr * factors[0], 6), **row,
+            last_loss=mean_loss(losses[-FIRST_STEPS:]))
         if begins:
             row.update(
                 transition_seconds=round(used, 2), first_loss=mean_loss(losses[:FIRST_STEPS]),
