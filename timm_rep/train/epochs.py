@@ -149,7 +149,7 @@ class AnnealedEpochs:
         given = not args.resume and any(getattr(args, name, None) for name in START_ARGS)  # weights to start from
         self._annealer = Annealer(
             model, call['optimizer'], self.schedule, averaged=averaged, seed=args.seed, compensate=args.compensate,
-            imply_statistics=args.imply_statistics, start_weights=given)
+            start_weights=given)
         if not args.resume:
             self._annealer.start(epoch)
 

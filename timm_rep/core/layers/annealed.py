@@ -9,7 +9,10 @@ from torch import Tensor
 
 from ..errors import UserError
 
-__all__ = ['AnnealedModule', 'check_attach_rate', 'check_kernel']
+__all__ = ['AnnealedModule', 'OriginPart', 'check_attach_rate', 'check_kernel']
+
+# A parameter, and the index of what belongs to the origin branch: a row, slices, or ... for the whole.
+OriginPart = Tuple[nn.Parameter, Any]
 
 AnnealedT = TypeVar('AnnealedT', bound='AnnealedModule')
 
@@ -49,12 +52,19 @@ class _KnownToCopy:
     def note_original(self, buffers: Tuple[Tensor, ...]) -> None:
         """Note what the original holds now."""
         self._others = _numbers(buffers)
+        self._others_versions = _versions(buffers)
 
     def may_be_averaged(self, buffers: Tuple[Tensor, ...], thoroughly: bool) -> bool:
         """Whether something else than the copy has written its buffers, and it could matter."""
+        if thoroughly:  # a write by way of `data` moves no version
+            return _numbers(buffers) != self._own or _versions(buffers) != self._versions
         if any(now is not tensor for now, tensor in zip(buffers, self._tensors)):
             return False  # put in their place for a while, by torch.func
-        return _versions(buffers) != self._versions and (thoroughly or self._own != self._others)
+        if _versions(buffers) == self._versions:
+            return False
+        original = self.original()
+        told = original is None or _versions(original._annealing_buffers()) == self._others_versions
+        return self._own != self._others or not told
 
     def take_over(self, buffers: Tuple[Tensor, ...]) -> bool:
         """Replace means of own and original values by those of the original. Others were written on purpose.
@@ -162,7 +172,7 @@ class AnnealedModule(nn.Module):
         """What is to be done after the module itself has written its buffers."""
         if self._known is not None:
             self._known.note_own(self._annealing_buffers())
-            self._known.has_a_rate_of_its_own |= on_purpose
+            self._known.has_a_rate_of_its_own = on_purpose or self._known.has_a_rate_of_its_own
         self._tell_copies()
 
     def __deepcopy__(self: AnnealedT, memo: Dict[int, Any]) -> AnnealedT:
@@ -183,7 +193,10 @@ class AnnealedModule(nn.Module):
 
     def __getstate__(self) -> Dict[str, Any]:
         self._settle()
-        return {key: value for key, value in vars(self).items() if key not in ('_copies', '_known')}
+        state: Dict[str, Any] = dict(super().__getstate__())
+        for key in ('_copies', '_known'):
+            state.pop(key, None)
+        return state
 
     def _apply(self: AnnealedT, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AnnealedT:
         self._before_writing()
@@ -194,7 +207,9 @@ class AnnealedModule(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._before_writing()
         super()._load_from_state_dict(*args, **kwargs)
-        self._written()
+        original = None if self._known is None else self._known.original()
+        alike = original is not None and _numbers(original._annealing_buffers()) == _numbers(self._annealing_buffers())
+        self._written(on_purpose=not alike)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._settle(thoroughly=False)  # averaging asks for it at every update
@@ -241,12 +256,6 @@ class AnnealedModule(nn.Module):
         """Make the module compute exactly this kernel, whatever its side branches hold."""
         raise NotImplementedError(f'{type(self).__name__} must define restore_')
 
-    def imply_statistics_(self) -> None:
-        """Let the origin branch's norm keep the statistics that the branches' norms imply for the folded kernel.
-
-        A module without norms in its branches has none to set. This changes the function until :meth:`restore_`.
-        """
-
     def redraw_side_branches_(self, generator: Optional[torch.Generator] = None) -> None:
         """Draw the side branches afresh and leave the origin branch alone; this changes the module's function."""
         raise NotImplementedError(f'{type(self).__name__} must define redraw_side_branches_')
@@ -270,13 +279,29 @@ class AnnealedModule(nn.Module):
         """The gradient of each branch's kernel parameter, by name; the first is the origin's. None are left out."""
         raise NotImplementedError(f'{type(self).__name__} must define branch_gradients')
 
+    def origin_parameters(self) -> List[OriginPart]:
+        """What of the parameters belongs to the origin branch: kernel, scale, and gain and bias of its norm.
+
+        Returns:
+            Each parameter with the index of that part, ``...`` for the whole.
+        """
+        raise NotImplementedError(f'{type(self).__name__} must define origin_parameters')
+
+    def set_side_gain_(self, gain: float) -> None:
+        """Set the gains of the side branches' last norms; a module without norms in its branches has none."""
+
+    def _put_back_(self, weight: Tensor, bias: Optional[Tensor], keep_gain: bool) -> None:
+        """Restore a folded kernel; where the origin branch has a norm, with the gain that it has, or with gain one."""
+        self.restore_(weight, bias)
+
     @torch.no_grad()
     def begin_time_step_(
             self,
             generator: Optional[torch.Generator] = None,
             attach_rate: float = 0.0,
             compensate: bool = False,
-            imply_statistics: bool = False,
+            keep_gain: bool = False,
+            side_gain: float = 1.0,
     ) -> None:
         """Fold all branches, draw the side branches afresh, and put the folded kernel into the origin branch (RepAn).
 
@@ -286,14 +311,13 @@ class AnnealedModule(nn.Module):
             compensate: Take what the fresh side branches add at that rate off the origin branch, so that outputs in
                 eval mode stay the same. Without, they stay the same at rate zero. Linear layers always do it, and
                 their outputs stay the same in training mode too.
-            imply_statistics: Give the origin branch's norm the statistics of the folded kernel instead of keeping its
-                own, as :meth:`imply_statistics_` does.
+            keep_gain: Let the origin branch's norm keep its gain, but where that is zero, instead of setting it to one.
+            side_gain: Gain of the last norms of the fresh side branches.
         """
         weight, bias = self.compose_weight_bias()
-        if imply_statistics:
-            self.imply_statistics_()
         self.redraw_side_branches_(generator)
+        self.set_side_gain_(side_gain)
         self.set_exact_rate_(attach_rate, compensate)
-        self.restore_(weight, bias)
+        self._put_back_(weight, bias, keep_gain)
         self.set_attach_rate_(attach_rate)
         self.set_time_step_(int(self.time_step) + 1)

@@ -236,7 +236,7 @@ class NormedRepLayer(NormedBranches, RepLayer):
         gain = torch.where(hidden, 1.0, norm.weight * torch.rsqrt(var + norm.eps))
         mean.mul_(gain)
         var.mul_(gain.square())
-        self.restore_(kernel, folded_bias)
+        self.restore_with_gain_(kernel, folded_bias, torch.sqrt(var + norm.eps))
         beta = self._fold_origin()[1]
         norm.weight.masked_fill_(hidden, 0.0)
         norm.bias.copy_(torch.where(hidden, beta, norm.bias))
@@ -287,7 +287,8 @@ class NormedRepLayer(NormedBranches, RepLayer):
         layer = synchronized_as(norm, super().from_conv(conv, generator, same_function=False, **kwargs))
         layer.stock_bias = None if conv.bias is None else conv.bias.requires_grad
         for own in layer._norms():
-            own.to(norm.weight.dtype)
+            if own.weight.dtype != norm.weight.dtype:
+                own.to(norm.weight.dtype)
         for own in (layer.norm_kxk, *layer._side_norms()):
             own.weight.copy_(norm.weight)
             own.bias.copy_(norm.bias)

@@ -22,7 +22,8 @@ BlockT = TypeVar('BlockT', bound=RepVggBlock)
 def _of_class(cls: Type[BlockT], block: RepVggBlock) -> BlockT:
     """The same parts in a block of another class, with the methods of that; the constructor would draw new parts."""
     new = cls.__new__(cls)
-    parts = {key: value for key, value in vars(block).items() if not callable(getattr(cls, key, None))}
+    state: Any = nn.Module.__getstate__(block)  # without what was compiled of it
+    parts = {key: value for key, value in state.items() if not callable(getattr(cls, key, None))}
     new.__dict__.update({key: value.copy() if isinstance(value, dict) else value for key, value in parts.items()})
     return new
 
@@ -123,6 +124,12 @@ class AnnealedRepVggBlock(RepVggBlock, NormedBranches):
         super().redraw_side_branches_(generator)
         if isinstance(self.conv_kxk.conv, RepLayer):
             self.conv_kxk.conv.redraw_side_branches_(generator)
+
+    @torch.no_grad()
+    def set_side_gain_(self, gain: float) -> None:
+        super().set_side_gain_(gain)
+        if isinstance(self.conv_kxk.conv, RepLayer):
+            self.conv_kxk.conv.set_side_gain_(gain)
 
     @torch.no_grad()
     def begin_time_step_(self, *args: Any, **kwargs: Any) -> None:
