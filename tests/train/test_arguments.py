@@ -18,7 +18,7 @@ import timm_rep
 from timm_rep.core.walk import annealed_modules
 from timm_rep.io.runs import MAY_CHANGE
 from timm_rep.train import main
-from timm_rep.train.arguments import add_time_step_options, check_model, recipe_file, recipe_names
+from timm_rep.train.arguments import add_time_step_options, check_crops, check_model, recipe_file, recipe_names, without_time_steps
 from timm_rep.train.resume import find_run
 from timm_rep.train.wrapper import load_script
 
@@ -57,6 +57,7 @@ BAD = [
      'restarts at the epochs 0, 3, 7.5 and the time steps at 0, 3, 8'),
     (['--sched-on-updates', '--epochs', 25, '--lr-cycle-mul', 1.4],
      'restarts at the epochs 0, 25, 60 and the time steps at 0, 25, 61, as timm rounds'),
+    (['--crop-padding', -1], r'--crop-padding takes a number of pixels, got -1'),
     (['--resume', '.'], 'takes a checkpoint file or auto, got ., which is none'),
     (['--recipe', 'repan_mnist'], "no recipe 'repan_mnist', .* there are finetune, orepa_imagenet, repan_cifar10,"),
     (['--recipe', 'finetune', '--config', 'mine.yaml'], 'are both files of options; give one of them'),
@@ -79,6 +80,18 @@ def test_bad_input_is_one_clear_error_and_nothing_is_written(scripts, tmp_path, 
     assert contents(tmp_path) == {}
 
 
+@pytest.mark.parametrize('more', [
+    dict(no_aug=True), dict(train_crop_mode='rrc'), dict(scale=[0.5, 1.0]), dict(ratio=[1.0, 1.0]), dict(aug_splits=3),
+    dict(train_img_sizes=[32]), dict(naflex_loader=True), dict(use_multi_epochs_loader=True)])
+def test_crops_of_two_kinds(timm_scripts, more):
+    args = load_script(timm_scripts / 'train.py').parser.parse_args([])
+    check_crops(argparse.Namespace(**{**vars(args), 'crop_padding': 4}))
+    check_crops(argparse.Namespace(**{**vars(args), 'crop_padding': 0, **more}))
+    name, = more
+    with pytest.raises(timm_rep.UserError, match=f'--crop-padding 4 crops in .* --{name.replace("_", "-")} '):
+        check_crops(argparse.Namespace(**{**vars(args), 'crop_padding': 4, **more}))
+
+
 def test_dbb_is_not_both_compiled_and_checkpointed():
     args = argparse.Namespace(
         model='repan_resnet18_cifar', model_kwargs=dict(rep_layer='dbb'), log_branches=True, torchcompile='inductor',
@@ -92,6 +105,7 @@ def test_dbb_is_not_both_compiled_and_checkpointed():
 @pytest.mark.parametrize(('content', 'message'), [
     ('time_steps: 2.5\n', '--time-steps takes a whole number, got 2.5'),
     ('time_steps: [2\n', 'recipe.yaml cannot be read as a YAML file'),
+    ('crop_padding: [4]\n', '--crop-padding takes a number of pixels, got [4]'),
     ('- 2\n', 'recipe.yaml must hold options and their values'),
 ])
 def test_bad_config_files(scripts, tmp_path, refusal, content, message):
@@ -133,6 +147,7 @@ SHAPING = """
     batch_size grad_accum_steps workers lr lr_base opt momentum weight_decay opt_betas clip_grad sched min_lr epochs
     warmup_epochs model_ema model_ema_decay drop_path mixup reprob aa hflip smoothing num_classes img_size bn_momentum
     model_kwargs initial_checkpoint amp sync_bn seed kd_model_name class_map val_interval time_steps compensate
+    no_decay_classifier crop_padding
 """.split()
 
 
@@ -182,6 +197,14 @@ def test_what_timm_decides_itself_is_taken_over_where_it_is_left_open(known, res
     assert '--num-classes 10 (here 7)' in resume(ran, {**known, 'num_classes': 7})
 
 
+def test_a_run_without_the_wrapper_goes_on_without_its_options(known, resume):
+    plain = {name: value for name, value in known.items() if name not in without_time_steps()}
+    here = {**known, 'attach_warmup_epochs': 0}
+    assert resume(plain, here) is None
+    for name, value in dict(no_decay_classifier=True, crop_padding=4, time_steps=2).items():
+        assert f'--{name.replace("_", "-")}' in resume(plain, {**here, name: value})
+
+
 def test_as_many_processes_must_train_on(known, resume, monkeypatch):
     assert '2 processes (here 1)' in resume({**known, 'world_size': 2}, known)
     monkeypatch.setenv('WORLD_SIZE', '2')
@@ -220,7 +243,7 @@ def test_checkpoint_of_a_run_without_time_steps_is_refused(finished, scripts, tm
 
 def test_script_that_does_not_fit_is_refused(tmp_path, refusal):
     (tmp_path / 'train.py').write_text('parser = None\n')
-    assert 'it lacks config_parser, _parse_args, main, train_one_epoch' in refusal(arguments(tmp_path))
+    assert 'it lacks config_parser, _parse_args, main, create_loader, create_optimizer_v2, train_one_epoch' in refusal(arguments(tmp_path))
 
 
 def test_missing_script_says_how_to_get_it(tmp_path, refusal):

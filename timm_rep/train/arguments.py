@@ -12,14 +12,18 @@ from ..io.plain_data import read_yaml
 from ..models.damage import check_file
 
 __all__ = [
-    'START_FILES', 'add_time_step_options', 'check_model', 'check_start_weights', 'complete_schedule', 'output_folder',
-    'output_root', 'read_options', 'recipe_file', 'recipe_names',
+    'START_FILES', 'add_time_step_options', 'check_crops', 'check_model', 'check_start_weights', 'complete_schedule',
+    'output_folder', 'output_root', 'read_options', 'recipe_file', 'recipe_names', 'without_time_steps',
 ]
 
 # Schedules of timm that start anew with --lr-cycle-limit.
 RESTARTING_SCHEDULES = ('cosine', 'tanh', 'poly')
 # Options of timm that break up rep layers.
 UNFIT_OPTIONS = ('torchscript', 'split_bn')
+# Options of timm that say how else to crop, with what they are if they say nothing.
+OTHER_CROPS = dict(
+    no_aug=False, train_crop_mode=None, scale=[0.08, 1.0], ratio=[3 / 4, 4 / 3], aug_splits=0, train_img_sizes=None,
+    naflex_loader=False, use_multi_epochs_loader=False)
 START_FILES = ('initial_checkpoint', 'pretrained_path')  # that weights to start from may be in
 DEFAULT_OUTPUT = './output/train'  # timm's
 RECIPES = Path(__file__).with_name('recipes')
@@ -88,8 +92,20 @@ def add_time_step_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--imply-statistics', action='store_true', default=False,
                        help='When a time step begins, give the norms of the origin branches the statistics that all '
                             'branches imply, where RepAn keeps their own: training goes on closer to where it was.')
+    group.add_argument('--no-decay-classifier', action='store_true', default=False,
+                       help='No weight decay on the classifier, as timm has none on norms and biases.')
+    group.add_argument('--crop-padding', type=int, default=0, metavar='N',
+                       help='Train on random crops of the image size from images with a black border of N pixels, in '
+                            "place of timm's random resized crops.")
     group.add_argument('--log-branches', action='store_true', default=False,
                        help='Write the gradient magnitude of every branch to branch_gradients.csv.')
+
+
+def without_time_steps() -> Dict[str, Any]:
+    """What the options of the wrapper are in a run of timm's train.py alone."""
+    parser = argparse.ArgumentParser()
+    add_time_step_options(parser)
+    return dict(vars(parser.parse_args([])), attach_warmup_epochs=0)
 
 
 def _check_restarts(args: argparse.Namespace, schedule: AnnealingSchedule) -> None:
@@ -148,6 +164,27 @@ def complete_schedule(args: argparse.Namespace) -> AnnealingSchedule:
     if args.time_steps > 1:
         args.lr_cycle_limit = args.time_steps
     return schedule
+
+
+def check_crops(args: argparse.Namespace) -> None:
+    """Refuse options of timm's that contradict padded crops.
+
+    Args:
+        args: timm's arguments with the wrapper's.
+
+    Raises:
+        UserError: If there are some, or the padding is no number of pixels.
+    """
+    if not isinstance(args.crop_padding, int) or args.crop_padding < 0:
+        raise UserError(f'--crop-padding takes a number of pixels, got {args.crop_padding!r}')
+    if not args.crop_padding:
+        return
+    for name, default in OTHER_CROPS.items():
+        given = getattr(args, name, default)
+        if given != default:
+            raise UserError(
+                f'--crop-padding {args.crop_padding} crops in its own way: it goes without --{name.replace("_", "-")} '
+                f'{given}')
 
 
 def check_start_weights(args: argparse.Namespace) -> None:

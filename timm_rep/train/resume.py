@@ -14,7 +14,7 @@ from ..io.checkpoint import read_checkpoint
 from ..io.output import written_whole
 from ..io.plain_data import plain
 from ..io.runs import MAY_CHANGE, read_rows, read_run_args
-from .arguments import output_folder, output_root
+from .arguments import output_folder, output_root, without_time_steps
 from .lock import processes
 
 __all__ = ['drop_rows', 'epoch_of', 'find_run', 'newest_checkpoint']
@@ -23,7 +23,6 @@ _logger = logging.getLogger('train')  # timm's
 
 # What train.py may decide itself once it runs: it is enough to be told the same.
 DECIDED_LATER = ('dist_bn', 'grad_accum_steps', 'lr', 'lr_base_scale', 'num_classes')
-WITHOUT_TIME_STEPS = dict(time_steps=1, attach_warmup_epochs=0)  # of a run without the wrapper
 CHECKPOINT_OF_EPOCH = re.compile(r'checkpoint-(\d{1,9})\.pth\.tar')
 CHECKPOINTS = ('last.pth.tar', 'checkpoint-*.pth.tar')
 # Weights that a run leaves besides the checkpoints to go on from.
@@ -134,7 +133,7 @@ def _check_checkpoint(args: argparse.Namespace, schedule: AnnealingSchedule) -> 
     checkpoint = read_checkpoint(path)
     if checkpoint.args:
         _take_decided(args, checkpoint.args)
-        differences = _differences(path, {**WITHOUT_TIME_STEPS, **checkpoint.args}, plain(vars(args)))
+        differences = _differences(path, {**without_time_steps(), **checkpoint.args}, plain(vars(args)))
         if differences:
             raise UserError(
                 f'{path} is of a run with {", ".join(differences)}; take the same to go on with it, or, to start a new '

@@ -33,6 +33,7 @@ from ..core.errors import UserError, visible
 from ..io.hub_errors import HubError
 from .arguments import (
     add_time_step_options,
+    check_crops,
     check_model,
     check_start_weights,
     complete_schedule,
@@ -42,6 +43,7 @@ from .arguments import (
     recipe_names,
 )
 from .epochs import AnnealedEpochs
+from .hooks import apply_hooks
 from .lock import RunLock
 from .resume import find_run
 from .scripts import find_script, interruption_noted
@@ -50,7 +52,8 @@ from .snapshots import DivergedError
 __all__ = ['load_script', 'main']
 
 # What the wrapper must find in timm's script.
-SCRIPT_NAMES = ('config_parser', 'parser', '_parse_args', 'main', 'train_one_epoch')
+SCRIPT_NAMES = (
+    'config_parser', 'parser', '_parse_args', 'main', 'create_loader', 'create_optimizer_v2', 'train_one_epoch')
 
 
 def load_script(path: Path) -> ModuleType:
@@ -101,10 +104,12 @@ def _train_in_time_steps(script: Any) -> None:
         if folder is not None:
             lock.take(folder, make=False)  # before its files are read
         find_run(args, schedule)
+        check_crops(args)
         check_start_weights(args)
         check_model(args, schedule)
         if folder is not None:
             lock.take(folder)
+        apply_hooks(script, args)
         runs.append(AnnealedEpochs(args, schedule, lock))
         script.train_one_epoch = runs[0].around(_unless_interrupted(script.train_one_epoch, noted))
         return args, yaml.safe_dump(vars(args), default_flow_style=False)  # timm keeps the text as args.yaml
