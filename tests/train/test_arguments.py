@@ -18,7 +18,14 @@ import timm_rep
 from timm_rep.core.walk import annealed_modules
 from timm_rep.io.runs import MAY_CHANGE
 from timm_rep.train import main
-from timm_rep.train.arguments import add_time_step_options, check_crops, check_model, recipe_file, recipe_names, without_time_steps
+from timm_rep.train.arguments import (
+    add_time_step_options,
+    check_crops,
+    check_model,
+    recipe_file,
+    recipe_names,
+    without_time_steps,
+)
 from timm_rep.train.resume import find_run
 from timm_rep.train.wrapper import load_script
 
@@ -243,7 +250,8 @@ def test_checkpoint_of_a_run_without_time_steps_is_refused(finished, scripts, tm
 
 def test_script_that_does_not_fit_is_refused(tmp_path, refusal):
     (tmp_path / 'train.py').write_text('parser = None\n')
-    assert 'it lacks config_parser, _parse_args, main, create_loader, create_optimizer_v2, train_one_epoch' in refusal(arguments(tmp_path))
+    missing = 'config_parser, _parse_args, main, create_loader, create_optimizer_v2, train_one_epoch'
+    assert f'it lacks {missing}' in refusal(arguments(tmp_path))
 
 
 def test_missing_script_says_how_to_get_it(tmp_path, refusal):

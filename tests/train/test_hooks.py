@@ -21,8 +21,8 @@ def script():
 def decayed(optimizer, model):
     """Names of the parameters that an optimizer decays."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {
-        names[id(parameter)] for group in optimizer.param_groups if group['weight_decay'] for parameter in group['params']}
+    groups = [group['params'] for group in optimizer.param_groups if group['weight_decay']]
+    return {names[id(parameter)] for group in groups for parameter in group}
 
 
 @pytest.mark.parametrize('options', [{}, dict(layer_decay=0.5), dict(opt='lookahead_adamw')])
@@ -118,5 +118,5 @@ def test_images_of_another_size_are_made_as_large_first(script):
 
 def test_a_transform_without_timms_crop_is_refused(script):
     apply_hooks(script, Namespace(no_decay_classifier=False, crop_padding=4))
-    with pytest.raises(UserError, match='--crop-padding takes the place of .* and its transform has none'):
+    with pytest.raises(UserError, match='its transform has none'):
         loaded(script.create_loader, no_aug=True)

@@ -89,9 +89,18 @@ def add_time_step_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--compensate', action='store_true', default=False,
                        help='Take what fresh side branches add off the origin branches, so that the outputs of a model '
                             'with norms in its branches stay the same in eval mode when a time step begins.')
-    group.add_argument('--imply-statistics', action='store_true', default=False,
-                       help='When a time step begins, give the norms of the origin branches the statistics that all '
-                            'branches imply, where RepAn keeps their own: training goes on closer to where it was.')
+    group.add_argument('--restoration', choices=('authors', 'keep_gain', 'measured'), default='authors',
+                       help='How a folded kernel gets back into an origin branch with a norm: whose gain is then 1 '
+                            '(authors, default), or as it was learnt (keep_gain), or such that training goes on as '
+                            'before, by what is measured on a few batches of the training (measured).')
+    group.add_argument('--side-gain', type=float, default=1.0, metavar='GAIN',
+                       help='Gain with which the norms of fresh side branches start (default: 1; at 0 a time step '
+                            'begins without a jump in training, too).')
+    group.add_argument('--freeze-origin', action=argparse.BooleanOptionalAction, default=False,
+                       help='Let origin branches that were restored stand still while the attach rate warms up.')
+    group.add_argument('--start-from-best', action='store_true', default=False,
+                       help='Begin a time step with the best epoch of the one before by --eval-metric, not the last; '
+                            'takes a validation split that is not the test set.')
     group.add_argument('--no-decay-classifier', action='store_true', default=False,
                        help='No weight decay on the classifier, as timm has none on norms and biases.')
     group.add_argument('--crop-padding', type=int, default=0, metavar='N',

@@ -6,7 +6,7 @@ import inspect
 import logging
 import math
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, Optional, Sequence
 
 import torch
 import torch.nn as nn
@@ -17,6 +17,7 @@ from ..core.annealing import AnnealingSchedule, Position, time_step
 from ..core.branch_log import BranchLog
 from ..io.weights import load_training_form
 from .arguments import START_FILES, output_folder
+from .best import keep_resumed, take_best
 from .lock import RunLock
 from .resume import drop_rows, epoch_of, newest_checkpoint
 from .snapshots import save_snapshots
@@ -50,6 +51,18 @@ def _models(call: Dict[str, Any]) -> Dict[str, nn.Module]:
         model = task.get_eval_model() if hasattr(task, 'get_eval_model') else call['model']
         averaged = task.get_eval_model(ema=True) if hasattr(task, 'has_ema') and task.has_ema() else None
     return {suffix: unwrap_model(form) for suffix, form in (('', model), ('-ema', averaged)) if form is not None}
+
+
+class _Batches:
+    """Batches of the training's images, as the model gets them in an epoch; others in every epoch."""
+
+    def __init__(self, call: Dict[str, Any]) -> None:
+        self._loader = call['loader']
+        self._place = dict(device=call['device'], dtype=call.get('model_dtype'))
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for images, *_ in self._loader:
+            yield images.to(**self._place)
 
 
 class AnnealedEpochs:
@@ -101,9 +114,8 @@ class AnnealedEpochs:
     def _begin(self, epoch: int, call: Dict[str, Any]) -> Optional[Position]:
         """Do what comes before an epoch; its place in the schedule, None if nothing is annealed."""
         args = self.args
-        # All that is random follows from seed and epoch, so that a resumed run goes on as if never stopped.
-        random_seed((args.seed + EPOCH_SEED_STRIDE * epoch) % MAX_SEED, getattr(args, 'rank', 0))
-        _restart_workers(call.get('loader'))
+        seed = (args.seed + EPOCH_SEED_STRIDE * epoch) % MAX_SEED
+        self._seed(seed, call)
         self._folder = None if call['output_dir'] is None else Path(call['output_dir'])
         if self._folder is not None:
             self._lock.take(self._folder)
@@ -115,9 +127,10 @@ class AnnealedEpochs:
         if self._annealer is None:
             return None
         begun, position = time_step(self._forms['']), self.schedule.position(epoch)
-        if begun < position.time_step and position.begins and self._folder is not None:
-            save_snapshots(self._folder, begun, self._forms, self.args)
+        if begun < position.time_step and position.begins:
+            self._end_time_step(begun, epoch)
         self._annealer.begin_epoch(epoch)
+        self._seed(seed, call)  # what it may have measured leaves no trace
         if is_primary(self.args):
             drawn = ', side branches drawn afresh' if begun < position.time_step else ''
             _logger.info(
@@ -125,6 +138,11 @@ class AnnealedEpochs:
                 f'{position.attach_rate:.3g}'
             )
         return position
+
+    def _seed(self, seed: int, call: Dict[str, Any]) -> None:
+        """Let all that is random in an epoch follow from its seed: a resumed run goes on as if never stopped."""
+        random_seed(seed, getattr(self.args, 'rank', 0))
+        _restart_workers(call['loader'])
 
     def _tidy(self, epoch: float = math.inf) -> None:
         """Take rows of an epoch and later ones out of the run's files, and what an interruption left."""
@@ -149,26 +167,37 @@ class AnnealedEpochs:
         given = not args.resume and any(getattr(args, name, None) for name in START_ARGS)  # weights to start from
         self._annealer = Annealer(
             model, call['optimizer'], self.schedule, averaged=averaged, seed=args.seed, compensate=args.compensate,
-            imply_statistics=args.imply_statistics, start_weights=given)
+            imply_statistics=False,
+            start_weights=given)
         if not args.resume:
             self._annealer.start(epoch)
+        elif args.start_from_best and self._folder is not None:
+            keep_resumed(Path(args.resume))
+
+    def _end_time_step(self, number: int, end: int) -> None:
+        """Keep the weights of a time step, those of its best epoch if that is asked for; ``end`` is the one after."""
+        if self.args.start_from_best:
+            first = end - 1 - self.schedule.position(end - 1).epoch
+            take_best(self._forms, self._folder, first, end, self.args.eval_metric)
+        if self._folder is not None:
+            save_snapshots(self._folder, number, self._forms, self.args)
 
     def finish(self) -> None:
         """Tidy the files, and keep the weights of the last time step if the training came to its end."""
         self._tidy()
         if self._folder is None or not self.schedule.anneals:
             return
-        forms, epoch = self._forms, self._epoch
+        epoch = self._epoch
         if epoch is None:  # nothing was left to train: the run ended before, perhaps before it kept the weights
             last = newest_checkpoint(self._folder)
             if last is None:
                 return
             epoch = epoch_of(last)
-            forms = {'': load_training_form(last)}
+            self._forms = {'': load_training_form(last)}
             if getattr(self.args, 'model_ema', False):
-                forms['-ema'] = load_training_form(last, use_ema=True)
+                self._forms['-ema'] = load_training_form(last, use_ema=True)
         if epoch is not None and epoch >= self.schedule.total_epochs - 1:  # not interrupted by hand
-            save_snapshots(self._folder, self.schedule.time_steps - 1, forms, self.args)
+            self._end_time_step(self.schedule.time_steps - 1, self.schedule.total_epochs)
 
 
 def _append_rows(path: Path, rows: Sequence[Dict[str, Any]]) -> None:

@@ -42,6 +42,7 @@ from .arguments import (
     recipe_file,
     recipe_names,
 )
+from .best import check_best
 from .epochs import AnnealedEpochs
 from .hooks import apply_hooks
 from .lock import RunLock
@@ -105,6 +106,7 @@ def _train_in_time_steps(script: Any) -> None:
             lock.take(folder, make=False)  # before its files are read
         find_run(args, schedule)
         check_crops(args)
+        check_best(args, schedule)
         check_start_weights(args)
         check_model(args, schedule)
         if folder is not None:
