@@ -124,12 +124,12 @@ def test_options_come_from_a_file(scripts, tmp_path):
 class Epochs:
     """Runs epochs of a training that learns nothing, with two time steps of two epochs, and keeps what they see."""
 
-    def __init__(self, model, averaged=None, folder=None, **args):
-        self.model, self.averaged, self.folder = model, averaged, folder
+    def __init__(self, model, averaged=None, folder=None, loader=None, **args):
+        self.model, self.averaged, self.folder, self.loader = model, averaged, folder, loader
         self.draws = {}
         defaults = dict(
             seed=42, rank=0, log_branches=False, resume='', initial_checkpoint='', compensate=False,
-            imply_statistics=False, output='', experiment='')
+            restoration='authors', side_gain=1.0, freeze_origin=False, start_from_best=False, output='', experiment='')
         self.args = argparse.Namespace(**dict(defaults, **args))
         self.epochs = AnnealedEpochs(self.args, timm_rep.AnnealingSchedule(2, 2, 1))
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -140,7 +140,7 @@ class Epochs:
 
     def __call__(self, epoch):
         return self.epochs.around(self.train_one_epoch)(
-            epoch, self.model, None, self.optimizer, self.args, output_dir=self.folder, model_ema=self.averaged)
+            epoch, self.model, self.loader, self.optimizer, self.args, output_dir=self.folder, model_ema=self.averaged)
 
 
 def two_forms():
@@ -174,18 +174,54 @@ def test_resumed_weights_are_not_those_to_start_from():
         assert_same_state(form.state_dict(), state)
 
 
-@pytest.mark.parametrize('option', ['', 'compensate', 'imply_statistics'])
-def test_options_of_the_transition_reach_both_models(option):
-    options = {option: True} if option else {}
-    run_epoch = Epochs(*two_forms(), **options)
+@pytest.mark.parametrize('options', [
+    {}, dict(compensate=True), dict(restoration='keep_gain'), dict(side_gain=0.5), dict(restoration='measured'),
+], ids=str)
+def test_options_of_the_transition_reach_both_models(options):
+    loader = [(randn(4, 3, 16, 16, dtype=torch.float32) + batch, None) for batch in range(5)]
+    run_epoch = Epochs(*two_forms(), loader=loader, **options)
     run_epoch(1)
     run_epoch(2)
+    if 'restoration' in options:
+        options = dict(options, batches=loader[:4])
     for form, other in zip((run_epoch.model, run_epoch.averaged), two_forms()):
         generator = torch.Generator().manual_seed(42 + 1)
         timm_rep.begin_time_step(other, generator, attach_rate=0.5, **options)
         assert_same_state(form.state_dict(), other.state_dict())
     run_epoch(3)
     assert timm_rep.attach_rate(run_epoch.model) == timm_rep.attach_rate(run_epoch.averaged) == 1
+
+
+@pytest.mark.parametrize(('start', 'resume', 'frozen'), [
+    (None, '', [False, False, True, False]),
+    ('initial_checkpoint', '', [True, False, True, False]),
+    ('pretrained', 'last.pth.tar', [True, False, True, False]),
+])
+def test_restored_origin_branches_stand_still_while_the_rate_warms_up(start, resume, frozen):
+    """In a run that goes on, too, which must not fold its weights as those to start from."""
+    model = timm.create_model(MODEL, num_classes=5)
+    epochs = Epochs(model, resume=resume, freeze_origin=True, **({start: True} if start else {}))
+    epochs.optimizer.param_groups[0]['lr'] = 0.01
+    origin, side = model.stages[0][0].conv_kxk.conv.weight, model.stages[0][0].conv_1x1.conv.weight
+    if resume:
+        before = origin.clone()
+    moved = []
+
+    def train_one_epoch(epoch, model, loader, optimizer, args, output_dir=None, model_ema=None):
+        if epoch == 0 and resume:
+            assert torch.equal(origin, before)
+        kept = [part.clone() for part in (origin, side)]
+        optimizer.zero_grad()
+        model(randn(2, 3, 16, 16, dtype=torch.float32)).logsumexp(1).mean().backward()
+        optimizer.step()
+        moved.append(not torch.equal(origin, kept[0]))
+        assert not torch.equal(side, kept[1])
+        return {}
+
+    epochs.train_one_epoch = train_one_epoch
+    for epoch in range(4):
+        epochs(epoch)
+    assert moved == [not still for still in frozen]
 
 
 def test_random_numbers_follow_from_the_epoch():
@@ -196,6 +232,25 @@ def test_random_numbers_follow_from_the_epoch():
     resumed(3)
     assert len(set(run_epochs.draws.values())) == 4
     assert resumed.draws[3] == run_epochs.draws[3]
+
+
+class RandomBatches:
+    """A loader whose batches come from torch's random numbers."""
+
+    def __iter__(self):
+        for _ in range(5):
+            yield torch.randn(4, 3, 16, 16), None
+
+
+def test_what_is_measured_leaves_no_trace_in_the_random_numbers():
+    draws = []
+    for restoration in ('authors', 'measured'):
+        run_epochs = Epochs(timm.create_model(MODEL, num_classes=5), loader=RandomBatches(), restoration=restoration)
+        for epoch in (1, 2):
+            run_epochs(epoch)
+        draws.append(run_epochs.draws)
+    assert draws[0] == draws[1]
+    assert len(set(draws[0].values())) == 2
 
 
 def test_snapshots_are_of_whole_time_steps(tmp_path):
@@ -222,21 +277,26 @@ VARIANTS = dict(
     compiled=['--torchcompile', 'aot_eager', '--model-ema', '--log-branches'],
     distilled=['--kd-model-name', 'TEACHER'],
     features_distilled=['--kd-model-name', 'TEACHER', '--kd-distill-type', 'feature'],
+    measured=[
+        '--restoration', 'measured', '--side-gain', 0, '--freeze-origin', '--initial-checkpoint', 'START',
+        '--no-decay-classifier', '--crop-padding', 2, '--cutmix', 0.5, '--mixup-off-epoch', 1, '--lr', 1e-3,
+        '--workers', 2],
     linear=['--model-kwargs', 'rep_layer=orepa', '--sched-on-updates', '--opt', 'adamw', '--lr', 1e-3],
     lookahead=['--opt', 'lookahead_momentum', '--log-branches'],
 )
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
-def test_timms_own_script_trains_in_time_steps_and_resumes(timm_scripts, photos, teacher, tmp_path, variant):
+def test_timms_own_script_trains_in_time_steps_and_resumes(timm_scripts, photos, teacher, settled, tmp_path, variant):
     argv = [
         '--timm-scripts', timm_scripts, '--model', MODEL, '--time-steps', 2, '--epochs', 2, '--attach-warmup-epochs', 1,
         '--warmup-epochs', 0, '--lr', 0.05, '--data-dir', photos, '--batch-size', 8, '--workers', 1, '--device', 'cpu',
         '--img-size', 16, '--num-classes', 5, '--experiment', 'run', *VARIANTS[variant],
     ]
-    if variant != 'augmented':
+    if variant not in ('augmented', 'measured'):
         argv.append('--no-aug')
-    argv = [teacher if argument == 'TEACHER' else argument for argument in argv]
+    files = dict(TEACHER=teacher, START=settled)
+    argv = [files.get(argument, argument) for argument in argv]
     code, log = run(tmp_path, argv)
     if 'kd-' in str(argv) and 'unrecognized arguments' in log:
         pytest.skip('this version of the script does not distil')

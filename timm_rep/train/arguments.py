@@ -3,7 +3,7 @@ import argparse
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-from ..core.annealing import AnnealingSchedule
+from ..core.annealing import RESTORATIONS, AnnealingSchedule, check_restoration
 from ..core.errors import UserError
 from ..core.layers.dbb import NormPad2d
 from ..core.walk import annealed_modules
@@ -89,7 +89,7 @@ def add_time_step_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--compensate', action='store_true', default=False,
                        help='Take what fresh side branches add off the origin branches, so that the outputs of a model '
                             'with norms in its branches stay the same in eval mode when a time step begins.')
-    group.add_argument('--restoration', choices=('authors', 'keep_gain', 'measured'), default='authors',
+    group.add_argument('--restoration', choices=RESTORATIONS, default='authors',
                        help='How a folded kernel gets back into an origin branch with a norm: whose gain is then 1 '
                             '(authors, default), or as it was learnt (keep_gain), or such that training goes on as '
                             'before, by what is measured on a few batches of the training (measured).')
@@ -159,6 +159,9 @@ def complete_schedule(args: argparse.Namespace) -> AnnealingSchedule:
     for name in ('time_steps', 'attach_warmup_epochs', 'epochs'):  # a config file may hold anything
         if not isinstance(getattr(args, name), (int, type(None))):
             raise UserError(f'--{name.replace("_", "-")} takes a whole number, got {getattr(args, name)!r}')
+    if not isinstance(args.side_gain, (int, float)):
+        raise UserError(f'--side-gain takes a number, got {args.side_gain!r}')
+    check_restoration(args.restoration, args.side_gain)
     if args.attach_warmup_epochs is None:
         args.attach_warmup_epochs = args.epochs // 6 if args.time_steps > 1 else 0
     schedule = AnnealingSchedule(

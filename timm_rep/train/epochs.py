@@ -6,7 +6,7 @@ import inspect
 import logging
 import math
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Optional, Sequence
+from typing import Any, Callable, Dict, Optional, Sequence
 
 import torch
 import torch.nn as nn
@@ -51,18 +51,6 @@ def _models(call: Dict[str, Any]) -> Dict[str, nn.Module]:
         model = task.get_eval_model() if hasattr(task, 'get_eval_model') else call['model']
         averaged = task.get_eval_model(ema=True) if hasattr(task, 'has_ema') and task.has_ema() else None
     return {suffix: unwrap_model(form) for suffix, form in (('', model), ('-ema', averaged)) if form is not None}
-
-
-class _Batches:
-    """Batches of the training's images, as the model gets them in an epoch; others in every epoch."""
-
-    def __init__(self, call: Dict[str, Any]) -> None:
-        self._loader = call['loader']
-        self._place = dict(device=call['device'], dtype=call.get('model_dtype'))
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        for images, *_ in self._loader:
-            yield images.to(**self._place)
 
 
 class AnnealedEpochs:
@@ -116,6 +104,9 @@ class AnnealedEpochs:
         args = self.args
         seed = (args.seed + EPOCH_SEED_STRIDE * epoch) % MAX_SEED
         self._seed(seed, call)
+        mixup_off = getattr(args, 'mixup_off_epoch', 0)
+        if mixup_off and epoch >= mixup_off and getattr(call['loader'], 'mixup_enabled', False):
+            call['loader'].mixup_enabled = False  # as timm is about to, for what is measured before
         self._folder = None if call['output_dir'] is None else Path(call['output_dir'])
         if self._folder is not None:
             self._lock.take(self._folder)
@@ -130,7 +121,7 @@ class AnnealedEpochs:
         if begun < position.time_step and position.begins:
             self._end_time_step(begun, epoch)
         self._annealer.begin_epoch(epoch)
-        self._seed(seed, call)  # what it may have measured leaves no trace
+        self._seed(seed, call)  # what was measured leaves no trace
         if is_primary(self.args):
             drawn = ', side branches drawn afresh' if begun < position.time_step else ''
             _logger.info(
@@ -164,14 +155,16 @@ class AnnealedEpochs:
             self._branches = BranchLog(model, call['optimizer'])
         if not self.schedule.anneals:
             return
-        given = not args.resume and any(getattr(args, name, None) for name in START_ARGS)  # weights to start from
+        trained = any(getattr(args, name, None) for name in START_ARGS)  # the weights that the run began with
         self._annealer = Annealer(
             model, call['optimizer'], self.schedule, averaged=averaged, seed=args.seed, compensate=args.compensate,
-            imply_statistics=False,
-            start_weights=given)
+            restoration=args.restoration, side_gain=args.side_gain, batches=call['loader'],
+            freeze_origin=args.freeze_origin, start_weights=trained)
         if not args.resume:
             self._annealer.start(epoch)
-        elif args.start_from_best and self._folder is not None:
+            return
+        self._annealer.start_weights = False  # the run has folded them
+        if args.start_from_best and self._folder is not None:
             keep_resumed(Path(args.resume))
 
     def _end_time_step(self, number: int, end: int) -> None:
