@@ -2,6 +2,7 @@
 import argparse
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+import torch.nn.functional as F
 import yaml
 from interrupted_run import arguments, contents, rows, run
 from timm.data import resolve_data_config
@@ -309,6 +311,46 @@ def test_the_promised_recipes_are_there():
     for name in recipe_names():
         text = recipe_file(name).read_text()
         assert f'timm-rep train --recipe {name} --experiment ' in text  # --resume auto needs its name
+
+
+def commands(recipe):
+    """The commands in the comment of a recipe, and what is said to go behind them, as lists of words."""
+    text = re.sub(r' \\\n#', ' ', recipe_file(recipe).read_text())
+    return [shlex.split(line) for line in re.findall(r'^# {3,7}((?:timm-rep train|--).*)', text, re.MULTILINE)]
+
+
+def test_commands_of_a_recipe_are_understood(timm_scripts, recipe):
+    script = load_script(timm_scripts / 'train.py')
+    add_time_step_options(script.parser)
+    assert len(commands(recipe)) >= dict(repan_cifar10=5, repan_cifar100=5, repan_imagenet=2).get(recipe, 1)
+    for words in commands(recipe):
+        words = words[2:] if words[0] == 'timm-rep' else words
+        if '--recipe' in words:
+            place = words.index('--recipe')
+            assert words[place + 1] in recipe_names()
+            del words[place:place + 2]
+        args, unknown = script.parser.parse_known_args(words)
+        assert unknown == []
+        assert args.data is None  # nothing was taken for the deprecated positional argument
+
+
+ALPHAS = dict(repan_cifar10=(0.9, 10), repan_cifar100=(0.9, 10), repan_imagenet=(0.1, 1))
+
+
+@pytest.mark.parametrize('recipe', ALPHAS)
+def test_distillation_is_weighted_as_the_authors_do(recipe):
+    task = pytest.importorskip('timm.task', reason='this version of timm does not distil')
+    alpha, temperature = ALPHAS[recipe]
+    settings = yaml.safe_load(recipe_file(recipe).read_text())
+    student, teacher = (timm.create_model('test_resnet', num_classes=5).eval() for _ in range(2))
+    distil = task.LogitDistillationTask(
+        student, teacher, torch.nn.CrossEntropyLoss(), task_loss_weight=settings['task_loss_weight'],
+        temperature=settings['kd_temperature'], device=torch.device('cpu'), verbose=False)
+    x, target = torch.randn(4, 3, 32, 32), torch.arange(4)
+    ours, theirs = student(x) / temperature, teacher(x) / temperature
+    divergence = torch.nn.KLDivLoss(reduction='batchmean')(ours.log_softmax(1), theirs.softmax(1))
+    expected = alpha * temperature ** 2 * divergence + (1 - alpha) * F.cross_entropy(student(x), target)
+    torch.testing.assert_close(distil(x, target)['loss'], expected)
 
 
 def test_recipe_runs_on_a_few_images(timm_scripts, photos, tmp_path, recipe):
