@@ -97,13 +97,15 @@ def test_resumed_training_ends_in_the_same_weights(course, epoch):
 
 def test_transition_is_that_of_begin_time_step_with_one_draw(course):
     _, saved, _ = course
-    loop, other = Loop(imply_statistics=True, compensate=True), Loop()
+    batches = [randn(4, 3, 16, 16, dtype=torch.float32)]
+    options = dict(restoration='measured', compensate=True, side_gain=0.5, batches=batches)
+    loop, other = Loop(**options), Loop()
     for each in (loop, other):
         each.load(saved[1])
     loop.annealer.begin_epoch(2)
     for form, expected in ((loop.model, other.model), (loop.averaged, other.averaged)):
         timm_rep.begin_time_step(
-            expected, torch.Generator().manual_seed(3 + 1), attach_rate=0.5, compensate=True, imply_statistics=True)
+            expected, torch.Generator().manual_seed(3 + 1), attach_rate=0.5, **options)
         assert_same_state(form.state_dict(), expected.state_dict())
 
 
@@ -229,3 +231,59 @@ def test_attach_rate_and_time_step_read_what_is_set():
         attach_rate(model)
     with pytest.raises(timm_rep.UserError, match='has no rep layers'):
         attach_rate(tiny_resnet())
+
+
+# Origin branches that stand still
+
+
+def origin_values(model):
+    return [
+        parameter[index].detach().clone()
+        for _, module in annealed_modules(model) for parameter, index in module.origin_parameters()]
+
+
+@pytest.mark.parametrize('optimizer', ['momentum', 'adamw', 'lookahead_momentum'])
+@pytest.mark.parametrize('rep_layer', ['rep', 'dbb', 'orepa'])
+def test_frozen_origins_stand_still_while_the_attach_rate_warms_up(rep_layer, optimizer):
+    """In time steps after the first; with weight decay and momentum, which must not be there afterwards either."""
+    model = timm.create_model('repan_repvgg_a0_cifar', num_classes=5, rep_layer=rep_layer)
+    optimizer = create_optimizer_v2(model, opt=optimizer, lr=0.05, weight_decay=0.1)
+    annealer = Annealer(model, optimizer, AnnealingSchedule(2, 3, warmup_epochs=2), freeze_origin=True)
+    stood_still = []
+    for epoch in range(6):
+        annealer.begin_epoch(epoch)
+        before = origin_values(model)
+        for seed in range(2):
+            optimizer.zero_grad()
+            model(randn(4, 3, 8, 8, seed=seed, dtype=torch.float32)).square().mean().backward()
+            before_step = {key: value.detach().clone() for key, value in model.named_parameters()}
+            optimizer.step()
+            assert any(not torch.equal(value, before_step[key]) for key, value in model.named_parameters())
+        stood_still.append(all(map(torch.equal, origin_values(model), before)))
+        if stood_still[-1]:
+            held = getattr(optimizer, '_base_optimizer', optimizer).state
+            parts = [part for _, module in annealed_modules(model) for part in module.origin_parameters()]
+            for parameter, index in parts:
+                for state in held.get(parameter, {}).values():
+                    assert not (torch.is_tensor(state) and state.shape == parameter.shape and state[index].any())
+        else:
+            assert not any(map(torch.equal, origin_values(model), before))
+    assert stood_still == [False, False, False, True, True, False]
+
+
+def test_origins_of_trained_weights_are_frozen_from_the_first_time_step_on():
+    model = timm.create_model('repan_repvgg_a0_cifar', num_classes=5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    annealer = Annealer(model, optimizer, SCHEDULE, start_weights=True, freeze_origin=True)
+    for epoch, frozen in enumerate(SCHEDULE.position(epoch).attach_rate < 1 for epoch in range(2)):
+        annealer.begin_epoch(epoch)
+        before = origin_values(model)
+        model(randn(4, 3, 8, 8, dtype=torch.float32)).square().mean().backward()
+        optimizer.step()
+        assert all(map(torch.equal, origin_values(model), before)) == frozen
+
+
+def test_measured_restoration_needs_batches():
+    model = timm.create_model('repan_repvgg_a0_cifar', num_classes=5)
+    with pytest.raises(timm_rep.UserError, match="needs batches of images, such as batches=train_loader"):
+        Annealer(model, torch.optim.SGD(model.parameters(), lr=0.1), SCHEDULE, restoration='measured')

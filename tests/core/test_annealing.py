@@ -26,10 +26,9 @@ from timm.scheduler import create_scheduler_v2
 from torch._dynamo.testing import CompileCounter
 
 import timm_rep
-from timm_rep import AnnealingSchedule, begin_time_step, expand, fuse, set_attach_rate
+from timm_rep import AnnealingSchedule, UserError, begin_time_step, expand, fuse, set_attach_rate
 from timm_rep.core.annealing import time_step
 from timm_rep.core.expand import anneal_repvgg_blocks_
-from timm_rep.core.methods import registered_methods
 from timm_rep.core.walk import annealed_modules
 
 TESTS = Path(__file__).parents[1]
@@ -400,33 +399,109 @@ def test_averaged_copy_on_the_cpu_is_shared_through_the_accelerator(process_grou
     assert time_step(model) == 2
 
 
-# Statistics of the origin branch after a transition
+# What becomes of training mode
+
+def outputs_in_both_modes(model, x):
+    """In eval mode, and with the norms in the branches in training mode."""
+    found = [copy.deepcopy(model).eval()(x)]
+    model = copy.deepcopy(model).eval()
+    for _, module in annealed_modules(model):
+        module.train()
+    return [*found, model(x)]
 
 
-@pytest.mark.parametrize('rep_layer', ['dbb', 'acb', 'rep'])
-def test_implied_statistics_keep_eval_mode_and_bring_training_mode_closer(rep_layer):
-    x, generator = randn(16, 4, 12, 12, seed=3), seeded(1)
-    method = registered_methods()[rep_layer]
-    layer = method.layers[0](4, 4, 3, momentum=1.0, dtype=torch.float64, generator=generator)
-    for norm in (layer.norm_kxk, *layer._side_norms()):
-        nn.init.normal_(norm.weight, generator=generator)
-        nn.init.normal_(norm.bias, generator=generator)
-    layer(x)  # the norms' statistics are those of the images
-    expected = dict(eval=copy.deepcopy(layer).eval()(x), train=copy.deepcopy(layer).train()(x))
-    off = {}
-    for imply in (False, True):
-        begun = copy.deepcopy(layer)
-        begun.begin_time_step_(seeded(), imply_statistics=imply)
-        assert_near(copy.deepcopy(begun).eval()(x), expected['eval'], MODEL_RTOL[torch.float64])
-        off[imply] = (begun.train()(x) - expected['train']).square().mean().sqrt().item()
-    assert off[True] < off[False] / 4
+def begun(model, **options):
+    model = copy.deepcopy(model)
+    begin_time_step(model, seeded(), **options)
+    return model
 
 
-def test_implied_statistics_of_repvgg_blocks_keep_eval_mode():
-    model = make('repvgg_dbb', rate=0.7)
-    expected = model(images())
-    begin_time_step(model, seeded(), imply_statistics=True)
-    assert_near(model(images()), expected, MODEL_RTOL[torch.float64])
+def origin_norms(model):
+    modules = [module for _, module in annealed_modules(model) if hasattr(module, 'norms_to_measure')]
+    return [module.norms_to_measure()[0] for module in modules]
+
+
+@normed
+@torch.no_grad()
+def test_authors_restoration_gives_the_origin_gain_one_and_keeps_all_statistics(name):
+    model = make(name)
+    after = begun(model)
+    in_eval, in_training = (
+        largest_difference(*pair) for pair in zip(*(outputs_in_both_modes(m, images()) for m in (after, model))))
+    assert in_eval < MODEL_RTOL[torch.float64] < 1e-2 < in_training
+    assert all((norm.weight == 1).all() for norm in origin_norms(after))
+    before = model.state_dict()
+    assert all(torch.equal(value, before[key]) for key, value in after.state_dict().items() if 'running' in key)
+
+
+@normed
+@torch.no_grad()
+def test_kept_gains_stay_but_where_they_are_zero(name):
+    model = make(name)
+    for norm in origin_norms(model):
+        norm.weight[1] = 0.0
+    after = begun(model, restoration='keep_gain')
+    assert_near(after(images()), model(images()), MODEL_RTOL[torch.float64])
+    for norm, before in zip(origin_norms(after), origin_norms(model)):
+        assert norm.weight[1] == 1
+        assert torch.equal(norm.weight[2:], before.weight[2:])
+
+
+@pytest.mark.parametrize(('name', 'options'), [
+    *((name, dict(side_gain=0.0, attach_rate=1.0)) for name in NORMED),
+    *((name, dict()) for name in ('rep', 'repvgg_dbb', 'mixed')),
+    # not DBB, whose border is made of running statistics with the variance of a sample
+    *((name, dict(compensate=True, attach_rate=0.7)) for name in ('acb', 'rep', 'repvgg', 'repvgg_orepa')),
+], ids=str)
+@torch.no_grad()
+def test_measured_statistics_let_training_go_on_where_it_was(name, options):
+    model, x = make(name), images(batch=8)
+    next(model.children()).train()  # modes are put back
+    after = begun(model, restoration='measured', batches=[(x, torch.zeros(8))], **options)
+    assert [module.training for module in after.modules()] == [module.training for module in model.modules()]
+    for norm, before in zip(after.modules(), model.modules()):
+        if isinstance(norm, nn.BatchNorm2d):
+            assert norm.momentum == before.momentum
+            assert norm.num_batches_tracked == before.num_batches_tracked
+            assert not norm._forward_pre_hooks
+    in_eval, in_training = outputs_in_both_modes(after, x)
+    expected = model.eval()(x)
+    assert_near(in_eval, expected, MODEL_RTOL[torch.float64])
+    assert_near(in_training, expected, 1e-9)
+    assert largest_difference(outputs_in_both_modes(begun(model, **options), x)[1], expected) > 0.1
+
+
+@torch.no_grad()
+def test_statistics_are_averaged_over_the_first_four_batches():
+    model = make('repvgg')
+    batches = [images(seed=seed, batch=4) for seed in range(5)]
+    seen = []
+    hook = origin_norms(model)[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].mean((0, 2, 3))))
+    begin_time_step(model, seeded(), restoration='measured', batches=iter(batches))
+    hook.remove()
+    assert len(seen) == 4
+    assert_near(origin_norms(model)[0].running_mean, torch.stack(seen).mean(0), 1e-12)
+
+
+@torch.no_grad()
+def test_linear_layers_do_not_depend_on_the_restoration():
+    model = make('orepa')
+    options = dict(restoration='measured', side_gain=0.0, batches=[images()])
+    assert_same_state(begun(model).state_dict(), begun(model, **options).state_dict())
+
+
+@pytest.mark.parametrize(('options', 'message'), [
+    (dict(restoration='implied'), "restoration must be one of authors, keep_gain, measured, got 'implied'"),
+    (dict(side_gain=float('nan')), 'side_gain must be a finite number, got nan'),
+    (dict(restoration='measured'), "restoration 'measured' needs batches of images"),
+    (dict(restoration='measured', batches=[dict(image=1)]), 'batches must hold tensors of images'),
+], ids=str)
+def test_refuses_what_it_cannot_restore_by(options, message):
+    model = make('repvgg')
+    before = state_of(model)
+    with pytest.raises(UserError, match=message):
+        begin_time_step(model, seeded(), **options)
+    assert_same_state(model.state_dict(), before)
 
 
 # The optimizer

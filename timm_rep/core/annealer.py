@@ -9,6 +9,7 @@ from .annealing import (
     Position,
     begin_time_step,
     check_rep_layers,
+    check_restoration,
     reset_optimizer,
     set_attach_rate,
     set_time_step,
@@ -16,6 +17,8 @@ from .annealing import (
 )
 from .branch_log import BranchLog
 from .errors import UserError
+from .freeze import OriginFreeze
+from .measure import first_batches
 
 __all__ = ['Annealer']
 
@@ -35,7 +38,13 @@ class Annealer:
         averaged: Averaged copies of the model (EMA): they take every step with it, with the same draw.
         seed: Of the side branches' draw, on every process.
         compensate: As in :func:`~timm_rep.core.annealing.begin_time_step`.
-        imply_statistics: As in :func:`~timm_rep.core.annealing.begin_time_step`.
+        restoration: As in :func:`~timm_rep.core.annealing.begin_time_step`.
+        side_gain: As in :func:`~timm_rep.core.annealing.begin_time_step`.
+        batches: For ``restoration='measured'``: what :func:`~timm_rep.core.annealing.begin_time_step` takes, such as
+            the training loader.
+        freeze_origin: While the attach rate is below one, the origin branches stand still, kernels, scales and the
+            gains and biases of their norms: RepAn does it where it starts from a trained network, so the first time
+            step does it with ``start_weights`` only.
         start_weights: The model holds weights to start from. Before epoch 0 they are folded, and the side branches
             drawn afresh, at the attach rate of that epoch and with the same outputs in eval mode. Otherwise weights are
             taken to be fresh, or those of a training that is resumed.
@@ -48,7 +57,8 @@ class Annealer:
         branch_rows: A dict for each epoch and branch, as :class:`~timm_rep.core.branch_log.BranchLog` gives it.
 
     Raises:
-        UserError: If the model or an averaged copy has no rep layers.
+        UserError: If the model or an averaged copy has no rep layers, for an unknown restoration or gain, or if there
+            are no batches to measure on.
     """
 
     def __init__(
@@ -60,7 +70,10 @@ class Annealer:
             averaged: Iterable[nn.Module] = (),
             seed: int = 0,
             compensate: bool = False,
-            imply_statistics: bool = False,
+            restoration: str = 'authors',
+            side_gain: float = 1.0,
+            batches: Optional[Iterable[Any]] = None,
+            freeze_origin: bool = False,
             start_weights: bool = False,
             log_branches: bool = False,
     ) -> None:
@@ -68,16 +81,25 @@ class Annealer:
         self.schedule = schedule
         self.seed = seed
         self.compensate = compensate
-        self.imply_statistics = imply_statistics
+        self.restoration = restoration
+        self.side_gain = side_gain
+        self.batches = batches
         self.start_weights = start_weights
         self.history: List[Dict[str, Any]] = []
         self.branch_rows: List[Dict[str, Any]] = []
         self._forms = [model, *averaged]
         self._begun: Optional[Dict[str, Any]] = None
         self._branches = BranchLog(model, optimizer) if log_branches else None
+        self._starts_trained = start_weights
+        self._freeze: Optional[OriginFreeze] = None
+        check_restoration(restoration, side_gain)
+        if restoration == 'measured' and batches is None:
+            raise UserError("restoration 'measured' needs batches of images, such as batches=train_loader")
         if schedule.anneals:
             for form in self._forms:
                 check_rep_layers(form)
+            if freeze_origin:
+                self._freeze = OriginFreeze(model, optimizer)
 
     def _time_step(self) -> int:
         """The time step that the model and its averaged copies are in."""
@@ -117,6 +139,9 @@ class Annealer:
                 reset_optimizer(self.optimizer)
             for form in self._forms:
                 set_attach_rate(form, position.attach_rate)
+            if self._freeze is not None:
+                grows = position.time_step > 0 or self._starts_trained
+                self._freeze.active = grows and position.attach_rate < 1
         self._begun = dict(
             epoch=epoch, time_step=position.time_step, attach_rate=position.attach_rate,
             lr=self.optimizer.param_groups[0]['lr'])
@@ -143,11 +168,12 @@ class Annealer:
             set_time_step(form, position.time_step)
 
     def _begin_time_step(self, number: int, attach_rate: float, compensate: bool) -> None:
+        batches = first_batches(self.batches or ()) if self.restoration == 'measured' else []
         for form in self._forms:
             generator = torch.Generator().manual_seed(self.seed + number)  # the same for all copies and processes
             begin_time_step(
-                form, generator, attach_rate=attach_rate, compensate=compensate,
-                imply_statistics=self.imply_statistics)
+                form, generator, attach_rate=attach_rate, compensate=compensate, restoration=self.restoration,
+                side_gain=self.side_gain, batches=batches)
 
     def end_epoch(self, **figures: Any) -> Dict[str, Any]:
         """Note an epoch that has ended in :attr:`history`, and the gradients of its branches.

@@ -26,20 +26,24 @@ import itertools
 import math
 import numbers
 from dataclasses import dataclass
-from typing import Any, List, Optional
+from typing import Any, Iterable, List, Optional
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 
 from .errors import UserError
 from .layers import AnnealedModule
 from .layers.annealed import check_attach_rate
+from .measure import first_batches, measure_statistics, normed_modules
 from .walk import annealed_modules, set_attach_rate
 
 __all__ = [
-    'AnnealingSchedule', 'Position', 'attach_rate', 'begin_time_step', 'check_rep_layers', 'reset_optimizer',
-    'set_attach_rate', 'set_time_step', 'time_step',
+    'RESTORATIONS', 'AnnealingSchedule', 'Position', 'attach_rate', 'begin_time_step', 'check_rep_layers',
+    'check_restoration', 'reset_optimizer', 'set_attach_rate', 'set_time_step', 'time_step',
 ]
+
+RESTORATIONS = ('authors', 'keep_gain', 'measured')
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,14 @@ def check_rep_layers(model: nn.Module) -> None:
         raise UserError(f'{type(model).__name__} has no rep layers, so no side branches to anneal')
 
 
+def check_restoration(restoration: str, side_gain: float) -> None:
+    """Raise a UserError if this is no way to restore, or no gain."""
+    if restoration not in RESTORATIONS:
+        raise UserError(f'restoration must be one of {", ".join(RESTORATIONS)}, got {restoration!r}')
+    if not math.isfinite(side_gain):
+        raise UserError(f'side_gain must be a finite number, got {side_gain}')
+
+
 def _the_one(model: nn.Module, what: str) -> Any:
     check_rep_layers(model)
     buffers = [getattr(module, what) for _, module in annealed_modules(model)]
@@ -260,7 +272,9 @@ def begin_time_step(
         *,
         attach_rate: float = 0.0,
         compensate: bool = False,
-        imply_statistics: bool = False,
+        restoration: str = 'authors',
+        side_gain: float = 1.0,
+        batches: Iterable[Any] = (),
 ) -> None:
     """Fold every layer's branches, draw its side branches afresh, put the folded kernel into its origin branch.
 
@@ -272,8 +286,16 @@ def begin_time_step(
 
     Outputs in eval mode stay the same at every attach rate for linear (OREPA) layers, also inside RepVGG blocks. For
     layers with norms in their branches, and the 1x1 and identity of RepVGG blocks, they stay the same at rate zero, and
-    with ``compensate`` at every rate. In training mode they stay the same for linear layers only: elsewhere batch
-    statistics take the place of the kept ones.
+    with ``compensate`` or ``side_gain=0`` at every rate.
+
+    In training mode, where batch statistics take the place of the kept ones, the outputs of linear layers stay the
+    same. Elsewhere it depends on ``restoration``, which says how the folded kernel ``K`` is split between the origin
+    branch's convolution and its norm, of gain ``g`` and kept mean and variance, with ``std = sqrt(var + eps)``:
+
+    - ``'authors'`` (RepAn): ``g = 1``, the convolution is ``K * std``. All norms keep their statistics.
+    - ``'keep_gain'`` (RepAn, RepVGG for CIFAR): ``g`` is what was learnt, the convolution ``K * std / g``.
+    - ``'measured'``: then the model runs on the batches, the norms take the statistics that they meet there, and ``g``
+      and the bias change with them. With ``side_gain=0``, or ``compensate``, training goes on where it was.
 
     Source: RepAn, Rep - expansion - restoration.
 
@@ -282,16 +304,44 @@ def begin_time_step(
         generator: Source of the draw, on the CPU.
         attach_rate: Rate in force afterwards, in [0, 1].
         compensate: Take what the fresh side branches add off the origin branches that have norms, too.
-        imply_statistics: Give the origin branches' norms the statistics that the branches' norms imply for the folded
-            kernel, where RepAn keeps their own. Eval mode is the same; training goes on closer to where it was.
+        restoration: ``'authors'``, ``'keep_gain'`` or ``'measured'``.
+        side_gain: Gain of the last norms of fresh side branches; linear layers have none. From zero they grow by their
+            own gradient.
+        batches: For ``'measured'``: batches of images, or of images and targets, such as a loader; the first four are
+            taken.
 
     Raises:
-        UserError: If the model has no rep layers, or for a rate outside [0, 1]. The model is then unchanged.
+        UserError: If the model has no rep layers, for a rate outside [0, 1], an unknown restoration or a gain that is
+            not finite, or if there are no batches to measure on. The model is then unchanged.
     """
     time_step(model)  # raises unless it is the same everywhere
     check_attach_rate(attach_rate)
+    check_restoration(restoration, side_gain)
+    measured = first_batches(batches) if restoration == 'measured' else []
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     for _, module in annealed_modules(model):
-        module.begin_time_step_(generator, attach_rate, compensate, imply_statistics)
+        module.begin_time_step_(
+            generator, attach_rate, compensate and not measured, restoration == 'keep_gain', side_gain)
         if distributed:
             _share_from_first_rank(module)
+    if measured:
+        _measure(model, measured, attach_rate, compensate)
+        if distributed:
+            for _, module in annealed_modules(model):
+                _share_from_first_rank(module)
+
+
+def _measure(model: nn.Module, batches: List[Tensor], rate: float, compensate: bool) -> None:
+    """Measure the norms' statistics after a time step has begun that was not compensated."""
+    modules = list(normed_modules(model))
+    for module in modules:
+        module.set_exact_rate_(rate, False)
+    measure_statistics(model, batches, sides=True)
+    if compensate:
+        for module in modules:
+            folded = module.compose_weight_bias()
+            module.set_exact_rate_(rate, True)
+            module.restore_(*folded)
+        measure_statistics(model, batches, sides=False)
+    for module in modules:
+        module.set_attach_rate_(rate)

@@ -256,11 +256,11 @@ def unfold_norm(
         mean: Tensor,
         var: Tensor,
         eps: float,
+        gamma: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Tensor, Tensor]:
     """Split a convolution with bias into one without and a batch norm with the given statistics.
 
-    The inverse of :func:`fold_norm`. The norm's weight becomes its standard deviation, so that its gain is one: nothing
-    is divided by a learnt weight, which may be zero.
+    The inverse of :func:`fold_norm`.
 
     Args:
         kernel: ``(o, i/g, h, w)``.
@@ -268,9 +268,14 @@ def unfold_norm(
         mean: Running mean ``(o,)`` that the norm keeps.
         var: Running variance ``(o,)`` that the norm keeps.
         eps: Added to the variance.
+        gamma: Weight ``(o,)`` that the norm gets, nowhere zero; None for its standard deviation, which leaves the
+            kernel as it is.
 
     Returns:
         Kernel ``(o, i/g, h, w)``, norm weight ``(o,)`` and norm bias ``(o,)``.
     """
-    beta = mean if bias is None else mean + bias
-    return kernel, torch.sqrt(var + eps), beta
+    std = torch.sqrt(var + eps)
+    if gamma is None:
+        return kernel, std, mean if bias is None else mean + bias
+    beta = mean * gamma / std
+    return kernel * (std / gamma).reshape(-1, 1, 1, 1), gamma, beta if bias is None else beta + bias

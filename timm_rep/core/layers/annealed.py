@@ -9,7 +9,10 @@ from torch import Tensor
 
 from ..errors import UserError
 
-__all__ = ['AnnealedModule', 'check_attach_rate', 'check_kernel']
+__all__ = ['AnnealedModule', 'OriginPart', 'check_attach_rate', 'check_kernel']
+
+# A parameter, and the index of what belongs to the origin branch: a row, slices, or ... for the whole.
+OriginPart = Tuple[nn.Parameter, Any]
 
 AnnealedT = TypeVar('AnnealedT', bound='AnnealedModule')
 
@@ -241,12 +244,6 @@ class AnnealedModule(nn.Module):
         """Make the module compute exactly this kernel, whatever its side branches hold."""
         raise NotImplementedError(f'{type(self).__name__} must define restore_')
 
-    def imply_statistics_(self) -> None:
-        """Let the origin branch's norm keep the statistics that the branches' norms imply for the folded kernel.
-
-        A module without norms in its branches has none to set. This changes the function until :meth:`restore_`.
-        """
-
     def redraw_side_branches_(self, generator: Optional[torch.Generator] = None) -> None:
         """Draw the side branches afresh and leave the origin branch alone; this changes the module's function."""
         raise NotImplementedError(f'{type(self).__name__} must define redraw_side_branches_')
@@ -270,13 +267,29 @@ class AnnealedModule(nn.Module):
         """The gradient of each branch's kernel parameter, by name; the first is the origin's. None are left out."""
         raise NotImplementedError(f'{type(self).__name__} must define branch_gradients')
 
+    def origin_parameters(self) -> List[OriginPart]:
+        """What of the parameters belongs to the origin branch: kernel, scale, and gain and bias of its norm.
+
+        Returns:
+            Each parameter with the index of that part, ``...`` for the whole.
+        """
+        raise NotImplementedError(f'{type(self).__name__} must define origin_parameters')
+
+    def set_side_gain_(self, gain: float) -> None:
+        """Set the gains of the side branches' last norms; a module without norms in its branches has none."""
+
+    def _put_back_(self, weight: Tensor, bias: Optional[Tensor], keep_gain: bool) -> None:
+        """Restore a folded kernel; where the origin branch has a norm, with the gain that it has, or with gain one."""
+        self.restore_(weight, bias)
+
     @torch.no_grad()
     def begin_time_step_(
             self,
             generator: Optional[torch.Generator] = None,
             attach_rate: float = 0.0,
             compensate: bool = False,
-            imply_statistics: bool = False,
+            keep_gain: bool = False,
+            side_gain: float = 1.0,
     ) -> None:
         """Fold all branches, draw the side branches afresh, and put the folded kernel into the origin branch (RepAn).
 
@@ -286,14 +299,13 @@ class AnnealedModule(nn.Module):
             compensate: Take what the fresh side branches add at that rate off the origin branch, so that outputs in
                 eval mode stay the same. Without, they stay the same at rate zero. Linear layers always do it, and
                 their outputs stay the same in training mode too.
-            imply_statistics: Give the origin branch's norm the statistics of the folded kernel instead of keeping its
-                own, as :meth:`imply_statistics_` does.
+            keep_gain: Let the origin branch's norm keep its gain, but where that is zero, instead of setting it to one.
+            side_gain: Gain of the last norms of the fresh side branches.
         """
         weight, bias = self.compose_weight_bias()
-        if imply_statistics:
-            self.imply_statistics_()
         self.redraw_side_branches_(generator)
+        self.set_side_gain_(side_gain)
         self.set_exact_rate_(attach_rate, compensate)
-        self.restore_(weight, bias)
+        self._put_back_(weight, bias, keep_gain)
         self.set_attach_rate_(attach_rate)
         self.set_time_step_(int(self.time_step) + 1)

@@ -1,5 +1,5 @@
 """Branches with a norm in each, which fold together by the statistics that the norms keep."""
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -8,9 +8,9 @@ from torch import Tensor
 from .. import kernels
 from ..errors import UserError
 from ..precision import full_float32, without_autocast
-from .annealed import AnnealedModule, check_kernel
+from .annealed import AnnealedModule, OriginPart, check_kernel
 from .base import RepLayer, kaiming_uniform_
-from .norms import fold_batch_norm, is_frozen, kept_statistics, reset_norm_
+from .norms import fold_batch_norm, is_frozen, kept_statistics
 
 __all__ = ['NormedBranches']
 
@@ -62,13 +62,29 @@ class NormedBranches(AnnealedModule):
         found: nn.BatchNorm2d = conv._origin_norm() if isinstance(conv, NormedBranches) else norm
         return found
 
-    def _write_origin_(self, kernel: Tensor, bias: Tensor) -> None:
-        """Let the origin compute this in eval mode; its norm keeps its statistics and gets gain one."""
+    def norms_to_measure(self) -> Tuple[nn.BatchNorm2d, Tuple[nn.BatchNorm2d, ...]]:
+        """The norm of the origin, and those of the side branches, inner ones included."""
+        conv, norm = self._origin()
+        sides = (*self._side_norms(), *self._inner_norms())
+        if isinstance(conv, NormedBranches):
+            norm, inside = conv.norms_to_measure()
+            sides = (*sides, *inside)
+        return norm, sides
+
+    def origin_parameters(self) -> List[OriginPart]:
         conv, norm = self._origin()
         if isinstance(conv, NormedBranches):
-            conv.restore_(kernel, bias)
+            return conv.origin_parameters()
+        parts = conv.origin_parameters() if isinstance(conv, RepLayer) else [(conv.weight, ...)]
+        return parts if is_frozen(norm) else [*parts, (norm.weight, ...), (norm.bias, ...)]
+
+    def _write_origin_(self, kernel: Tensor, bias: Tensor, gain: Tensor) -> None:
+        """Let the origin compute this in eval mode; its norm keeps its statistics and gets this gain ``(o,)``."""
+        conv, norm = self._origin()
+        if isinstance(conv, NormedBranches):
+            conv.restore_with_gain_(kernel, bias, gain)
             return
-        kernel, gamma, beta = kernels.unfold_norm(kernel, bias, *kept_statistics(norm), norm.eps)
+        kernel, gamma, beta = kernels.unfold_norm(kernel, bias, *kept_statistics(norm), norm.eps, gain)
         if isinstance(conv, RepLayer):
             conv.restore_(kernel)
         else:
@@ -77,11 +93,12 @@ class NormedBranches(AnnealedModule):
         norm.bias.copy_(beta)
 
     def _shift_origin_(self, kernel: Tensor, bias: Tensor) -> None:
-        """Add to the origin's kernel and bias, behind a norm of gain one."""
+        """Add to the kernel and bias that the origin computes."""
         conv, norm = self._origin()
         if isinstance(conv, NormedBranches):
             conv._shift_origin_(kernel, bias)
             return
+        kernel = kernel * (torch.sqrt(kept_statistics(norm)[1] + norm.eps) / norm.weight).reshape(-1, 1, 1, 1)
         if isinstance(conv, RepLayer):
             conv.restore_(conv.compose_weight() + kernel)
         else:
@@ -170,22 +187,29 @@ class NormedBranches(AnnealedModule):
         return mean - bias, var
 
     @torch.no_grad()
-    def imply_statistics_(self) -> None:
-        mean, var = self._implied_statistics(self.compose_weight_bias()[1])
-        running_mean, running_var = kept_statistics(self._origin_norm())
-        running_mean.copy_(mean)
-        running_var.copy_(var)
-
-    @torch.no_grad()
     def restore_(self, weight: Tensor, bias: Optional[Tensor] = None) -> None:
         """Make the module compute exactly this kernel and bias in eval mode, whatever the side branches hold.
 
         The origin branch takes ``K - attach_rate * (sum of the side branches)``. Its norm keeps its running statistics
-        and gets gain one; no learnt weight is divided by.
+        and gets gain one, so its kernel is that times their standard deviation; nothing is divided by a learnt weight.
 
         Args:
             weight: Kernel ``(o, i/g, kh, kw)``.
             bias: ``(o,)``, or None for zeros.
+
+        Raises:
+            UserError: For another shape. The module is then unchanged.
+        """
+        self.restore_with_gain_(weight, bias, torch.ones_like(self._origin_norm().weight))
+
+    @torch.no_grad()
+    def restore_with_gain_(self, weight: Tensor, bias: Optional[Tensor], gain: Tensor) -> None:
+        """:meth:`restore_` with another gain of the origin's norm.
+
+        Args:
+            weight: Kernel ``(o, i/g, kh, kw)``.
+            bias: ``(o,)``, or None for zeros.
+            gain: ``(o,)``, nowhere zero.
 
         Raises:
             UserError: For another shape. The module is then unchanged.
@@ -195,13 +219,38 @@ class NormedBranches(AnnealedModule):
             check_kernel(self, side_kernel.shape, weight, bias)
             bias = torch.zeros_like(side_bias) if bias is None else bias.to(side_bias)
             weight = weight.to(side_kernel)
-            self._write_origin_(weight - self.attach_rate * side_kernel, bias - self.attach_rate * side_bias)
+            self._write_origin_(weight - self.attach_rate * side_kernel, bias - self.attach_rate * side_bias, gain)
             kernel, composed_bias = self.compose_weight_bias()  # take up the rounding of the first pass
             self._shift_origin_(weight - kernel, bias - composed_bias)
 
+    def _put_back_(self, weight: Tensor, bias: Optional[Tensor], keep_gain: bool) -> None:
+        gain = self._origin_norm().weight
+        ones = torch.ones_like(gain)
+        self.restore_with_gain_(weight, bias, torch.where(gain == 0, ones, gain) if keep_gain else ones)
+
+    @torch.no_grad()
+    def keep_statistics_(self, mean: Tensor, var: Tensor) -> None:
+        """Let the origin's norm keep these statistics of its inputs, with the same outputs in eval mode.
+
+        If they are those of a batch in training mode, the outputs stay the same there, too.
+
+        Args:
+            mean: ``(o,)``.
+            var: ``(o,)``.
+        """
+        weight, bias = self._fold()
+        norm = self._origin_norm()
+        kept_mean, kept_var = kept_statistics(norm)
+        gain = norm.weight * torch.sqrt((var + norm.eps) / (kept_var + norm.eps))
+        kept_mean.copy_(mean)
+        kept_var.copy_(var)
+        self.restore_with_gain_(weight, bias, gain)
+
     @torch.no_grad()
     def redraw_side_branches_(self, generator: Optional[torch.Generator] = None) -> None:
-        """Draw the side branches afresh: kernels from U(-b, b) with ``b = 0.1 / sqrt(o)``, norms reset (RepAn).
+        """Draw the side branches afresh: kernels from U(-b, b) with ``b = 0.1 / sqrt(o)``, gains 1, biases 0 (RepAn).
+
+        Their norms keep their statistics.
 
         Args:
             generator: Source of the draw.
@@ -210,7 +259,13 @@ class NormedBranches(AnnealedModule):
             # with a = 0 the bound is sqrt(6 / fan)
             kaiming_uniform_(conv.weight, 6 * conv.out_channels / REDRAW_BOUND ** 2, generator=generator)
         for norm in (*self._side_norms(), *self._inner_norms()):
-            reset_norm_(norm)
+            norm.weight.fill_(1.0)
+            norm.bias.zero_()
+
+    @torch.no_grad()
+    def set_side_gain_(self, gain: float) -> None:
+        for norm in self._side_norms():
+            norm.weight.fill_(gain)
 
     def _refuse_training(self) -> None:
         norms = (self._origin_norm(), *self._side_norms(), *self._inner_norms())

@@ -236,7 +236,7 @@ class NormedRepLayer(NormedBranches, RepLayer):
         gain = torch.where(hidden, 1.0, norm.weight * torch.rsqrt(var + norm.eps))
         mean.mul_(gain)
         var.mul_(gain.square())
-        self.restore_(kernel, folded_bias)
+        self.restore_with_gain_(kernel, folded_bias, torch.sqrt(var + norm.eps))
         beta = self._fold_origin()[1]
         norm.weight.masked_fill_(hidden, 0.0)
         norm.bias.copy_(torch.where(hidden, beta, norm.bias))

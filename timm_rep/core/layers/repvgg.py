@@ -125,6 +125,12 @@ class AnnealedRepVggBlock(RepVggBlock, NormedBranches):
             self.conv_kxk.conv.redraw_side_branches_(generator)
 
     @torch.no_grad()
+    def set_side_gain_(self, gain: float) -> None:
+        super().set_side_gain_(gain)
+        if isinstance(self.conv_kxk.conv, RepLayer):
+            self.conv_kxk.conv.set_side_gain_(gain)
+
+    @torch.no_grad()
     def begin_time_step_(self, *args: Any, **kwargs: Any) -> None:
         super().begin_time_step_(*args, **kwargs)
         if isinstance(self.conv_kxk.conv, RepLayer):

@@ -1,5 +1,5 @@
 """OREPA block for a KxK convolution: six linear branches composed into one kernel."""
-from typing import Any, Dict, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -10,6 +10,7 @@ from ... import kernels
 from ...composition import compose_orepa, compose_orepa_plain, needs_plain_formula, spread_scale
 from ...errors import UserError
 from ...precision import full_float32, without_autocast
+from ..annealed import OriginPart
 from ..base import LinearRepLayer, kaiming_uniform_
 
 __all__ = ['OrepaConv2d']
@@ -173,6 +174,9 @@ class OrepaConv2d(LinearRepLayer):
 
     def branch_gradients(self) -> Dict[str, Tensor]:
         return {} if self.branches.grad is None else self._parts(self.branches.grad)
+
+    def origin_parameters(self) -> List[OriginPart]:
+        return [(self.branches, (..., slice(self._entries['origin']))), (self.scale, 0)]
 
     def init_non_persistent_buffers(self) -> None:
         """Compute the constants: which branch and spatial filter each entry has; float32 or float64."""

@@ -1,5 +1,5 @@
 """OREPA's Rep-1x1: a 1x1 convolution composed from a 1x1 and a sequence of two."""
-from typing import Any, Dict, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -10,6 +10,7 @@ from ... import kernels
 from ...composition import compose_pointwise, compose_pointwise_plain, needs_plain_formula
 from ...errors import UserError
 from ...precision import without_autocast
+from ..annealed import OriginPart
 from ..base import LinearRepLayer, kaiming_uniform_
 
 __all__ = ['OrepaPointwiseConv2d']
@@ -99,6 +100,9 @@ class OrepaPointwiseConv2d(LinearRepLayer):
     def branch_gradients(self) -> Dict[str, Tensor]:
         gradients = dict(origin=self.conv_1x1.grad, sequential=self.seq_second.grad)
         return {name: gradient for name, gradient in gradients.items() if gradient is not None}
+
+    def origin_parameters(self) -> List[OriginPart]:
+        return [(self.conv_1x1, ...), (self.scale, 0)]
 
     @torch.no_grad()
     def reset_parameters(self, generator: Optional[torch.Generator] = None) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from ... import kernels
 from ...errors import UserError
 from ...precision import without_autocast
+from ..annealed import OriginPart
 from ..base import LinearRepLayer
 from .kxk import OrepaConv2d
 
@@ -114,7 +115,8 @@ class OrepaStemConv2d(LinearRepLayer):
             generator: Optional[torch.Generator] = None,
             attach_rate: float = 0.0,
             compensate: bool = False,
-            imply_statistics: bool = False,
+            keep_gain: bool = False,
+            side_gain: float = 1.0,
     ) -> None:
         for block in self._blocks():
             block.begin_time_step_(generator, attach_rate)
@@ -133,6 +135,9 @@ class OrepaStemConv2d(LinearRepLayer):
     def branch_gradients(self) -> Dict[str, Tensor]:
         """Of the first block of the stack, which sees the image."""
         return next(self._blocks()).branch_gradients()
+
+    def origin_parameters(self) -> List[OriginPart]:
+        return [part for block in self._blocks() for part in block.origin_parameters()]
 
     @torch.no_grad()
     def reset_parameters(self, generator: Optional[torch.Generator] = None) -> None:
