@@ -114,7 +114,7 @@ def test_dbb_is_not_both_compiled_and_checkpointed():
 @pytest.mark.parametrize(('content', 'message'), [
     ('time_steps: 2.5\n', '--time-steps takes a whole number, got 2.5'),
     ('time_steps: [2\n', 'recipe.yaml cannot be read as a YAML file'),
-    ('side_gain: none\n', "--side-gain takes a number, got 'none'"),
+    ('side_gain: [0]\n', '--side-gain takes a number, got [0]'),
     ('side_gain: .inf\n', 'side_gain must be a finite number, got inf'),
     ('restoration: implied\n', "restoration must be one of authors, keep_gain, measured, got 'implied'"),
     ('crop_padding: [4]\n', '--crop-padding takes a number of pixels, got [4]'),

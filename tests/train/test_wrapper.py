@@ -272,15 +272,14 @@ def teacher(tmp_path_factory):
 
 
 VARIANTS = dict(
-    augmented=['--model-ema', '--model-ema-decay', 0.9, '--workers', 2, '--drop', 0.2, '--mixup', 0.2, '--reprob', 0.2],
+    augmented=[  # and measured on such images
+        '--model-ema', '--model-ema-decay', 0.9, '--workers', 2, '--drop', 0.2, '--mixup', 0.2, '--mixup-off-epoch', 1,
+        '--reprob', 0.2, '--crop-padding', 2, '--restoration', 'measured', '--side-gain', 0, '--freeze-origin',
+        '--initial-checkpoint', 'START', '--lr', 1e-3, '--no-decay-classifier'],
     mixed_precision=['--amp', '--amp-dtype', 'bfloat16', '--channels-last', '--grad-accum-steps', 2],
     compiled=['--torchcompile', 'aot_eager', '--model-ema', '--log-branches'],
     distilled=['--kd-model-name', 'TEACHER'],
-    features_distilled=['--kd-model-name', 'TEACHER', '--kd-distill-type', 'feature'],
-    measured=[
-        '--restoration', 'measured', '--side-gain', 0, '--freeze-origin', '--initial-checkpoint', 'START',
-        '--no-decay-classifier', '--crop-padding', 2, '--cutmix', 0.5, '--mixup-off-epoch', 1, '--lr', 1e-3,
-        '--workers', 2],
+    features_distilled=['--kd-model-name', 'TEACHER', '--kd-distill-type', 'feature', '--start-from-best'],
     linear=['--model-kwargs', 'rep_layer=orepa', '--sched-on-updates', '--opt', 'adamw', '--lr', 1e-3],
     lookahead=['--opt', 'lookahead_momentum', '--log-branches'],
 )
@@ -293,7 +292,7 @@ def test_timms_own_script_trains_in_time_steps_and_resumes(timm_scripts, photos,
         '--warmup-epochs', 0, '--lr', 0.05, '--data-dir', photos, '--batch-size', 8, '--workers', 1, '--device', 'cpu',
         '--img-size', 16, '--num-classes', 5, '--experiment', 'run', *VARIANTS[variant],
     ]
-    if variant not in ('augmented', 'measured'):
+    if variant != 'augmented':
         argv.append('--no-aug')
     files = dict(TEACHER=teacher, START=settled)
     argv = [files.get(argument, argument) for argument in argv]
