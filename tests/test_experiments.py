@@ -201,7 +201,8 @@ def test_augmented_images_are_crops_and_mirror_images(experiment):
 # cifar10_fast
 
 FAST = SCRIPT.parents[1] / 'cifar10_fast'
-FAST_MODULES = ('data', 'network', 'training', 'run', 'table')
+FAST_MODULES = (
+    'common', 'data', 'network', 'training', 'arms', 'run', 'table', 'anneal', 'table_anneal')
 FAST_SETTINGS = ['--epochs', '2', '--batch-size', '8', '--set-aside', '8', '--rates', '0.1', '0.2', '--few']
 
 
@@ -332,22 +333,20 @@ def test_images_set_aside_are_no_training_images(fast):
 
 def test_a_run_is_claimed_by_a_living_process_only(fast, tmp_path):
     code = (
-        f'import sys, time; sys.path.insert(0, {str(FAST)!r}); sys.modules.update(dict.fromkeys('
-        "['torch', 'data', 'network', 'training', 'timm_rep', 'timm_rep.report', 'timm_rep.report.cost'],"
-        "__import__('unittest.mock').mock.MagicMock())); from pathlib import Path; import run\n"
-        f'with run.claimed(Path({str(tmp_path)!r}), "a") as mine: print(mine, flush=True); time.sleep(60)')
+        f'import sys, time; sys.path.insert(0, {str(FAST)!r}); from pathlib import Path; import common\n'
+        f'with common.claimed(Path({str(tmp_path)!r}), "a") as mine: print(mine, flush=True); time.sleep(60)')
     other = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == 'True\n'
-        with fast.run.claimed(tmp_path, 'a') as mine, fast.run.claimed(tmp_path, 'b') as another:
+        with fast.common.claimed(tmp_path, 'a') as mine, fast.common.claimed(tmp_path, 'b') as another:
             assert (mine, another) == (False, True)
     finally:
         other.kill()
         other.communicate()
-    with fast.run.claimed(tmp_path, 'a') as mine:
+    with fast.common.claimed(tmp_path, 'a') as mine:
         assert mine
     (tmp_path / 'a.json').write_text('{}')
-    with fast.run.claimed(tmp_path, 'a') as mine:
+    with fast.common.claimed(tmp_path, 'a') as mine:
         assert not mine
 
 
@@ -403,3 +402,225 @@ def test_table_pairs_by_seed(fast):
     assert '| REP | 1.25 | 0.2 | 1 | 49.50 |  | -0.50 (1) |  |  | 1.60 | 1.00 |' in text
     assert '| plain | 40.00 | 60.00 | 50.00 | 0.2 |' in text
     assert 'edge of the grid' in table.markdown(settings, [run for run in runs if run['lr'] != 0.4], None)
+
+
+# cifar10_fast: what annealing adds
+
+ANNEAL_SETTINGS = [
+    '--batch-size', '8', '--set-aside', '8', '--rates', '0.1', '0.2', '--start-rates', 'plain=0.1', 'rep=0.1',
+    'orepa=0.1', '--start-epochs', '1', '--cycles', '2', '--epochs', '2']
+
+
+@pytest.fixture
+def anneal(fast, small_images):
+    """Start the experiment in a folder."""
+    def call(output, *arguments):
+        threads = torch.get_num_threads()
+        fast.anneal.main(['--data', str(small_images), '--output', str(output), *ANNEAL_SETTINGS, *arguments])
+        torch.set_num_threads(threads)
+    return call
+
+
+def without_times(run):
+    return [{k: v for k, v in row.items() if not k.endswith('seconds')} for row in run['rows']]
+
+
+def test_arms_go_on_from_one_start_and_repeat_exactly(fast, anneal, small_images, tmp_path, capsys):
+    output = tmp_path / 'results'
+    arguments = [
+        '--forms', 'rep', 'plain', '--seeds', '2', '--arms', 'descent', 'restarts', 'measured0', '--few-seeds', '1',
+        '--few-arms', 'authors-frozen', '--grid-arms', 'descent', 'restarts', '--rates', '0.1']
+    anneal(output, *arguments)
+    runs = {path.stem: load(path) for path in output.glob('*-seed*.json')}
+    starts = {name for name in runs if name.startswith('start-')}
+    assert starts == {f'start-{name}' for form in ('rep', 'plain') for name in (
+        f'grid-{form}-seed1000', f'{form}-seed0', f'{form}-seed1')}
+    arms = {name: run for name, run in runs.items() if name not in starts}
+    assert len(arms) == 2 * 2 + 2 * 3 + 2 * 2 + 1  # grids, rep, plain, rep with few seeds
+    for name, run in arms.items():
+        rows, anneals = run['rows'], run['arm'] in ('measured0', 'authors-frozen')
+        assert [row['attach_rate'] for row in rows] == (2 * [0.5, 1.0] if anneals else 4 * [1.0])
+        assert [len(row.get('first_losses', [])) for row in rows] == [2 if run['grid'] else 3, 0] * 2
+        lrs = [row['first_lr'] for row in rows]
+        assert (lrs[:2] == lrs[2:]) == (run['arm'] != 'descent')
+        assert max(lrs[1:]) <= run['lr']
+        assert lrs[-1] < 0.8 * run['lr']
+        start = runs[f"start-{'grid-' if run['grid'] else ''}{run['form']}-seed{run['seed']}"]
+        assert run['start'] == {key: start[key] for key in ('lr', 'top1', 'last_loss')}
+        assert ('branch_gradients' in run) == (run['seed'] == 0 and run['form'] == 'rep'), name
+        assert run['fused_parameters'] == 126562
+        assert run['fused_difference'] < 1e-4
+    logged = next(run for run in arms.values() if run['arm'] == 'measured0' and run['seed'] == 0)
+    assert {(row['depth'], len(row['rms'])) for row in logged['branch_gradients']} == {(n, 4) for n in range(6)}
+    assert [row['depth'] for row in logged['branch_similarity']] == list(range(6))
+    assert all(-1 <= row['mean'] <= 1 for row in logged['branch_similarity'])
+
+    kept = torch.load(output / '.starts' / 'rep-seed1.pt')['model']
+    for arm in ('descent', 'restarts'):  # the first loss is that of the start
+        (run,) = (run for run in arms.values() if (run['form'], run['arm'], run['seed']) == ('rep', arm, 1))
+        train_images, _, _ = fast.data.read_data(small_images)
+        images = fast.data.padded(train_images)
+        trainer = fast.training.Trainer(
+            fast.anneal.Run('rep', arm, 0.1, 1), run['settings'], fast.network.whitening(train_images.pixels), 'cpu')
+        trainer.model.train().load_state_dict(kept)
+        x, targets = next(fast.data.train_batches(
+            images, 8, torch.Generator().manual_seed(fast.anneal.ORDER_SEED + 1)))
+        assert trainer.step(x, targets, 1.0).item() == pytest.approx(run['rows'][0]['first_losses'][0], abs=1e-4)
+
+    lost = next(output.glob('rep-measured0-*-seed1.json'))
+    found = load(lost)
+    lost.unlink()
+    (output / '.starts' / 'rep-seed1.pt').unlink()
+    (output / '.starts' / 'plain-seed1.pt').unlink()  # needed by nobody
+    capsys.readouterr()
+    anneal(output, *arguments)
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(':')[0] for line in printed] == ['start-rep-seed1', *[lost.stem] * 4]
+    assert without_times(load(lost)) == without_times(found)
+
+    fast.table_anneal.main([str(output)])
+    table = (output / 'results.md').read_text()
+    assert '| REP | authors-frozen | ' in table
+    assert (output / 'results.png').stat().st_size > 1000
+    with pytest.raises(SystemExit, match=r'start-grid-rep-seed1000.json is a start at learning rate 0.1, not 0.4'):
+        anneal(output, *arguments, '--start-rates', 'plain=0.1', 'rep=0.4')
+    with pytest.raises(SystemExit, match=r'runs of other settings: cycles is 2 there and 3 here'):
+        anneal(output, *arguments, '--cycles', '3')
+
+
+@pytest.mark.parametrize(('name', 'frozen'), [('authors', False), ('authors-frozen', True), ('restarts', False)])
+def test_cycles_begin_with_a_transition(fast, name, frozen):
+    settings = dict(
+        network='small', cycles=2, epochs=3, warmup_share=0.4, batch_size=4, momentum=0.9, weight_decay=0.1,
+        amp=False, data=dict(classes=2))
+    images = fast.data.Images(torch.randint(256, (8, 32, 32, 3), dtype=torch.uint8), torch.arange(8) % 2)
+    run = fast.anneal.Run('rep', name, 0.1, 0)
+    trainer = fast.training.Trainer(run, settings, fast.network.whitening(images.pixels), torch.device('cpu'))
+    annealer, offset = fast.anneal.annealer_of(run, trainer, settings, fast.data.padded(images))
+    _, layer = next(timm_rep.rep_layers(trainer.model))
+    seen = []
+    for epoch in range(6):
+        kernel = layer.conv_1x1.weight.clone()
+        annealer.begin_epoch(offset + epoch)
+        redrawn, kernel = not torch.equal(layer.conv_1x1.weight, kernel), layer.conv_kxk.weight.clone()
+        trainer.epoch([(fast.data.normalized(images.pixels), images.targets)], [1.0], images)
+        seen.append((redrawn, torch.equal(layer.conv_kxk.weight, kernel)))
+    transition = name != 'restarts'
+    assert seen == 2 * [(transition, frozen), (False, False), (False, False)]
+
+
+@pytest.fixture
+def arms_played(fast, anneal, monkeypatch):
+    """Start the experiment with runs that cost nothing; the runs that were done, with the images they saw."""
+    done = []
+
+    def make_start(start, settings, stem, train_images, eval_images, args):
+        done.append((start, len(train_images.targets), len(eval_images.targets)))
+        fast.common.hidden_folder(args.output, '.starts')
+        torch.save({}, args.output / start.file)
+
+    def train_arm(run, start, settings, stem, train_images, eval_images, compiled):
+        done.append((run, len(train_images.targets), len(eval_images.targets)))
+        return dict(run._asdict(), top1=run.lr, diverged=run.arm == 'authors' and run.lr == 0.2)
+
+    monkeypatch.setattr(fast.anneal, 'make_start', make_start)
+    monkeypatch.setattr(fast.anneal, 'train_arm', train_arm)
+    return lambda *arguments: (anneal(*arguments), done)[1]
+
+
+def test_arms_are_paired_and_take_their_rate_of_others(arms_played, tmp_path):
+    done = arms_played(
+        tmp_path, '--forms', 'rep', 'orepa', '--arms', 'restarts', 'authors', 'measured', '--few-arms',
+        'authors-frozen', 'measured-w0', '--grid-arms', 'restarts', 'authors', '--seeds', '2', '--few-seeds', '1')
+    names = [run.name for run, *_ in done]
+    rep = [f'rep-restarts-lr0.2-seed{n} rep-authors-lr0.1-seed{n} rep-measured-lr0.2-seed{n}' for n in (0, 1)]
+    orepa = [f'orepa-restarts-lr0.2-seed{n} orepa-authors-lr0.1-seed{n}' for n in (0, 1)]
+    assert [name for name in names if name.startswith(('rep', 'orepa'))] == ' '.join([
+        *rep, *orepa, 'rep-authors-frozen-lr0.1-seed0 rep-measured-w0-lr0.2-seed0 orepa-authors-frozen-lr0.1-seed0',
+    ]).split()
+    grids = [name for name in names if name.startswith('grid-')]
+    assert grids == [f'grid-{form}-{arm}-lr{lr}-seed1000' for form in ('rep', 'orepa') for lr in (0.1, 0.2)
+                     for arm in ('restarts', 'authors')]
+    assert {(run.grid, *counts) for run, *counts in done} == {(True, 16, 8), (False, 24, 8)}
+    for run, *_ in done:  # after its start
+        if hasattr(run, 'arm'):
+            start = f"start-{'grid-' if run.grid else ''}{run.form}-seed{run.seed}"
+            assert names.index(start) < names.index(run.name)
+    assert len(set(names)) == len(names)
+
+
+def test_starts_take_the_rates_of_the_forms(fast, arms_played, start, monkeypatch, tmp_path):
+    monkeypatch.setattr(fast.run, 'train', lambda run, settings, *_: dict(
+        run._asdict(), top1=-run.lr, diverged=False, settings=settings))
+    start(tmp_path / 'forms', '--forms', 'rep', '--seeds', '0')
+    arguments = ['--forms', 'rep', '--arms', 'descent', '--few-arms', '--seeds', '1', '--start-rates', 'plain=0.4']
+    done = arms_played(tmp_path / 'arms', *arguments, '--rates-from', str(tmp_path / 'forms'))
+    assert {run.lr for run, *_ in done if not hasattr(run, 'arm')} == {0.1}
+    with pytest.raises(SystemExit, match='learning rate of the start of rep: give --start-rates rep=RATE'):
+        arms_played(tmp_path / 'none', *arguments)
+    assert not (tmp_path / 'none').exists()
+
+
+@pytest.mark.parametrize(('arguments', 'named'), [
+    (['--arms', 'measured2'], "there is no arm 'measured2'"),
+    (['--arms', 'descent-frozen'], "there is no arm 'descent-frozen'"),
+    (['--arms', 'authors-w1.5'], "there is no arm 'authors-w1.5'"),
+    (['--arms', 'authors', 'authors-w0.5'], 'authors and authors-w0.5 are the same: both warm up for 1 of 2 epochs'),
+    (['--warmup-share', '0.9'], 'authors would warm up for 2 of the 2 epochs'),
+    (['--grid-arms', 'authors'], 'nobody says the learning rate of descent'),
+    (['--start-rates', 'repp=1'], "there is no form 'repp'"),
+])
+def test_arms_that_cannot_be_are_refused(anneal, tmp_path, capsys, arguments, named):
+    with pytest.raises(SystemExit):
+        anneal(tmp_path / 'out', *arguments)
+    assert named in ' '.join(capsys.readouterr().err.split())
+    assert not (tmp_path / 'out').exists()
+
+
+def test_arms_by_name(fast):
+    arms = fast.arms
+    for name in ('descent', 'measured0', 'authors-frozen', 'measured0-w0.33', 'keep_gain-frozen-w0'):
+        assert arms.arm_of(name).name == name
+    shares = ('0', '0.17', '0.33', '0.5', '0.67')  # of 6 epochs
+    assert [arms.arm_of(f'authors-w{share}').warmup_epochs(6, 0.5) for share in shares] == [0, 1, 2, 3, 4]
+    assert arms.arm_of('authors').warmup_epochs(6, 0.5) == 3
+    frozen = arms.arm_of('measured0-frozen-w0.33')
+    assert arms.rate_source(frozen, {'measured0-frozen', 'measured0-w0.33'}) == 'measured0-frozen'
+    assert arms.rate_source(frozen, {'measured0', 'restarts'}) == 'measured0'
+    assert arms.rate_source(frozen, {'restarts', 'authors'}) == 'restarts'
+    assert arms.rate_source(arms.arm_of('restarts'), {'descent'}) is None
+    fitting = {form: [name for name in ('restarts', 'authors-frozen', 'measured') if arms.fits(form, arms.arm_of(name))]
+               for form in ('plain', 'orepa', 'dbb')}
+    assert fitting == dict(plain=['restarts'], orepa=['restarts', 'authors-frozen'],
+                           dbb=['restarts', 'authors-frozen', 'measured'])
+
+
+def arm_run(arm, top1, seed=0, form='rep', **changes):
+    """What `table_anneal.py` reads of a run's file."""
+    rows = [dict(top1=top1 - 1, last_loss=1.0, first_loss=1.5), dict(top1=top1, last_loss=0.75, first_loss=1.25)]
+    run = dict(form=form, arm=arm, lr=0.2, seed=seed, grid=False, top1=top1, diverged=False, rows=rows,
+               start=dict(last_loss=1.25), hardware='h', versions={})
+    return dict(run, **changes)
+
+
+def test_table_of_arms_pairs_by_seed(fast):
+    settings = dict(
+        network='small', start_epochs=1, cycles=2, epochs=1, warmup_share=0.5, batch_size=8, momentum=0.9,
+        weight_decay=0.0, amp=True, set_aside=8, data=dict(train=1, test=1))
+    grid = [arm_run(arm, top1, 1000, form, lr=lr, grid=True)
+            for form, arm in (('rep', 'restarts'), ('rep', 'descent'), ('plain', 'descent'))
+            for lr, top1 in ((0.1, 40.0), (0.2, 60.0), (0.4, 50.0))]
+    runs = [
+        *grid, *(arm_run('restarts', 50.0 + seed, seed) for seed in range(3)),
+        *(arm_run('authors', 51.0 + 2 * seed, seed) for seed in range(4)), arm_run('authors', 10.0, lr=0.1),
+        *(arm_run('descent', 51.0 + seed, seed) for seed in range(2)), arm_run('descent', 40.0, form='plain')]
+    starts = [dict(form='rep', lr=0.4, seed=seed, grid=False, top1=30.0 + seed) for seed in range(2)]
+    text = fast.table_anneal.markdown(settings, runs, starts)
+    assert '| REP | authors | 0.2 (restarts) | 4 | 53.00 | 54.00 | 2.58 | +0.25 |  |' in text
+    # differences 1, 2, 3; 0, 1; 11
+    assert ('| REP | authors | +2.00 ± 0.58, -0.48 to +4.48 (3) | +0.50 ± 0.50, -5.85 to +6.85 (2) | +11.00 (1) |'
+            in text)
+    assert '| REP | descent | **+1.00 ± 0.00, +1.00 to +1.00 (2)** |  | +11.00 (1) |' in text
+    assert '| plain | descent |  |  |  |' in text
+    assert '| REP | 0.4 | 2 | 30.50 | 0.71 |' in text
+    assert '| REP | restarts | 40.00 | 60.00 | 50.00 | 0.2 |' in text

@@ -30,6 +30,10 @@ class Run(NamedTuple):
     def name(self):
         return f"{'grid-' if self.grid else ''}{self.form}-lr{self.lr:g}-epochs{self.epochs:g}-seed{self.seed}"
 
+    @property
+    def file(self):
+        return f'{self.name}.json'
+
 
 def rate_factor(step, steps, warmup):
     """Share of the highest learning rate: up in a line for a share of all steps, then down in half a cosine to 0."""
@@ -74,11 +78,12 @@ class Trainer:
         self.forward = torch.compile(self.model) if compiled else self.model
         self.optimizer = create_optimizer_v2(
             self.model, opt='sgd', lr=run.lr, momentum=settings['momentum'], weight_decay=settings['weight_decay'])
-        self.lr, self.warmup, self.amp = run.lr, settings['warmup'], settings['amp']
+        self.lr, self.amp = run.lr, settings['amp']
 
-    def step(self, x, targets, step, steps):
+    def step(self, x, targets, factor):
+        """A step at a share of the highest learning rate; its loss, which does not wait for the device."""
         for group in self.optimizer.param_groups:
-            group['lr'] = self.lr * rate_factor(step, steps, self.warmup)
+            group['lr'] = self.lr * factor
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
             loss = F.cross_entropy(self.forward(x), targets)
         self.optimizer.zero_grad()
@@ -86,40 +91,66 @@ class Trainer:
         self.optimizer.step()
         return loss.detach()
 
+    def epoch(self, batches, factors, eval_images):
+        """A step with each batch, as long as there are factors, and what the fused network then does.
 
-def train(run, settings, stem, train_images, eval_images, compiled=False):
-    """Train, and measure the fused network after every epoch; what the run's file holds."""
-    device, batch_size = train_images.pixels.device, settings['batch_size']
-    trainer = Trainer(run, settings, stem, device, compiled)
-    model, images = trainer.model, padded(train_images)
-    per_epoch = len(images.targets) // batch_size
-    steps, done, rows = round(run.epochs * per_epoch), 0, []
-    generator = torch.Generator().manual_seed(run.seed)
-    while done < steps:
-        used, wall, total, first = seconds_used(device), time.perf_counter(), 0.0, done
-        model.train()
-        for x, targets in train_batches(images, batch_size, generator):
-            if done == steps:
-                break
-            total += trainer.step(x, targets, done, steps)
-            done += 1
-        train_loss = (total / (done - first)).item()  # waits for the device
+        Returns:
+            A row of the run's file, the losses of the steps, and the fused network.
+        """
+        device = eval_images.pixels.device
+        used, wall = seconds_used(device), time.perf_counter()
+        self.model.train()
+        losses = torch.stack([self.step(x, targets, factor) for factor, (x, targets) in zip(factors, batches)])
+        train_loss = losses.mean().item()  # waits for the device
         used, wall = seconds_used(device) - used, time.perf_counter() - wall
-        fused = timm_rep.fuse(model.eval())
-        loss, top1 = evaluate(fused, eval_images, settings['amp'])
-        rows.append(dict(
-            steps=done, train_loss=train_loss, loss=loss, top1=round(top1, 4), seconds=round(used, 2),
-            wall_seconds=round(wall, 2)))
-        print(f'{run.name}: {done}/{steps}, train loss {train_loss:.3f}, top-1 {top1:.2f}, {used:.0f} s', flush=True)
-        if not math.isfinite(train_loss):
-            rows[-1].update(train_loss=None, loss=None)
+        fused = timm_rep.fuse(self.model.eval())
+        loss, top1 = evaluate(fused, eval_images, self.amp)
+        diverged = not math.isfinite(train_loss)
+        row = dict(
+            train_loss=None if diverged else train_loss, loss=None if diverged else loss, top1=round(top1, 4),
+            seconds=round(used, 2), wall_seconds=round(wall, 2))
+        return row, losses.tolist(), fused
+
+
+def descend(name, trainer, settings, epochs, images, eval_images, generator):
+    """One descent of the learning rate: the rows of its epochs, the fused network, the losses of the last epoch."""
+    per_epoch = len(images.targets) // settings['batch_size']
+    steps, done, rows = round(epochs * per_epoch), 0, []
+    while done < steps:
+        batches = train_batches(images, settings['batch_size'], generator)
+        part = range(done, min(done + per_epoch, steps))
+        row, losses, fused = trainer.epoch(
+            batches, [rate_factor(step, steps, settings['warmup']) for step in part], eval_images)
+        done += len(part)
+        rows.append(dict(steps=done, **row))
+        tell(name, f'{done}/{steps}', row)
+        if row['train_loss'] is None:
             break
+    return rows, fused, losses
+
+
+def tell(name, where, row):
+    print(f"{name}: {where}, train loss {row['train_loss'] or math.nan:.3f}, top-1 {row['top1']:.2f}, "
+          f"{row['seconds']:.0f} s", flush=True)
+
+
+def result(run, model, fused, rows, settings, eval_images):
+    """What every run's file holds."""
     return dict(
         run._asdict(), top1=rows[-1]['top1'], diverged=rows[-1]['train_loss'] is None, rows=rows,
         fused_difference=fused_difference(model, fused, eval_images.pixels[:EVAL_BATCH_SIZE]),
         parameters=sum(p.numel() for p in model.parameters()),
         fused_parameters=sum(p.numel() for p in fused.parameters()),
-        settings=settings, hardware=hardware_name(device), versions=versions())
+        settings=settings, hardware=hardware_name(eval_images.pixels.device), versions=versions())
+
+
+def train(run, settings, stem, train_images, eval_images, compiled=False):
+    """Train, and measure the fused network after every epoch; what the run's file holds."""
+    trainer = Trainer(run, settings, stem, train_images.pixels.device, compiled)
+    rows, fused, _ = descend(
+        run.name, trainer, settings, run.epochs, padded(train_images), eval_images,
+        torch.Generator().manual_seed(run.seed))
+    return result(run, trainer.model, fused, rows, settings, eval_images)
 
 
 def versions():
@@ -137,7 +168,7 @@ def time_forms(forms, settings, stem, images, rounds):
         for form, trainer in trainers.items():
             trainer.model.train()
             start = seconds_used(device)
-            trainer.step(x, targets, 0, 2)
+            trainer.step(x, targets, rate_factor(0, 2, settings['warmup']))
             if turn >= 2:  # the first ones are slow
                 seconds[form].append(seconds_used(device) - start)
     return seconds

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from helpers import assert_near, randn, randomize_, tiny_repvgg
+from timm.models.byobnet import RepVggBlock
 from timm.utils import ModelEmaV2, ModelEmaV3
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -184,3 +185,81 @@ def test_a_compiled_copy_takes_the_rate_over_when_it_is_put_into_eval_mode():
     x = randn(2, 3, 32, 32)
     with torch.no_grad():
         assert_near(compiled.eval()(x), model(x), 1e-10)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('how', ['data', 'new data', 'new buffer'])
+def test_means_that_move_no_version_are_found_in_eval_mode(how):
+    """Averages written by way of `.data`, as the library ema_pytorch does."""
+    model = annealed(1 / 3)
+    averaged = copy.deepcopy(model)
+    timm_rep.set_attach_rate(model, 1.0)
+    for _ in range(3):
+        for (name, mine), theirs in zip(list(averaged.named_buffers()), model.buffers()):
+            if not mine.is_floating_point():
+                continue
+            mean = torch.lerp(mine, theirs, 2e-4)
+            if how == 'data':
+                mine.data.copy_(mean)
+            elif how == 'new data':
+                mine.data = mean
+            else:
+                owner, _, key = name.rpartition('.')
+                setattr(averaged.get_submodule(owner), key, mean)
+    assert timm_rep.attach_rate(averaged.eval()) == 1.0
+    x = randn(2, 3, 32, 32)
+    assert_near(averaged(x), model(x), 1e-9)
+
+
+@torch.no_grad()
+def test_a_model_that_was_written_in_place_and_then_averaged():
+    """As a distributed checkpoint is read; the copy is used at once, without eval()."""
+    model = annealed(1.0)
+    averaged = ModelEmaV3(model, decay=0.9998)
+    for key, value in model.state_dict().items():
+        if key.endswith('attach_rate'):
+            value.fill_(0.25)
+    for _ in range(3):
+        averaged.update(model)
+    x = randn(2, 3, 32, 32)
+    assert_near(averaged.module(x), model(x), 1e-9)
+
+
+@torch.no_grad()
+def test_a_copy_that_was_loaded_with_what_its_model_holds_has_no_rate_of_its_own():
+    model = torch.nn.Sequential(timm_rep.OrepaConv2d(4, 4, 3, padding=1)).bfloat16()
+    averaged = ModelEmaV2(model, decay=0.9998)
+    averaged.module.load_state_dict(model.state_dict())
+    timm_rep.set_attach_rate(model, 1 / 3)
+    assert timm_rep.attach_rate(update(averaged, model, 4)) == timm_rep.attach_rate(model)
+
+
+@pytest.mark.parametrize('kind', ['orepa', 'dbb'])
+@torch.no_grad()
+def test_copies_of_modules_that_were_compiled_in_place_have_weights_of_their_own(kind):
+    model = annealed(1.0, kind)
+    for _, module in timm_rep.core.walk.annealed_modules(model):
+        module.compile(backend='eager')
+    x = randn(2, 3, 32, 32)
+    expected = model(x)
+    copied, fused = copy.deepcopy(model), timm_rep.fuse(model)
+    pickle.dumps(model)
+    for parameter in model.parameters():
+        parameter.zero_()
+    assert_near(copied(x), expected, 1e-9)
+    assert_near(fused(x), expected, 1e-9)
+
+
+@torch.no_grad()
+def test_blocks_that_were_compiled_in_place_are_expanded_and_fused():
+    model = randomize_(tiny_repvgg()).double().eval()
+    for block in model.modules():
+        if isinstance(block, RepVggBlock):
+            block.compile(backend='eager')
+    x = randn(2, 3, 32, 32)
+    expected = model(x)
+    rep = timm_rep.expand(model, 'rep')
+    timm_rep.set_attach_rate(rep, 0.5)
+    fused = timm_rep.fuse(rep)
+    assert (rep(x) - expected).abs().max() > 1e-3
+    assert_near(fused(x), rep(x), 1e-9)

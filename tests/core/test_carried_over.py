@@ -360,10 +360,83 @@ def test_norms_that_are_kept_in_eval_mode_stay_in_it(kind):
         fuse(rep.train())
 
 
-@torch.no_grad()
-@pytest.mark.parametrize('kind', ['dbb', 'acb', 'rep'])
-def test_an_activation_that_a_norm_only_keeps_is_not_called(kind):
-    model = randomize_(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).double().eval()
-    model[1].act = nn.ReLU()
-    x = randn(2, 3, 8, 8)
-    assert_near(expand(model, kind)(x), model(x), RTOL)
+@pytest.mark.parametrize('call', ['forward_features', 'alias', 'child'])
+def test_a_fuse_in_a_forward_by_another_name_folds_nothing(call):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)
+
+        def fuse(self, mode='sum'):
+            return self.map
+
+        def forward_features(self, x):
+            self.map = self.norm(self.conv(x))
+            return self.fuse(mode='sum')
+
+        def run(self, x):
+            return self.forward_features(x)
+
+        forward = run
+
+    class Parent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.neck = Net()
+
+        def forward(self, x):
+            return self.neck.run(x)
+
+    model = timm_rep.expand(Parent().eval(), 'orepa')
+    run = dict(forward_features=model.neck.forward_features, alias=model.neck, child=model)[call]
+    run(randn(2, 3, 8, 8, dtype=torch.float32))
+    assert len(list(timm_rep.rep_layers(model))) == 1
+
+
+@pytest.mark.parametrize('select', [None, ['a.0']], ids=str)
+def test_a_convolution_in_two_places_stays_one_layer(select):
+    conv = nn.Conv2d(3, 8, 3, bias=False)
+    model = nn.ModuleDict(dict(a=nn.Sequential(conv, nn.BatchNorm2d(8)), b=nn.Sequential(conv, nn.ReLU()))).eval()
+    rep = timm_rep.expand(model, 'orepa', select=select)
+    assert isinstance(rep.a[0], timm_rep.OrepaConv2d)
+    assert rep.a[0] is rep.b[0]
+    fused = timm_rep.fuse(rep)
+    assert fused.a[0] is fused.b[0]
+
+
+def test_flags_are_set_on_the_layer_not_on_its_kernel():
+    layer = timm_rep.OrepaConv2d(4, 4, 3).requires_grad_(False)
+    with pytest.raises(timm_rep.UserError, match=r'set the flag on the layer: layer.requires_grad_'):
+        layer.weight.requires_grad_(True)
+    with pytest.raises(timm_rep.UserError, match=r'set the flag on the layer'):
+        layer.weight.requires_grad = True
+    assert type(nn.Parameter(layer.weight)) is nn.Parameter or nn.Parameter(layer.weight).requires_grad
+    assert nn.Parameter(layer.weight, requires_grad=False).requires_grad is False
+
+
+@pytest.mark.parametrize('kind', ['orepa', 'dbb'])
+@pytest.mark.parametrize('change', ['child', 'attribute', 'child of the norm', 'attribute of the norm'])
+def test_convolutions_and_norms_with_more_to_them_run_as_before(change, kind):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
+            owner = self.norm if 'norm' in change else self.conv
+            owner.extra = nn.GELU() if 'child' in change else torch.tanh
+            self.other, self.other_norm = nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            owner = self.norm if 'norm' in change else self.conv
+            return self.other_norm(self.other(owner.extra(self.norm(self.conv(x)))))
+
+    model, x = Net().eval(), randn(2, 3, 8, 8, dtype=torch.float32)
+    rep = timm_rep.expand(model, kind)
+    assert_near(rep(x), model(x), 1e-5)
+    assert isinstance(rep.other, timm_rep.core.layers.RepLayer)
+
+
+def test_complex_convolutions_stay_and_are_refused():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, dtype=torch.complex64), nn.Conv2d(4, 4, 3))
+    assert type(timm_rep.expand(model, select='*')[0]) is nn.Conv2d
+    with pytest.raises(timm_rep.UserError, match='takes real kernels, got'):
+        timm_rep.OrepaConv2d.from_conv(model[0])

@@ -7,6 +7,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optio
 
 import torch
 import torch.nn as nn
+from timm.layers import BatchNormAct2d, SyncBatchNormAct
 from timm.models.byobnet import RepVggBlock
 
 from .errors import UserError
@@ -36,6 +37,11 @@ _logger = logging.getLogger(__name__)
 # The convolution of a RepVGG block that can be a rep layer beside annealed branches.
 KXK_CONV = 'conv_kxk.conv'
 NORM_BUFFERS = {'running_mean', 'running_var', 'num_batches_tracked'}
+# Convolutions and norms as their classes make them.
+MADE: Dict[type, nn.Module] = {
+    **{cls: cls(1, device='meta') for cls in (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d, SyncBatchNormAct)},
+    nn.Conv2d: nn.Conv2d(1, 1, 1, device='meta'),
+}
 STATE_HOOKS = (
     '_state_dict_hooks', '_state_dict_pre_hooks', '_load_state_dict_pre_hooks', '_load_state_dict_post_hooks')
 BLOCK_ALONE = 'a model around the block is needed; for one alone use AnnealedRepVggBlock(block)'
@@ -103,16 +109,23 @@ class _Network:
         """The plain convolutions of a model, in all places, but those that are parts of rep layers."""
         return {
             name: module for name, module in self.model.named_modules(remove_duplicate=False)
-            if type(module) is nn.Conv2d and not module._buffers and self._is_as_made(module) and not any(
-                isinstance(parent, RepLayer) for parent in ancestors_of(self.model, name))
+            if type(module) is nn.Conv2d and not module._buffers and self._is_as_made(module)
+            and module.weight.is_floating_point()
+            and not any(isinstance(parent, RepLayer) for parent in ancestors_of(self.model, name))
         }
 
     def _is_as_made(self, module: nn.Module) -> bool:
         """Whether a module is no more than its class says.
 
         It has weight and bias, not computed of others (weight norm, pruning), in no other module, and without hooks on
-        their gradients; its forward is its class's, and so is what it writes to a state_dict.
+        their gradients; its forward is its class's, and so are its parts, its attributes, and what it writes to a
+        state_dict.
         """
+        if type(module) in MADE:
+            made = MADE[type(module)]
+            public = {name for name in vars(module) if not name.startswith('_')}
+            if not public <= set(vars(made)) or set(module._modules) != set(made._modules):
+                return False
         hooks: List[Any] = [getattr(module, name) for name in STATE_HOOKS]
         for parameter in module._parameters.values():
             if parameter is not None:
@@ -337,9 +350,11 @@ def _expand_assigned(
             raise UserError(f'only the KxK convolution of an annealed RepVGG block can be a rep layer, not {name}')
         place = network.place(name)
         if id(place.conv) not in made:
-            layer = _make_layer(method, place, generator, same_function)
-            made[id(place.conv)] = layer, FoldedNorm(place.norm) if method.takes_norm and place.norm else None
-        new_modules[name], folded = made[id(place.conv)]
+            made[id(place.conv)] = (
+                _make_layer(method, place, generator, same_function),
+                FoldedNorm(place.norm) if method.takes_norm and place.norm else None)
+        layer, folded = made[id(place.conv)]
+        new_modules.update(dict.fromkeys(network.names[id(place.conv)], layer))  # a shared one stays shared
         if folded is not None:
             new_modules[place.norm_name] = folded
     if not inplace:

@@ -3,6 +3,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, List
 
+import torch
 import torch.nn as nn
 
 from .errors import UserError
@@ -24,6 +25,8 @@ __all__ = ['fuse', 'fuse_before_own_', 'when_fused']
 # Methods by which networks fold their own convolutions and norms, and which timm's `reparameterize_model` calls.
 OWN_FUSE = ('fuse', 'reparameterize', 'switch_to_deploy')
 
+CALL = nn.Module._call_impl.__code__
+
 _WHEN_FUSED: List[Callable[[nn.Module], None]] = []
 
 
@@ -44,8 +47,8 @@ def when_fused(action: Callable[[nn.Module], None]) -> Callable[[nn.Module], Non
 class _FusedBefore:
     """Stands in for a module's own method that folds its convolutions, which must be in stock form for that.
 
-    A call that does something else (with more than switches for arguments, while training, or in the module's own
-    forward) goes through as it is.
+    A call that does something else (with more than switches for arguments, while training, or in a forward) goes
+    through as it is.
     """
 
     module: nn.Module
@@ -53,14 +56,17 @@ class _FusedBefore:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         switches = all(isinstance(value, (bool, str, type(None))) for value in (*args, *kwargs.values()))
-        if switches and not (self.module.training or self._is_in_forward()):
+        folds = switches and not self.module.training and not torch.compiler.is_compiling()
+        if folds and not self._is_in_forward():
             fuse(self.module, inplace=True)
         return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
 
     def _is_in_forward(self) -> bool:
+        """Whether a module is being called, or the ``forward...`` of this one."""
         frame = inspect.currentframe()
         while frame is not None:
-            if frame.f_code.co_name == 'forward' and any(value is self.module for value in frame.f_locals.values()):
+            by_name = frame.f_code.co_name.startswith('forward')
+            if frame.f_code is CALL or (by_name and any(value is self.module for value in frame.f_locals.values())):
                 return True
             frame = frame.f_back
         return False

@@ -52,12 +52,19 @@ class _KnownToCopy:
     def note_original(self, buffers: Tuple[Tensor, ...]) -> None:
         """Note what the original holds now."""
         self._others = _numbers(buffers)
+        self._others_versions = _versions(buffers)
 
     def may_be_averaged(self, buffers: Tuple[Tensor, ...], thoroughly: bool) -> bool:
         """Whether something else than the copy has written its buffers, and it could matter."""
+        if thoroughly:  # a write by way of `data` moves no version
+            return _numbers(buffers) != self._own or _versions(buffers) != self._versions
         if any(now is not tensor for now, tensor in zip(buffers, self._tensors)):
             return False  # put in their place for a while, by torch.func
-        return _versions(buffers) != self._versions and (thoroughly or self._own != self._others)
+        if _versions(buffers) == self._versions:
+            return False
+        original = self.original()
+        told = original is None or _versions(original._annealing_buffers()) == self._others_versions
+        return self._own != self._others or not told
 
     def take_over(self, buffers: Tuple[Tensor, ...]) -> bool:
         """Replace means of own and original values by those of the original. Others were written on purpose.
@@ -165,7 +172,7 @@ class AnnealedModule(nn.Module):
         """What is to be done after the module itself has written its buffers."""
         if self._known is not None:
             self._known.note_own(self._annealing_buffers())
-            self._known.has_a_rate_of_its_own |= on_purpose
+            self._known.has_a_rate_of_its_own = on_purpose or self._known.has_a_rate_of_its_own
         self._tell_copies()
 
     def __deepcopy__(self: AnnealedT, memo: Dict[int, Any]) -> AnnealedT:
@@ -186,7 +193,10 @@ class AnnealedModule(nn.Module):
 
     def __getstate__(self) -> Dict[str, Any]:
         self._settle()
-        return {key: value for key, value in vars(self).items() if key not in ('_copies', '_known')}
+        state: Dict[str, Any] = dict(super().__getstate__())
+        for key in ('_copies', '_known'):
+            state.pop(key, None)
+        return state
 
     def _apply(self: AnnealedT, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AnnealedT:
         self._before_writing()
@@ -197,7 +207,9 @@ class AnnealedModule(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._before_writing()
         super()._load_from_state_dict(*args, **kwargs)
-        self._written()
+        original = None if self._known is None else self._known.original()
+        alike = original is not None and _numbers(original._annealing_buffers()) == _numbers(self._annealing_buffers())
+        self._written(on_purpose=not alike)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._settle(thoroughly=False)  # averaging asks for it at every update

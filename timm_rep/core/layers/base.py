@@ -242,6 +242,8 @@ class RepLayer(AnnealedModule):
         Raises:
             UserError: If this layer cannot stand for the convolution.
         """
+        if not conv.weight.is_floating_point():
+            raise UserError(f'{cls.__name__} takes real kernels, got {conv.weight.dtype}')
         geometry = {name: getattr(conv, name) for name in GEOMETRY}
         kwargs.update(geometry, generator=generator, device=conv.weight.device, dtype=conv.weight.dtype)
         layer = cls(**kwargs).train(conv.training)

@@ -15,6 +15,7 @@ INPLACE_OPERATORS = frozenset(f'__i{name}__' for name in (
     'add', 'sub', 'mul', 'matmul', 'truediv', 'floordiv', 'mod', 'pow', 'and', 'or', 'xor', 'lshift', 'rshift'))
 WRITES = INPLACE_OPERATORS | {'__setitem__'}
 SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+SET_REQUIRES_GRAD = Tensor.requires_grad.__set__  # type: ignore[attr-defined]
 
 
 def refuse_writing() -> None:
@@ -41,12 +42,18 @@ def composed_kernel(kernel: Tensor) -> Tensor:
 class ComposedKernel(Tensor):
     """A kernel, or a view of one, that can be computed with but not written to; what comes of it is a plain tensor."""
 
+    _is_detached = False
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():
             return super().__torch_function__(func, types, args, kwargs)
         name = getattr(func, '__name__', '')
+        if func == SET_REQUIRES_GRAD or (name == 'requires_grad_' and not args[0]._is_detached):
+            raise UserError(
+                'the kernel of a rep layer is composed from its branches at every read; set the flag on the layer: '
+                'layer.requires_grad_(...)')
         named_so = name.endswith('_') and not name.endswith('__') and name != 'requires_grad_'
         if name in WRITES or func == SET_DATA or named_so or kwargs.get('inplace'):
             written = args[0] if args else None
@@ -59,7 +66,10 @@ class ComposedKernel(Tensor):
             result = func(*args, **kwargs)
             if isinstance(result, (list, tuple)) and type(result) in (list, tuple):
                 return type(result)(cls._guarded(part, (*args, *kwargs.values())) for part in result)
-            return cls._guarded(result, (*args, *kwargs.values()))
+            result = cls._guarded(result, (*args, *kwargs.values()))
+            if name == 'detach' and isinstance(result, cls):
+                result._is_detached = True  # nn.Parameter(kernel) sets the flag of one
+            return result
 
     @classmethod
     def _guarded(cls, result: Any, args: Any) -> Any:

@@ -287,7 +287,8 @@ class NormedRepLayer(NormedBranches, RepLayer):
         layer = synchronized_as(norm, super().from_conv(conv, generator, same_function=False, **kwargs))
         layer.stock_bias = None if conv.bias is None else conv.bias.requires_grad
         for own in layer._norms():
-            own.to(norm.weight.dtype)
+            if own.weight.dtype != norm.weight.dtype:
+                own.to(norm.weight.dtype)
         for own in (layer.norm_kxk, *layer._side_norms()):
             own.weight.copy_(norm.weight)
             own.bias.copy_(norm.bias)

@@ -22,7 +22,8 @@ BlockT = TypeVar('BlockT', bound=RepVggBlock)
 def _of_class(cls: Type[BlockT], block: RepVggBlock) -> BlockT:
     """The same parts in a block of another class, with the methods of that; the constructor would draw new parts."""
     new = cls.__new__(cls)
-    parts = {key: value for key, value in vars(block).items() if not callable(getattr(cls, key, None))}
+    state: Any = nn.Module.__getstate__(block)  # without what was compiled of it
+    parts = {key: value for key, value in state.items() if not callable(getattr(cls, key, None))}
     new.__dict__.update({key: value.copy() if isinstance(value, dict) else value for key, value in parts.items()})
     return new
 
