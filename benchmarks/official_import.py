@@ -307,15 +307,8 @@ def table(rows):
 
 
 def markdown(report):
-    machine, rows = report['machine'], report['rows']
-    lines = ["# Imported checkpoints and the authors' code", '', ', '.join([
-        f"{machine['cpu']}, threads: {machine['threads']}, cores: {machine['cores']}",
-        ' '.join(f'{package} {version}' for package, version in report['versions'].items()),
-        report['date'][:10],
-    ]) + '.', '', f"`{report['command']}`", '']
-    for key, repository in report['repositories'].items():
-        lines.append(f"- {key}: {repository['name']} at {repository['commit']}")
-    lines.append('')
+    rows = report['rows']
+    lines = ["# Imported checkpoints and the authors' code", '', *origin_lines(report), '']
     for dtype in map(dtype_name, TOLERANCES):
         chosen = [row for row in rows if row['dtype'] == dtype]
         if chosen:
@@ -324,6 +317,59 @@ def markdown(report):
     if report['errors']:
         lines += ['', 'Not compared:', '', *(f'- {error}' for error in report['errors'])]
     return '\n'.join([*lines, '', NOTES])
+
+
+def origin_lines(report):
+    """Where a report comes from: machine, versions, command and the repositories that took part."""
+    machine = report['machine']
+    return [', '.join([
+        f"{machine['cpu']}, threads: {machine['threads']}, cores: {machine['cores']}",
+        ' '.join(f'{package} {version}' for package, version in report['versions'].items()),
+        report['date'][:10],
+    ]) + '.', '', f"`{report['command']}`", '', *(
+        f"- {key}: {repository['name']} at {repository['commit']}"
+        for key, repository in report['repositories'].items())]
+
+
+def origin_of(command, threads, clones):
+    """Where a report comes from, as raw data."""
+    return dict(
+        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),
+        command=command,
+        machine=dict(cpu=processor_name(), cores=os.cpu_count(), threads=threads),
+        versions=dict(
+            python=platform.python_version(),
+            torch=torch.__version__,
+            timm=timm.__version__,
+            timm_rep=timm_rep.__version__,
+        ),
+        repositories={
+            key: dict(name=REPOSITORIES[key].name, commit=commit_of(clone)) for key, clone in clones.items()
+        },
+    )
+
+
+def check_clone(parser, option, key, clone):
+    """Refuse a folder that is no clone of a repository."""
+    repository = REPOSITORIES[key]
+    if not (clone / repository.marker).is_file():
+        parser.error(f'{option}: {clone} is no clone of {repository.name}: it has no {repository.marker}')
+
+
+def check_output(parser, output):
+    """Refuse to overwrite a report."""
+    for file in output_files(output):
+        if file.exists():
+            parser.error(f'--output: {file} exists; name another file or remove it')
+
+
+def write_report(output, report, text):
+    """Print the text; write it and the raw data, if there is where to."""
+    print(text)
+    for file, content in zip(output_files(output), (json.dumps(report, indent=1) + '\n', text)):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open('x') as stream:
+            stream.write(content)
 
 
 def commit_of(clone):
@@ -365,12 +411,8 @@ def parse_args(argv):
     if not args.clones:
         parser.error(f'give at least one clone: {", ".join(f"--{key}" for key in REPOSITORIES)}')
     for key, clone in args.clones.items():
-        repository = REPOSITORIES[key]
-        if not (clone / repository.marker).is_file():
-            parser.error(f'--{key}: {clone} is no clone of {repository.name}: it has no {repository.marker}')
-    for file in output_files(args.output):
-        if file.exists():
-            parser.error(f'--output: {file} exists; name another file or remove it')
+        check_clone(parser, f'--{key}', key, clone)
+    check_output(parser, args.output)
     return args
 
 
@@ -381,28 +423,12 @@ def main(argv=None):
     if not rows and not errors:
         sys.exit('--only: no network has this pattern in its name')
     report = dict(
-        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),
-        command=describe_command(args),
-        machine=dict(cpu=processor_name(), cores=os.cpu_count(), threads=args.threads),
-        versions=dict(
-            python=platform.python_version(),
-            torch=torch.__version__,
-            timm=timm.__version__,
-            timm_rep=timm_rep.__version__,
-        ),
-        repositories={
-            key: dict(name=REPOSITORIES[key].name, commit=commit_of(clone)) for key, clone in args.clones.items()
-        },
+        **origin_of(describe_command(args), args.threads, args.clones),
         tolerances={dtype_name(dtype): tolerance for dtype, tolerance in TOLERANCES.items()},
         rows=rows,
         errors=errors,
     )
-    text = markdown(report)
-    print(text)
-    for file, content in zip(output_files(args.output), (json.dumps(report, indent=1) + '\n', text)):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open('x') as stream:
-            stream.write(content)
+    write_report(args.output, report, markdown(report))
     sys.exit(1 if errors or any(exceeds(row) for row in rows) else 0)
 
 

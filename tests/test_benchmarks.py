@@ -120,3 +120,17 @@ def test_plain_repvgg_has_one_convolution_per_block(train_cost):
 def test_official_import_tolerances(official_import, dtype, difference, fused_difference, expected):
     row = dict(dtype=dtype, difference=difference, fused_difference=fused_difference)
     assert official_import.exceeds(row) is expected
+
+
+def test_repan_transition_tolerance(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    exceeds = importlib.import_module('repan_transition').exceeds
+
+    def result(loss=1.0, tensors=1e-12, steps=1e-12):
+        apart = dict(difference=tensors)
+        return dict(
+            tensors_before=apart, tensors=apart, eval_difference=0.0, losses=[dict(ours=loss, theirs=1.0)],
+            steps={'1.0': dict(difference=steps, tensors=apart)})
+
+    assert not exceeds(result())
+    assert all(map(exceeds, (result(loss=1.00001), result(tensors=1e-5), result(steps=float('nan')))))
