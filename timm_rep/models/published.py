@@ -35,9 +35,14 @@ def published_weights(registry: Path = REGISTRY) -> Cfgs:
         registry: JSON file.
 
     Returns:
-        What differs from the architecture's own settings, above all ``hf_hub_id``.
+        What differs from the architecture's own settings, above all ``hf_hub_id``, or ``file`` of weights that come
+        with the package.
     """
-    return {name: _with_tuples(entry) for name, entry in json.loads(registry.read_text()).items()}
+    entries = {name: _with_tuples(entry) for name, entry in json.loads(registry.read_text()).items()}
+    for entry in entries.values():
+        if 'file' in entry:
+            entry['file'] = str(registry.parent / entry['file'])
+    return entries
 
 
 def with_published(cfgs: Cfgs, published: Optional[Cfgs] = None) -> Dict[str, Any]:
