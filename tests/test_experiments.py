@@ -271,6 +271,8 @@ def test_arms_go_on_from_one_start_and_repeat_exactly(fast, anneal, small_images
         assert run['fused_difference'] < 1e-4
     logged = next(run for run in arms.values() if run['arm'] == 'measured0' and run['seed'] == 0)
     assert {(row['depth'], len(row['rms'])) for row in logged['branch_gradients']} == {(n, 4) for n in range(6)}
+    (frozen,) = (run for run in arms.values() if run['arm'] == 'authors-frozen')
+    assert {len(row['rms']) for row in frozen['branch_gradients'] if row['branch'] == 'origin'} == {4}
     assert [row['depth'] for row in logged['branch_similarity']] == list(range(6))
     assert all(-1 <= row['mean'] <= 1 for row in logged['branch_similarity'])
 

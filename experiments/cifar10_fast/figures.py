@@ -62,16 +62,18 @@ def style(arm):
     return dict(color=f'C{ORDER.index(parts.base)}', linestyle=lines, marker='.', label=arm)
 
 
-def draw_lines(found, values, level, **labels):
+def draw_lines(found, values, level, *, log=False, **labels):
     """A panel for each form, a line for each arm.
 
     Args:
         found: Runs by form and arm.
         values: Gives the points of a run.
         level: Where to draw a line that says: neither.
-        **labels: Of the axes, and its scale.
+        log: Whether the values are ratios.
+        **labels: Of the axes.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
 
     forms = list(dict.fromkeys(form for form, _ in found))
     figure = Figure(figsize=(1.5 + 5 * len(forms), 4.6), layout='constrained', dpi=110)
@@ -84,6 +86,9 @@ def draw_lines(found, values, level, **labels):
                 axes.plot(list(points), list(points.values()), **style(arm))
         axes.set(title=title(form), **labels)
         axes.locator_params(axis='x', integer=True)
+        if log:
+            axes.set_yscale('log', base=2)
+            axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.grid(alpha=0.3)
         axes.spines[['top', 'right']].set_visible(False)
         axes.label_outer()
@@ -104,7 +109,7 @@ def main(argv=None):
         sys.exit(f"error: there is no run of {', '.join(unknown)}; there are "
                  f"{', '.join(dict.fromkeys(arm for _, arm in found))}")
     draw_lines(
-        found, ratios, 1, xlabel='epoch', ylabel='gradient (RMS): side / origin, median of the layers', yscale='log',
+        found, ratios, 1, log=True, xlabel='epoch', ylabel='gradient (RMS): side / origin,\nmedian of the layers',
     ).savefig(folder / 'gradients.png')
     draw_lines(
         found, means, 0, xlabel='depth (layers from the input)', ylabel='cosine similarity of branches, mean',

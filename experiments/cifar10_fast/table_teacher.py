@@ -14,6 +14,8 @@ from network import PLAIN
 from table import head, load, paired
 from table_anneal import REFERENCES, against, draw_points, groups, joined, said, sort_out, taught, title, top1
 
+ASKED = [reference for reference in REFERENCES if reference[:2] in ((None, RESTARTS), (PLAIN, DESCENT))]
+
 
 def load_both(folder, other):
     """Of the folder with a teacher, settings and teachers, and the groups of each; ends if they do not belong together.
@@ -67,9 +69,9 @@ def markdown(settings, teachers, with_teacher, without):
     kinds = (('without', without), ('with', with_teacher))
     lines += [
         '', '## What the arm adds', '', 'Both without a teacher, or both with it.', '',
-        *head('form', 'arm', *(f'minus {name}, {kind}' for *_, name in REFERENCES for kind, _ in kinds))]
+        *head('form', 'arm', *(f'minus {name}, {kind}' for *_, name in ASKED for kind, _ in kinds))]
     for key in added:
-        cells = (said(against(group, key, reference)) for reference in REFERENCES for _, group in kinds)
+        cells = (said(against(group, key, reference)) for reference in ASKED for _, group in kinds)
         lines.append(joined([title(key[0]), key[1], *cells]))
     return '\n'.join(lines) + '\n'
 
