@@ -26,9 +26,9 @@ _logger = logging.getLogger(__name__)
 WORD_ARGS = frozenset("""
     aa amp_dtype clip_mode dataset device device_modules dist_bn eval_metric fuser gp input_img_mode input_key
     interpolation kd_distill_type kd_loss_type kd_model_name kd_token_distill_type lr_base_scale mixup_mode model
-    model_dtype model_kwargs naflex_loss_scale opt opt_kwargs remode restoration sched target_key torchcompile torchcompile_mode
-    train_crop_mode train_interpolation train_size_schedule train_split val_split variable_batch_loss_scale
-    worker_seeding
+    model_dtype model_kwargs naflex_loss_scale opt opt_kwargs remode restoration sched target_key torchcompile
+    torchcompile_mode train_crop_mode train_interpolation train_size_schedule train_split val_split
+    variable_batch_loss_scale worker_seeding
 """.split())
 # What train.py adds to its arguments for itself, once it runs.
 DERIVED_ARGS = frozenset(('distributed', 'local_rank', 'prefetcher', 'rank', 'world_size'))
