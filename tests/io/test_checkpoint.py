@@ -190,6 +190,16 @@ def test_a_run_does_not_say_where_else_weights_come_from(run_of, tmp_path):
     assert model_args_of(checkpoint, NAME, {}) == dict(num_classes=3, in_chans=1, drop_rate=0.1)
 
 
+def test_all_that_a_run_gave_its_model_is_kept(run_of):
+    """As train.py does: what it then is in training, too."""
+    given = dict(drop=0.2, drop_path=0.1, drop_block=0.3, bn_momentum=0.01, bn_eps=2e-3, gp='max')
+    kwargs = dict(
+        drop_rate=0.2, drop_path_rate=0.1, drop_block_rate=0.3, bn_momentum=0.01, bn_eps=2e-3, global_pool='max')
+    checkpoint = read_checkpoint(run_of(**given))
+    assert model_args_of(checkpoint, NAME, {}) == dict(num_classes=3, in_chans=1, **kwargs)
+    assert model_args_of(checkpoint, NAME, dict(drop_rate=0.5))['drop_rate'] == 0.5
+
+
 @pytest.mark.parametrize(('name', 'kwargs'), [
     ('resnet18', {}), ('repvgg_a0', {}), ('orepa_resnet18', dict(inference_mode=True)), ('dbb_resnet18', {})])
 def test_weights_tell_classes_and_channels(name, kwargs, tmp_path):
@@ -199,6 +209,20 @@ def test_weights_tell_classes_and_channels(name, kwargs, tmp_path):
     assert model_args_of(checkpoint, name, {}) == sizes
     assert model_args_of(checkpoint, name, dict(num_classes=3)) == dict(sizes, num_classes=3)
     assert model_args_of(checkpoint, 'no_such_model', {}) == {}
+
+
+@pytest.mark.parametrize(('name', 'kwargs'), [
+    ('orepa_resnet18_cifar', {}), ('dbb_resnet18_cifar', {}), ('orepa_repvgg_a0_cifar', {}), ('orepa_resnet18', {}),
+    ('repan_mobilenetv1_100', {}), *(
+        ('repan_resnet18_cifar', dict(rep_layer=layer)) for layer in ('orepa', 'dbb', 'acb', 'rep'))])
+@pytest.mark.parametrize('in_chans', [1, 4])
+def test_weights_in_training_form_tell_classes_and_channels(name, kwargs, in_chans, tmp_path):
+    sizes = dict(num_classes=7, in_chans=in_chans)
+    with torch.device('meta'):
+        shapes = timm.create_model(name, **sizes, **kwargs).state_dict()
+    weights = {key: torch.zeros(value.shape, dtype=value.dtype) for key, value in shapes.items()}
+    checkpoint = read_checkpoint(saved(weights, tmp_path / 'x.pth'))
+    assert model_args_of(checkpoint, name, kwargs) == {**sizes, **kwargs}
 
 
 def test_channels_of_the_input_size(run_of):

@@ -251,6 +251,10 @@ def test_timms_own_script_trains_in_time_steps_and_resumes(timm_scripts, photos,
     x = randn(2, 3, 16, 16, dtype=torch.float32)
     assert_near(stock(x), model(x), MODEL_RTOL[torch.float32])
 
+    # what is read of a checkpoint is what the run ended with: dropout, momentum of norms
+    timm_rep.save(load_training_form(folder / 'last.pth.tar'), tmp_path / 'last.safetensors')
+    assert (tmp_path / 'last.safetensors').read_bytes() == (folder / 'time_step-2.safetensors').read_bytes()
+
     updates = 1 if variant == 'mixed_precision' else 2  # of an epoch
     (tmp_path / 'again').mkdir()
     optimizer = dict(linear='AdamW').get(variant, 'SGD')
