@@ -12,9 +12,9 @@ import safetensors.torch
 import timm
 import torch
 import yaml
-from helpers import randomize_
+from helpers import assert_same_state, randomize_
 
-from timm_rep import VerificationError
+from timm_rep import UserError, VerificationError, export_folder
 from timm_rep.io.checkpoint import model_args_of, read_checkpoint
 from timm_rep.io.output import new_output
 from timm_rep.io.weights import load_training_form, save_weights
@@ -182,6 +182,19 @@ def test_strange_args_yaml(model, tmp_path):
         (tmp_path / 'args.yaml').write_bytes(content)
         with pytest.raises(ValueError, match=r'args\.yaml is not a YAML file'):
             read_checkpoint(path)
+
+
+def test_a_run_of_a_model_that_a_folder_describes(model, run_of, tmp_path):
+    folder = tmp_path / 'exported.train'
+    export_folder(model, tmp_path / 'exported', training_folder=folder)
+    for source in ('local-dir:', 'LOCAL-DIR:'):
+        path = run_of(model=f'{source}{folder}')
+        assert_same_state(load_training_form(path).state_dict(), model.state_dict())
+    with pytest.raises(UserError, match='local-dir:nowhere cannot be looked up, name its architecture: .*config.json'):
+        load_training_form(run_of(model='local-dir:nowhere'))
+    for unknown in ('s3:x', 'local-dir', 'no_such_model', 'timm/resnet18'):
+        with pytest.raises(UserError, match='unknown model'):
+            load_training_form(run_of(model=unknown))
 
 
 def test_a_run_does_not_say_where_else_weights_come_from(run_of, tmp_path):
