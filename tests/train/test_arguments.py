@@ -91,13 +91,19 @@ def test_dbb_is_not_both_compiled_and_checkpointed():
 
 @pytest.mark.parametrize(('content', 'message'), [
     ('time_steps: 2.5\n', '--time-steps takes a whole number, got 2.5'),
+    ('experiment: 5\n', '--experiment takes a text, got 5'),
+    ('model: [a]\n', "--model takes a text, got ['a']"),
+    ('initial_checkpoint: {a: 1}\n', "--initial-checkpoint takes a text, got {'a': 1}"),
+    ('warmup_epochs: [1]\n', '--warmup-epochs takes a number, got [1]'),
+    ('seed: 1.5\n', '--seed takes a whole number, got 1.5'),
+    ('model_kwargs: 3\n', '--model-kwargs takes names and values, got 3'),
     ('time_steps: [2\n', 'recipe.yaml cannot be read as a YAML file'),
     ('- 2\n', 'recipe.yaml must hold options and their values'),
 ])
 def test_bad_config_files(scripts, tmp_path, refusal, content, message):
     (tmp_path / 'recipe.yaml').write_text(content)
     for option in ('--config', '--recipe'):
-        assert message in refusal(arguments(scripts, option, 'recipe.yaml')[2:])
+        assert message in refusal(['--timm-scripts', scripts, option, 'recipe.yaml'])
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
 """timm's training in time steps: what a run leaves, what happens around an epoch, and timm's own script."""
 import argparse
+import os
 import re
 import signal
+import threading
 
 import pytest
 import safetensors.torch
@@ -116,6 +118,16 @@ def test_options_come_from_a_file(scripts, tmp_path):
     assert code == 0, log
     last = [weights_of(tmp_path / f'output/train/{name}/last.pth.tar') for name in ('run', 'again')]
     assert_same_state(*last)
+
+
+def test_options_come_from_a_pipe(scripts, tmp_path):
+    """As by `--config <(...)`, which can be read once."""
+    options = dict(model='test_resnet', epochs=2, warmup_epochs=0, experiment='run', lr=0.02)
+    os.mkfifo(tmp_path / 'pipe')
+    threading.Thread(target=(tmp_path / 'pipe').write_text, args=[yaml.safe_dump(options)], daemon=True).start()
+    code, log = run(tmp_path, ['--timm-scripts', scripts, '--config', 'pipe', '--epochs', 1])
+    assert code == 0, log
+    assert [float(row['lr']) for row in rows(tmp_path / 'output/train/run/summary.csv')] == [0.02]
 
 
 # Epoch by epoch, in this process
