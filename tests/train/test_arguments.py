@@ -113,6 +113,12 @@ def test_dbb_is_not_both_compiled_and_checkpointed():
 
 @pytest.mark.parametrize(('content', 'message'), [
     ('time_steps: 2.5\n', '--time-steps takes a whole number, got 2.5'),
+    ('experiment: 5\n', '--experiment takes a text, got 5'),
+    ('model: [a]\n', "--model takes a text, got ['a']"),
+    ('initial_checkpoint: {a: 1}\n', "--initial-checkpoint takes a text, got {'a': 1}"),
+    ('warmup_epochs: [1]\n', '--warmup-epochs takes a number, got [1]'),
+    ('seed: 1.5\n', '--seed takes a whole number, got 1.5'),
+    ('model_kwargs: 3\n', '--model-kwargs takes names and values, got 3'),
     ('time_steps: [2\n', 'recipe.yaml cannot be read as a YAML file'),
     ('side_gain: [0]\n', '--side-gain takes a number, got [0]'),
     ('side_gain: .inf\n', 'side_gain must be a finite number, got inf'),
@@ -123,7 +129,7 @@ def test_dbb_is_not_both_compiled_and_checkpointed():
 def test_bad_config_files(scripts, tmp_path, refusal, content, message):
     (tmp_path / 'recipe.yaml').write_text(content)
     for option in ('--config', '--recipe'):
-        assert message in refusal(arguments(scripts, option, 'recipe.yaml')[2:])
+        assert message in refusal(['--timm-scripts', scripts, option, 'recipe.yaml'])
 
 
 @pytest.fixture
@@ -190,8 +196,10 @@ def resume(tmp_path):
 
 
 def test_whatever_shapes_the_training_must_agree(known, resume):
-    allowed = {name for name in known if resume(known, {**known, name: 'other'}) is None}
-    assert allowed == MAY_CHANGE & known.keys()
+    known = {**known, 'lr': 0.1, 'lr_cycle_limit': 2}  # a rate that nobody left open, and restarts
+    for beside in (None, {**known, **dict.fromkeys(known, 'other')}):  # what only args.yaml holds was not trained
+        allowed = {name for name in known if resume(known, {**known, name: 'other'}, beside) is None}
+        assert allowed == MAY_CHANGE & known.keys()
     assert not allowed & set(SHAPING)
     assert set(SHAPING) <= known.keys()
     said = resume({**known, 'lr': 0.1, 'aa': 'other'}, {**known, 'lr': 0.2})
@@ -207,6 +215,23 @@ def test_what_timm_decides_itself_is_taken_over_where_it_is_left_open(known, res
     assert resume(ran, known, beside={**known, 'lr': 0.05}) is None
     assert resume(ran, known) is None
     assert '--num-classes 10 (here 7)' in resume(ran, {**known, 'num_classes': 7})
+    for name, value in dict(lr=0.5, lr_base_scale='sqrt', num_classes=7).items():
+        assert f' {value})' in resume(ran, {**known, name: value}, beside={**known, name: value})
+    assert resume(ran, {**known, 'lr': 0.0}, beside={**known, 'lr': 0.0}) is None  # which is left open, too
+    assert '--num-classes 10 (here 0)' in resume(ran, {**known, 'num_classes': 0})
+
+
+def test_what_does_nothing_need_not_agree(known, resume):
+    changes = [
+        (dict(grad_accum_steps=1), dict(grad_accum_steps=0)),
+        (dict(sync_bn=True, dist_bn=''), dict(sync_bn=True, dist_bn='reduce')),
+        (dict(lr_cycle_decay=0.5), dict(lr_cycle_decay=1.0)),  # timm's default and the wrapper's
+    ]
+    for there, here in changes:
+        assert resume({**known, **there}, {**known, **here}) is None
+    restarts = dict(lr_cycle_limit=2)
+    for there, here in (changes[2], (dict(grad_accum_steps=1), dict(grad_accum_steps=2)), (changes[1][0], {})):
+        assert 'is of a run with' in resume({**known, **restarts, **there}, {**known, **restarts, **here})
 
 
 def test_a_run_without_the_wrapper_goes_on_without_its_options(known, resume):

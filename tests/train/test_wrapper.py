@@ -1,7 +1,9 @@
 """timm's training in time steps: what a run leaves, what happens around an epoch, and timm's own script."""
 import argparse
+import os
 import re
 import signal
+import threading
 
 import pytest
 import safetensors.torch
@@ -116,6 +118,16 @@ def test_options_come_from_a_file(scripts, tmp_path):
     assert code == 0, log
     last = [weights_of(tmp_path / f'output/train/{name}/last.pth.tar') for name in ('run', 'again')]
     assert_same_state(*last)
+
+
+def test_options_come_from_a_pipe(scripts, tmp_path):
+    """As by `--config <(...)`, which can be read once."""
+    options = dict(model='test_resnet', epochs=2, warmup_epochs=0, experiment='run', lr=0.02)
+    os.mkfifo(tmp_path / 'pipe')
+    threading.Thread(target=(tmp_path / 'pipe').write_text, args=[yaml.safe_dump(options)], daemon=True).start()
+    code, log = run(tmp_path, ['--timm-scripts', scripts, '--config', 'pipe', '--epochs', 1])
+    assert code == 0, log
+    assert [float(row['lr']) for row in rows(tmp_path / 'output/train/run/summary.csv')] == [0.02]
 
 
 # Epoch by epoch, in this process
@@ -309,6 +321,10 @@ def test_timms_own_script_trains_in_time_steps_and_resumes(timm_scripts, photos,
     stock.load_state_dict(safetensors.torch.load_file(folder / 'time_step-2-stock.safetensors'))
     x = randn(2, 3, 16, 16, dtype=torch.float32)
     assert_near(stock(x), model(x), MODEL_RTOL[torch.float32])
+
+    # what is read of a checkpoint is what the run ended with: dropout, momentum of norms
+    timm_rep.save(load_training_form(folder / 'last.pth.tar'), tmp_path / 'last.safetensors')
+    assert (tmp_path / 'last.safetensors').read_bytes() == (folder / 'time_step-2.safetensors').read_bytes()
 
     updates = 1 if variant == 'mixed_precision' else 2  # of an epoch
     (tmp_path / 'again').mkdir()

@@ -25,6 +25,12 @@ OTHER_CROPS = dict(
     no_aug=False, train_crop_mode=None, scale=[0.08, 1.0], ratio=[3 / 4, 4 / 3], aug_splits=0, train_img_sizes=None,
     naflex_loader=False, use_multi_epochs_loader=False)
 START_FILES = ('initial_checkpoint', 'pretrained_path')  # that weights to start from may be in
+KINDS = (
+    ('time_steps attach_warmup_epochs epochs start_epoch seed lr_cycle_limit', (int,), 'a whole number'),
+    ('warmup_epochs cooldown_epochs lr_cycle_mul lr_cycle_decay side_gain', (int, float), 'a number'),
+    ('model experiment output resume sched initial_checkpoint pretrained_path', (str,), 'a text'),
+    ('model_kwargs', (dict,), 'names and values'),
+)
 DEFAULT_OUTPUT = './output/train'  # timm's
 RECIPES = Path(__file__).with_name('recipes')
 
@@ -144,6 +150,15 @@ def _check_restarts(args: argparse.Namespace, schedule: AnnealingSchedule) -> No
             )
 
 
+def _check_kinds(args: argparse.Namespace) -> None:
+    """Refuse values that are no kind of what is worked with here: a config file may hold anything."""
+    for names, kinds, words in KINDS:
+        for name in names.split():
+            value = getattr(args, name, None)
+            if not isinstance(value, (*kinds, type(None))):
+                raise UserError(f'--{name.replace("_", "-")} takes {words}, got {value!r}')
+
+
 def complete_schedule(args: argparse.Namespace) -> AnnealingSchedule:
     """The time steps that the arguments ask for; timm's restarts are set to them.
 
@@ -156,11 +171,7 @@ def complete_schedule(args: argparse.Namespace) -> AnnealingSchedule:
     Raises:
         UserError: For arguments that do not go together.
     """
-    for name in ('time_steps', 'attach_warmup_epochs', 'epochs'):  # a config file may hold anything
-        if not isinstance(getattr(args, name), (int, type(None))):
-            raise UserError(f'--{name.replace("_", "-")} takes a whole number, got {getattr(args, name)!r}')
-    if not isinstance(args.side_gain, (int, float)):
-        raise UserError(f'--side-gain takes a number, got {args.side_gain!r}')
+    _check_kinds(args)
     check_restoration(args.restoration, args.side_gain)
     if args.attach_warmup_epochs is None:
         args.attach_warmup_epochs = args.epochs // 6 if args.time_steps > 1 else 0

@@ -141,15 +141,14 @@ def _own_parser(prog: str) -> argparse.ArgumentParser:
 
 
 def _with_recipe(script: Any, argv: List[str], recipe: Optional[str]) -> List[str]:
-    """Hand a recipe to timm as a config file, and check the one that is given, before timm opens it."""
+    """Give timm's parser the options of a recipe or a config file, which is read once: it may be a pipe."""
     config = script.config_parser.parse_known_args(argv)[0].config
     if recipe and config:
         raise UserError(f'--recipe {recipe} and --config {config} are both files of options; give one of them')
     if not (recipe or config):
         return argv
-    path = recipe_file(recipe) if recipe else Path(config)
-    read_options(path)
-    return ['--config', str(path), *argv] if recipe else argv
+    script.parser.set_defaults(**read_options(recipe_file(recipe) if recipe else Path(config)))
+    return [*argv, '--config', '']
 
 
 def _train(argv: Sequence[str], prog: str) -> None:
