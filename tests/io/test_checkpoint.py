@@ -190,7 +190,7 @@ def test_a_run_of_a_model_that_a_folder_describes(model, run_of, tmp_path):
     for source in ('local-dir:', 'LOCAL-DIR:'):
         path = run_of(model=f'{source}{folder}')
         assert_same_state(load_training_form(path).state_dict(), model.state_dict())
-    with pytest.raises(UserError, match=r'local-dir:nowhere cannot be looked up, name its architecture: .*config\.json'):
+    with pytest.raises(UserError, match=r'local-dir:nowhere cannot be looked up, name its architecture'):
         load_training_form(run_of(model='local-dir:nowhere'))
     for unknown in ('s3:x', 'local-dir', 'no_such_model', 'timm/resnet18'):
         with pytest.raises(UserError, match='unknown model'):
