@@ -53,7 +53,7 @@ import timm_rep
 
 TOLERANCE = 1e-6
 RATES = (0.0, 0.5, 1.0)
-STEPS = 20
+STEPS, STEPS_AT_FULL_LR = 20, 5
 # Other transitions of ours, for their training loss: no rule of the authors is among them.
 OTHERS = {
     'measured': dict(restoration='measured'),
@@ -63,9 +63,10 @@ NOTES = """\
 - Differences are the largest of both networks, over the authors' largest value: of losses one by one, of tensors over
   all parameters and running statistics of a network, each by itself.
 - "eval" is how far the authors' outputs in eval mode at attach rate 0 are from those before the transition.
-- Steps: twenty of SGD without momentum at the authors' learning rate, weight decay, groups and clipping, at attach rate
-  1, where their first epoch runs, and at 1/2. In RepVGG for small images the origin stands still in them; at 1/2 our
-  Annealer sees to it, and to the whole transition, in every network.
+- Steps: SGD without momentum, with the authors' weight decay, groups and clipping, at attach rate 1, where their first
+  epoch runs, and at 1/2: the first five at their learning rate, and twenty at theirs times batch / 128 (at theirs the
+  loss explodes with such batches, and rounding with it). In RepVGG for small images the origin stands still in them; at
+  1/2 our Annealer sees to it, and to the whole transition, in every network.
 - Loss in training mode, on one batch that training has not seen. "gain 1" and "gain kept" are the authors' two rules,
   of which each network has one; the others are ours. "plain pairs restored" is the authors' rule with
   `ConvBN.inversion` called as well: their code has this method, folds plain convolutions and norms, and never calls it.
@@ -134,7 +135,7 @@ class Transition:
             eval_of_theirs=relative_difference(eval_after, eval_before),
             eval_difference=relative_difference(evaluated(ours, self.held_out), eval_after),
             losses=self.losses(ours),
-            steps={str(rate): self.steps(rate) for rate in (1.0, 0.5)},
+            steps=self.all_steps(),
         )
         result['other_losses'] = self.other_losses()
         return result
@@ -170,34 +171,43 @@ class Transition:
                 found['plain pairs restored'].append(training_loss(twin, self.held_out))
         return found
 
-    def annealed(self, theirs):
+    def all_steps(self):
+        scaled = self.procedure.scaled()
+        return {
+            'first at 1': self.steps(1.0, self.procedure, STEPS_AT_FULL_LR),
+            'at 1': self.steps(1.0, scaled, STEPS),
+            'at 1/2': self.steps(0.5, scaled, STEPS),
+        }
+
+    def annealed(self, theirs, procedure):
         """Our network in the hands of our Annealer, in an epoch at attach rate one half, and its trainer."""
         ours = self.ours()
-        trainer = trainer_of_ours(ours, theirs, self.names, self.procedure)
+        trainer = trainer_of_ours(ours, theirs, self.names, procedure)
         annealer = timm_rep.Annealer(
             ours, trainer.optimizer, timm_rep.AnnealingSchedule(time_steps=2, epochs=2, warmup_epochs=1),
-            restoration=self.procedure.restoration, freeze_origin=self.procedure.freezes)
+            restoration=procedure.restoration, freeze_origin=procedure.freezes)
         if annealer.begin_epoch(2).attach_rate != 0.5:
             raise ValueError('this epoch should be at half the rate')
         take_drawn_(ours, theirs, self.names)
         return ours, trainer
 
-    def steps(self, rate):
+    def steps(self, rate, procedure, count):
         """Losses of both and how far the tensors are apart after the steps."""
         theirs = copy.deepcopy(self.after)
         theirs.set_attach_rate(rate)
         if rate == 1.0:
             ours, _ = self.ours_after(rate)
-            freeze = (lambda: drop_origin_gradients(ours)) if self.procedure.freezes else None
-            our_trainer = trainer_of_ours(ours, theirs, self.names, self.procedure, freeze)
+            freeze = (lambda: drop_origin_gradients(ours)) if procedure.freezes else None
+            our_trainer = trainer_of_ours(ours, theirs, self.names, procedure, freeze)
         else:
-            ours, our_trainer = self.annealed(theirs)
-        their_trainer = trainer_of_theirs(theirs, self.procedure)
-        numbers = range(2 * 10 ** 6, 2 * 10 ** 6 + STEPS)
+            ours, our_trainer = self.annealed(theirs, procedure)
+        their_trainer = trainer_of_theirs(theirs, procedure)
+        numbers = range(2 * 10 ** 6, 2 * 10 ** 6 + count)
         losses = [[trainer.step(self.batches(n)) for n in numbers] for trainer in (their_trainer, our_trainer)]
         frozen = [name for name, value in theirs.state_dict().items()
                   if re.search(r'conv_3\.weight$', name) and torch.equal(value, self.after.state_dict()[name])]
         return dict(
+            lr=procedure.lr,
             theirs=losses[0], ours=losses[1],
             difference=max(abs(a - b) / abs(b) for a, b in zip(losses[1], losses[0])),
             tensors=largest(tensor_differences(ours, theirs, self.names)),
@@ -244,8 +254,9 @@ def row_of(cells):
 
 
 def difference_table(results):
-    header = ['network of RepAn', 'restoration', 'tensors', 'loss', 'eval', 'steps at 1: loss', 'tensors',
-              'steps at 1/2: loss', 'tensors']
+    header = ['network of RepAn', 'restoration', 'tensors', 'loss', 'eval']
+    for when in next(iter(results.values()))['steps']:
+        header += [f'steps {when}: loss', 'tensors']
     lines = [row_of(header), '|---|---|' + '--:|' * (len(header) - 2)]
     for name, result in results.items():
         loss = max(abs(row['ours'] - row['theirs']) / abs(row['theirs']) for row in result['losses'])
