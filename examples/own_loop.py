@@ -47,11 +47,11 @@ def create_loaders(train_set, eval_set, data_config, batch_size, device, workers
     return train_loader, create_loader(eval_set, batch_size=batch_size, **common)
 
 
-def create_annealer(model, *, epochs, time_steps=1, attach_warmup_epochs=0, lr=0.1, weight_decay=1e-4, seed=0):
+def create_annealer(model, *, epochs, time_steps=1, attach_warmup_epochs=0, lr=0.1, weight_decay=1e-4, **options):
     """An optimizer, and the annealer around it; of a single time step without warm-up it leaves any model alone."""
     optimizer = create_optimizer_v2(model, opt='sgd', lr=lr, momentum=0.9, weight_decay=weight_decay)
     schedule = timm_rep.AnnealingSchedule(time_steps, epochs, attach_warmup_epochs)
-    return timm_rep.Annealer(model, optimizer, schedule, seed=seed)
+    return timm_rep.Annealer(model, optimizer, schedule, **options)
 
 
 @torch.no_grad()
@@ -126,6 +126,8 @@ def parse_args():
     parser.add_argument('--time-steps', type=int, default=1, help='more than one is for models with rep layers')
     parser.add_argument(
         '--attach-warmup-epochs', type=int, default=0, help='of each time step, until side branches count in full')
+    parser.add_argument(
+        '--freeze-origin', action='store_true', help='folded kernels stand still until side branches count in full')
     parser.add_argument('--batch-size', type=int, default=64)
     parser.add_argument('--lr', type=float, default=0.05)
     parser.add_argument('--workers', type=int, default=2)
@@ -153,7 +155,7 @@ def main():
         model = timm.create_model(args.model, num_classes=len(classes)).to(device)
         annealer = create_annealer(
             model, epochs=args.epochs, time_steps=args.time_steps, attach_warmup_epochs=args.attach_warmup_epochs,
-            lr=args.lr, seed=args.seed)
+            lr=args.lr, seed=args.seed, freeze_origin=args.freeze_origin)
     except (FileNotFoundError, timm_rep.UserError) as e:
         parser.error(str(e))
     if args.resume:

@@ -134,7 +134,7 @@ def _arm(point, count, folder, optimizer):
     _patch(owner, name, count, **when)
 
 
-def _child(argv, cwd, point, count, folder, optimizer):
+def _child(argv, cwd, point, count, folder, optimizer, prepare):
     os.setsid()  # a group of its own, with all that it starts
     os.chdir(cwd)
     log = os.open('log.txt', os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -144,9 +144,36 @@ def _child(argv, cwd, point, count, folder, optimizer):
 
     from timm_rep.train import main
     torch.set_num_threads(1)
+    if prepare is not None:
+        prepare()
     if point is not None:
         _arm(point, count, folder, optimizer)
     main(argv, prog='train.py')
+
+
+def start(cwd, argv, point=None, count=1, folder='output/train/run', optimizer='SGD', prepare=None):
+    """Start the wrapper in a process that will go to its end, or to the point where it dies; ``finish`` waits for it.
+
+    Args:
+        prepare: Called first, in that process.
+    """
+    process = CONTEXT.Process(
+        target=_child, args=([str(a) for a in argv], str(cwd), point, count, folder, optimizer, prepare))
+    process.start()
+    return process
+
+
+def finish(process, cwd):
+    """Exit code of a process, and what was printed."""
+    process.join(TIMEOUT)
+    timed_out = process.is_alive()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # workers that would wait for a killed process forever
+    log = Path(cwd) / 'log.txt'
+    said = log.read_text() if log.exists() else ''
+    if timed_out:
+        raise TimeoutError(f'the run did not end in {TIMEOUT} s: {said[-2000:]}')
+    return process.exitcode, said
 
 
 def run(cwd, argv, point=None, count=1, folder='output/train/run', optimizer='SGD'):
@@ -155,13 +182,4 @@ def run(cwd, argv, point=None, count=1, folder='output/train/run', optimizer='SG
     Returns:
         Exit code, and what was printed.
     """
-    process = CONTEXT.Process(target=_child, args=([str(a) for a in argv], str(cwd), point, count, folder, optimizer))
-    process.start()
-    process.join(TIMEOUT)
-    timed_out = process.is_alive()
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # workers that would wait for a killed process forever
-    if timed_out:
-        raise TimeoutError(f'the run did not end in {TIMEOUT} s')
-    log = Path(cwd) / 'log.txt'
-    return process.exitcode, log.read_text() if log.exists() else ''
+    return finish(start(cwd, argv, point, count, folder, optimizer), cwd)

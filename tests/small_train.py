@@ -21,6 +21,7 @@ config_parser.add_argument('-c', '--config', default='')
 parser = argparse.ArgumentParser(description='Stand-in training')
 for option, default in dict(
         model='resnet50', resume='', output='', experiment='', initial_checkpoint='', sched='cosine', opt='momentum',
+        dataset='', val_split='validation', eval_metric='top1',
 ).items():
     parser.add_argument(f'--{option.replace("_", "-")}', default=default)
 for option, default in dict(
@@ -53,6 +54,10 @@ def images(seed, count):
         torch.randn(count, 3, 8, 8, generator=generator) + targets.reshape(-1, 1, 1, 1), targets)
 
 
+def create_loader(dataset, batch_size, is_training=False):
+    return torch.utils.data.DataLoader(dataset, batch_size=batch_size, shuffle=is_training)
+
+
 def main():
     utils.setup_default_logging()
     args, args_text = _parse_args()
@@ -68,8 +73,8 @@ def main():
         model_ema = utils.ModelEmaV3(model, decay=args.model_ema_decay)
         if args.resume:
             load_checkpoint(model_ema.module, args.resume, use_ema=True)
-    loader = torch.utils.data.DataLoader(images(0, 20), batch_size=8, shuffle=True)
-    eval_loader = torch.utils.data.DataLoader(images(1, 10), batch_size=10)
+    loader = create_loader(images(0, 20), batch_size=8, is_training=True)
+    eval_loader = create_loader(images(1, 10), batch_size=10)
 
     output_dir = utils.get_outdir(args.output or './output/train', args.experiment or 'unnamed')
     saver = utils.CheckpointSaver(

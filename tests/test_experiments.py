@@ -12,198 +12,17 @@ import torch
 from PIL import Image
 
 import timm_rep
-from timm_rep.core.walk import annealed_modules
 
-SCRIPT = Path(timm_rep.__file__).parents[1] / 'experiments' / 'cifar10' / 'run.py'
-pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason='the experiments are in a checkout only')
-SETTINGS = ['--time-steps', '2', '--epochs', '2', '--attach-warmup-epochs', '1', '--batch-size', '4', '--device', 'cpu']
-
-
-def load_script(path):
-    spec = importlib.util.spec_from_file_location(f'cifar10_{path.stem}', path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope='module')
-def experiment():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(SCRIPT.parent)
-        yield load_script(SCRIPT)
-
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('images')
-    random = np.random.default_rng(0)
-    for split, count in (('train', 5), ('test', 2)):
-        for name in ('cat', 'dog'):
-            (folder / split / name).mkdir(parents=True)
-            for number in range(count):
-                image = random.integers(256, size=(8, 8, 3), dtype=np.uint8)
-                Image.fromarray(image).save(folder / split / name / f'{number}.png')
-    return folder
-
-
-@pytest.fixture(scope='module')
-def output(experiment, data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp('results') / 'small'
-    experiment.main(['--data', str(data), '--output', str(folder), *SETTINGS, '--seeds', '0', '--warmup-sweep', '0'])
-    return folder
+FAST = Path(timm_rep.__file__).parents[1] / 'experiments' / 'cifar10_fast'
+pytestmark = pytest.mark.skipif(not FAST.exists(), reason='the experiments are in a checkout only')
+FAST_MODULES = (
+    'common', 'data', 'network', 'training', 'teacher', 'arms', 'run', 'table', 'anneal', 'table_anneal',
+    'table_teacher', 'figures')
+FAST_SETTINGS = ['--epochs', '2', '--batch-size', '8', '--set-aside', '8', '--rates', '0.1', '0.2', '--few']
 
 
 def load(path):
     return json.loads(path.read_text())
-
-
-def test_methods_share_epochs_and_fused_architecture(experiment, output):
-    runs = [load(path) for path in output.glob('*-seed0.json')]
-    assert {run['method'] for run in runs} == set(experiment.METHODS)
-    assert {len(run['epochs']) for run in runs} == {4}
-    assert len({json.dumps(run['fused_shapes']) for run in runs}) == 1
-    plain = experiment.build_plain('repvgg_a1', 2)
-    assert {run['fused_parameters'] for run in runs} == {sum(p.numel() for p in experiment.fused(plain).parameters())}
-    for run in runs:
-        assert run['fused_difference'] < 1e-4
-        assert run['final_top1'] == run['epochs'][-1]['eval_top1'] <= run['best_top1']
-        method = experiment.METHODS[run['method']]
-        rates = [row['attach_rate'] for row in run['epochs']]
-        warm = [0.5, 1.0] if run['attach_warmup_epochs'] == 1 else [1.0, 1.0]
-        assert rates == (2 * warm if method.annealed else [None] * 4)
-        lrs = [row['lr'] for row in run['epochs']]
-        assert lrs[0] == 0.1
-        assert (lrs[2] == 0.1) == method.restarts
-    # the sweep is of annealed methods only
-    annealed = [name for name, method in experiment.METHODS.items() if method.annealed]
-    assert {path.name for path in output.glob('*-warmup*.json')} == {
-        f'{name}-warmup{n}-seed0.json' for name in annealed for n in (0, 1)}
-    table = (output / 'results.md').read_text()
-    assert all(f'| {method.label} |' in table for method in experiment.METHODS.values())
-    assert '10 training and 4 test images of 2 classes, 4 epochs for every method' in table
-
-
-@pytest.mark.parametrize('method', ['repan_rep_implied', 'rep'])
-def test_annealed_methods_are_annealed(experiment, method):
-    settings = dict(
-        network='repvgg_a1', time_steps=2, epochs=2, lr=0.1, weight_decay=0.0, amp=False, channels_last=False,
-        data=dict(classes=2))
-    training = experiment.Training(method, 0, 1, settings, steps=1, device=torch.device('cpu'))
-    images = sys.modules['images'].Images(torch.zeros(4, 8, 8, 3, dtype=torch.uint8), torch.arange(4) % 2)
-    seen = []
-    for epoch in range(4):
-        row = training.epoch(epoch, [(torch.randn(4, 3, 8, 8), images.targets)], images)
-        states = {(module.attach_rate.item(), int(module.time_step)) for _, module in annealed_modules(training.model)}
-        seen.append((row['attach_rate'], states))
-    if method == 'rep':
-        assert seen == [(None, set())] * 4
-    else:
-        assert seen == [(rate, {(rate, step)}) for step in (0, 1) for rate in (0.5, 1.0)]
-        assert training.annealer.imply_statistics
-
-
-def test_finished_runs_are_not_run_again(experiment, data, output, capsys):
-    before = {path: path.stat().st_mtime_ns for path in output.glob('*.json')}
-    lost = output / 'plain-seed0.json'
-    found = load(lost)
-    lost.unlink()
-    experiment.main(
-        ['--data', str(data), '--output', str(output), *SETTINGS, '--methods', 'plain', 'orepa', '--seeds', '0', '1'])
-    printed = capsys.readouterr().out
-    assert 'orepa-seed0: done already' in printed
-    assert 'plain-seed0: epoch 4/4' in printed
-    assert all(path.stat().st_mtime_ns == time for path, time in before.items() if path != lost)
-    again = load(lost)
-    assert [row['train_loss'] for row in again['epochs']] == [row['train_loss'] for row in found['epochs']]
-    assert (output / 'orepa-seed1.json').exists()
-    assert '±' in (output / 'results.md').read_text()  # two seeds
-
-
-def test_results_of_other_settings_are_left_alone(experiment, data, output, tmp_path):
-    before = {path.name: path.read_bytes() for path in output.iterdir()}
-    base = ['--data', str(data), '--output', str(output), '--methods', 'plain', *SETTINGS]
-    for change, named in (
-        (['--lr', '0.2'], r'lr is 0\.1 there and 0\.2 here'),
-        (['--time-steps', '1'], 'time_steps is 2 there and 1 here'),
-        (['--images', '8'], 'data is'),
-    ):
-        with pytest.raises(SystemExit, match=f'holds runs of other settings.*{named}'):
-            experiment.main([*base, *change])
-    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
-    (tmp_path / 'mine').write_text('mine')
-    with pytest.raises(SystemExit, match='holds something else'):
-        experiment.main(['--data', str(data), '--output', str(tmp_path), *SETTINGS])
-    assert [path.name for path in tmp_path.iterdir()] == ['mine']
-
-
-@pytest.mark.parametrize(('change', 'named'), [
-    (['--attach-warmup-epochs', '2'], 'must warm up in less than the 2 epochs'),
-    (['--warmup-sweep', '0', '3'], 'must warm up in less than the 2 epochs'),
-    (['--data', 'nowhere'], 'nowhere has no folder train'),
-    (['--images', '7'], '7 images of train cannot be the same number of each of 2 classes'),
-    (['--images', '12'], 'has 5 images, 6 are asked for'),
-    (['--batch-size', '11'], 'do not fill a batch of 11'),
-])
-def test_what_cannot_work_is_refused(experiment, data, tmp_path, capsys, change, named):
-    with pytest.raises(SystemExit) as exit_info:
-        experiment.main(['--data', str(data), '--output', str(tmp_path / 'out'), *SETTINGS, *change])
-    assert named in f'{exit_info.value} {capsys.readouterr().err}'
-    assert not (tmp_path / 'out').exists()
-
-
-def test_resnets_share_the_fused_architecture(experiment):
-    forms = {(method.branches, method.annealed): name for name, method in experiment.METHODS.items()}
-    assert len(forms) == 6
-    shapes = set()
-    for name in forms.values():
-        model = experiment.fused(experiment.build_model('resnet18', name, 10).eval())
-        shapes.add(json.dumps({key: list(tensor.shape) for key, tensor in model.state_dict().items()}))
-    assert len(shapes) == 1
-
-
-def test_measured_statistics_keep_the_function(experiment, monkeypatch):
-    monkeypatch.setitem(sys.modules, 'run', experiment)
-    transition = load_script(SCRIPT.with_name('transition.py'))
-    model = experiment.build_model('repvgg_a1', 'repan_rep', 10)
-    x, targets = torch.randn(8, 3, 8, 8), torch.arange(8)
-    with torch.no_grad():
-        model.train()(x)
-    timm_rep.begin_time_step(model)
-    kept, kept_training = transition.losses(model, 0.0, [(x, targets)])
-    transition.measure_statistics_(model, x)
-    measured, measured_training = transition.losses(model, 0.0, [(x, targets)])
-    assert measured == pytest.approx(kept, rel=1e-4)
-    assert measured_training == pytest.approx(kept, rel=1e-4)  # on the batch of the statistics
-    assert abs(kept_training - kept) > 10 * abs(measured_training - kept)
-
-
-def test_augmented_images_are_crops_and_mirror_images(experiment):
-    pixels = torch.arange(36 * 3, dtype=torch.uint8).reshape(1, 6, 6, 3)
-    source = sys.modules['images']
-    padding = source.CROP_PADDING
-    padded = torch.nn.functional.pad(pixels, (0, 0, padding, padding, padding, padding))
-    allowed = {
-        crop.numpy().tobytes()
-        for top in range(2 * padding + 1) for left in range(2 * padding + 1)
-        for image in [source.normalized(padded[:, top:top + 6, left:left + 6], False)]
-        for crop in (image, image.flip(3).contiguous())
-    }
-    images = source.Images(padded.expand(40, -1, -1, -1), torch.arange(40))
-    generator = torch.Generator().manual_seed(0)
-    batches = list(source.train_batches(images, 12, generator, channels_last=False))
-    assert [len(targets) for _, targets in batches] == [12, 12, 12]  # the rest is dropped
-    assert len(set(torch.cat([targets for _, targets in batches]).tolist())) == 36
-    crops = {image.numpy().tobytes() for x, _ in batches for image in x}
-    assert crops <= allowed
-    assert len(crops) > 10
-
-
-# cifar10_fast
-
-FAST = SCRIPT.parents[1] / 'cifar10_fast'
-FAST_MODULES = (
-    'common', 'data', 'network', 'training', 'arms', 'run', 'table', 'anneal', 'table_anneal')
-FAST_SETTINGS = ['--epochs', '2', '--batch-size', '8', '--set-aside', '8', '--rates', '0.1', '0.2', '--few']
 
 
 @pytest.fixture(scope='module')
@@ -452,6 +271,8 @@ def test_arms_go_on_from_one_start_and_repeat_exactly(fast, anneal, small_images
         assert run['fused_difference'] < 1e-4
     logged = next(run for run in arms.values() if run['arm'] == 'measured0' and run['seed'] == 0)
     assert {(row['depth'], len(row['rms'])) for row in logged['branch_gradients']} == {(n, 4) for n in range(6)}
+    (frozen,) = (run for run in arms.values() if run['arm'] == 'authors-frozen')
+    assert {len(row['rms']) for row in frozen['branch_gradients'] if row['branch'] == 'origin'} == {4}
     assert [row['depth'] for row in logged['branch_similarity']] == list(range(6))
     assert all(-1 <= row['mean'] <= 1 for row in logged['branch_similarity'])
 
@@ -482,6 +303,11 @@ def test_arms_go_on_from_one_start_and_repeat_exactly(fast, anneal, small_images
     table = (output / 'results.md').read_text()
     assert '| REP | authors-frozen | ' in table
     assert (output / 'results.png').stat().st_size > 1000
+    fast.figures.main([str(output), 'authors-frozen'])
+    drawn = {path.name for path in output.glob('*.png')}
+    assert drawn == {'results.png', 'gradients.png', 'similarity.png', 'gradients-rep-authors-frozen.png'}
+    with pytest.raises(SystemExit, match='no run of keep_gain; there are descent, restarts, authors-frozen, measured0'):
+        fast.figures.main([str(output), 'keep_gain'])
     with pytest.raises(SystemExit, match=r'start-grid-rep-seed1000.json is a start at learning rate 0.1, not 0.4'):
         anneal(output, *arguments, '--start-rates', 'plain=0.1', 'rep=0.4')
     with pytest.raises(SystemExit, match=r'runs of other settings: cycles is 2 there and 3 here'):
@@ -519,7 +345,7 @@ def arms_played(fast, anneal, monkeypatch):
         fast.common.hidden_folder(args.output, '.starts')
         torch.save({}, args.output / start.file)
 
-    def train_arm(run, start, settings, stem, train_images, eval_images, compiled):
+    def train_arm(run, start, settings, stem, train_images, eval_images, compiled, distillation):
         done.append((run, len(train_images.targets), len(eval_images.targets)))
         return dict(run._asdict(), top1=run.lr, diverged=run.arm == 'authors' and run.lr == 0.2)
 
@@ -569,6 +395,11 @@ def test_starts_take_the_rates_of_the_forms(fast, arms_played, start, monkeypatc
     (['--warmup-share', '0.9'], 'authors would warm up for 2 of the 2 epochs'),
     (['--grid-arms', 'authors'], 'nobody says the learning rate of descent'),
     (['--start-rates', 'repp=1'], "there is no form 'repp'"),
+    (['--teacher', 'medium'], 'nobody says the learning rate of the teacher medium: give --teacher-lr'),
+    (['--teacher-lr', '0.1'], '--teacher-lr is that of a teacher: give --teacher, one of small, medium, speedrun'),
+    (['--teacher', 'medium', '--teacher-lr', '0.1', '--kd-alpha', '1.5'], '--kd-alpha is 1.5; it is from 0 to 1'),
+    (['--kd-temperature', '0'], '--kd-temperature is 0; it is above 0'),
+    (['--teacher-epochs', '0'], '--teacher-epochs is 0; it is 1 or more'),
 ])
 def test_arms_that_cannot_be_are_refused(anneal, tmp_path, capsys, arguments, named):
     with pytest.raises(SystemExit):
@@ -624,3 +455,124 @@ def test_table_of_arms_pairs_by_seed(fast):
     assert '| plain | descent |  |  |  |' in text
     assert '| REP | 0.4 | 2 | 30.50 | 0.71 |' in text
     assert '| REP | restarts | 40.00 | 60.00 | 50.00 | 0.2 |' in text
+
+
+# cifar10_fast: with a teacher
+
+TEACHER = ['--teacher', 'medium', '--teacher-lr', '0.1', '--teacher-epochs', '1']
+
+
+def test_loss_with_a_teacher(fast):
+    torch.manual_seed(0)
+    teacher, x, targets = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.BatchNorm1d(3)).eval(), *(
+        torch.randn(4, 5), torch.tensor([0, 2, 1, 1]))
+    output = torch.randn(4, 3, requires_grad=True)
+    cross_entropy = torch.nn.functional.cross_entropy(output, targets)
+    loss = fast.teacher.Distillation(teacher, 0.3, 2.0)(x, output, cross_entropy)
+    p, q = (torch.softmax(logits.detach().double() / 2, 1) for logits in (teacher(x), output))
+    expected = 0.3 * 4 * (p * (p / q).log()).sum() / 4 + 0.7 * cross_entropy.item()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    loss.backward()
+    assert output.grad.abs().sum() > 0
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_step_with_a_teacher_notes_the_cross_entropy(fast):
+    settings = dict(network='small', momentum=0.9, weight_decay=0.1, amp=True, data=dict(classes=2))
+    pixels, targets = torch.randint(256, (8, 32, 32, 3), dtype=torch.uint8), torch.arange(8) % 2
+    stem, x = fast.network.whitening(pixels), fast.data.normalized(pixels)
+    teacher = fast.network.build('medium', 'plain', 1, stem, 2).eval()
+    found = {}
+    for alpha in (None, 0.0, 1.0):
+        distillation = None if alpha is None else fast.teacher.Distillation(teacher, alpha, 4.0)
+        trainer = fast.training.Trainer(
+            fast.anneal.Run('rep', 'descent', 0.1, 0), settings, stem, torch.device('cpu'), distillation=distillation)
+        trainer.model.train()
+        found[alpha] = [trainer.step(x, targets, 1.0).item() for _ in range(3)]
+    assert found[None] == found[0.0]
+    assert found[None][0] == found[1.0][0]  # the same start
+    assert found[None][2] != found[1.0][2]
+
+
+def test_arms_with_a_teacher_go_on_from_the_starts_without(fast, anneal, tmp_path, capsys):
+    arguments = ['--forms', 'plain', 'rep', '--seeds', '1', '--arms', 'descent', 'restarts', 'authors', '--few-arms',
+                 '--grid-arms', 'descent', 'restarts', '--rates', '0.1', '--epochs', '2', '--cycles', '1']
+    taught, alone = tmp_path / 'taught', tmp_path / 'alone'
+    anneal(alone, *arguments)
+    capsys.readouterr()
+    anneal(taught, *arguments, *TEACHER)
+    order = list(dict.fromkeys(line.split(':')[0] for line in capsys.readouterr().out.splitlines()))
+    assert order[0] == 'teacher-grid-medium-seed2000'
+    assert order.index('teacher-medium-seed2000') < order.index('plain-descent-lr0.1-seed0')
+    assert 'teacher' not in load(alone / 'settings.json')
+    wanted = dict(network='medium', lr=0.1, epochs=1, alpha=0.5, temperature=4.0)
+    assert load(taught / 'settings.json') == dict(load(alone / 'settings.json'), teacher=wanted)
+    teachers = [load(taught / f'teacher-{name}-seed2000.json') for name in ('medium', 'grid-medium')]
+    assert [(run['rows'][-1]['steps'], run['parameters']) for run in teachers] == [(3, 497058), (2, 497058)]
+    assert all(run['network'] == 'medium' and 0 <= run['top1'] <= 100 for run in teachers)
+
+    for path in alone.glob('*-seed*.json'):
+        one, other = load(path), load(taught / path.name)
+        if 'arm' not in one:
+            assert without_times(one) == without_times(other)
+        else:
+            assert one['rows'][0]['first_losses'][0] == other['rows'][0]['first_losses'][0]  # of the start
+            assert one['rows'][-1]['train_loss'] != other['rows'][-1]['train_loss']
+            assert other['settings']['teacher'] == wanted
+
+    lost = taught / 'plain-descent-lr0.1-seed0.json'
+    found = load(lost)
+    lost.unlink()
+    (taught / '.teachers' / 'medium-seed2000.pt').unlink()
+    (taught / '.teachers' / 'grid-medium-seed2000.pt').unlink()  # needed by nobody
+    capsys.readouterr()
+    anneal(taught, *arguments, *TEACHER)
+    assert list(dict.fromkeys(line.split(':')[0] for line in capsys.readouterr().out.splitlines())) == [
+        'teacher-medium-seed2000', lost.stem]
+    assert without_times(load(lost)) == without_times(found)
+
+    fast.table_anneal.main([str(taught)])
+    assert 'trained with a teacher: the plain network medium, 1 epochs' in (taught / 'results.md').read_text()
+    fast.table_teacher.main([str(taught), str(alone)])
+    assert '| REP | authors | ' in (taught / 'teacher.md').read_text()
+    assert (taught / 'teacher.png').stat().st_size > 1000
+    with pytest.raises(SystemExit, match=r"alone have no teacher; give the folder with one first"):
+        fast.table_teacher.main([str(alone), str(taught)])
+    with pytest.raises(SystemExit, match=r"runs of other settings: teacher is None there and \{'network': 'medium'"):
+        anneal(alone, *arguments, *TEACHER)
+    with pytest.raises(SystemExit, match='runs of other settings: teacher is'):
+        anneal(taught, *arguments, *TEACHER, '--kd-alpha', '0.9')
+
+
+def test_table_of_a_teacher_pairs_by_seed(fast):
+    def by_group(**top1s):
+        keys = dict(plain=('plain', 'descent'), restarts=('rep', 'restarts'), authors=('rep', 'authors'))
+        return {keys[name]: {seed: dict(top1=value) for seed, value in enumerate(values)}
+                for name, values in top1s.items()}
+
+    settings = dict(network='small', teacher=dict(network='medium', lr=0.1, epochs=3, alpha=0.3, temperature=4.0))
+    teachers = [dict(grid=True, top1=70.0), dict(grid=False, top1=80.0)]
+    alone = by_group(plain=[50.0, 51.0], restarts=[52.0, 53.0, 54.0], authors=[53.0, 54.0, 55.0, 56.0])
+    taught = by_group(plain=[53.0, 54.0], restarts=[53.0, 54.0, 55.0], authors=[56.0, 58.0, 60.0])
+    text = fast.table_teacher.markdown(settings, teachers, taught, alone)
+    assert 'network medium, 3 epochs at a learning rate of 0.1, top-1 80.00. Their loss is 0.3 T² KL + 0.7 CE' in text
+    # the teacher adds 3, 4, 5 to authors, 1, 1, 1 to restarts
+    assert ('| REP | authors | 54.00 | 58.00 | **+4.00 ± 0.58, +1.52 to +6.48 (3)** | '
+            '**+3.00 ± 0.58, +0.52 to +5.48 (3)** |') in text
+    assert '| REP | restarts | 53.00 | 54.00 | **+1.00 ± 0.00, +1.00 to +1.00 (3)** |  |' in text
+    adds = text.split('## What the arm adds')[1]
+    assert '| REP | authors | **+1.00 ± 0.00, +1.00 to +1.00 (3)** | **+4.00 ± 0.58, +1.52 to +6.48 (3)** |' in adds
+    assert adds.count('(2)') == 4  # of authors and restarts against the plain network's descent
+
+
+def test_gradients_of_the_figures(fast):
+    rows = [dict(depth=0, branch='origin', rms=[1.0, 2.0]), dict(depth=0, branch='a', rms=[2.0, 2.0]),
+            dict(depth=0, branch='b', rms=[4.0, 2.0]), dict(depth=1, branch='origin', rms=[1.0, 0.0]),
+            dict(depth=1, branch='a', rms=[5.0, 1.0]), dict(depth=2, branch='origin', rms=[1.0, 1.0])]
+    run = dict(branch_gradients=rows, arm='restarts', rows=[dict(epoch=0), dict(epoch=1)])
+    assert fast.figures.ratios(run) == {0: 4.0, 1: 1.0}
+    assert dict(epoch=1, depth=0, branch='b', rms=2.0) in fast.figures.gradient_rows(run)
+    assert [row['time_step'] for row in fast.figures.history(run, dict(epochs=1))] == [0, 1]
+    assert [row['time_step'] for row in fast.figures.history(dict(run, arm='descent'), dict(epochs=1))] == [0, 0]
+    styles = [fast.figures.style(arm)['linestyle'] for arm in ('authors', 'authors-frozen', 'authors-w0')]
+    assert styles == ['-', '--', ':']

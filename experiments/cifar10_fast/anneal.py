@@ -7,13 +7,13 @@ epochs with the same images in the same order. Learning rates are chosen by arm,
         --rates-from experiments/results/cifar10_fast/NAME
 
 One file per run, written when it is done. The same command again does what is missing; several processes may share it.
-`table_anneal.py` makes the table and the picture.
+`table_anneal.py` makes the table and the picture, `figures.py` shows gradients and likeness of the branches. With
+`--teacher` all arms of a folder are trained by a wider network, too; the starts are not.
 """
 import argparse
 import itertools
 import json
 import math
-import os
 import statistics
 import sys
 from pathlib import Path
@@ -30,11 +30,20 @@ from common import (
     claim_folder,
     hidden_folder,
     read,
+    save,
     share_out,
     write,
 )
 from data import padded, read_data, set_aside, train_batches
 from network import NETWORKS, PLAIN, forms, whitening
+from teacher import (
+    Teacher,
+    add_teacher_arguments,
+    check_teacher_arguments,
+    distillation_of,
+    make_teacher,
+    teacher_settings,
+)
 from training import Trainer, descend, rate_factor, result, seconds_used, tell
 
 import timm_rep
@@ -99,11 +108,8 @@ def make_start(start, settings, stem, train_images, eval_images, args):
     content['last_loss'] = mean_loss(losses[-FIRST_STEPS:])
     write(args.output / f'{start.name}.json', content)
     hidden_folder(args.output, '.starts')
-    path = args.output / start.file
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     kept = {key: content[key] for key in ('lr', 'top1', 'last_loss')}
-    torch.save(dict(kept=kept, model=trainer.model.state_dict()), temporary)
-    temporary.replace(path)
+    save(args.output / start.file, dict(kept=kept, model=trainer.model.state_dict()))
 
 
 class Sample:
@@ -132,10 +138,10 @@ def annealer_of(run, trainer, settings, images):
         batches=Sample(images, settings['batch_size'], SAMPLE_SEED + run.seed), **TRANSITIONS[arm.base], **log), epochs
 
 
-def train_arm(run, start, settings, stem, train_images, eval_images, compiled=False):
+def train_arm(run, start, settings, stem, train_images, eval_images, compiled=False, distillation=None):
     """Go on from a start; what the run's file holds."""
     device, images = train_images.pixels.device, padded(train_images)
-    trainer = Trainer(run, settings, stem, device, compiled)
+    trainer = Trainer(run, settings, stem, device, compiled, distillation)
     trainer.model.load_state_dict(start['model'])
     annealer, offset = annealer_of(run, trainer, settings, images)
     epochs, per_epoch = settings['cycles'] * settings['epochs'], len(images.targets) // settings['batch_size']
@@ -210,8 +216,14 @@ def block(args, form, arms, seeds):
     return runs + [Run(form, arm, rates[sources[arm]], seed) for seed in range(seeds) for arm in arms], True
 
 
+def needs(args, run):
+    """What must be trained before a run, in order."""
+    teachers = [Teacher(args.teacher, args.teacher_lr, args.teacher_epochs, run.grid)] if args.teacher else []
+    return [*teachers, Start(run.form, args.start_rates[run.form], run.seed, run.grid)]
+
+
 def plan(args):
-    """All runs that can be told today, in order, starts where they are missing; and whether these are all."""
+    """All runs that can be told today, in order, what they need where it is missing; and whether these are all."""
     runs, all_told = [], True
     few = dict.fromkeys(args.few_arms)
     many = [arm for arm in dict.fromkeys(args.arms) if arm not in few]
@@ -222,10 +234,9 @@ def plan(args):
     possible = {}
     for run in runs:
         if not (args.output / run.file).exists():
-            start = Start(run.form, args.start_rates[run.form], run.seed, run.grid)
-            first = run if (args.output / start.file).exists() else start
-            possible[first.name] = first
-    return list(possible.values()), all_told and not any(isinstance(run, Start) for run in possible.values())
+            missing = [need for need in needs(args, run) if not (args.output / need.file).exists()]
+            possible.update((first.name, first) for first in missing or [run])
+    return list(possible.values()), all_told and all(isinstance(run, Run) for run in possible.values())
 
 
 def work(args, settings, train_images, test_images, stem):
@@ -234,11 +245,14 @@ def work(args, settings, train_images, test_images, stem):
 
     def do(run):
         images = (part, aside) if run.grid else (train_images, test_images)
-        if isinstance(run, Start):
-            make_start(run, settings, stem, *images, args)
+        if not isinstance(run, Run):
+            make = make_start if isinstance(run, Start) else make_teacher
+            make(run, settings, stem, *images, args)
             return
-        start = torch.load(args.output / Start(run.form, 0, run.seed, run.grid).file, map_location=args.device)
-        write(args.output / run.file, train_arm(run, start, settings, stem, *images, args.compile))
+        *teachers, start = (args.output / need.file for need in needs(args, run))
+        distillation = distillation_of(*teachers, settings, stem, args.compile) if teachers else None
+        start = torch.load(start, map_location=args.device)
+        write(args.output / run.file, train_arm(run, start, settings, stem, *images, args.compile, distillation))
 
     share_out(args.output, lambda: plan(args), do)
 
@@ -282,8 +296,10 @@ def parse(argv):
     parser.add_argument(
         '--grid-arms', nargs='+', type=arm_name, metavar='ARM', help='with a grid of their own (default: all that '
         'are to be run); others take the rate of the arm that they are a variant of')
+    add_teacher_arguments(parser)
     args = parser.parse_args(argv)
     check_arguments(parser, args)
+    check_teacher_arguments(parser, args)
     if args.grid_arms is None:
         args.grid_arms = [*args.arms, *args.few_arms]
     check_arms(parser, args)
@@ -335,7 +351,7 @@ def main(argv=None):
     torch.backends.cudnn.benchmark = True
     train_images, test_images, description = read_data(args.data)
     names = (*SETTINGS, 'start_epochs', 'cycles', 'epochs', 'warmup_share')
-    settings = dict({name: getattr(args, name) for name in names}, data=description)
+    settings = dict({name: getattr(args, name) for name in names}, data=description, **teacher_settings(args))
     args.start_rates = start_rates(args, settings)
     claim_folder(args.output, settings)
     train_images, test_images = train_images.to(device), test_images.to(device)

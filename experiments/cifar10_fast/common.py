@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 SET_ASIDE = 5000
 GRID_SEED = 1000  # of the choice of learning rates; not among the seeds of a comparison
 WAIT_SECONDS = 20
@@ -40,11 +42,22 @@ def check_arguments(parser, args):
 # Files
 
 
-def write(path, content):
-    """Write a file at once or not at all."""
+@contextlib.contextmanager
+def at_once(path):
+    """Where to write a file that is then there at once or not at all."""
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    temporary.write_text(json.dumps(content) + '\n')
+    yield temporary
     temporary.replace(path)
+
+
+def write(path, content):
+    with at_once(path) as temporary:
+        temporary.write_text(json.dumps(content) + '\n')
+
+
+def save(path, tensors):
+    with at_once(path) as temporary:
+        torch.save(tensors, temporary)
 
 
 def read(path):

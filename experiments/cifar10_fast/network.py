@@ -5,8 +5,8 @@ from data import normalized
 
 import timm_rep
 
-# Widths of the three groups; both have a stem of 24 filters.
-NETWORKS = dict(small=(16, 64, 64), speedrun=(64, 256, 256))
+# Widths of the three groups; all have a stem of 24 filters.
+NETWORKS = dict(small=(16, 64, 64), medium=(32, 128, 128), speedrun=(64, 256, 256))
 PLAIN = 'plain'
 WHITENING_STEP = 10  # each tenth image tells enough; images come class by class
 WHITENING_EPS = 5e-4

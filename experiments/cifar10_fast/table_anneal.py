@@ -21,6 +21,14 @@ def title(form):
     return TITLES.get(form, form)
 
 
+def sort_out(found):
+    """The runs of arms, of starts, and of teachers."""
+    kinds = [], [], []
+    for run in found:
+        kinds[0 if 'arm' in run else 2 if 'network' in run else 1].append(run)
+    return kinds
+
+
 def place(form, arm):
     """Where an arm stands in the table."""
     forms, parts = list(TITLES), arm_of(arm)
@@ -107,7 +115,19 @@ def joined(cells):
     return f"| {' | '.join(cells)} |"
 
 
-def introduction(settings, runs):
+def taught(settings, teachers):
+    """What there is to say of the teacher: one line or none."""
+    if 'teacher' not in settings:
+        return []
+    said = settings['teacher']
+    reached = ''.join(f", top-1 {run['top1']:.2f}" for run in teachers if not run['grid'])
+    return ['', (
+        f"All arms are trained with a teacher: the plain network {said['network']}, {said['epochs']} epochs at a "
+        f"learning rate of {said['lr']:g}{reached}. Their loss is {said['alpha']:g} T² KL + {1 - said['alpha']:g} CE "
+        f"with T = {said['temperature']:g}; losses that are noted are CE. The starts have no teacher.")]
+
+
+def introduction(settings, runs, teachers):
     data, cycles, epochs = settings['data'], settings['cycles'], settings['epochs']
     lines = {f"{run['hardware']}; {' '.join(f'{k} {v}' for k, v in run['versions'].items())}." for run in runs}
     return [
@@ -116,7 +136,8 @@ def introduction(settings, runs):
         f"{settings['start_epochs']} epochs, then {cycles} cycles of {epochs} epochs; the attach rate warms up for "
         f"{settings['warmup_share']:g} of a cycle, in whole epochs. Batch {settings['batch_size']}, Nesterov momentum "
         f"{settings['momentum']}, weight decay {settings['weight_decay']}, "
-        f"{'bfloat16 autocast' if settings['amp'] else 'float32'}.", '', *sorted(lines)]
+        f"{'bfloat16 autocast' if settings['amp'] else 'float32'}.",
+        *taught(settings, teachers), '', *sorted(lines)]
 
 
 def starts_table(starts):
@@ -145,9 +166,9 @@ def grid_table(settings, runs):
     return lines
 
 
-def markdown(settings, runs, starts):
+def markdown(settings, runs, starts, teachers=()):
     by_group, chosen = groups(runs), rates(runs)
-    lines = introduction(settings, runs)
+    lines = introduction(settings, runs, teachers)
     lines += [
         '', '## Arms', '',
         'The jump is the training loss of the first steps of a cycle minus that of the last ones before it. A learning '
@@ -164,15 +185,19 @@ def markdown(settings, runs, starts):
     return '\n'.join([*lines, *starts_table(starts), *grid_table(settings, runs)]) + '\n'
 
 
+def draw_points(axes, y, differences, colour):
+    mean, _, half = mean_and_error(differences)
+    axes.scatter(differences, [y] * len(differences), s=12, alpha=0.5, linewidths=0, color=colour)
+    axes.errorbar([mean], [y + 0.22], xerr=[half or 0], fmt='o', capsize=3, color=colour)
+
+
 def draw_differences(axes, by_group, keys, reference, colours):
     """Points of the seeds, mean and interval of each arm, from the top downwards."""
     axes.axvline(0, color='grey', linewidth=1)
     for y, key in enumerate(keys):
         differences = against(by_group, key, reference)
         if differences:
-            mean, _, half = mean_and_error(differences)
-            axes.scatter(differences, [y] * len(differences), s=12, alpha=0.5, linewidths=0, color=colours[key[1]])
-            axes.errorbar([mean], [y + 0.22], xerr=[half or 0], fmt='o', capsize=3, color=colours[key[1]])
+            draw_points(axes, y, differences, colours[key[1]])
     axes.set_yticks(range(len(keys)), [arm for _, arm in keys])
     axes.set_ylim(len(keys) - 0.5, -0.5)
     axes.grid(axis='x', alpha=0.3)
@@ -206,10 +231,10 @@ def draw(runs, path):
 def main(argv=None):
     (folder,) = map(Path, sys.argv[1:] if argv is None else argv)
     settings, found, _ = load(folder)
-    runs, starts = ([run for run in found if ('arm' in run) == wanted] for wanted in (True, False))
+    runs, starts, teachers = sort_out(found)
     if not runs:
         sys.exit(f'error: {folder} holds no runs')
-    table = markdown(settings, runs, starts)
+    table = markdown(settings, runs, starts, teachers)
     (folder / 'results.md').write_text(table)
     if groups(runs):
         draw(runs, folder / 'results.png')

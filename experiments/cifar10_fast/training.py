@@ -71,25 +71,31 @@ def fused_difference(model, fused, pixels):
 
 
 class Trainer:
-    """A network in one form with its optimizer; `step` is one step."""
+    """A network in one form with its optimizer; `step` is one step.
 
-    def __init__(self, run, settings, stem, device, compiled=False):
+    Args:
+        distillation: Makes the loss of images, output and cross entropy, with a teacher; None: the cross entropy is it.
+    """
+
+    def __init__(self, run, settings, stem, device, compiled=False, distillation=None):
         self.model = build(settings['network'], run.form, run.seed, stem, settings['data']['classes']).to(device)
         self.forward = torch.compile(self.model) if compiled else self.model
         self.optimizer = create_optimizer_v2(
             self.model, opt='sgd', lr=run.lr, momentum=settings['momentum'], weight_decay=settings['weight_decay'])
-        self.lr, self.amp = run.lr, settings['amp']
+        self.lr, self.amp, self.distillation = run.lr, settings['amp'], distillation
 
     def step(self, x, targets, factor):
-        """A step at a share of the highest learning rate; its loss, which does not wait for the device."""
+        """A step at a share of the highest learning rate; its cross entropy, which does not wait for the device."""
         for group in self.optimizer.param_groups:
             group['lr'] = self.lr * factor
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
-            loss = F.cross_entropy(self.forward(x), targets)
+            output = self.forward(x)
+            cross_entropy = F.cross_entropy(output, targets)
+            loss = self.distillation(x, output, cross_entropy) if self.distillation else cross_entropy
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        return loss.detach()
+        return cross_entropy.detach()
 
     def epoch(self, batches, factors, eval_images):
         """A step with each batch, as long as there are factors, and what the fused network then does.

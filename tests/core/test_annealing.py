@@ -484,6 +484,17 @@ def test_statistics_are_averaged_over_the_first_four_batches():
 
 
 @torch.no_grad()
+def test_what_the_network_does_not_run_keeps_its_statistics():
+    model = make('rep')
+    model.idle = expand(nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)), 'rep').double()
+    randomize_(model.idle)
+    before = state_of(model.idle)
+    after = begun(model, restoration='measured', batches=[images()])
+    assert all(torch.equal(value, before[key]) for key, value in after.idle.state_dict().items() if 'running' in key)
+    assert all(value.isfinite().all() for value in after.state_dict().values())
+
+
+@torch.no_grad()
 def test_linear_layers_do_not_depend_on_the_restoration():
     model = make('orepa')
     options = dict(restoration='measured', side_gain=0.0, batches=[images()])

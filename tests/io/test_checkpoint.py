@@ -12,9 +12,9 @@ import safetensors.torch
 import timm
 import torch
 import yaml
-from helpers import randomize_
+from helpers import assert_same_state, randomize_
 
-from timm_rep import VerificationError
+from timm_rep import UserError, VerificationError, export_folder
 from timm_rep.io.checkpoint import model_args_of, read_checkpoint
 from timm_rep.io.output import new_output
 from timm_rep.io.weights import load_training_form, save_weights
@@ -184,10 +184,33 @@ def test_strange_args_yaml(model, tmp_path):
             read_checkpoint(path)
 
 
+def test_a_run_of_a_model_that_a_folder_describes(model, run_of, tmp_path):
+    folder = tmp_path / 'exported.train'
+    export_folder(model, tmp_path / 'exported', training_folder=folder)
+    for source in ('local-dir:', 'LOCAL-DIR:'):
+        path = run_of(model=f'{source}{folder}')
+        assert_same_state(load_training_form(path).state_dict(), model.state_dict())
+    with pytest.raises(UserError, match=r'local-dir:nowhere cannot be looked up, name its architecture'):
+        load_training_form(run_of(model='local-dir:nowhere'))
+    for unknown in ('s3:x', 'local-dir', 'no_such_model', 'timm/resnet18'):
+        with pytest.raises(UserError, match='unknown model'):
+            load_training_form(run_of(model=unknown))
+
+
 def test_a_run_does_not_say_where_else_weights_come_from(run_of, tmp_path):
     hostile = dict(checkpoint_path='x.pth', pretrained=True, pretrained_cfg_overlay=dict(file='x.pth'), device='meta')
     checkpoint = read_checkpoint(run_of(model_kwargs=dict(hostile, drop_rate=0.1)))
     assert model_args_of(checkpoint, NAME, {}) == dict(num_classes=3, in_chans=1, drop_rate=0.1)
+
+
+def test_all_that_a_run_gave_its_model_is_kept(run_of):
+    """As train.py does: what it then is in training, too."""
+    given = dict(drop=0.2, drop_path=0.1, drop_block=0.3, bn_momentum=0.01, bn_eps=2e-3, gp='max')
+    kwargs = dict(
+        drop_rate=0.2, drop_path_rate=0.1, drop_block_rate=0.3, bn_momentum=0.01, bn_eps=2e-3, global_pool='max')
+    checkpoint = read_checkpoint(run_of(**given))
+    assert model_args_of(checkpoint, NAME, {}) == dict(num_classes=3, in_chans=1, **kwargs)
+    assert model_args_of(checkpoint, NAME, dict(drop_rate=0.5))['drop_rate'] == 0.5
 
 
 @pytest.mark.parametrize(('name', 'kwargs'), [
@@ -199,6 +222,20 @@ def test_weights_tell_classes_and_channels(name, kwargs, tmp_path):
     assert model_args_of(checkpoint, name, {}) == sizes
     assert model_args_of(checkpoint, name, dict(num_classes=3)) == dict(sizes, num_classes=3)
     assert model_args_of(checkpoint, 'no_such_model', {}) == {}
+
+
+@pytest.mark.parametrize(('name', 'kwargs'), [
+    ('orepa_resnet18_cifar', {}), ('dbb_resnet18_cifar', {}), ('orepa_repvgg_a0_cifar', {}), ('orepa_resnet18', {}),
+    ('repan_mobilenetv1_100', {}), *(
+        ('repan_resnet18_cifar', dict(rep_layer=layer)) for layer in ('orepa', 'dbb', 'acb', 'rep'))])
+@pytest.mark.parametrize('in_chans', [1, 4])
+def test_weights_in_training_form_tell_classes_and_channels(name, kwargs, in_chans, tmp_path):
+    sizes = dict(num_classes=7, in_chans=in_chans)
+    with torch.device('meta'):
+        shapes = timm.create_model(name, **sizes, **kwargs).state_dict()
+    weights = {key: torch.zeros(value.shape, dtype=value.dtype) for key, value in shapes.items()}
+    checkpoint = read_checkpoint(saved(weights, tmp_path / 'x.pth'))
+    assert model_args_of(checkpoint, name, kwargs) == {**sizes, **kwargs}
 
 
 def test_channels_of_the_input_size(run_of):

@@ -144,6 +144,8 @@ PICKLES = dict(
     uncalled=(b'\x80\x02K\x01)R.', 'calls what is no function'),
     protocol=(pickle.dumps(dict(a=1), 4), 'is not as torch.save writes it (PROTO 4)'),
     set_of_opcode=(b'\x80\x02\x8f.', 'is not as torch.save writes it (EMPTY_SET'),
+    key=(b'\x80\x02})' + b'\x85' * 500 + b'Ns.', 'deeper than 100 levels'),
+    set=(b'\x80\x02c__builtin__\nset\n])' + b'\x85' * 500 + b'a\x85R.', 'deeper than 100 levels'),
     many=(b'\x80\x02(' + b'N' * 2000 + b't.', 'objects'),
     cut=(b'\x80\x02]', 'is not a PyTorch checkpoint'),
     empty_stack=(b'\x80\x02t.', 'is not a PyTorch checkpoint'),
@@ -169,6 +171,14 @@ def test_what_torch_refuses_is_said_in_words_of_our_own(tmp_path):
     assert 'holds Python objects (__torch__' in refusal(read_checkpoint, tmp_path / 'script.pth')
     (tmp_path / 'legacy.pth').write_bytes(b'\x80\x02N.' * 5)
     assert 'is not a PyTorch checkpoint' in refusal(read_checkpoint, tmp_path / 'legacy.pth')
+
+
+@pytest.mark.parametrize('kind', ['key', 'element'])
+def test_no_file_ends_the_process(kind, tmp_path):
+    deep = b')' + b'\x85' * 200_000
+    data = b'}' + deep + b'Ns.' if kind == 'key' else b'c__builtin__\nset\n]' + deep + b'a\x85R.'
+    (tmp_path / 'x.pth').write_bytes(zipped(b'\x80\x02' + data))
+    assert 'deeper than 100 levels' in refusal(read_checkpoint, tmp_path / 'x.pth')
 
 
 class Note:

@@ -102,6 +102,12 @@ def test_what_train_py_changes_itself_is_no_other_run(checkpoint):
         beside, lr=0.05, num_classes=10, lr_base_scale='linear', workers=8, device='cuda:0', mean=(0.5,) * 3, rank=0)
     expected = {key: value for key, value in beside.items() if value is not None}  # None says nothing
     assert read_run(checkpoint, changed).args == expected
+    told = dict(ARGS, lr=0.0, grad_accum_steps=0, sync_bn=True, dist_bn='reduce', lr_cycle_limit=1, lr_cycle_decay=0.5)
+    (checkpoint.parent / 'args.yaml').write_text(yaml.safe_dump(told))
+    ran = dict(told, lr=0.05, grad_accum_steps=1, dist_bn='', lr_cycle_decay=1.0)
+    assert read_run(checkpoint, ran).args == told
+    with pytest.raises(ValueError, match=r'grad_accum_steps is 1 in the one and 2'):
+        read_run(checkpoint, dict(ran, grad_accum_steps=2))
 
 
 @pytest.mark.parametrize(('metric', 'args', 'same'), [

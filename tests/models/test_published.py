@@ -7,7 +7,7 @@ import timm
 import torch
 from helpers import OLD_TIMM, randomize_
 
-from timm_rep import export_folder, fuse, save
+from timm_rep import UserError, export_folder, fuse, save
 from timm_rep.models import published
 
 NAME = 'orepa_resnet18_cifar'
@@ -55,6 +55,24 @@ def test_a_file_alone_tells_its_classes(write, model, tmp_path):
     overlay = dict(file=tmp_path / 'x.safetensors', input_size=(1, 32, 32))
     assert_same_head(create(**overlay), model)
     assert create(kwargs=dict(num_classes=3), **overlay).num_classes == 3
+
+
+@pytest.mark.parametrize('named', [
+    lambda path: dict(pretrained_cfg_overlay=dict(file=path, num_classes=7)),
+    lambda path: dict(pretrained_cfg=dict(file=path, num_classes=7)),
+    lambda path: dict(model_name=f'local-dir:{path.parent}'),
+], ids=['overlay', 'cfg', 'folder'])
+def test_damaged_weights_are_refused_however_they_are_named(named, model, folder, tmp_path):
+    config = json.loads((folder / 'config.json').read_text())  # here of the training form
+    (tmp_path / 'config.json').write_text(json.dumps(dict(config, architecture=NAME, model_args={})))
+    save(model, tmp_path / 'model.safetensors')
+    args = dict(dict(model_name=NAME, pretrained=True, num_classes=7), **named(tmp_path / 'model.safetensors'))
+    assert timm.create_model(**args, in_chans=1).num_classes == 7
+    content = bytearray((tmp_path / 'model.safetensors').read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / 'model.safetensors').write_bytes(content)
+    with pytest.raises(UserError, match=r'model\.safetensors is not loaded: it is damaged'):
+        timm.create_model(**args, in_chans=1)
 
 
 def test_a_repository_is_of_the_classes_of_its_config(model, folder, monkeypatch):

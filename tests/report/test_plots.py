@@ -247,7 +247,8 @@ def test_layers_of_a_kind_may_have_other_branches():
 
 def test_newest_weights_are_taken(run, snapshot, monkeypatch):
     titles = []
-    for name in ('time_step-2.safetensors', 'time_step-10.safetensors', 'time_step-11-stock.safetensors'):
+    for name in ('time_step-2.safetensors', 'time_step-10.safetensors', 'time_step-11-stock.safetensors',
+                 'time_step-x1.safetensors', 'time_step-12-ema.safetensors'):
         (run / name).symlink_to(snapshot)
     for name in ('summary.csv', 'branch_gradients.csv'):
         (run / name).unlink()

@@ -1,8 +1,10 @@
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import timm
 import torch
-from interrupted_run import STAND_IN, arguments, run
+from interrupted_run import MODEL, STAND_IN, arguments, run
 from torchvision.transforms.functional import to_pil_image
 
 from timm_rep.train.scripts import find_script
@@ -32,6 +34,18 @@ def timm_scripts():
         return Path(find_script('train')).parent
     except (FileNotFoundError, ValueError) as e:
         pytest.skip(f"needs timm's own train.py: {e}")
+
+
+@pytest.fixture(scope='session')
+def settled(tmp_path_factory):
+    """Weights whose norms' statistics are those of the network, as after a training."""
+    torch.manual_seed(0)
+    model = timm.create_model(MODEL, num_classes=5)
+    for _ in range(40):
+        model(torch.randn(8, 3, 16, 16))
+    path = tmp_path_factory.mktemp('settled') / 'start.safetensors'
+    safetensors.torch.save_file(model.state_dict(), path)
+    return path
 
 
 @pytest.fixture(scope='session')

@@ -2,6 +2,7 @@
 import argparse
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+import torch.nn.functional as F
 import yaml
 from interrupted_run import arguments, contents, rows, run
 from timm.data import resolve_data_config
@@ -18,7 +20,14 @@ import timm_rep
 from timm_rep.core.walk import annealed_modules
 from timm_rep.io.runs import MAY_CHANGE
 from timm_rep.train import main
-from timm_rep.train.arguments import add_time_step_options, check_model, recipe_file, recipe_names
+from timm_rep.train.arguments import (
+    add_time_step_options,
+    check_crops,
+    check_model,
+    recipe_file,
+    recipe_names,
+    without_time_steps,
+)
 from timm_rep.train.resume import find_run
 from timm_rep.train.wrapper import load_script
 
@@ -57,8 +66,9 @@ BAD = [
      'restarts at the epochs 0, 3, 7.5 and the time steps at 0, 3, 8'),
     (['--sched-on-updates', '--epochs', 25, '--lr-cycle-mul', 1.4],
      'restarts at the epochs 0, 25, 60 and the time steps at 0, 25, 61, as timm rounds'),
+    (['--crop-padding', -1], r'--crop-padding takes a number of pixels, got -1'),
     (['--resume', '.'], 'takes a checkpoint file or auto, got ., which is none'),
-    (['--recipe', 'repan_mnist'], "no recipe 'repan_mnist', .* there are finetune, orepa_imagenet, repan_cifar10,"),
+    (['--recipe', 'repan_mnist'], "no recipe 'repan_mnist', .* there are finetune, orepa_cifar10, orepa_imagenet,"),
     (['--recipe', 'finetune', '--config', 'mine.yaml'], 'are both files of options; give one of them'),
     (['--config', 'missing.yaml'], 'missing.yaml cannot be read as a YAML file: .*No such file'),
 ]
@@ -79,6 +89,18 @@ def test_bad_input_is_one_clear_error_and_nothing_is_written(scripts, tmp_path, 
     assert contents(tmp_path) == {}
 
 
+@pytest.mark.parametrize('more', [
+    dict(no_aug=True), dict(train_crop_mode='rrc'), dict(scale=[0.5, 1.0]), dict(ratio=[1.0, 1.0]), dict(aug_splits=3),
+    dict(train_img_sizes=[32]), dict(naflex_loader=True), dict(use_multi_epochs_loader=True)])
+def test_crops_of_two_kinds(timm_scripts, more):
+    args = load_script(timm_scripts / 'train.py').parser.parse_args([])
+    check_crops(argparse.Namespace(**{**vars(args), 'crop_padding': 4}))
+    check_crops(argparse.Namespace(**{**vars(args), 'crop_padding': 0, **more}))
+    name, = more
+    with pytest.raises(timm_rep.UserError, match=f'--crop-padding 4 crops in .* --{name.replace("_", "-")} '):
+        check_crops(argparse.Namespace(**{**vars(args), 'crop_padding': 4, **more}))
+
+
 def test_dbb_is_not_both_compiled_and_checkpointed():
     args = argparse.Namespace(
         model='repan_resnet18_cifar', model_kwargs=dict(rep_layer='dbb'), log_branches=True, torchcompile='inductor',
@@ -91,13 +113,23 @@ def test_dbb_is_not_both_compiled_and_checkpointed():
 
 @pytest.mark.parametrize(('content', 'message'), [
     ('time_steps: 2.5\n', '--time-steps takes a whole number, got 2.5'),
+    ('experiment: 5\n', '--experiment takes a text, got 5'),
+    ('model: [a]\n', "--model takes a text, got ['a']"),
+    ('initial_checkpoint: {a: 1}\n', "--initial-checkpoint takes a text, got {'a': 1}"),
+    ('warmup_epochs: [1]\n', '--warmup-epochs takes a number, got [1]'),
+    ('seed: 1.5\n', '--seed takes a whole number, got 1.5'),
+    ('model_kwargs: 3\n', '--model-kwargs takes names and values, got 3'),
     ('time_steps: [2\n', 'recipe.yaml cannot be read as a YAML file'),
+    ('side_gain: [0]\n', '--side-gain takes a number, got [0]'),
+    ('side_gain: .inf\n', 'side_gain must be a finite number, got inf'),
+    ('restoration: implied\n', "restoration must be one of authors, keep_gain, measured, got 'implied'"),
+    ('crop_padding: [4]\n', '--crop-padding takes a number of pixels, got [4]'),
     ('- 2\n', 'recipe.yaml must hold options and their values'),
 ])
 def test_bad_config_files(scripts, tmp_path, refusal, content, message):
     (tmp_path / 'recipe.yaml').write_text(content)
     for option in ('--config', '--recipe'):
-        assert message in refusal(arguments(scripts, option, 'recipe.yaml')[2:])
+        assert message in refusal(['--timm-scripts', scripts, option, 'recipe.yaml'])
 
 
 @pytest.fixture
@@ -133,6 +165,7 @@ SHAPING = """
     batch_size grad_accum_steps workers lr lr_base opt momentum weight_decay opt_betas clip_grad sched min_lr epochs
     warmup_epochs model_ema model_ema_decay drop_path mixup reprob aa hflip smoothing num_classes img_size bn_momentum
     model_kwargs initial_checkpoint amp sync_bn seed kd_model_name class_map val_interval time_steps compensate
+    no_decay_classifier crop_padding restoration side_gain freeze_origin start_from_best
 """.split()
 
 
@@ -163,8 +196,10 @@ def resume(tmp_path):
 
 
 def test_whatever_shapes_the_training_must_agree(known, resume):
-    allowed = {name for name in known if resume(known, {**known, name: 'other'}) is None}
-    assert allowed == MAY_CHANGE & known.keys()
+    known = {**known, 'lr': 0.1, 'lr_cycle_limit': 2}  # a rate that nobody left open, and restarts
+    for beside in (None, {**known, **dict.fromkeys(known, 'other')}):  # what only args.yaml holds was not trained
+        allowed = {name for name in known if resume(known, {**known, name: 'other'}, beside) is None}
+        assert allowed == MAY_CHANGE & known.keys()
     assert not allowed & set(SHAPING)
     assert set(SHAPING) <= known.keys()
     said = resume({**known, 'lr': 0.1, 'aa': 'other'}, {**known, 'lr': 0.2})
@@ -180,6 +215,32 @@ def test_what_timm_decides_itself_is_taken_over_where_it_is_left_open(known, res
     assert resume(ran, known, beside={**known, 'lr': 0.05}) is None
     assert resume(ran, known) is None
     assert '--num-classes 10 (here 7)' in resume(ran, {**known, 'num_classes': 7})
+    for name, value in dict(lr=0.5, lr_base_scale='sqrt', num_classes=7).items():
+        assert f' {value})' in resume(ran, {**known, name: value}, beside={**known, name: value})
+    assert resume(ran, {**known, 'lr': 0.0}, beside={**known, 'lr': 0.0}) is None  # which is left open, too
+    assert '--num-classes 10 (here 0)' in resume(ran, {**known, 'num_classes': 0})
+
+
+def test_what_does_nothing_need_not_agree(known, resume):
+    changes = [
+        (dict(grad_accum_steps=1), dict(grad_accum_steps=0)),
+        (dict(sync_bn=True, dist_bn=''), dict(sync_bn=True, dist_bn='reduce')),
+        (dict(lr_cycle_decay=0.5), dict(lr_cycle_decay=1.0)),  # timm's default and the wrapper's
+    ]
+    for there, here in changes:
+        assert resume({**known, **there}, {**known, **here}) is None
+    restarts = dict(lr_cycle_limit=2)
+    for there, here in (changes[2], (dict(grad_accum_steps=1), dict(grad_accum_steps=2)), (changes[1][0], {})):
+        assert 'is of a run with' in resume({**known, **restarts, **there}, {**known, **restarts, **here})
+
+
+def test_a_run_without_the_wrapper_goes_on_without_its_options(known, resume):
+    plain = {name: value for name, value in known.items() if name not in without_time_steps()}
+    here = {**known, 'attach_warmup_epochs': 0}
+    assert resume(plain, here) is None
+    changed = dict(restoration='measured', side_gain=0.0, freeze_origin=True, start_from_best=True)
+    for name, value in dict(**changed, no_decay_classifier=True, crop_padding=4, time_steps=2).items():
+        assert f'--{name.replace("_", "-")}' in resume(plain, {**here, name: value})
 
 
 def test_as_many_processes_must_train_on(known, resume, monkeypatch):
@@ -220,7 +281,8 @@ def test_checkpoint_of_a_run_without_time_steps_is_refused(finished, scripts, tm
 
 def test_script_that_does_not_fit_is_refused(tmp_path, refusal):
     (tmp_path / 'train.py').write_text('parser = None\n')
-    assert 'it lacks config_parser, _parse_args, main, train_one_epoch' in refusal(arguments(tmp_path))
+    missing = 'config_parser, _parse_args, main, create_loader, create_optimizer_v2, train_one_epoch'
+    assert f'it lacks {missing}' in refusal(arguments(tmp_path))
 
 
 def test_missing_script_says_how_to_get_it(tmp_path, refusal):
@@ -263,23 +325,63 @@ def test_recipe_fits_its_model_and_schedule(recipe):
     assert any(annealed_modules(model))
     schedule = timm_rep.AnnealingSchedule(
         settings.get('time_steps', 1), settings['epochs'], settings.get('attach_warmup_epochs', 0))
-    assert schedule.warmup_epochs < schedule.epochs / 2
     assert settings['warmup_epochs'] < schedule.epochs
     # --img-size is heard: an input_size would come before it
     assert resolve_data_config(dict(settings, img_size=64), model=model)['input_size'] == (3, 64, 64)
 
 
 def test_the_promised_recipes_are_there():
-    assert recipe_names() == ['finetune', 'orepa_imagenet', 'repan_cifar10', 'repan_cifar100', 'repan_imagenet']
+    assert recipe_names() == [
+        'finetune', 'orepa_cifar10', 'orepa_imagenet', 'repan_cifar10', 'repan_cifar100', 'repan_imagenet']
     for name in recipe_names():
         text = recipe_file(name).read_text()
         assert f'timm-rep train --recipe {name} --experiment ' in text  # --resume auto needs its name
 
 
+def commands(recipe):
+    """The commands in the comment of a recipe, and what is said to go behind them, as lists of words."""
+    text = re.sub(r' \\\n#', ' ', recipe_file(recipe).read_text())
+    return [shlex.split(line) for line in re.findall(r'^# {3,7}((?:timm-rep train|--).*)', text, re.MULTILINE)]
+
+
+def test_commands_of_a_recipe_are_understood(timm_scripts, recipe):
+    script = load_script(timm_scripts / 'train.py')
+    add_time_step_options(script.parser)
+    assert len(commands(recipe)) >= dict(repan_cifar10=5, repan_cifar100=5, repan_imagenet=2).get(recipe, 1)
+    for words in commands(recipe):
+        words = words[2:] if words[0] == 'timm-rep' else words
+        if '--recipe' in words:
+            place = words.index('--recipe')
+            assert words[place + 1] in recipe_names()
+            del words[place:place + 2]
+        args, unknown = script.parser.parse_known_args(words)
+        assert unknown == []
+        assert args.data is None  # nothing was taken for the deprecated positional argument
+
+
+ALPHAS = dict(repan_cifar10=(0.9, 10), repan_cifar100=(0.9, 10), repan_imagenet=(0.1, 1))
+
+
+@pytest.mark.parametrize('recipe', ALPHAS)
+def test_distillation_is_weighted_as_the_authors_do(recipe):
+    task = pytest.importorskip('timm.task', reason='this version of timm does not distil')
+    alpha, temperature = ALPHAS[recipe]
+    settings = yaml.safe_load(recipe_file(recipe).read_text())
+    student, teacher = (timm.create_model('test_resnet', num_classes=5).eval() for _ in range(2))
+    distil = task.LogitDistillationTask(
+        student, teacher, torch.nn.CrossEntropyLoss(), task_loss_weight=settings['task_loss_weight'],
+        temperature=settings['kd_temperature'], device=torch.device('cpu'), verbose=False)
+    x, target = torch.randn(4, 3, 32, 32), torch.arange(4)
+    ours, theirs = student(x) / temperature, teacher(x) / temperature
+    divergence = torch.nn.KLDivLoss(reduction='batchmean')(ours.log_softmax(1), theirs.softmax(1))
+    expected = alpha * temperature ** 2 * divergence + (1 - alpha) * F.cross_entropy(student(x), target)
+    torch.testing.assert_close(distil(x, target)['loss'], expected)
+
+
 def test_recipe_runs_on_a_few_images(timm_scripts, photos, tmp_path, recipe):
     settings = yaml.safe_load(recipe_file(recipe).read_text())
     known = load_script(timm_scripts / 'train.py').parser.parse_args([])
-    assert set(settings) <= set(vars(known)) | {'time_steps', 'attach_warmup_epochs'}
+    assert set(settings) <= {*vars(known), *without_time_steps()}
     steps = min(settings.get('time_steps', 1), 2)
     argv = [
         '--timm-scripts', timm_scripts, '--recipe', recipe, '--data-dir', photos, '--dataset', '', '--val-split',

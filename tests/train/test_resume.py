@@ -158,6 +158,23 @@ def test_newest_of_a_copy_is_the_one_of_the_last_epoch(finished, tmp_path):
     assert newest_checkpoint(tmp_path).name == 'checkpoint-5.pth.tar'
 
 
+def test_newest_is_of_the_epochs_that_a_run_gone_back_has_come_to(finished, tmp_path, caplog):
+    for name in ('last.pth.tar', *(f'checkpoint-{epoch}.pth.tar' for epoch in range(6))):
+        (tmp_path / name).symlink_to(finished / name)
+    (tmp_path / 'tmp.pth.tar').symlink_to(finished / 'last.pth.tar')
+    for reached in (0, 3):
+        rows = ''.join(f'{epoch},1.0\n' for epoch in range(reached + 1))
+        (tmp_path / 'summary.csv').write_text(f'epoch,loss\n{rows}')
+        assert newest_checkpoint(tmp_path).name == f'checkpoint-{reached}.pth.tar'
+    (tmp_path / 'tmp.pth.tar').unlink()
+    (tmp_path / 'tmp.pth.tar').symlink_to(finished / 'checkpoint-3.pth.tar')  # which was to become last
+    assert newest_checkpoint(tmp_path).name == 'tmp.pth.tar'
+    (tmp_path / 'tmp.pth.tar').unlink()
+    for epoch in range(4):
+        (tmp_path / f'checkpoint-{epoch}.pth.tar').unlink()
+    assert newest_checkpoint(tmp_path).name == 'last.pth.tar'  # better than none
+
+
 def test_rows_of_an_interrupted_run_are_dropped(tmp_path):
     path = tmp_path / 'summary.csv'
     path.write_text('epoch,loss\n0,1.0\n1,0.5\nepoch,loss\n1,0.4\n2,0.3\n3')

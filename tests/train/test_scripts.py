@@ -150,6 +150,25 @@ def test_timm_decays_scales_and_branches_but_no_norms_and_biases(name):
     assert names - decayed - norms == {f'{model.pretrained_cfg["classifier"]}.bias'}
 
 
+@pytest.mark.parametrize('home', ['timm.utils', 'timm.utils.model'])
+@pytest.mark.parametrize('name', ['dbb_resnet18_cifar', 'repan_repvgg_a0_cifar', 'repvgg_a0'])
+def test_scripts_fuse_in_eval_mode(home, name, tmp_path):
+    """timm's do so before they set it."""
+    script = tmp_path / 'validate.py'
+    script.write_text(f'''
+import sys, timm, torch
+from {home} import reparameterize_model
+model = reparameterize_model(timm.create_model('{name}'))
+torch.save(sorted({{type(module).__name__ for module in model.modules()}}), sys.argv[1])
+''')
+    own = timm.utils.reparameterize_model
+    run_script(script, [str(tmp_path / 'kinds.pt'), '--reparam'])
+    kinds = torch.load(tmp_path / 'kinds.pt')
+    assert 'Conv2d' in kinds
+    assert not {'DiverseBranchConv2d', 'AnnealedRepVggBlock'} & set(kinds)
+    assert timm.utils.reparameterize_model is timm.utils.model.reparameterize_model is own
+
+
 @pytest.mark.timeout(600)
 def test_real_train_and_validate(timm_scripts, photos, tmp_path):
     common = ['--data-dir', photos, '--model', 'orepa_repvgg_a0_cifar', '--num-classes', 5, '--device', 'cpu', '-j', 0]

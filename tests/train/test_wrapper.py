@@ -1,7 +1,9 @@
 """timm's training in time steps: what a run leaves, what happens around an epoch, and timm's own script."""
 import argparse
+import os
 import re
 import signal
+import threading
 
 import pytest
 import safetensors.torch
@@ -118,18 +120,28 @@ def test_options_come_from_a_file(scripts, tmp_path):
     assert_same_state(*last)
 
 
+def test_options_come_from_a_pipe(scripts, tmp_path):
+    """As by `--config <(...)`, which can be read once."""
+    options = dict(model='test_resnet', epochs=2, warmup_epochs=0, experiment='run', lr=0.02)
+    os.mkfifo(tmp_path / 'pipe')
+    threading.Thread(target=(tmp_path / 'pipe').write_text, args=[yaml.safe_dump(options)], daemon=True).start()
+    code, log = run(tmp_path, ['--timm-scripts', scripts, '--config', 'pipe', '--epochs', 1])
+    assert code == 0, log
+    assert [float(row['lr']) for row in rows(tmp_path / 'output/train/run/summary.csv')] == [0.02]
+
+
 # Epoch by epoch, in this process
 
 
 class Epochs:
     """Runs epochs of a training that learns nothing, with two time steps of two epochs, and keeps what they see."""
 
-    def __init__(self, model, averaged=None, folder=None, **args):
-        self.model, self.averaged, self.folder = model, averaged, folder
+    def __init__(self, model, averaged=None, folder=None, loader=None, **args):
+        self.model, self.averaged, self.folder, self.loader = model, averaged, folder, loader
         self.draws = {}
         defaults = dict(
             seed=42, rank=0, log_branches=False, resume='', initial_checkpoint='', compensate=False,
-            imply_statistics=False, output='', experiment='')
+            restoration='authors', side_gain=1.0, freeze_origin=False, start_from_best=False, output='', experiment='')
         self.args = argparse.Namespace(**dict(defaults, **args))
         self.epochs = AnnealedEpochs(self.args, timm_rep.AnnealingSchedule(2, 2, 1))
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -140,7 +152,7 @@ class Epochs:
 
     def __call__(self, epoch):
         return self.epochs.around(self.train_one_epoch)(
-            epoch, self.model, None, self.optimizer, self.args, output_dir=self.folder, model_ema=self.averaged)
+            epoch, self.model, self.loader, self.optimizer, self.args, output_dir=self.folder, model_ema=self.averaged)
 
 
 def two_forms():
@@ -174,18 +186,54 @@ def test_resumed_weights_are_not_those_to_start_from():
         assert_same_state(form.state_dict(), state)
 
 
-@pytest.mark.parametrize('option', ['', 'compensate', 'imply_statistics'])
-def test_options_of_the_transition_reach_both_models(option):
-    options = {option: True} if option else {}
-    run_epoch = Epochs(*two_forms(), **options)
+@pytest.mark.parametrize('options', [
+    {}, dict(compensate=True), dict(restoration='keep_gain'), dict(side_gain=0.5), dict(restoration='measured'),
+], ids=str)
+def test_options_of_the_transition_reach_both_models(options):
+    loader = [(randn(4, 3, 16, 16, dtype=torch.float32) + batch, None) for batch in range(5)]
+    run_epoch = Epochs(*two_forms(), loader=loader, **options)
     run_epoch(1)
     run_epoch(2)
+    if 'restoration' in options:
+        options = dict(options, batches=loader[:4])
     for form, other in zip((run_epoch.model, run_epoch.averaged), two_forms()):
         generator = torch.Generator().manual_seed(42 + 1)
         timm_rep.begin_time_step(other, generator, attach_rate=0.5, **options)
         assert_same_state(form.state_dict(), other.state_dict())
     run_epoch(3)
     assert timm_rep.attach_rate(run_epoch.model) == timm_rep.attach_rate(run_epoch.averaged) == 1
+
+
+@pytest.mark.parametrize(('start', 'resume', 'frozen'), [
+    (None, '', [False, False, True, False]),
+    ('initial_checkpoint', '', [True, False, True, False]),
+    ('pretrained', 'last.pth.tar', [True, False, True, False]),
+])
+def test_restored_origin_branches_stand_still_while_the_rate_warms_up(start, resume, frozen):
+    """In a run that goes on, too, which must not fold its weights as those to start from."""
+    model = timm.create_model(MODEL, num_classes=5)
+    epochs = Epochs(model, resume=resume, freeze_origin=True, **({start: True} if start else {}))
+    epochs.optimizer.param_groups[0]['lr'] = 0.01
+    origin, side = model.stages[0][0].conv_kxk.conv.weight, model.stages[0][0].conv_1x1.conv.weight
+    if resume:
+        before = origin.clone()
+    moved = []
+
+    def train_one_epoch(epoch, model, loader, optimizer, args, output_dir=None, model_ema=None):
+        if epoch == 0 and resume:
+            assert torch.equal(origin, before)
+        kept = [part.clone() for part in (origin, side)]
+        optimizer.zero_grad()
+        model(randn(2, 3, 16, 16, dtype=torch.float32)).logsumexp(1).mean().backward()
+        optimizer.step()
+        moved.append(not torch.equal(origin, kept[0]))
+        assert not torch.equal(side, kept[1])
+        return {}
+
+    epochs.train_one_epoch = train_one_epoch
+    for epoch in range(4):
+        epochs(epoch)
+    assert moved == [not still for still in frozen]
 
 
 def test_random_numbers_follow_from_the_epoch():
@@ -196,6 +244,25 @@ def test_random_numbers_follow_from_the_epoch():
     resumed(3)
     assert len(set(run_epochs.draws.values())) == 4
     assert resumed.draws[3] == run_epochs.draws[3]
+
+
+class RandomBatches:
+    """A loader whose batches come from torch's random numbers."""
+
+    def __iter__(self):
+        for _ in range(5):
+            yield torch.randn(4, 3, 16, 16), None
+
+
+def test_what_is_measured_leaves_no_trace_in_the_random_numbers():
+    draws = []
+    for restoration in ('authors', 'measured'):
+        run_epochs = Epochs(timm.create_model(MODEL, num_classes=5), loader=RandomBatches(), restoration=restoration)
+        for epoch in (1, 2):
+            run_epochs(epoch)
+        draws.append(run_epochs.draws)
+    assert draws[0] == draws[1]
+    assert len(set(draws[0].values())) == 2
 
 
 def test_snapshots_are_of_whole_time_steps(tmp_path):
@@ -217,18 +284,21 @@ def teacher(tmp_path_factory):
 
 
 VARIANTS = dict(
-    augmented=['--model-ema', '--model-ema-decay', 0.9, '--workers', 2, '--drop', 0.2, '--mixup', 0.2, '--reprob', 0.2],
+    augmented=[  # and measured on such images
+        '--model-ema', '--model-ema-decay', 0.9, '--workers', 2, '--drop', 0.2, '--mixup', 0.2, '--mixup-off-epoch', 1,
+        '--reprob', 0.2, '--crop-padding', 2, '--restoration', 'measured', '--side-gain', 0, '--freeze-origin',
+        '--initial-checkpoint', 'START', '--lr', 1e-3, '--no-decay-classifier'],
     mixed_precision=['--amp', '--amp-dtype', 'bfloat16', '--channels-last', '--grad-accum-steps', 2],
     compiled=['--torchcompile', 'aot_eager', '--model-ema', '--log-branches'],
     distilled=['--kd-model-name', 'TEACHER'],
-    features_distilled=['--kd-model-name', 'TEACHER', '--kd-distill-type', 'feature'],
+    features_distilled=['--kd-model-name', 'TEACHER', '--kd-distill-type', 'feature', '--start-from-best'],
     linear=['--model-kwargs', 'rep_layer=orepa', '--sched-on-updates', '--opt', 'adamw', '--lr', 1e-3],
     lookahead=['--opt', 'lookahead_momentum', '--log-branches'],
 )
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
-def test_timms_own_script_trains_in_time_steps_and_resumes(timm_scripts, photos, teacher, tmp_path, variant):
+def test_timms_own_script_trains_in_time_steps_and_resumes(timm_scripts, photos, teacher, settled, tmp_path, variant):
     argv = [
         '--timm-scripts', timm_scripts, '--model', MODEL, '--time-steps', 2, '--epochs', 2, '--attach-warmup-epochs', 1,
         '--warmup-epochs', 0, '--lr', 0.05, '--data-dir', photos, '--batch-size', 8, '--workers', 1, '--device', 'cpu',
@@ -236,7 +306,8 @@ def test_timms_own_script_trains_in_time_steps_and_resumes(timm_scripts, photos,
     ]
     if variant != 'augmented':
         argv.append('--no-aug')
-    argv = [teacher if argument == 'TEACHER' else argument for argument in argv]
+    files = dict(TEACHER=teacher, START=settled)
+    argv = [files.get(argument, argument) for argument in argv]
     code, log = run(tmp_path, argv)
     if 'kd-' in str(argv) and 'unrecognized arguments' in log:
         pytest.skip('this version of the script does not distil')
@@ -250,6 +321,10 @@ def test_timms_own_script_trains_in_time_steps_and_resumes(timm_scripts, photos,
     stock.load_state_dict(safetensors.torch.load_file(folder / 'time_step-2-stock.safetensors'))
     x = randn(2, 3, 16, 16, dtype=torch.float32)
     assert_near(stock(x), model(x), MODEL_RTOL[torch.float32])
+
+    # what is read of a checkpoint is what the run ended with: dropout, momentum of norms
+    timm_rep.save(load_training_form(folder / 'last.pth.tar'), tmp_path / 'last.safetensors')
+    assert (tmp_path / 'last.safetensors').read_bytes() == (folder / 'time_step-2.safetensors').read_bytes()
 
     updates = 1 if variant == 'mixed_precision' else 2  # of an epoch
     (tmp_path / 'again').mkdir()

@@ -294,8 +294,9 @@ def begin_time_step(
 
     - ``'authors'`` (RepAn): ``g = 1``, the convolution is ``K * std``. All norms keep their statistics.
     - ``'keep_gain'`` (RepAn, RepVGG for CIFAR): ``g`` is what was learnt, the convolution ``K * std / g``.
-    - ``'measured'``: then the model runs on the batches, the norms take the statistics that they meet there, and ``g``
-      and the bias change with them. With ``side_gain=0``, or ``compensate``, training goes on where it was.
+    - ``'measured'``: then the model runs on the batches in eval mode, the norms take the statistics that they meet
+      there, and ``g`` and the bias change with them. With ``side_gain=0``, or ``compensate``, training goes on where it
+      was, if the running statistics are those of the weights: they lag behind where the learning rate is large.
 
     Source: RepAn, Rep - expansion - restoration.
 

@@ -7,7 +7,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optio
 
 import torch
 import torch.nn as nn
-from timm.layers import BatchNormAct2d, SyncBatchNormAct
+from timm.layers import BatchNormAct2d, SyncBatchNormAct, convert_sync_batchnorm
 from timm.models.byobnet import RepVggBlock
 
 from .errors import UserError
@@ -39,8 +39,9 @@ KXK_CONV = 'conv_kxk.conv'
 NORM_BUFFERS = {'running_mean', 'running_var', 'num_batches_tracked'}
 # Convolutions and norms as their classes make them.
 MADE: Dict[type, nn.Module] = {
-    **{cls: cls(1, device='meta') for cls in (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d, SyncBatchNormAct)},
     nn.Conv2d: nn.Conv2d(1, 1, 1, device='meta'),
+    **{cls: cls(1, device='meta') for cls in (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d)},
+    SyncBatchNormAct: convert_sync_batchnorm(BatchNormAct2d(1, device='meta')),
 }
 STATE_HOOKS = (
     '_state_dict_hooks', '_state_dict_pre_hooks', '_load_state_dict_pre_hooks', '_load_state_dict_post_hooks')

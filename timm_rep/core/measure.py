@@ -1,4 +1,5 @@
 """Statistics of the norms in the branches, measured on batches, for a model whose kernels have just been redrawn."""
+import copy
 from typing import Any, Iterable, Iterator, List, Tuple
 
 import torch
@@ -105,7 +106,7 @@ def measure_statistics(model: nn.Module, batches: Iterable[Tensor], sides: bool)
                 origins.append((module, meter))
             else:
                 side_norms.append((norm, meter))
-    settings = [(norm, norm.momentum, int(norm.num_batches_tracked or 0)) for norm, _ in side_norms]
+    kept = [(norm, norm.momentum, copy.deepcopy(norm.state_dict())) for norm, _ in side_norms]
     try:
         for norm, _ in side_norms:  # in training mode, for what comes behind an inner one
             norm.reset_running_stats()
@@ -115,13 +116,15 @@ def measure_statistics(model: nn.Module, batches: Iterable[Tensor], sides: bool)
     finally:
         for handle in handles:
             handle.remove()
-        for norm, momentum, tracked in settings:
+        for norm, momentum, state in kept:
             norm.momentum = momentum
-            norm.get_buffer('num_batches_tracked').fill_(tracked)
+            norm.load_state_dict(state)
         for part, mode in modes:
             part.training = mode
     for norm, meter in side_norms:
-        for kept, measured in zip(kept_statistics(norm), meter.statistics()):
-            kept.copy_(measured)
+        if meter.batches:  # what the network does not run keeps what it has
+            for statistic, measured in zip(kept_statistics(norm), meter.statistics()):
+                statistic.copy_(measured)
     for module, meter in origins:
-        module.keep_statistics_(*meter.statistics())
+        if meter.batches:
+            module.keep_statistics_(*meter.statistics())

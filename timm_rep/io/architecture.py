@@ -6,7 +6,7 @@ from typing import Any, Iterator, Mapping, Sequence
 
 import timm
 import torch.nn as nn
-from timm.models import build_model_with_cfg
+from timm.models import build_model_with_cfg, parse_model_name
 from torch.nn.modules import module as torch_module
 
 from ..core.errors import UserError
@@ -95,31 +95,42 @@ def no_endless_network() -> Iterator[None]:
             hook.remove()
 
 
+def _source_of(architecture: str) -> str:
+    """Where timm finds the description of a model: 'hf-hub', 'local-dir', or '' for its registry."""
+    try:
+        source = parse_model_name(architecture)[0]
+    except (AssertionError, ValueError):  # of none that timm knows
+        source = None
+    return '' if source in (None, 'timm') else source
+
+
 def create_model(architecture: str, /, **kwargs: Any) -> nn.Module:
     """``timm.create_model`` with errors that say what the user can do.
 
     Args:
-        architecture: Registered name, or ``'hf-hub:ORG/NAME'`` for one that is described on the Hub.
+        architecture: Registered name; ``'hf-hub:ORG/NAME'`` for one that is described on the Hub, or
+            ``'local-dir:FOLDER'`` in a folder.
         **kwargs: Of the model.
 
     Returns:
         The model, which knows its arguments.
 
     Raises:
-        UserError: If there is no such model, or it does not take the arguments.
+        UserError: If there is no such model or folder, or the model does not take the arguments.
         HubError: If the description of the model cannot be had from the Hub.
     """
-    on_hub = architecture.startswith(HUB_PREFIX)
-    if not on_hub and not timm.is_model(architecture):
+    source = _source_of(architecture)
+    if not source and not timm.is_model(architecture):
         raise UserError(f'unknown model {architecture!r}; `timm-rep list` shows the models with rep layers')
     check_network_args(kwargs)
     try:
         with no_endless_network():
             model: Any = timm.create_model(architecture, **kwargs)
     except OSError as e:
-        if not on_hub:
+        if not source:
             raise
-        raise HubError(f'{architecture} cannot be looked up, name its architecture: {hub_message(e)}') from None
+        kind, why = (HubError, hub_message(e)) if source == 'hf-hub' else (UserError, str(e))
+        raise kind(f'{architecture} cannot be looked up, name its architecture: {why}') from None
     except (TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, ValueError, RuntimeError) as e:
         if kwargs.get('pretrained') and isinstance(e, (ValueError, RuntimeError)):  # of the weights
             raise

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..core.errors import UserError
 from ..core.layers import RepLayer
 from ..models.damage import check_records, check_sum
-from ..models.names import TRAINING_PREFIXES, stock_architecture
+from ..models.names import OWN_ARGS, TRAINING_PREFIXES, stock_architecture
 from .architecture import FACTORY_ARGS, check_input_size, create_model
 from .description import Description, read_description
 from .output import PathLike
@@ -36,7 +36,11 @@ EMA_KEYS = ('state_dict_ema', 'model_ema')
 # What train.py leaves in its output folder: which checkpoint speaks for the run, best first.
 RUN_CHECKPOINTS = ('model_best.pth.tar', 'last.pth.tar')
 # Arguments of timm's train.py that go into the model, by the name that create_model knows.
-MODEL_ARGS = dict(num_classes='num_classes', in_chans='in_chans', gp='global_pool', bn_eps='bn_eps')
+MODEL_ARGS = dict(
+    num_classes='num_classes', in_chans='in_chans', gp='global_pool', bn_momentum='bn_momentum', bn_eps='bn_eps',
+    drop='drop_rate', drop_path='drop_path_rate', drop_block='drop_block_rate')
+# As many image channels as nothing in a network has of anything else.
+NO_WIDTH = 1009
 # What a model must be fed with, as train.py's arguments decide.
 DATA_CONFIG_KEYS = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
 
@@ -227,24 +231,28 @@ def _trained(args: Mapping[str, Any]) -> Optional[str]:
     return None if not isinstance(name, str) or ':' in name else split_model_name_tag(name)[0]
 
 
-def _sizes_of(checkpoint: Checkpoint, architecture: str) -> Dict[str, int]:
+def _sizes_of(checkpoint: Checkpoint, architecture: str, args: Mapping[str, Any]) -> Dict[str, int]:
     """Classes and image channels that the shapes of the weights tell, as far as they do."""
     names = (prefix + architecture for prefix in ('', *TRAINING_PREFIXES))  # a stock form may have no name of its own
     registered = next(filter(timm.is_model, names), None)
     if registered is None:
         return {}
+    own_args = {name: value for name, value in args.items() if name in OWN_ARGS}
     with torch.device('meta'):
-        skeleton: Any = create_model(registered)
+        skeleton: Any = create_model(registered, in_chans=NO_WIDTH, **own_args)
     classifier = skeleton.pretrained_cfg.get('classifier') or ''
     classifier = classifier if isinstance(classifier, str) else classifier[0]
-    convs = (name for name, module in skeleton.named_modules() if isinstance(module, (nn.Conv2d, RepLayer)))
     shapes = {key: value.shape for key, value in checkpoint.state_dict.items()}
     sizes = {}
     if f'{classifier}.weight' in shapes:
         sizes['num_classes'] = shapes[f'{classifier}.weight'][0]
-    first_kernel = shapes.get(f'{next(convs, None)}.weight', ())
-    if len(first_kernel) == 4:
-        sizes['in_chans'] = first_kernel[1]
+    widths = {key: tuple(value.shape[1:2]) for key, value in skeleton.state_dict().items()}
+    convs = (name for name, module in skeleton.named_modules() if isinstance(module, (nn.Conv2d, RepLayer)))
+    stock_key = f'{next(convs, None)}.weight'  # of the first layer; in training form it has others
+    keys = [key for key in (stock_key, *widths) if widths.get(key, (NO_WIDTH,)) == (NO_WIDTH,)]
+    first = next((shapes[key] for key in keys if len(shapes.get(key, ())) > 1), None)
+    if first is not None:
+        sizes['in_chans'] = first[1]
     return sizes
 
 
@@ -270,7 +278,8 @@ def model_args_of(checkpoint: Checkpoint, architecture: str, overrides: Mapping[
         args['in_chans'] = run['input_size'][0]
     model_kwargs = run.get('model_kwargs') or {}
     args.update({name: value for name, value in model_kwargs.items() if name not in FACTORY_ARGS})
-    return {**_sizes_of(checkpoint, architecture), **args, **given}
+    args.update(given)
+    return {**_sizes_of(checkpoint, architecture, args), **args}
 
 
 def take_input_settings(model: Any, args: Mapping[str, Any], source: PathLike) -> None:

@@ -21,6 +21,8 @@ OPCODES = frozenset("""
 MAX_BYTES = 2 ** 26
 # Opcodes, and objects as often as they stand anywhere: a pair of one pair, again and again, is hashed for ever.
 MAX_OBJECTS = 2 * 10 ** 6
+# A tuple in tuples is hashed by as many calls in C, which end the process if they are too many.
+MAX_DEPTH = 100
 # What may be called.
 FUNCTIONS = frozenset((
     '_codecs.encode', 'builtins.complex', 'builtins.set', 'collections.Counter', 'collections.OrderedDict',
@@ -43,10 +45,13 @@ ADVICE = (
 
 
 class _Object(NamedTuple):
-    """How many objects one stands for; its name, if it is a global or the codec; that of a pair is its second's."""
+    """How many objects one stands for, and in how many levels, as far as it does not change any more (tuples do not);
+    its name, if it is a global or the codec; that of a pair is its second's.
+    """
 
     objects: int
     name: str = ''
+    depth: int = 1
 
 
 def _functions() -> frozenset:
@@ -109,7 +114,10 @@ def _scan(file: IO[bytes], functions: frozenset) -> None:
             if opcode.name in ('REDUCE', 'NEWOBJ'):
                 _check_call(taken[0], taken[1], functions)
             name = argument if argument == BYTES_CODEC else taken[0].name if opcode.name == 'TUPLE2' else ''
-            stack.append(_Object(1 + sum(part.objects for part in taken), name))
+            depth = 1 + max((part.depth for part in taken), default=0)
+            if depth > MAX_DEPTH:
+                raise UserError(f'its pickle is deeper than {MAX_DEPTH} levels')
+            stack.append(_Object(1 + sum(part.objects for part in taken), name, depth))
         if total > MAX_OBJECTS or (position or 0) - start > MAX_BYTES:
             raise UserError(f'its pickle is more than {MAX_BYTES} bytes or {MAX_OBJECTS} objects')
 

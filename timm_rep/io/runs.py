@@ -15,8 +15,8 @@ from .output import PathLike
 from .plain_data import plain, read_yaml
 
 __all__ = [
-    'MAY_CHANGE', 'Run', 'complete_rows', 'read_rows', 'read_run', 'read_run_args', 'read_summary', 'to_number',
-    'write_run',
+    'DECIDED_LATER', 'MAY_CHANGE', 'Run', 'args_in_effect', 'complete_rows', 'is_open', 'read_rows', 'read_run',
+    'read_run_args', 'read_summary', 'to_number', 'write_run',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -26,9 +26,9 @@ _logger = logging.getLogger(__name__)
 WORD_ARGS = frozenset("""
     aa amp_dtype clip_mode dataset device device_modules dist_bn eval_metric fuser gp input_img_mode input_key
     interpolation kd_distill_type kd_loss_type kd_model_name kd_token_distill_type lr_base_scale mixup_mode model
-    model_dtype model_kwargs naflex_loss_scale opt opt_kwargs remode sched target_key torchcompile torchcompile_mode
-    train_crop_mode train_interpolation train_size_schedule train_split val_split variable_batch_loss_scale
-    worker_seeding
+    model_dtype model_kwargs naflex_loss_scale opt opt_kwargs remode restoration sched target_key torchcompile
+    torchcompile_mode train_crop_mode train_interpolation train_size_schedule train_split val_split
+    variable_batch_loss_scale worker_seeding
 """.split())
 # What train.py adds to its arguments for itself, once it runs.
 DERIVED_ARGS = frozenset(('distributed', 'local_rank', 'prefetcher', 'rank', 'world_size'))
@@ -45,9 +45,11 @@ MAY_CHANGE = frozenset("""
     synchronize_step validation_batch_size wandb_project wandb_resume_id wandb_tags
     channels_last device device_modules fuser torchcompile torchcompile_mode
 """.split())
-# May differ between the arguments inside a checkpoint and those in the args.yaml beside it: train.py decides the first
-# itself, and allows any when it resumes.
-MAY_DIFFER = MAY_CHANGE | {'dist_bn', 'workers'}
+# May differ between the arguments inside a checkpoint and those in the args.yaml beside it: train.py allows any when it
+# resumes.
+MAY_DIFFER = MAY_CHANGE | {'workers'}
+# What train.py decides itself, once it runs, where it is left open.
+DECIDED_LATER = ('lr', 'lr_base_scale', 'num_classes')
 WHOLE_NUMBER = re.compile('[0-9]{1,9}')
 WHY_LEFT_OUT = "since about the machine it ran on, or not train.py's own"
 DEFAULT_EVAL_METRIC = 'top1'
@@ -96,6 +98,30 @@ def read_run_args(path: Path) -> Dict[str, Any]:
         return {}
     args = read_yaml(args_path)
     return plain(args) if isinstance(args, dict) else {}
+
+
+def is_open(name: str, value: Any) -> bool:
+    """Whether the value of an argument leaves the choice to train.py."""
+    return value is None or value == '' or (name == 'lr' and value == 0)
+
+
+def args_in_effect(args: Mapping[str, Any]) -> Dict[str, Any]:
+    """Arguments of train.py as it goes by them, whatever it was told, without those that then do nothing.
+
+    Args:
+        args: The arguments by name, as it was told or as it keeps them in its checkpoints.
+
+    Returns:
+        Those that do something.
+    """
+    found = dict(args)
+    if isinstance(found.get('grad_accum_steps'), int):
+        found['grad_accum_steps'] = max(1, found['grad_accum_steps'])
+    if found.get('sync_bn'):
+        found.pop('dist_bn', None)
+    if found.get('lr_cycle_limit') == 1:
+        found.pop('lr_cycle_decay', None)
+    return found
 
 
 def _is_shared(name: str, value: Any) -> bool:
@@ -244,10 +270,10 @@ def read_summary(path: PathLike) -> List[Dict[str, float]]:
 
 def _check_args_beside(path: Path, beside: Mapping[str, Any], args: Mapping[str, Any]) -> None:
     """Raise a UserError if args.yaml is of another run than the checkpoint beside it."""
+    beside, args = args_in_effect(beside), args_in_effect(args)
     for key in sorted((beside.keys() & args.keys()) - MAY_DIFFER):
         one, other = plain(beside[key]), plain(args[key])
-        decided_later = one in (None, '')  # by train.py, once it runs
-        if one != other and not decided_later and (_is_shared(key, one) or _is_shared(key, other)):
+        if one != other and not is_open(key, one) and (_is_shared(key, one) or _is_shared(key, other)):
             raise UserError(
                 f'{path.parent / "args.yaml"} is of another run than {path.name}: {key} is {one!r} in the one and '
                 f'{other!r} in the other'

@@ -35,9 +35,14 @@ def published_weights(registry: Path = REGISTRY) -> Cfgs:
         registry: JSON file.
 
     Returns:
-        What differs from the architecture's own settings, above all ``hf_hub_id``.
+        What differs from the architecture's own settings, above all ``hf_hub_id``, or ``file`` of weights that come
+        with the package.
     """
-    return {name: _with_tuples(entry) for name, entry in json.loads(registry.read_text()).items()}
+    entries = {name: _with_tuples(entry) for name, entry in json.loads(registry.read_text()).items()}
+    for entry in entries.values():
+        if 'file' in entry:
+            entry['file'] = str(registry.parent / entry['file'])
+    return entries
 
 
 def with_published(cfgs: Cfgs, published: Optional[Cfgs] = None) -> Dict[str, Any]:
@@ -83,6 +88,14 @@ def _description_of(overlay: Mapping[str, Any], variant: str, cache_dir: Any) ->
     return _with_tuples({key: described[key] for key in DESCRIBED if described.get(key) is not None})
 
 
+def _check_weights(path: Path) -> None:
+    """Refuse a damaged file, or a folder (``'local-dir:...'``) with one that timm may take."""
+    suffixes = ('.safetensors', '.pth', '.pt', '.bin')
+    for file in sorted(path.iterdir()) if path.is_dir() else (path,):
+        if file.is_file() and (file is path or file.suffix in suffixes):
+            check_file(file)
+
+
 def build_model(
         model_cls: Callable[..., ModelT],
         variant: str,
@@ -108,14 +121,14 @@ def build_model(
         The model.
 
     Raises:
-        UserError: If weights are asked for and none are published, or the file that the overlay names is damaged.
+        UserError: If weights are asked for and none are published, or a file that they are to come from is damaged.
     """
     if pretrained:
         overlay = pretrained_cfg_overlay or {}
-        if overlay.get('file') and Path(overlay['file']).is_file():
-            check_file(Path(overlay['file']))
         pretrained_cfg_overlay = {**_description_of(overlay, variant, kwargs.get('cache_dir')), **overlay}
         cfg: Any = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+        if cfg.file:
+            _check_weights(Path(cfg.file))
         if not (cfg.has_weights or cfg.state_dict):
             raise UserError(
                 f'no weights of {variant} are published yet. There are two ways to get some: import those of the '

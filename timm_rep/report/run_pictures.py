@@ -1,5 +1,6 @@
 """Pictures of the folder of a run."""
 import logging
+import re
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
@@ -12,6 +13,7 @@ __all__ = ['plot_run', 'read_branch_gradients']
 
 _logger = logging.getLogger(__name__)
 
+SNAPSHOT = re.compile(r'time_step-(\d{1,9})\.safetensors')  # without those of averaged weights
 SIGNATURE = b'timm_rep'  # in the metadata of our PNG files
 
 PathLike = Union[str, Path]
@@ -45,8 +47,9 @@ def read_branch_gradients(path: PathLike) -> List[Dict[str, Any]]:
 
 def _newest_training_form(run_dir: Path) -> Path:
     """The newest weights of a run."""
-    snapshots = sorted(run_dir.glob('time_step-*[0-9].safetensors'), key=lambda path: int(path.stem.split('-')[1]))
-    for path in (run_dir / 'last.pth.tar', *reversed(snapshots), run_dir / 'model_best.pth.tar'):
+    found = {int(match[1]): path for path in run_dir.glob('*') if (match := SNAPSHOT.fullmatch(path.name))}
+    snapshots = [found[number] for number in sorted(found, reverse=True)]
+    for path in (run_dir / 'last.pth.tar', *snapshots, run_dir / 'model_best.pth.tar'):
         if path.is_file():
             return path
     raise FileNotFoundError(f'no weights in training form in {run_dir}')

@@ -3,7 +3,7 @@ import argparse
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-from ..core.annealing import AnnealingSchedule
+from ..core.annealing import RESTORATIONS, AnnealingSchedule, check_restoration
 from ..core.errors import UserError
 from ..core.layers.dbb import NormPad2d
 from ..core.walk import annealed_modules
@@ -12,15 +12,25 @@ from ..io.plain_data import read_yaml
 from ..models.damage import check_file
 
 __all__ = [
-    'START_FILES', 'add_time_step_options', 'check_model', 'check_start_weights', 'complete_schedule', 'output_folder',
-    'output_root', 'read_options', 'recipe_file', 'recipe_names',
+    'START_FILES', 'add_time_step_options', 'check_crops', 'check_model', 'check_start_weights', 'complete_schedule',
+    'output_folder', 'output_root', 'read_options', 'recipe_file', 'recipe_names', 'without_time_steps',
 ]
 
 # Schedules of timm that start anew with --lr-cycle-limit.
 RESTARTING_SCHEDULES = ('cosine', 'tanh', 'poly')
 # Options of timm that break up rep layers.
 UNFIT_OPTIONS = ('torchscript', 'split_bn')
+# Options of timm that say how else to crop, with what they are if they say nothing.
+OTHER_CROPS = dict(
+    no_aug=False, train_crop_mode=None, scale=[0.08, 1.0], ratio=[3 / 4, 4 / 3], aug_splits=0, train_img_sizes=None,
+    naflex_loader=False, use_multi_epochs_loader=False)
 START_FILES = ('initial_checkpoint', 'pretrained_path')  # that weights to start from may be in
+KINDS = (
+    ('time_steps attach_warmup_epochs epochs start_epoch seed lr_cycle_limit', (int,), 'a whole number'),
+    ('warmup_epochs cooldown_epochs lr_cycle_mul lr_cycle_decay side_gain', (int, float), 'a number'),
+    ('model experiment output resume sched initial_checkpoint pretrained_path', (str,), 'a text'),
+    ('model_kwargs', (dict,), 'names and values'),
+)
 DEFAULT_OUTPUT = './output/train'  # timm's
 RECIPES = Path(__file__).with_name('recipes')
 
@@ -85,11 +95,32 @@ def add_time_step_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--compensate', action='store_true', default=False,
                        help='Take what fresh side branches add off the origin branches, so that the outputs of a model '
                             'with norms in its branches stay the same in eval mode when a time step begins.')
-    group.add_argument('--imply-statistics', action='store_true', default=False,
-                       help='When a time step begins, give the norms of the origin branches the statistics that all '
-                            'branches imply, where RepAn keeps their own: training goes on closer to where it was.')
+    group.add_argument('--restoration', choices=RESTORATIONS, default='authors',
+                       help='How a folded kernel gets back into an origin branch with a norm: whose gain is then 1 '
+                            '(authors, default), or as it was learnt (keep_gain), or such that training goes on as '
+                            'before, by what is measured on a few batches of the training (measured).')
+    group.add_argument('--side-gain', type=float, default=1.0, metavar='GAIN',
+                       help='Gain with which the norms of fresh side branches start (default: 1; at 0 a time step '
+                            'begins without a jump in training, too).')
+    group.add_argument('--freeze-origin', action=argparse.BooleanOptionalAction, default=False,
+                       help='Let origin branches that were restored stand still while the attach rate warms up.')
+    group.add_argument('--start-from-best', action='store_true', default=False,
+                       help='Begin a time step with the best epoch of the one before by --eval-metric, not the last; '
+                            'takes a validation split that is not the test set.')
+    group.add_argument('--no-decay-classifier', action='store_true', default=False,
+                       help='No weight decay on the classifier, as timm has none on norms and biases.')
+    group.add_argument('--crop-padding', type=int, default=0, metavar='N',
+                       help='Train on random crops of the image size from images with a black border of N pixels, in '
+                            "place of timm's random resized crops.")
     group.add_argument('--log-branches', action='store_true', default=False,
                        help='Write the gradient magnitude of every branch to branch_gradients.csv.')
+
+
+def without_time_steps() -> Dict[str, Any]:
+    """What the options of the wrapper are in a run of timm's train.py alone."""
+    parser = argparse.ArgumentParser()
+    add_time_step_options(parser)
+    return dict(vars(parser.parse_args([])), attach_warmup_epochs=0)
 
 
 def _check_restarts(args: argparse.Namespace, schedule: AnnealingSchedule) -> None:
@@ -119,6 +150,15 @@ def _check_restarts(args: argparse.Namespace, schedule: AnnealingSchedule) -> No
             )
 
 
+def _check_kinds(args: argparse.Namespace) -> None:
+    """Refuse values that are no kind of what is worked with here: a config file may hold anything."""
+    for names, kinds, words in KINDS:
+        for name in names.split():
+            value = getattr(args, name, None)
+            if not isinstance(value, (*kinds, type(None))):
+                raise UserError(f'--{name.replace("_", "-")} takes {words}, got {value!r}')
+
+
 def complete_schedule(args: argparse.Namespace) -> AnnealingSchedule:
     """The time steps that the arguments ask for; timm's restarts are set to them.
 
@@ -131,9 +171,8 @@ def complete_schedule(args: argparse.Namespace) -> AnnealingSchedule:
     Raises:
         UserError: For arguments that do not go together.
     """
-    for name in ('time_steps', 'attach_warmup_epochs', 'epochs'):  # a config file may hold anything
-        if not isinstance(getattr(args, name), (int, type(None))):
-            raise UserError(f'--{name.replace("_", "-")} takes a whole number, got {getattr(args, name)!r}')
+    _check_kinds(args)
+    check_restoration(args.restoration, args.side_gain)
     if args.attach_warmup_epochs is None:
         args.attach_warmup_epochs = args.epochs // 6 if args.time_steps > 1 else 0
     schedule = AnnealingSchedule(
@@ -148,6 +187,27 @@ def complete_schedule(args: argparse.Namespace) -> AnnealingSchedule:
     if args.time_steps > 1:
         args.lr_cycle_limit = args.time_steps
     return schedule
+
+
+def check_crops(args: argparse.Namespace) -> None:
+    """Refuse options of timm's that contradict padded crops.
+
+    Args:
+        args: timm's arguments with the wrapper's.
+
+    Raises:
+        UserError: If there are some, or the padding is no number of pixels.
+    """
+    if not isinstance(args.crop_padding, int) or args.crop_padding < 0:
+        raise UserError(f'--crop-padding takes a number of pixels, got {args.crop_padding!r}')
+    if not args.crop_padding:
+        return
+    for name, default in OTHER_CROPS.items():
+        given = getattr(args, name, default)
+        if given != default:
+            raise UserError(
+                f'--crop-padding {args.crop_padding} crops in its own way: it goes without --{name.replace("_", "-")} '
+                f'{given}')
 
 
 def check_start_weights(args: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ from ..core.annealing import AnnealingSchedule, Position, time_step
 from ..core.branch_log import BranchLog
 from ..io.weights import load_training_form
 from .arguments import START_FILES, output_folder
+from .best import keep_resumed, take_best
 from .lock import RunLock
 from .resume import drop_rows, epoch_of, newest_checkpoint
 from .snapshots import save_snapshots
@@ -101,9 +102,11 @@ class AnnealedEpochs:
     def _begin(self, epoch: int, call: Dict[str, Any]) -> Optional[Position]:
         """Do what comes before an epoch; its place in the schedule, None if nothing is annealed."""
         args = self.args
-        # All that is random follows from seed and epoch, so that a resumed run goes on as if never stopped.
-        random_seed((args.seed + EPOCH_SEED_STRIDE * epoch) % MAX_SEED, getattr(args, 'rank', 0))
-        _restart_workers(call.get('loader'))
+        seed = (args.seed + EPOCH_SEED_STRIDE * epoch) % MAX_SEED
+        self._seed(seed, call)
+        mixup_off = getattr(args, 'mixup_off_epoch', 0)
+        if mixup_off and epoch >= mixup_off and getattr(call['loader'], 'mixup_enabled', False):
+            call['loader'].mixup_enabled = False  # as timm is about to, for what is measured before
         self._folder = None if call['output_dir'] is None else Path(call['output_dir'])
         if self._folder is not None:
             self._lock.take(self._folder)
@@ -115,9 +118,10 @@ class AnnealedEpochs:
         if self._annealer is None:
             return None
         begun, position = time_step(self._forms['']), self.schedule.position(epoch)
-        if begun < position.time_step and position.begins and self._folder is not None:
-            save_snapshots(self._folder, begun, self._forms, self.args)
+        if begun < position.time_step and position.begins:
+            self._end_time_step(begun, epoch)
         self._annealer.begin_epoch(epoch)
+        self._seed(seed, call)  # what was measured leaves no trace
         if is_primary(self.args):
             drawn = ', side branches drawn afresh' if begun < position.time_step else ''
             _logger.info(
@@ -125,6 +129,11 @@ class AnnealedEpochs:
                 f'{position.attach_rate:.3g}'
             )
         return position
+
+    def _seed(self, seed: int, call: Dict[str, Any]) -> None:
+        """Let all that is random in an epoch follow from its seed: a resumed run goes on as if never stopped."""
+        random_seed(seed, getattr(self.args, 'rank', 0))
+        _restart_workers(call['loader'])
 
     def _tidy(self, epoch: float = math.inf) -> None:
         """Take rows of an epoch and later ones out of the run's files, and what an interruption left."""
@@ -146,29 +155,42 @@ class AnnealedEpochs:
             self._branches = BranchLog(model, call['optimizer'])
         if not self.schedule.anneals:
             return
-        given = not args.resume and any(getattr(args, name, None) for name in START_ARGS)  # weights to start from
+        trained = any(getattr(args, name, None) for name in START_ARGS)  # the weights that the run began with
         self._annealer = Annealer(
             model, call['optimizer'], self.schedule, averaged=averaged, seed=args.seed, compensate=args.compensate,
-            start_weights=given)
+            restoration=args.restoration, side_gain=args.side_gain, batches=call['loader'],
+            freeze_origin=args.freeze_origin, start_weights=trained)
         if not args.resume:
             self._annealer.start(epoch)
+            return
+        self._annealer.start_weights = False  # the run has folded them
+        if args.start_from_best and self._folder is not None:
+            keep_resumed(Path(args.resume))
+
+    def _end_time_step(self, number: int, end: int) -> None:
+        """Keep the weights of a time step, those of its best epoch if that is asked for; ``end`` is the one after."""
+        if self.args.start_from_best:
+            first = end - 1 - self.schedule.position(end - 1).epoch
+            take_best(self._forms, self._folder, first, end, self.args.eval_metric)
+        if self._folder is not None:
+            save_snapshots(self._folder, number, self._forms, self.args)
 
     def finish(self) -> None:
         """Tidy the files, and keep the weights of the last time step if the training came to its end."""
         self._tidy()
         if self._folder is None or not self.schedule.anneals:
             return
-        forms, epoch = self._forms, self._epoch
+        epoch = self._epoch
         if epoch is None:  # nothing was left to train: the run ended before, perhaps before it kept the weights
             last = newest_checkpoint(self._folder)
             if last is None:
                 return
             epoch = epoch_of(last)
-            forms = {'': load_training_form(last)}
+            self._forms = {'': load_training_form(last)}
             if getattr(self.args, 'model_ema', False):
-                forms['-ema'] = load_training_form(last, use_ema=True)
+                self._forms['-ema'] = load_training_form(last, use_ema=True)
         if epoch is not None and epoch >= self.schedule.total_epochs - 1:  # not interrupted by hand
-            save_snapshots(self._folder, self.schedule.time_steps - 1, forms, self.args)
+            self._end_time_step(self.schedule.time_steps - 1, self.schedule.total_epochs)
 
 
 def _append_rows(path: Path, rows: Sequence[Dict[str, Any]]) -> None:

@@ -13,17 +13,14 @@ from ..core.errors import UserError
 from ..io.checkpoint import read_checkpoint
 from ..io.output import written_whole
 from ..io.plain_data import plain
-from ..io.runs import MAY_CHANGE, read_rows, read_run_args
-from .arguments import output_folder, output_root
+from ..io.runs import DECIDED_LATER, MAY_CHANGE, args_in_effect, is_open, read_rows
+from .arguments import output_folder, output_root, without_time_steps
 from .lock import processes
 
 __all__ = ['drop_rows', 'epoch_of', 'find_run', 'newest_checkpoint']
 
 _logger = logging.getLogger('train')  # timm's
 
-# What train.py may decide itself once it runs: it is enough to be told the same.
-DECIDED_LATER = ('dist_bn', 'grad_accum_steps', 'lr', 'lr_base_scale', 'num_classes')
-WITHOUT_TIME_STEPS = dict(time_steps=1, attach_warmup_epochs=0)  # of a run without the wrapper
 CHECKPOINT_OF_EPOCH = re.compile(r'checkpoint-(\d{1,9})\.pth\.tar')
 CHECKPOINTS = ('last.pth.tar', 'checkpoint-*.pth.tar')
 # Weights that a run leaves besides the checkpoints to go on from.
@@ -44,15 +41,19 @@ def epoch_of(path: Path) -> Optional[int]:
     return epoch
 
 
-def _checkpoints(folder: Path) -> List[Path]:
-    """Checkpoints that timm writes at the end of an epoch, the latest first.
-
-    A run that went back to an earlier one leaves older files of later epochs, which its summary.csv does not have. The
-    times of files do not tell: those of a copy are the times of its copying.
-    """
+def _reached(folder: Path) -> float:
+    """The last epoch of a run by its summary.csv; infinity if that tells none."""
     summary = folder / 'summary.csv'
     rows = read_rows(summary).complete if summary.is_file() else []
-    reached = int(rows[-1]['epoch']) if rows else math.inf
+    return int(rows[-1]['epoch']) if rows else math.inf
+
+
+def _checkpoints(folder: Path) -> List[Path]:
+    """Checkpoints that timm writes at the end of an epoch, by their names the latest first.
+
+    The times of files do not tell: those of a copy are the times of its copying.
+    """
+    reached = _reached(folder)
 
     def order(path: Path) -> Tuple[bool, int]:
         number = CHECKPOINT_OF_EPOCH.fullmatch(path.name)
@@ -67,7 +68,9 @@ def _checkpoints(folder: Path) -> List[Path]:
 def newest_checkpoint(folder: Path) -> Optional[Path]:
     """The newest whole checkpoint at the end of an epoch in a run's folder.
 
-    A process that is killed while it writes leaves a checkpoint that is cut off, or none under its usual name.
+    A process that is killed while it writes leaves a checkpoint that is cut off, or none under its usual name. A run
+    that went back to an earlier one leaves those of later epochs, which its summary.csv does not have: timm writes
+    there first.
 
     Args:
         folder: Output folder of a run.
@@ -75,7 +78,14 @@ def newest_checkpoint(folder: Path) -> Optional[Path]:
     Returns:
         Its path, or None. Recovery checkpoints, from within an epoch, do not count.
     """
-    return next((path for path in _checkpoints(folder) if epoch_of(path) is not None), None)
+    reached, left_over = _reached(folder), []
+    for path in _checkpoints(folder):
+        epoch = epoch_of(path)
+        if epoch is not None and epoch <= reached:
+            return path
+        if epoch is not None:
+            left_over.append(path)
+    return next(iter(left_over), None)
 
 
 def _candidates(root: Path) -> str:
@@ -106,22 +116,17 @@ def _find_automatically(args: argparse.Namespace, folder: Optional[Path]) -> str
 def _take_decided(args: argparse.Namespace, there: Mapping[str, Any]) -> None:
     """Take from the run of a checkpoint what train.py had decided there and is left open here."""
     for name in DECIDED_LATER:
-        if name in there and getattr(args, name, there[name]) in (None, ''):
+        if name in there and is_open(name, getattr(args, name, there[name])):
             setattr(args, name, there[name])
 
 
-def _differences(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> List[str]:
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> List[str]:
     """What shapes the training and is not as it was in the run of a checkpoint, in words."""
-    try:
-        told = read_run_args(path)
-    except UserError as e:
-        told = {}
-        _logger.warning(f'Passed over: {e}')
-    found = []
-    for name in sorted(there.keys() & here.keys() - MAY_CHANGE):
-        as_told = name in DECIDED_LATER and name in told and told[name] == here[name]
-        if there[name] != here[name] and not as_told:
-            found.append(f'--{name.replace("_", "-")} {there[name]} (here {here[name]})')
+    there, here = args_in_effect(there), args_in_effect(here)
+    found = [
+        f'--{name.replace("_", "-")} {there[name]} (here {here[name]})'
+        for name in sorted(there.keys() & here.keys() - MAY_CHANGE) if there[name] != here[name]
+    ]
     if there.get('world_size', processes()) != processes():
         found.append(f'{there["world_size"]} processes (here {processes()})')
     return found
@@ -134,7 +139,7 @@ def _check_checkpoint(args: argparse.Namespace, schedule: AnnealingSchedule) -> 
     checkpoint = read_checkpoint(path)
     if checkpoint.args:
         _take_decided(args, checkpoint.args)
-        differences = _differences(path, {**WITHOUT_TIME_STEPS, **checkpoint.args}, plain(vars(args)))
+        differences = _differences({**without_time_steps(), **checkpoint.args}, plain(vars(args)))
         if differences:
             raise UserError(
                 f'{path} is of a run with {", ".join(differences)}; take the same to go on with it, or, to start a new '

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Iterator, List, Sequence, Union
 
 import timm
+import torch.nn as nn
 
 from ..core.errors import UserError
 from ..models.names import TRAINING_PREFIXES  # with which our models are registered
@@ -118,6 +119,24 @@ def interruption_noted() -> Iterator[List[int]]:
         raise KeyboardInterrupt
 
 
+@contextmanager
+def _fused_in_eval_mode() -> Iterator[None]:
+    """Let timm's scripts fuse models in eval mode: they do so before they set it, and norms cannot be fused earlier."""
+    reparameterize_model = timm.utils.reparameterize_model
+
+    def evaluated_first(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        return reparameterize_model(model.eval(), *args, **kwargs)
+
+    homes: List[Any] = [timm.utils, timm.utils.model]
+    for module in homes:
+        module.reparameterize_model = evaluated_first
+    try:
+        yield
+    finally:
+        for module in homes:
+            module.reparameterize_model = reparameterize_model
+
+
 def run_script(path: Union[str, Path], args: Sequence[str] = ()) -> None:
     """Run a timm script as the main program, with our models registered.
 
@@ -139,7 +158,7 @@ def run_script(path: Union[str, Path], args: Sequence[str] = ()) -> None:
     own_argv = sys.argv
     sys.argv = [str(path), *args]
     try:
-        with interruption_noted():
+        with interruption_noted(), _fused_in_eval_mode():
             runpy.run_path(str(path), run_name='__main__')
     finally:
         sys.argv = own_argv

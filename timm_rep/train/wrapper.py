@@ -33,6 +33,7 @@ from ..core.errors import UserError, visible
 from ..io.hub_errors import HubError
 from .arguments import (
     add_time_step_options,
+    check_crops,
     check_model,
     check_start_weights,
     complete_schedule,
@@ -41,7 +42,9 @@ from .arguments import (
     recipe_file,
     recipe_names,
 )
+from .best import check_best
 from .epochs import AnnealedEpochs
+from .hooks import apply_hooks
 from .lock import RunLock
 from .resume import find_run
 from .scripts import find_script, interruption_noted
@@ -50,7 +53,8 @@ from .snapshots import DivergedError
 __all__ = ['load_script', 'main']
 
 # What the wrapper must find in timm's script.
-SCRIPT_NAMES = ('config_parser', 'parser', '_parse_args', 'main', 'train_one_epoch')
+SCRIPT_NAMES = (
+    'config_parser', 'parser', '_parse_args', 'main', 'create_loader', 'create_optimizer_v2', 'train_one_epoch')
 
 
 def load_script(path: Path) -> ModuleType:
@@ -101,10 +105,13 @@ def _train_in_time_steps(script: Any) -> None:
         if folder is not None:
             lock.take(folder, make=False)  # before its files are read
         find_run(args, schedule)
+        check_crops(args)
+        check_best(args, schedule)
         check_start_weights(args)
         check_model(args, schedule)
         if folder is not None:
             lock.take(folder)
+        apply_hooks(script, args)
         runs.append(AnnealedEpochs(args, schedule, lock))
         script.train_one_epoch = runs[0].around(_unless_interrupted(script.train_one_epoch, noted))
         return args, yaml.safe_dump(vars(args), default_flow_style=False)  # timm keeps the text as args.yaml
@@ -134,15 +141,14 @@ def _own_parser(prog: str) -> argparse.ArgumentParser:
 
 
 def _with_recipe(script: Any, argv: List[str], recipe: Optional[str]) -> List[str]:
-    """Hand a recipe to timm as a config file, and check the one that is given, before timm opens it."""
+    """Give timm's parser the options of a recipe or a config file, which is read once: it may be a pipe."""
     config = script.config_parser.parse_known_args(argv)[0].config
     if recipe and config:
         raise UserError(f'--recipe {recipe} and --config {config} are both files of options; give one of them')
     if not (recipe or config):
         return argv
-    path = recipe_file(recipe) if recipe else Path(config)
-    read_options(path)
-    return ['--config', str(path), *argv] if recipe else argv
+    script.parser.set_defaults(**read_options(recipe_file(recipe) if recipe else Path(config)))
+    return [*argv, '--config', '']
 
 
 def _train(argv: Sequence[str], prog: str) -> None:

@@ -1,0 +1,122 @@
+"""Options that train.py lacks: no decay of the classifier, padded crops."""
+import pickle
+from argparse import Namespace
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import create_loader
+from timm.optim import create_optimizer_v2
+
+from timm_rep import UserError
+from timm_rep.train.hooks import apply_hooks
+
+
+@pytest.fixture
+def script():
+    return Namespace(create_optimizer_v2=create_optimizer_v2, create_loader=create_loader)
+
+
+def decayed(optimizer, model):
+    """Names of the parameters that an optimizer decays."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = [group['params'] for group in optimizer.param_groups if group['weight_decay']]
+    return {names[id(parameter)] for group in groups for parameter in group}
+
+
+@pytest.mark.parametrize('options', [{}, dict(layer_decay=0.5), dict(opt='lookahead_adamw')])
+def test_the_classifier_is_not_decayed(script, options):
+    model = timm.create_model('repan_repvgg_a0_cifar')
+    options = dict(dict(opt='momentum', lr=0.1, weight_decay=1e-4), **options)
+    usual = decayed(create_optimizer_v2(model, **options), model)
+    apply_hooks(script, Namespace(no_decay_classifier=True, crop_padding=0))
+    assert decayed(script.create_optimizer_v2(model, **options), model) == usual - {'head.fc.weight'}
+    assert 'head.fc.weight' in usual
+    pickle.dumps(model)  # it holds nothing of ours
+    assert script.create_loader is create_loader
+
+
+def test_what_the_model_says_is_kept(script):
+    model = timm.create_model('test_vit')
+    student = torch.nn.Sequential(model)  # as timm's feature distillation has it inside another
+    apply_hooks(script, Namespace(no_decay_classifier=True, crop_padding=0))
+    assert model.no_weight_decay()
+    for holder, prefix in ((model, ''), (student, '0.')):
+        found = decayed(script.create_optimizer_v2(holder, 'sgd', weight_decay=1e-4), holder)
+        assert f'{prefix}head.weight' not in found
+        assert f'{prefix}blocks.0.attn.qkv.weight' in found
+        assert (f'{prefix}pos_embed' in found) == (holder is student)  # which says nothing of it
+
+
+def test_a_network_without_a_classifier_is_refused(script):
+    apply_hooks(script, Namespace(no_decay_classifier=True, crop_padding=0))
+    with pytest.raises(UserError, match='Linear does not say what its classifier is'):
+        script.create_optimizer_v2(torch.nn.Linear(2, 2), 'sgd')
+
+
+class Images(torch.utils.data.Dataset):
+    """The same image again and again; every pixel tells where it is."""
+
+    transform = None
+
+    def __init__(self, height=8, width=8, count=64):
+        self.count = count
+        pixels = torch.arange(1, height * width + 1, dtype=torch.uint8).reshape(height, width)
+        self.image = Image.fromarray(pixels.numpy()).convert('RGB')
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        return self.transform(self.image), index
+
+
+def loaded(create, *, training=True, images=None, **options):
+    """What a loader gives in one epoch, and the loader."""
+    torch.manual_seed(0)
+    options = dict(dict(use_prefetcher=False, num_workers=0, color_jitter=None, hflip=0.0), **options)
+    loader = create(
+        images or Images(), (3, 8, 8), 64, is_training=training, mean=(0, 0, 0), std=(1 / 255,) * 3,
+        device=torch.device('cpu'), **options)
+    return next(iter(loader))[0], loader
+
+
+@pytest.mark.parametrize('options', [{}, dict(use_prefetcher=True), dict(num_workers=2, use_prefetcher=True)], ids=str)
+def test_padded_crops(script, options):
+    apply_hooks(script, Namespace(no_decay_classifier=False, crop_padding=4))
+    batch, loader = loaded(script.create_loader, **options)
+    padded = torch.zeros(16, 16)
+    padded[4:12, 4:12] = torch.arange(1.0, 65).reshape(8, 8)
+    windows = padded.unfold(0, 8, 1).unfold(1, 8, 1).reshape(81, 8, 8)
+    assert batch.shape == (64, 3, 8, 8)
+    matches = (batch[:, :1].round() == windows).all(-1).all(-1)
+    assert matches.any(1).all()
+    assert matches.any(0).sum() > 20  # of 81 places
+    again, _ = loaded(script.create_loader, **options)
+    assert torch.equal(again, batch)
+    later = next(iter(loader))[0]
+    assert not torch.equal(later, batch)
+
+
+def test_padded_crops_leave_the_rest_of_the_transform(script):
+    apply_hooks(script, Namespace(no_decay_classifier=False, crop_padding=4))
+    _, theirs = loaded(create_loader, hflip=0.5, color_jitter=0.4, auto_augment='rand-m9')
+    _, ours = loaded(script.create_loader, hflip=0.5, color_jitter=0.4, auto_augment='rand-m9')
+    assert [str(step) for step in ours.dataset.transform.transforms][2:] == [
+        str(step) for step in theirs.dataset.transform.transforms][1:]
+    evaluated = [loaded(create, training=False)[0] for create in (create_loader, script.create_loader)]
+    assert torch.equal(*evaluated)
+    assert script.create_optimizer_v2 is create_optimizer_v2
+
+
+def test_images_of_another_size_are_made_as_large_first(script):
+    apply_hooks(script, Namespace(no_decay_classifier=False, crop_padding=1))
+    batch, _ = loaded(script.create_loader, images=Images(5, 10))
+    assert batch.shape == (64, 3, 8, 8)
+
+
+def test_a_transform_without_timms_crop_is_refused(script):
+    apply_hooks(script, Namespace(no_decay_classifier=False, crop_padding=4))
+    with pytest.raises(UserError, match='its transform has none'):
+        loaded(script.create_loader, no_aug=True)
