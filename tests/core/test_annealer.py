@@ -287,3 +287,10 @@ def test_measured_restoration_needs_batches():
     model = timm.create_model('repan_repvgg_a0_cifar', num_classes=5)
     with pytest.raises(timm_rep.UserError, match="needs batches of images, such as batches=train_loader"):
         Annealer(model, torch.optim.SGD(model.parameters(), lr=0.1), SCHEDULE, restoration='measured')
+
+
+def test_frozen_origins_and_an_optimizer_that_cannot_take_them_up_again():
+    model = timm.create_model('repan_repvgg_a0_cifar', num_classes=5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
+    with pytest.raises(timm_rep.UserError, match='fused SGD with momentum; take SGD'):
+        Annealer(model, optimizer, SCHEDULE, freeze_origin=True)

@@ -5,6 +5,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from .errors import UserError
 from .walk import annealed_modules
 
 __all__ = ['OriginFreeze']
@@ -19,6 +20,9 @@ class OriginFreeze:
     Args:
         model: Model with rep layers, also in wrappers (DDP, torch.compile).
         optimizer: Its optimizer; timm's Lookahead too.
+
+    Raises:
+        UserError: For torch's fused SGD with momentum, which cannot take parameters up later than others.
     """
 
     def __init__(self, model: nn.Module, optimizer: Any) -> None:
@@ -26,6 +30,9 @@ class OriginFreeze:
         self._parts = [part for _, module in annealed_modules(model) for part in module.origin_parameters()]
         self._kept: List[Tuple[Tensor, Any, Tensor]] = []  # parts of parameters, whose rest is trained
         self._optimizer = getattr(optimizer, '_base_optimizer', optimizer)
+        if isinstance(self._optimizer, torch.optim.SGD) and any(
+                group['fused'] and group['momentum'] for group in self._optimizer.param_groups):
+            raise UserError('freeze_origin does not work with fused SGD with momentum; take SGD(..., fused=False)')
         self._optimizer.register_step_pre_hook(self._before)
         self._optimizer.register_step_post_hook(self._after)
 
