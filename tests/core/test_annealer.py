@@ -294,3 +294,31 @@ def test_frozen_origins_and_an_optimizer_that_cannot_take_them_up_again():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
     with pytest.raises(timm_rep.UserError, match='fused SGD with momentum; take SGD'):
         Annealer(model, optimizer, SCHEDULE, freeze_origin=True)
+
+
+def test_lookahead_does_not_pull_frozen_origins_to_zero():
+    model = timm.create_model('repan_repvgg_a0_cifar', num_classes=5, rep_layer='orepa')
+    optimizer = create_optimizer_v2(model, opt='lookahead_momentum', lr=0.01, weight_decay=0.1)
+    schedule = AnnealingSchedule(2, 3, warmup_epochs=2)
+    annealer = Annealer(model, optimizer, schedule, freeze_origin=True)
+    annealer.begin_epoch(0)
+    annealer.begin_epoch(3)
+    before = origin_values(model)
+    for seed in range(13):  # two synchronizations, of six steps each
+        optimizer.zero_grad()
+        model(randn(2, 3, 8, 8, seed=seed, dtype=torch.float32)).square().mean().backward()
+        optimizer.step()
+    assert all(torch.allclose(now, then, rtol=1e-6) for now, then in zip(origin_values(model), before))
+
+
+def test_batches_may_come_from_a_loader_that_does_not_know_its_length():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(randn(6, 3, 8, 8, dtype=torch.float32))
+
+    model = timm.create_model('repan_repvgg_a0_cifar', num_classes=5)
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=2)
+    annealer = Annealer(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), SCHEDULE, restoration='measured', batches=loader)
+    annealer.begin_epoch(2)
+    assert time_step(model) == 1

@@ -168,7 +168,7 @@ class Annealer:
             set_time_step(form, position.time_step)
 
     def _begin_time_step(self, number: int, attach_rate: float, compensate: bool) -> None:
-        batches = first_batches(self.batches or ()) if self.restoration == 'measured' else []
+        batches = first_batches(() if self.batches is None else self.batches) if self.restoration == 'measured' else []
         for form in self._forms:
             generator = torch.Generator().manual_seed(self.seed + number)  # the same for all copies and processes
             begin_time_step(

@@ -53,7 +53,9 @@ class OriginFreeze:
     def _after(self, *_: Any) -> None:
         for parameter, index, values in self._kept:
             parameter[index] = values
-            for state in self._optimizer.state[parameter].values():
+            for name, state in self._optimizer.state[parameter].items():
+                if name == 'lookahead_slow_buff':  # weights, not moments
+                    continue
                 if isinstance(state, Tensor) and state.shape == parameter.shape:
                     state[index] = 0.0  # momentum that weight decay has left
         self._kept = []

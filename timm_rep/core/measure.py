@@ -1,5 +1,6 @@
 """Statistics of the norms in the branches, measured on batches, for a model whose kernels have just been redrawn."""
 import copy
+import itertools
 from typing import Any, Iterable, Iterator, List, Tuple
 
 import torch
@@ -29,7 +30,7 @@ def first_batches(batches: Iterable[Any]) -> List[Tensor]:
         UserError: If there are none, or they are something else.
     """
     found = []
-    for batch, _ in zip(batches, range(MEASURED_BATCHES)):
+    for batch in itertools.islice(batches, MEASURED_BATCHES):
         images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
         if not isinstance(images, Tensor):
             raise UserError(f'batches must hold tensors of images, or tuples that begin with one, got {type(batch)}')
