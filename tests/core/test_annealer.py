@@ -322,3 +322,15 @@ def test_batches_may_come_from_a_loader_that_does_not_know_its_length():
         model, torch.optim.SGD(model.parameters(), lr=0.1), SCHEDULE, restoration='measured', batches=loader)
     annealer.begin_epoch(2)
     assert time_step(model) == 1
+
+
+def test_frozen_origins_and_closures():
+    model = timm.create_model('repan_repvgg_a0_cifar', num_classes=5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    annealer = Annealer(model, optimizer, SCHEDULE, start_weights=True, freeze_origin=True)
+    annealer.begin_epoch(0)
+    for call in (lambda closure: optimizer.step(closure), lambda closure: optimizer.step(closure=closure)):
+        with pytest.raises(timm_rep.UserError, match='Call it, then step'):
+            call(lambda: 0.0)
+    optimizer.step()
+    optimizer.step(None)

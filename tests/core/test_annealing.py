@@ -439,11 +439,11 @@ def test_authors_restoration_gives_the_origin_gain_one_and_keeps_all_statistics(
 def test_kept_gains_stay_but_where_they_are_zero(name):
     model = make(name)
     for norm in origin_norms(model):
-        norm.weight[1] = 0.0
+        norm.weight[:2] = torch.tensor([0.0, 5e-324])
     after = begun(model, restoration='keep_gain')
     assert_near(after(images()), model(images()), MODEL_RTOL[torch.float64])
     for norm, before in zip(origin_norms(after), origin_norms(model)):
-        assert norm.weight[1] == 1
+        assert (norm.weight[:2] == 1).all()
         assert torch.equal(norm.weight[2:], before.weight[2:])
 
 
@@ -506,6 +506,8 @@ def test_linear_layers_do_not_depend_on_the_restoration():
     (dict(side_gain=float('nan')), 'side_gain must be a finite number, got nan'),
     (dict(restoration='measured'), "restoration 'measured' needs batches of images"),
     (dict(restoration='measured', batches=[dict(image=1)]), 'batches must hold tensors of images'),
+    (dict(restoration='measured', batches=[torch.zeros(0, 3, 8, 8)]), 'images of finite values, got'),
+    (dict(restoration='measured', batches=[torch.full((1, 3, 8, 8), torch.nan)]), 'images of finite values, got'),
 ], ids=str)
 def test_refuses_what_it_cannot_restore_by(options, message):
     model = make('repvgg')

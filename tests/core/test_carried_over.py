@@ -410,7 +410,7 @@ def test_flags_are_set_on_the_layer_not_on_its_kernel():
         layer.weight.requires_grad_(True)
     with pytest.raises(timm_rep.UserError, match=r'set the flag on the layer'):
         layer.weight.requires_grad = True
-    assert type(nn.Parameter(layer.weight)) is nn.Parameter or nn.Parameter(layer.weight).requires_grad
+    assert nn.Parameter(layer.weight).requires_grad is True
     assert nn.Parameter(layer.weight, requires_grad=False).requires_grad is False
 
 

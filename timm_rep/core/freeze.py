@@ -22,7 +22,8 @@ class OriginFreeze:
         optimizer: Its optimizer; timm's Lookahead too.
 
     Raises:
-        UserError: For torch's fused SGD with momentum, which cannot take parameters up later than others.
+        UserError: For torch's fused SGD with momentum, which cannot take parameters up later than others; in a step
+            with a closure.
     """
 
     def __init__(self, model: nn.Module, optimizer: Any) -> None:
@@ -37,9 +38,13 @@ class OriginFreeze:
         self._optimizer.register_step_post_hook(self._after)
 
     @torch.no_grad()
-    def _before(self, *_: Any) -> None:
+    def _before(self, _: Any, args: Any, kwargs: Any) -> None:
         if not self.active:
             return
+        if any(argument is not None for argument in (*args[1:], *kwargs.values())):
+            raise UserError(
+                'freeze_origin does not work with optimizer.step(closure): the closure makes gradients after they were '
+                'dropped. Call it, then step()')
         for parameter, index in self._parts:
             if parameter.grad is None:
                 continue

@@ -34,6 +34,8 @@ def first_batches(batches: Iterable[Any]) -> List[Tensor]:
         images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
         if not isinstance(images, Tensor):
             raise UserError(f'batches must hold tensors of images, or tuples that begin with one, got {type(batch)}')
+        if not images.numel() or not images.isfinite().all():
+            raise UserError(f'batches must hold images of finite values, got {tuple(images.shape)}')
         found.append(images)
     if not found:
         raise UserError("restoration 'measured' needs batches of images, such as batches=train_loader; got none")

@@ -172,7 +172,7 @@ class AnnealedModule(nn.Module):
         """What is to be done after the module itself has written its buffers."""
         if self._known is not None:
             self._known.note_own(self._annealing_buffers())
-            self._known.has_a_rate_of_its_own = on_purpose or self._known.has_a_rate_of_its_own
+            self._known.has_a_rate_of_its_own |= on_purpose
         self._tell_copies()
 
     def __deepcopy__(self: AnnealedT, memo: Dict[int, Any]) -> AnnealedT:

@@ -225,8 +225,8 @@ class NormedBranches(AnnealedModule):
 
     def _put_back_(self, weight: Tensor, bias: Optional[Tensor], keep_gain: bool) -> None:
         gain = self._origin_norm().weight
-        ones = torch.ones_like(gain)
-        self.restore_with_gain_(weight, bias, torch.where(gain == 0, ones, gain) if keep_gain else ones)
+        usable = keep_gain & (gain.abs() >= torch.finfo(gain.dtype).tiny)
+        self.restore_with_gain_(weight, bias, torch.where(usable, gain, 1.0))
 
     @torch.no_grad()
     def keep_statistics_(self, mean: Tensor, var: Tensor) -> None:
