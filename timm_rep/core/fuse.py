@@ -7,15 +7,16 @@ import torch
 import torch.nn as nn
 
 from .errors import UserError
-from .layers import AnnealedModule
+from .layers import AnnealedModule, HostedConv2d
 from .walk import (
     ModelT,
     ancestors_of,
     annealed_modules,
+    conv_name,
     copied,
+    folded_norms,
     move_hooks,
     names_of,
-    next_sibling,
     parent_of,
     unwrapped,
 )
@@ -105,13 +106,17 @@ def fuse(model: ModelT, *, inplace: bool = False) -> ModelT:
     """
     model = unwrapped(model)
     replacements: Dict[str, nn.Module] = {}
-    for name, module in annealed_modules(model):
+    norms = folded_norms(model)
+    for layer_name, module in annealed_modules(model):
+        name = conv_name(model, layer_name)
         if name == '':
             raise UserError("fuse needs a model around the layer; for one alone use the layer's own fuse()")
-        sibling, behind = next_sibling(model, name)
-        replacements[name], norm = module.stock_form(behind)
+        norm_name, behind = norms.get(layer_name, ('', None))
+        stock, norm = module.stock_form(behind)
+        host = model.get_submodule(name)
+        replacements[name] = host.stock_conv(stock) if isinstance(host, HostedConv2d) else stock  # type: ignore[arg-type]
         if norm is not None:
-            replacements[sibling] = norm
+            replacements[norm_name] = norm
     if not inplace:
         model = copied(model)
     # A shared layer is one module in several places.

@@ -4,6 +4,7 @@ Importing this registers the methods, in the order of this list.
 """
 from .annealed import AnnealedModule
 from .base import LinearRepLayer, RepLayer
+from .hosted import HostedConv2d, StandardizedConv2d
 from .normed import NormedRepLayer
 from .norms import FoldedNorm
 from .orepa import Orepa, OrepaConv2d, OrepaPointwiseConv2d, OrepaStemConv2d  # isort: split
@@ -23,6 +24,7 @@ __all__ = [
     'AsymmetricConv2d',
     'DiverseBranchConv2d',
     'FoldedNorm',
+    'HostedConv2d',
     'LinearRepLayer',
     'NormedRepLayer',
     'Orepa',
@@ -32,4 +34,5 @@ __all__ = [
     'Rep',
     'RepConv2d',
     'RepLayer',
+    'StandardizedConv2d',
 ]
