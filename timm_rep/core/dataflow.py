@@ -25,8 +25,8 @@ _logger = logging.getLogger(__name__)
 
 BATCH = 2  # with one image, norms of vectors refuse to train
 SIZES = (64, 224)  # of images, for models that do not say theirs
-# What a model may be asked for besides its outputs: maps that a user reads are none that only a norm reads.
-OTHER_WAYS = ('forward_features', 'forward_intermediates')
+# What a model may be asked for besides its outputs, by the first of these: what a user reads, not only a norm reads.
+OTHER_WAYS = ('forward_intermediates', 'forward_features')
 # Hooks that see the inputs, or the outputs, of a module; those on gradients may see both.
 INPUT_HOOKS = ('_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
 OUTPUT_HOOKS = ('_forward_hooks', '_backward_hooks', '_backward_pre_hooks')
@@ -201,7 +201,7 @@ def _passes(model: nn.Module) -> List[_Watch]:
         images = torch.empty(BATCH, image_channels(model), *size, device='meta', dtype=reference.dtype)
         first = _watched(twin, hooks, '', images)
         if first is not None:
-            ways = [way for way in OTHER_WAYS if inspect.ismethod(getattr(twin, way, None))]
+            ways = [way for way in OTHER_WAYS if inspect.ismethod(getattr(twin, way, None))][:1]
             others = [_watched(twin, hooks, way, images) for way in ways]
             others.append(_watched(twin.train(), hooks, '', images))
             return [first, *(watch for watch in others if watch is not None)]
@@ -211,7 +211,8 @@ def _passes(model: nn.Module) -> List[_Watch]:
 def flows_of(model: nn.Module) -> Flows:
     """What becomes of the outputs of the convolutions that a model runs.
 
-    A copy without values runs on the meta device, which takes a moment and draws nothing; the model stays as it is.
+    A copy without values runs on the meta device, which takes a moment and draws nothing; the model stays as it is. It
+    does not run if there is no batch norm in it.
 
     Args:
         model: Any model that takes images.
@@ -219,12 +220,13 @@ def flows_of(model: nn.Module) -> Flows:
     Returns:
         What was seen; nothing if the model does not run so.
     """
+    passes: List[_Watch] = []
     try:
-        with _drawing_nothing():
-            passes = _passes(model)
+        if any(map(is_foldable, model.modules())):
+            with _drawing_nothing():
+                passes = _passes(model)
     except Exception as e:  # a model that cannot be copied, has no parameters, or takes no images
         _logger.debug('%s cannot be watched: %s', type(model).__name__, e)
-        passes = []
     outputs: Dict[str, List[_Output]] = {}
     norms: Dict[str, Set[str]] = {}
     for watch in passes:

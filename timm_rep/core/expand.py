@@ -65,10 +65,10 @@ def expand(
     The outputs stay the same: in eval mode for all methods, in training mode too for linear ones (``'orepa'``). What
     was expanded is logged, and :func:`timm_rep.expansion_of` tells it of the result.
 
-    Methods that take the norm in (all with norms in their branches: ``'dbb'``, ``'acb'``, ``'rep'``) take the batch
-    norm that reads the output of the convolution, wherever it is declared, if nothing else reads that. To see it, a
-    copy of the model is run without data, on the meta device; where it cannot be, the norm is the next child of the same
-    module. What is ``'orepa'``'s own choice goes by the next child, too.
+    Methods with norms in their branches (``'dbb'``, ``'acb'``, ``'rep'``) stand for a convolution with the batch
+    norm that reads its output, wherever that is declared, if nothing else reads the output. To see it, a copy of the
+    model is run without data, on the meta device; where it cannot be, the norm is the next child of the same module.
+    What is ``'orepa'``'s own choice goes by the next child, too.
 
     Args:
         model: Any CNN.

@@ -90,7 +90,7 @@ class HostedConv2d(nn.Module):
 
 @register_notrace_module
 class StandardizedConv2d(HostedConv2d):
-    """A rep layer in the place of a convolution that standardises its kernel (timm's ``StdConv2d``, ``ScaledStdConv2d``).
+    """A rep layer in the place of a convolution that standardises its kernel (``StdConv2d``, ``ScaledStdConv2d``).
 
     The branches are composed first, then the kernel is standardised, and padded for where the class does that, too.
 
@@ -139,7 +139,7 @@ HOSTS: Dict[type, Type[HostedConv2d]] = {
 
 
 def hosted(conv: nn.Conv2d, layer: nn.Module) -> nn.Module:
-    """What takes the place of a convolution: the layer, with the rule of the convolution's class around it if it has one.
+    """What takes the place of a convolution: the layer, with the rule of its class around it if it has one.
 
     Args:
         conv: A plain convolution, or one of a class in :data:`HOSTS`.
