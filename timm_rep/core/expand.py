@@ -169,7 +169,13 @@ def _swap(
     return _expand_assigned(network, assigned, generator, inplace, same_function)
 
 
-def _make_layer(method: Method, place: Place, generator: Optional[torch.Generator], same_function: bool) -> nn.Module:
+def _make_layer(
+        method: Method,
+        place: Place,
+        generator: Optional[torch.Generator],
+        same_function: bool,
+) -> Tuple[nn.Module, nn.Module]:
+    """A layer for a convolution, and what takes the place of the convolution: itself, or its host."""
     if method.takes_norm:
         if place.read_between:
             raise UserError(
@@ -186,10 +192,11 @@ def _make_layer(method: Method, place: Place, generator: Optional[torch.Generato
                 'shared by places without the other, or the norm has hooks or state of its own')
     try:
         layer: Any = method.make_layer(place, generator, same_function)
+        stands = hosted(place.conv, layer)
     except ValueError as e:
         raise UserError(f'cannot expand {place.name}: {e}') from None
     layer.method = method
-    return layer
+    return layer, stands
 
 
 def _fold(model: nn.Module, place: Place, layer: Any) -> FoldedNorm:
@@ -231,8 +238,8 @@ def _expand_assigned(
         if id(place.conv) not in made:
             if method.takes_norm and place.norm_name in new_modules:
                 raise UserError(f'{place.name} cannot take in {place.norm_name}, which another convolution does')
-            layer = _make_layer(method, place, generator, same_function)
-            made[id(place.conv)] = hosted(place.conv, layer), _fold(model, place, layer) if method.takes_norm else None
+            layer, stands = _make_layer(method, place, generator, same_function)
+            made[id(place.conv)] = stands, _fold(model, place, layer) if method.takes_norm else None
         stands, folded = made[id(place.conv)]
         new_modules.update(dict.fromkeys(network.names[id(place.conv)], stands))  # a shared one stays shared
         if folded is not None:
