@@ -42,8 +42,8 @@ NOTES = """\
 
 
 def families():
-    """Names of timm's networks, by the module that has them."""
-    return {module: timm.list_models(module=module) for module in timm.list_modules()}
+    """Names of timm's networks, without ours, by the module that has them."""
+    return {module: timm.list_models(module=module) for module in timm.list_modules() if hasattr(timm.models, module)}
 
 
 def measure(name, family):

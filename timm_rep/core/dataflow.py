@@ -130,6 +130,8 @@ class _Reads(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.watch.read((args, kwargs))
+        if func is torch.ops.aten.native_batch_norm.default:  # nearly all of the time otherwise
+            return torch.empty_like(args[0]), *(args[0].new_empty(args[0].shape[1]) for _ in range(2))
         return func(*args, **(kwargs or {}))
 
 

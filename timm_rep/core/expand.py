@@ -98,8 +98,8 @@ def expand(
     expansion = expansion_of(expanded)
     is_little = select is None and not isinstance(method, Mapping) and expansion.taken < LITTLE
     _logger.log(
-        logging.WARNING if is_little else logging.INFO, 'expanded %s: %s%s', type(model).__name__, expansion,
-        f'; cannot be taken: {left}' if left else '')
+        logging.WARNING if is_little else logging.INFO, 'expanded %s: %s%s%s', type(model).__name__, expansion,
+        '; that is little, select= takes more' if is_little else '', f'; cannot be taken: {left}' if left else '')
     return expanded
 
 

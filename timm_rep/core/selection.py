@@ -258,8 +258,10 @@ def why_nothing(network: Network, method: Methods) -> str:
     norms = {type(module) for module in network.model.modules()}
     behind = {type(norm_behind(network.model, name, c.out_channels)[1]) for name, c in network.convs().items()}
     others = sorted(norm.__name__ for norm in behind - {type(None), *FOLDABLE})
-    if not isinstance(method, Mapping) and as_method(method).takes_norm and not norms & set(FOLDABLE):
-        return f'{text}; methods that take the norm in need a BatchNorm2d, here are {", ".join(others) or "none"}'
+    if not isinstance(method, Mapping) and as_method(method).takes_norm:
+        if not norms & set(FOLDABLE):
+            return f'{text}; methods that take the norm in need a BatchNorm2d, here are {", ".join(others) or "none"}'
+        return f'{text}; none that it takes unasked has a batch norm that alone reads its output'
     left = Counter(reason for _, reason in network.left())
     return f'{text}; left: {_counted(left)}' if left else text
 
