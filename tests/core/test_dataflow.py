@@ -96,8 +96,13 @@ def test_timms_networks():
     assert res2net['layer1.0.convs.3'] == Flow('layer1.0.bns.3')
     repvit = flows_of(timm.create_model('repvit_m0_9', device='meta')).convs
     assert repvit['stages.0.blocks.0.token_mixer.conv1'] == Flow()
-    inception = flows_of(timm.create_model('inception_v3', device='meta', aux_logits=True)).convs
-    assert inception['AuxLogits.conv0.conv'] == Flow('AuxLogits.conv0.bn')  # runs in training mode only
+
+
+def test_what_runs_in_training_mode_only():
+    model = Net(
+        lambda m, x: [m.norm(m.conv(x)), *([m.late(m.aux(x))] if m.training else [])], conv=conv(), norm=norm(),
+        aux=conv(), early=norm(), late=norm())
+    assert flows_of(model).convs == dict(conv=Flow('norm'), aux=Flow('late'))
 
 
 def reads(run):
@@ -184,7 +189,7 @@ def test_hooks_that_see_something_else_do_not_matter(hook):
 
 
 def test_feature_maps_are_outputs():
-    getter = IntermediateLayerGetter(Outer(), dict(first='a'))
+    getter = IntermediateLayerGetter(Outer(), dict(first='a', second='b'))
     traced = feature_extraction.create_feature_extractor(Outer(), ['first', 'second'])
     for model in (getter, traced):
         assert [flow.norm for flow in flows_of(model).convs.values()] == ['']

@@ -35,7 +35,8 @@ def test_other_networks_give_all_kxk_with_a_centre_biased_or_not():
     torch.manual_seed(0)
     model = nn.Sequential(
         kxk(3, 8), nn.ReLU(), kxk(8, 8, bias=False), nn.Conv2d(8, 8, 4, stride=4),
-        nn.Conv2d(8, 8, 7, padding=3, groups=8), nn.Conv2d(8, 8, (1, 5), padding=(0, 2)), nn.Conv2d(8, 2, 1)).double().eval()
+        nn.Conv2d(8, 8, 7, padding=3, groups=8), nn.Conv2d(8, 8, (1, 5), padding=(0, 2)), nn.Conv2d(8, 2, 1))
+    model = model.double().eval()
     assert Network.of(model).shares.paired == 0.0
     assert taken(model) == ['0', '2', '4', '5']
     x = randn(2, 3, 12, 12)

@@ -86,8 +86,9 @@ class Network:
         """
         model, conv = self.model, self.model.get_submodule(name)
         if norm_name:
-            norm: Optional[nn.Module] = model.get_submodule(norm_name)
-            seen, stays = False, not self._is_norm_as_made(norm)
+            known = model.get_submodule(norm_name)
+            norm: Optional[nn.Module] = known
+            seen, stays = False, not self._is_norm_as_made(known)
         else:
             norm_name, norm, seen, stays = self._norm_of(name, takes_norm)
         read_between = norm is not None and (seen or reads_between(model, name, norm_name))

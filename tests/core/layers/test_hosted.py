@@ -131,8 +131,9 @@ def test_copies_pickles_scripts_and_compiles(cls):
     file = io.BytesIO()
     torch.save(rep, file)
     file.seek(0)
-    forms = [copy.deepcopy(rep), torch.load(file, weights_only=False), torch.jit.script(rep),
-             torch.compile(rep, backend='eager', fullgraph=True), torch.jit.trace(rep, images())]
+    forms = [copy.deepcopy(rep), torch.load(file, weights_only=False), torch.jit.script(rep)]
+    if cls in (Conv2dSame, ScaledStdConv2dSame):
+        forms.append(torch.compile(rep, backend='eager', fullgraph=True))
     for form in forms:
         assert_near(form(images()), expected, LINEAR_RTOL[torch.float64])
     ema = ModelEmaV3(rep, decay=0.5)
@@ -189,7 +190,7 @@ def test_another_class_is_left_and_named(caplog):
         expand(nn.Sequential(OddConv2d(3, 8, 3)), 'orepa')
 
 
-@pytest.mark.parametrize('name', ['nf_resnet26', 'tf_mobilenetv3_small_075'])
+@pytest.mark.parametrize('name', ['test_nfnet', 'tf_mobilenetv3_small_075'])
 @torch.no_grad()
 def test_timms_networks(name):
     model = randomize_(timm.create_model(name)).double().eval()

@@ -1,6 +1,6 @@
 """Rep layers in the place of convolutions whose class pads the input or standardises the kernel itself."""
 import copy
-from typing import Any, Dict, Optional, Type
+from typing import TYPE_CHECKING, Any, Dict, Optional, Type
 
 import torch
 import torch.nn as nn
@@ -33,6 +33,15 @@ class HostedConv2d(nn.Module):
     __constants__ = [*GEOMETRY, 'same_pad']
     __jit_unused_properties__ = ['weight', 'bias']
     __jit_ignored_attributes__ = ['stock_class', 'stock_settings']
+
+    if TYPE_CHECKING:  # not for TorchScript, which takes class annotations for attributes
+        kernel_size: Any
+        stride: Any
+        padding: Any
+        dilation: Any
+        groups: Any
+        out_channels: Any
+        gain: Any
 
     def __init__(self, conv: nn.Conv2d, layer: Any) -> None:
         super().__init__()
@@ -123,9 +132,8 @@ class StandardizedConv2d(HostedConv2d):
         gain = None if self.gain is None else (self.gain * self.scale).view(-1)
         standardized = F.batch_norm(
             kernel.reshape(1, self.out_channels, -1), None, None, weight=gain, training=True, momentum=0., eps=self.eps)
-        return F.conv2d(
-            x, standardized.reshape(kernel.shape), self.layer.bias, self.stride, self.padding, self.dilation,
-            self.groups)
+        kernel = standardized.reshape(kernel.shape)
+        return F.conv2d(x, kernel, self.layer.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 # What stands around a rep layer in the place of a convolution, by the convolution's class.
