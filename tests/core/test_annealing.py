@@ -532,7 +532,7 @@ def test_batches_that_the_model_cannot_run_change_nothing(forward, batch, cause,
         monkeypatch.setattr(model, 'forward', functools.partial(forward, own), raising=False)
     before, modes = state_of(model), [module.training for module in model.modules()]
     for batches in ([batch], [images(), batch]):
-        with pytest.raises(UserError, match='runs the model on batches .* Nothing was changed') as refused:
+        with pytest.raises(UserError, match=r'runs the model on batches .* Nothing was changed') as refused:
             begin_time_step(model, seeded(), restoration='measured', batches=batches)
         assert isinstance(refused.value.__cause__, cause)
         assert_same_state(model.state_dict(), before)
