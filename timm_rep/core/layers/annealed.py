@@ -38,7 +38,7 @@ class _Tie:
     """A module and the copies of it that are alive. In a pickle it ties those together that are in it."""
 
     def __init__(self, original: Optional['AnnealedModule'] = None) -> None:
-        self.copies: 'weakref.WeakSet[AnnealedModule]' = weakref.WeakSet()
+        self.copies: weakref.WeakSet[AnnealedModule] = weakref.WeakSet()
         self._original = None if original is None else weakref.ref(original)
 
     def original(self) -> Optional['AnnealedModule']:
