@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import UserError
 
-__all__ = ['AnnealedModule', 'OriginPart', 'check_attach_rate', 'check_kernel']
+__all__ = ['AnnealedModule', 'OriginPart', 'check_attach_rate', 'check_kernel', 'is_channels_last']
 
 # A parameter, and the index of what belongs to the origin branch: a row, slices, or ... for the whole.
 OriginPart = Tuple[nn.Parameter, Any]
@@ -32,6 +32,11 @@ def check_kernel(module: nn.Module, shape: Sequence[int], weight: Tensor, bias: 
         raise UserError(f'{type(module).__name__} takes a kernel of shape {tuple(shape)}, got {tuple(weight.shape)}')
     if bias is not None and tuple(bias.shape) != (shape[0],):
         raise UserError(f'bias must have shape ({shape[0]},), got {tuple(bias.shape)}')
+
+
+def is_channels_last(kernel: Tensor) -> bool:
+    """Whether a kernel is in the memory format channels-last, and not in that of other tensors as well."""
+    return kernel.is_contiguous(memory_format=torch.channels_last) and not kernel.is_contiguous()
 
 
 class _Tie:
@@ -151,6 +156,9 @@ class AnnealedModule(nn.Module):
     _copies: Optional['_Tie'] = None
     _known: Optional['_KnownToCopy'] = None
 
+    # Whether the module was last moved into the memory format channels-last, which its tensors need not show.
+    is_channels_last = False
+
     def _init_annealing(self, device: Any = None, dtype: Optional[torch.dtype] = None) -> None:
         self.register_buffer('attach_rate', torch.ones((), device=device, dtype=dtype))
         self.register_buffer('time_step', torch.zeros((), dtype=torch.long, device=device))
@@ -256,7 +264,12 @@ class AnnealedModule(nn.Module):
 
     def _apply(self: AnnealedT, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AnnealedT:
         self._before_writing()
+        # a tensor that goes where the kernels go
+        memory_format = torch.channels_last if self.is_channels_last else torch.contiguous_format
+        buffer = self._buffers['attach_rate']
+        kernel = torch.empty(2, 2, 2, 2, dtype=buffer.dtype, device=buffer.device, memory_format=memory_format)
         super()._apply(fn, recurse)
+        self.is_channels_last = is_channels_last(fn(kernel))
         self._written(on_purpose=False)
         return self
 

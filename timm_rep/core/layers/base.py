@@ -10,7 +10,7 @@ from torch import Tensor
 from ..composition import prefers_channels_last
 from ..errors import UserError
 from ..precision import full_float32
-from .annealed import AnnealedModule, check_kernel
+from .annealed import AnnealedModule, check_kernel, is_channels_last
 from .composed import composed_kernel, refuse_writing
 
 __all__ = ['LinearRepLayer', 'RepLayer', 'is_trainable', 'kaiming_uniform_']
@@ -254,7 +254,7 @@ class RepLayer(AnnealedModule):
         for module in layer.modules():
             if isinstance(module, AnnealedModule):
                 module._buffers['attach_rate'] = module.attach_rate.to(conv.weight.dtype)
-        return layer
+        return layer.to(memory_format=torch.channels_last) if is_channels_last(conv.weight) else layer
 
     def _plain_conv(self, weight: Tensor, bias: Optional[Tensor], trainable: bool, bias_trainable: bool) -> nn.Conv2d:
         # skip_init: fusing draws nothing from the global random generator
@@ -266,7 +266,8 @@ class RepLayer(AnnealedModule):
                 conv.bias.copy_(bias)
                 conv.bias.requires_grad_(bias_trainable)
         conv.weight.requires_grad_(trainable)
-        return conv.train(self.training)
+        conv = conv.train(self.training)
+        return conv.to(memory_format=torch.channels_last) if self.is_channels_last else conv
 
 
 class LinearRepLayer(RepLayer):
