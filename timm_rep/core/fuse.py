@@ -108,11 +108,19 @@ def _stock_forms(model: nn.Module) -> Dict[str, nn.Module]:
     for name, module in annealed_modules(model):
         if name == '':
             raise UserError("fuse needs a model around the layer; for one alone use the layer's own fuse()")
+        _refuse_offloaded(name, module)
         sibling, behind = next_sibling(model, name)
         replacements[name], norm = module.stock_form(behind)
         if norm is not None:
             replacements[sibling] = norm
     return replacements
+
+
+def _refuse_offloaded(name: str, module: nn.Module) -> None:
+    """Raise a UserError for weights that accelerate holds elsewhere between the forwards."""
+    hooked = any(hasattr(part, '_hf_hook') for part in module.modules())
+    if hooked and any(parameter.is_meta for parameter in module.parameters()):
+        raise UserError(f'the weights of {name} are offloaded by accelerate; fuse the model first, and offload that')
 
 
 def _put_in_(model: nn.Module, replacements: Mapping[str, nn.Module], elsewhere: Iterable[Place] = ()) -> None:

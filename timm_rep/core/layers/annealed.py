@@ -1,7 +1,7 @@
 """The contract of annealing: a module with an origin branch and side branches, which an attach rate multiplies."""
 import copy
 import weakref
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, TypeVar
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, TypeVar
 
 import torch
 import torch.nn as nn
@@ -13,6 +13,14 @@ __all__ = ['AnnealedModule', 'OriginPart', 'check_attach_rate', 'check_kernel', 
 
 # A parameter, and the index of what belongs to the origin branch: a row, slices, or ... for the whole.
 OriginPart = Tuple[nn.Parameter, Any]
+
+# Of a plain convolution, and of timm's RepVGG block: no rep layer has a parameter of such a name.
+STOCK_KEYS = ('weight', 'conv_1x1.conv.weight')
+STOCK_FORM = (
+    'The weights are in stock form, without branches. timm.create_model(NAME, pretrained=True, '
+    'pretrained_cfg_overlay=dict(file=PATH, num_classes=N)) puts them into the branches, and so does timm_rep.expand '
+    'with a stock model that holds them.'
+)
 
 # Averages (EMA) give a model at least this weight in an update.
 LEAST_WEIGHT = 1e-6
@@ -273,9 +281,22 @@ class AnnealedModule(nn.Module):
         self._written(on_purpose=False)
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(  # torch's
+            self,
+            state_dict: Mapping[str, Tensor],
+            prefix: str,
+            local_metadata: Any,
+            strict: bool,
+            missing_keys: List[str],
+            unexpected_keys: List[str],
+            error_msgs: List[str],
+    ) -> None:
         self._before_writing()
-        super()._load_from_state_dict(*args, **kwargs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        stock_keys = [f'{prefix}{key}' for key in STOCK_KEYS if f'{prefix}{key}' in state_dict]
+        if stock_keys and f'{prefix}attach_rate' not in state_dict and STOCK_FORM not in error_msgs:
+            error_msgs.append(STOCK_FORM)  # with strict=False, too, which would leave what was drawn
         original = None if self._known is None else self._known.original()
         alike = original is not None and _numbers(original._annealing_buffers()) == _numbers(self._annealing_buffers())
         self._written(on_purpose=not alike)

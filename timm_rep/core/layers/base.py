@@ -164,7 +164,7 @@ class RepLayer(AnnealedModule):
         refuse_writing()
 
     def register_parameter(self, name: str, param: Optional[nn.Parameter]) -> None:
-        if name == 'weight':  # layer.weight = nn.Parameter(...)
+        if name in ('weight', 'weight_orig'):  # layer.weight = nn.Parameter(...); torch.nn.utils.prune
             refuse_writing()
         super().register_parameter(name, param)
 
