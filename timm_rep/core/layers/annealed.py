@@ -274,7 +274,7 @@ class AnnealedModule(nn.Module):
         self._before_writing()
         # a tensor that goes where the kernels go
         memory_format = torch.channels_last if self.is_channels_last else torch.contiguous_format
-        buffer = self._buffers['attach_rate']
+        buffer: Any = self._buffers['attach_rate']
         kernel = torch.empty(2, 2, 2, 2, dtype=buffer.dtype, device=buffer.device, memory_format=memory_format)
         super()._apply(fn, recurse)
         self.is_channels_last = is_channels_last(fn(kernel))
