@@ -20,7 +20,7 @@ from .accumulate import MicroBatches
 from .arguments import START_FILES, output_folder
 from .best import keep_resumed, take_best
 from .lock import RunLock
-from .resume import drop_rows, epoch_of, newest_checkpoint
+from .resume import drop_rows, epoch_of, go_back, newest_checkpoint
 from .snapshots import save_snapshots
 
 __all__ = ['AnnealedEpochs']
@@ -114,6 +114,9 @@ class AnnealedEpochs:
         self._folder = None if call['output_dir'] is None else Path(call['output_dir'])
         if self._folder is not None:
             self._lock.take(self._folder)
+            resumed = Path(args.resume or '')
+            if not self._forms and resumed.is_file() and resumed.parent.samefile(self._folder):
+                go_back(resumed, epoch)
         self._tidy(epoch)
         # timm's rounding of cycles may have an epoch more
         epoch = min(epoch, self.schedule.total_epochs - 1)

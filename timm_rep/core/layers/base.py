@@ -10,7 +10,7 @@ from torch import Tensor
 from ..composition import prefers_channels_last
 from ..errors import UserError
 from ..precision import full_float32
-from .annealed import AnnealedModule, check_kernel
+from .annealed import AnnealedModule, check_kernel, is_channels_last
 from .composed import composed_kernel, refuse_writing
 from .update import UpdateKernels
 
@@ -165,7 +165,7 @@ class RepLayer(AnnealedModule):
         refuse_writing()
 
     def register_parameter(self, name: str, param: Optional[nn.Parameter]) -> None:
-        if name == 'weight':  # layer.weight = nn.Parameter(...)
+        if name in ('weight', 'weight_orig'):  # layer.weight = nn.Parameter(...); torch.nn.utils.prune
             refuse_writing()
         super().register_parameter(name, param)
 
@@ -255,7 +255,7 @@ class RepLayer(AnnealedModule):
         for module in layer.modules():
             if isinstance(module, AnnealedModule):
                 module._buffers['attach_rate'] = module.attach_rate.to(conv.weight.dtype)
-        return layer
+        return layer.to(memory_format=torch.channels_last) if is_channels_last(conv.weight) else layer
 
     def _plain_conv(self, weight: Tensor, bias: Optional[Tensor], trainable: bool, bias_trainable: bool) -> nn.Conv2d:
         # skip_init: fusing draws nothing from the global random generator
@@ -267,7 +267,8 @@ class RepLayer(AnnealedModule):
                 conv.bias.copy_(bias)
                 conv.bias.requires_grad_(bias_trainable)
         conv.weight.requires_grad_(trainable)
-        return conv.train(self.training)
+        conv = conv.train(self.training)
+        return conv.to(memory_format=torch.channels_last) if self.is_channels_last else conv
 
 
 class LinearRepLayer(RepLayer):
