@@ -99,7 +99,8 @@ def resnet():
 
 
 NETWORKS = {
-    'RepVGG blocks': lambda: repvgg(None), 'RepVGG blocks, OREPA': repvgg, 'one norm, OREPA': chain, 'ResNet, OREPA': resnet,
+    'RepVGG blocks': lambda: repvgg(None), 'RepVGG blocks, OREPA': repvgg, 'one norm, OREPA': chain,
+    'ResNet, OREPA': resnet,
 }
 
 

@@ -1,6 +1,7 @@
 """Ultralytics YOLO: trained with rep layers, resumed, and left behind as the stock network."""
 import os
 import pickletools
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -8,17 +9,20 @@ import pytest
 import torch
 import torch.nn as nn
 from helpers import assert_near, randomize_
+from library_recipes import PAGE, run
 from PIL import Image
 
 import timm_rep
 from timm_rep.core.walk import rep_layers
 
 os.environ.setdefault('YOLO_OFFLINE', 'true')
+os.environ.setdefault('YOLO_CONFIG_DIR', tempfile.mkdtemp())  # where it keeps its settings
 pytest.importorskip('ultralytics', reason='needs Ultralytics')
 
 from ultralytics import YOLO
 from ultralytics.models.yolo.classify import ClassificationTrainer
 from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.models.yolo.segment import SegmentationTrainer
 from ultralytics.nn.tasks import DetectionModel, torch_safe_load
 
 from timm_rep.integrations.ultralytics import RepTrainer, RepTraining, fuse_checkpoint, rep_trainer
@@ -64,12 +68,17 @@ def with_callback(model, event, action):
     return model
 
 
+@pytest.mark.skipif(not PAGE.exists(), reason='the docs are in a checkout only')
 @pytest.mark.parametrize('network', ['yolov8n', 'yolo11n'])
 def test_two_lines_train_and_leave_the_stock_network_behind(network, settings, tmp_path):
     seen = []
-    model = YOLO(f'{network}.yaml')
-    with_callback(model, 'on_fit_epoch_end', lambda trainer: seen.append((trainer.model, trainer.ema.ema)))
-    model.train(trainer=RepTrainer, **settings)
+
+    def built(file):
+        return with_callback(
+            YOLO(f'{network}.yaml'), 'on_fit_epoch_end', lambda trainer: seen.append((trainer.model, trainer.ema.ema)))
+
+    data = settings.pop('data')
+    model = run('Ultralytics YOLO', YOLO=built, data=data, settings=settings)['model']
 
     assert is_rep(seen[0][0])
     assert is_rep(seen[0][1])
@@ -90,7 +99,7 @@ def test_two_lines_train_and_leave_the_stock_network_behind(network, settings, t
     for (name, ours), theirs in zip(fused.state_dict().items(), averaged.state_dict().values()):
         if ours.is_floating_point() and theirs.abs().max() > 1e-3:  # smaller ones have fewer digits
             assert_near(ours, theirs, 5e-4), name
-    assert model.val(data=settings['data'], imgsz=32, plots=False, verbose=False).box is not None
+    assert model.val(data=data, imgsz=32, plots=False, verbose=False).box is not None
     image = torch.rand(1, 3, 32, 32)
     assert len(model.predict(image, imgsz=32, verbose=False)) == 1
 
@@ -154,6 +163,16 @@ def test_starts_from_weights_with_their_function(settings):
     assert all(torch.equal(value, rep.state_dict()[name]) for name, value in again.state_dict().items())
     for ours, theirs in zip(built('orepa', rep, nc=3).model[:22].parameters(), rep.model[:22].parameters()):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.skipif(not PAGE.exists(), reason='the docs are in a checkout only')
+def test_trainers_of_the_docs():
+    made = run('Ultralytics YOLO', 1, SegmentationTrainer=SegmentationTrainer, timm_rep=timm_rep)
+    assert made['dbb'].method == 'dbb'
+    assert issubclass(made['dbb'], DetectionTrainer)
+    rep = timm_rep.expand(DetectionModel('yolov8n.yaml', verbose=False), made['backbone'].method)
+    assert {name.split('.')[1] for name, _ in rep_layers(rep)} == set('123456789')
+    assert issubclass(made['MySegmentation'], SegmentationTrainer)
 
 
 def test_orthogonal_steps_leave_branches_alone():

@@ -41,8 +41,9 @@ class RepTraining:
         """Build the trainer's network, with rep layers.
 
         Args:
-            cfg: As Ultralytics has it, like ``verbose``.
+            cfg: As Ultralytics has it.
             weights: Network to start from. If it has rep layers, the new one has the same, with their branches.
+            verbose: As Ultralytics has it.
 
         Returns:
             The network in training form.
@@ -128,7 +129,7 @@ def _take_branches_(layer: nn.Module, other: nn.Module) -> None:
         layer.load_state_dict(theirs)
 
 
-def fuse_checkpoint(file: Union[str, Path], output: Union[None, str, Path] = None) -> Path:
+def fuse_checkpoint(file: Union[str, Path], output: Union[str, Path, None] = None) -> Path:
     """Turn a checkpoint of Ultralytics in training form into one of the stock network; its optimizer is dropped.
 
     A training does it by itself when it ends. For one that was stopped before, or for the epochs that it has saved.
