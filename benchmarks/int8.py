@@ -147,7 +147,7 @@ def channel_range(model):
 
 class Calibration(CalibrationDataReader):
     def __init__(self, images):
-        self.batches = iter(images.split(64))
+        self.batches = iter(images.split(50))
 
     def get_next(self):
         batch = next(self.batches, None)

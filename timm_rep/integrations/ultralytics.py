@@ -54,7 +54,7 @@ class RepTraining:
             select = type(self).select  # not bound, if it is a function
             return expand(build(cfg=cfg, weights=weights, verbose=verbose), self.method, select=select, inplace=True)
         model = build(cfg=cfg, weights=_stock_form(weights), verbose=verbose)
-        model = expand(model, given, inplace=True)  # type: ignore[arg-type]
+        model = expand(model, given, inplace=True)
         for name, layer in rep_layers(weights):
             _take_branches_(model.get_submodule(name), layer)
         return model
@@ -188,8 +188,11 @@ def rep_trainer(
         if one is not None:
             as_method(one)
     if trainer is None:
-        from ultralytics.models.yolo.detect import DetectionTrainer as trainer
-    return type('RepTrainer', (RepTraining, trainer), dict(method=method, select=select, __module__=__name__))
+        from ultralytics.models.yolo.detect import DetectionTrainer
+
+        trainer = DetectionTrainer
+    bases: Any = (RepTraining, trainer)
+    return type('RepTrainer', bases, dict(method=method, select=select, __module__=__name__))
 
 
 def __getattr__(name: str) -> Any:
