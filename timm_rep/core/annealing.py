@@ -35,7 +35,7 @@ from torch import Tensor
 from .errors import UserError
 from .layers import AnnealedModule
 from .layers.annealed import check_attach_rate
-from .measure import first_batches, measure_statistics, normed_modules
+from .measure import check_measurable, first_batches, measure_statistics, normed_modules
 from .walk import annealed_modules, set_attach_rate
 
 __all__ = [
@@ -313,12 +313,15 @@ def begin_time_step(
 
     Raises:
         UserError: If the model has no rep layers, for a rate outside [0, 1], an unknown restoration or a gain that is
-            not finite, or if there are no batches to measure on. The model is then unchanged.
+            not finite, or if there are no batches to measure on, or the model does not run on them. It is then
+            unchanged.
     """
     time_step(model)  # raises unless it is the same everywhere
     check_attach_rate(attach_rate)
     check_restoration(restoration, side_gain)
     measured = first_batches(batches) if restoration == 'measured' else []
+    if measured:
+        check_measurable(model, measured)
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     for _, module in annealed_modules(model):
         module.begin_time_step_(
