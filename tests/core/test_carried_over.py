@@ -207,9 +207,9 @@ def test_a_method_that_is_called_fuse_but_adds_maps_is_left_alone():
     assert 'fuse' not in vars(fuse(rep))
 
 
-@pytest.mark.parametrize('arguments', [dict(low=True), dict(high='nearest')])
-def test_switches_are_no_feature_maps(arguments):
-    """As of Ultralytics' ``fuse(verbose=True)``."""
+@pytest.mark.parametrize('arguments', [dict(low=True), dict(high='nearest'), dict(low=640), dict(high=[32, 64])])
+def test_settings_are_no_feature_maps(arguments):
+    """As of Ultralytics' ``fuse(verbose=True, imgsz=[640, 640])``."""
     class Network(FeaturePyramid):
         def fuse(self, low=None, high=None):
             assert isinstance(self.conv, nn.Conv2d)

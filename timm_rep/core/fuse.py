@@ -51,7 +51,7 @@ def when_fused(action: Callable[[nn.Module], None]) -> Callable[[nn.Module], Non
 class _FusedBefore:
     """Stands in for a module's own method that folds its convolutions, which must be in stock form for that.
 
-    A call that does something else (with more than switches for arguments, while training, or in a forward) goes
+    A call that does something else (with more than settings for arguments, while training, or in a forward) goes
     through as it is.
     """
 
@@ -60,8 +60,8 @@ class _FusedBefore:
     elsewhere: Tuple[Place, ...]  # where else in the model its parts are
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        switches = all(isinstance(value, (bool, str, type(None))) for value in (*args, *kwargs.values()))
-        folds = switches and not self.module.training and not torch.compiler.is_compiling()
+        settings = all(_is_setting(value) for value in (*args, *kwargs.values()))
+        folds = settings and not self.module.training and not torch.compiler.is_compiling()
         if folds and not self._is_in_forward():
             _put_in_(self.module, _stock_forms(self.module), self.elsewhere)
         return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
@@ -75,6 +75,13 @@ class _FusedBefore:
                 return True
             frame = frame.f_back
         return False
+
+
+def _is_setting(value: Any) -> bool:
+    """Whether an argument is a switch, a number, or numbers such as an image size, and no feature map."""
+    if isinstance(value, (list, tuple)):
+        return len(value) > 0 and all(isinstance(part, (int, float)) for part in value)
+    return isinstance(value, (int, float, str, type(None)))
 
 
 def fuse_before_own_(model: nn.Module, names: Iterable[str]) -> None:
