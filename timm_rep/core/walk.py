@@ -204,8 +204,9 @@ def folded_norms(model: nn.Module) -> Dict[str, Tuple[str, FoldedNorm]]:
     for name, layer in rep_layers(model):
         if not isinstance(layer, NormedRepLayer):
             continue
-        if layer.far_norm is not None and id(layer.far_norm[0]) in names:
-            found[name] = names[id(layer.far_norm[0])][0], layer.far_norm[0]
+        if layer.far_norm is not None:
+            if id(layer.far_norm[0]) in names:  # not outside of the part of a model that this is
+                found[name] = names[id(layer.far_norm[0])][0], layer.far_norm[0]
         elif conv_name(model, name):
             sibling, behind = next_sibling(model, conv_name(model, name))
             if isinstance(behind, FoldedNorm) and not behind.is_far:

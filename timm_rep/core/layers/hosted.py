@@ -9,7 +9,6 @@ from timm.layers import Conv2dSame, ScaledStdConv2d, ScaledStdConv2dSame, StdCon
 from timm.models import register_notrace_module
 from torch import Tensor
 
-from ..composition import prefers_channels_last
 from ..errors import UserError
 from .base import GEOMETRY, LinearRepLayer
 
@@ -128,7 +127,7 @@ class StandardizedConv2d(HostedConv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self._padded(x)
-        kernel = self.layer._compose(prefers_channels_last(x))
+        kernel = self.layer.kernel_for(x)
         gain = None if self.gain is None else (self.gain * self.scale).view(-1)
         standardized = F.batch_norm(
             kernel.reshape(1, self.out_channels, -1), None, None, weight=gain, training=True, momentum=0., eps=self.eps)
