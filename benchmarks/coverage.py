@@ -2,7 +2,7 @@
 
     python benchmarks/coverage.py scan     # all CNNs with more than three convolutions, on the meta device
     python benchmarks/coverage.py sweep    # the smallest of each family in float64: expand, fuse, a time step
-    python benchmarks/coverage.py table    # benchmarks/results/coverage.md
+    python benchmarks/coverage.py table    # benchmarks/results/coverage.md, and the same table in docs/networks.md
 
 Both append to a file of JSON lines under benchmarks/results/ and go on where they were stopped.
 """
@@ -23,6 +23,7 @@ from timm_rep.core.selection import Network, assign, why_nothing
 
 RESULTS = Path(__file__).parent / 'results'
 SCAN, SWEEP, TABLE = (RESULTS / f'coverage{end}' for end in ('_scan.jsonl', '_sweep.jsonl', '.md'))
+DOCS = Path(__file__).parents[1] / 'docs' / 'networks.md'
 METHODS = ('orepa', 'dbb')
 LEAST_CONVS = 4
 RATE = 0.4
@@ -54,9 +55,11 @@ def measure(name, family):
     if len(convs) < LEAST_CONVS:
         return None
     larger = {n: m.weight.numel() for n, m in convs.items() if max(m.kernel_size) > 1}
+    centred = [m.weight.numel() for n, m in convs.items() if n in larger and all(size % 2 for size in m.kernel_size)]
     network = Network.of(model)
     row = dict(
         name=name, family=family, convs=len(convs), kxk=len(larger), kxk_parameters=sum(larger.values()),
+        odd_parameters=sum(centred),
         parameters=sum(m.weight.numel() for m in convs.values()),
         norms=sorted({type(m).__name__ for m in model.modules() if 'Norm' in type(m).__name__}),
         model_parameters=sum(p.numel() for p in model.parameters()))
@@ -158,11 +161,9 @@ def share(row, method, key):
     return row[method][key] / max(row[key], 1)
 
 
-def verdict(rows, method, least=0.0):
-    """How many of these networks have more than this share of their KxK parameters taken; just something for none."""
-    if not least:
-        return sum(row[method]['convs'] > 0 for row in rows)
-    return sum(share(row, method, 'kxk_parameters') >= least for row in rows)
+def half(rows, method, key):
+    """In how many networks a method takes at least half as many KxK parameters as there are of a kind."""
+    return sum(2 * row[method]['kxk_parameters'] >= row[key] for row in rows)
 
 
 def percent(values):
@@ -184,12 +185,18 @@ def table():
         f'timm {timm.__version__}, torch {torch.__version__}; {every} networks. `python benchmarks/coverage.py scan`, '
         '`sweep`, `table`.', '', NOTES]
     for method in METHODS:
-        some, half = verdict(rows, method), verdict(rows, method, 0.5)
+        some = sum(row[method]['convs'] > 0 for row in rows)
+        odd, larger = half(rows, method, 'odd_parameters'), half(rows, method, 'kxk_parameters')
         lines.append(
-            f'- **{method}** takes something in {some} of {every} ({100 * some / every:.1f} %), and at least half of '
-            f'the KxK parameters in {half} ({100 * half / every:.1f} %).')
+            f'- **{method}** takes something in {some} of {every} ({100 * some / every:.1f} %). It takes at least half '
+            f'of the parameters of odd KxK convolutions in {odd} ({100 * odd / every:.1f} %), of all KxK in {larger} '
+            f'({100 * larger / every:.1f} %).')
+    normless = sum('need a BatchNorm2d' in row['dbb']['why'] for row in rows)
+    lines.append(f'- {normless} of the networks in which **dbb** takes nothing have no batch norm; its error says so.')
     head = ['family', 'networks', *(f'{method}: share, none' for method in METHODS), 'smallest network', 'exact to']
-    lines += ['', '| ' + ' | '.join(head) + ' |', '|' + ' --- |' * len(head)]
+    lines.append('')
+    beginning = len(lines)
+    lines += ['| ' + ' | '.join(head) + ' |', '|' + ' --- |' * len(head)]
     by_family = collections.defaultdict(list)
     for row in rows:
         by_family[row['family']].append(row)
@@ -205,6 +212,8 @@ def table():
         cells += [row['name'], exactness(row)] if row else ['', '']
         lines.append('| ' + ' | '.join(cells) + ' |')
     TABLE.write_text('\n'.join(lines) + '\n')
+    docs = DOCS.read_text() if DOCS.exists() else ''
+    DOCS.write_text('\n'.join([docs.partition('| family')[0].rstrip('\n'), '', *lines[beginning:]]) + '\n')
 
 
 def main(args=None):
