@@ -73,7 +73,7 @@ def load_images(folder, count):
 
 
 def repvgg(method='orepa'):
-    """RepVGG's blocks, three norms in each; with OREPA in the 3x3 branches the norms start at one, as in orepa_repvgg."""
+    """RepVGG's blocks, three norms in each; with OREPA in the 3x3 branches gains start at one, as in orepa_repvgg."""
     blocks = tuple(ByoBlockCfg(type='rep', d=depth, c=channels, s=2, gs=0) for channels, depth in STAGES)
     net = ByobNet(ByoModelCfg(blocks=blocks, stem_type='rep', stem_chs=16), num_classes=10)
     net.stem.conv_kxk.conv.stride = net.stem.conv_1x1.conv.stride = (1, 1)
@@ -240,7 +240,7 @@ def parse_args(argv):
     parser.add_argument('--train-images', type=int, default=15000, help='for the networks that are trained here')
     parser.add_argument('--epochs', type=int, default=4)
     parser.add_argument('--batch', type=int, default=100)
-    parser.add_argument('--only', default='', metavar='PATTERN', help='networks with this regular expression in their names')
+    parser.add_argument('--only', default='', metavar='PATTERN', help='only networks with this regular expression')
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--out', type=Path, metavar='FILE', help='write FILE.json and FILE.md')
