@@ -54,7 +54,8 @@ NOTES = """\
 - "range": of each folded kernel the largest absolute value of a channel over the median one's, and of all kernels the
   largest such ratio. With one scale for a kernel it is what the grid has to span.
 - The networks below the published one were trained for this table, for so few epochs that only the drops say something.
-  "RepVGG blocks" starts with timm's gains, N(0.1, 0.1), the others with gains of one, as `orepa_repvgg_*` do.
+  "timm's gains": the norms of RepVGG's blocks start with N(0.1, 0.1), as timm's RepVGG does; the others' with one, as
+  those of `orepa_repvgg_*` do.
 """
 
 
@@ -72,17 +73,15 @@ def load_images(folder, count):
     return x, torch.tensor(labels)
 
 
-def repvgg(method='orepa'):
-    """RepVGG's blocks, three norms in each; with OREPA in the 3x3 branches gains start at one, as in orepa_repvgg."""
+def repvgg(method='orepa', gains_of_one=True):
+    """RepVGG's blocks, three norms in each; gains start at one as in orepa_repvgg, or as timm draws them."""
     blocks = tuple(ByoBlockCfg(type='rep', d=depth, c=channels, s=2, gs=0) for channels, depth in STAGES)
     net = ByobNet(ByoModelCfg(blocks=blocks, stem_type='rep', stem_chs=16), num_classes=10)
     net.stem.conv_kxk.conv.stride = net.stem.conv_1x1.conv.stride = (1, 1)
-    if method is None:
-        return net
     for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d) and gains_of_one:
             module.reset_parameters()
-    return timm_rep.expand(net, method)
+    return timm_rep.expand(net, method) if method else net
 
 
 def chain():
@@ -106,7 +105,10 @@ def resnet():
 
 
 NETWORKS = {
-    'RepVGG blocks': lambda: repvgg(None), 'RepVGG blocks, OREPA': repvgg, 'one norm, OREPA': chain,
+    "RepVGG blocks, timm's gains": lambda: repvgg(None, gains_of_one=False),
+    "RepVGG blocks, OREPA, timm's gains": lambda: repvgg(gains_of_one=False),
+    'RepVGG blocks, OREPA': repvgg,
+    'one norm, OREPA': chain,
     'ResNet, OREPA': resnet,
 }
 
