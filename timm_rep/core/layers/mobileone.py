@@ -95,6 +95,10 @@ class MobileOneConv2d(ScaledRepLayer):
             other than zeros, or channels that the groups do not divide.
     """
 
+    copies: Optional[nn.Parameter]
+    conv_1x1: Optional[nn.Parameter]
+    identity: Optional[Tensor]
+
     def __init__(
             self,
             in_channels: int,
