@@ -38,6 +38,12 @@ CASES = dict(
     grouped_1x1=(OrepaPointwiseConv2d, 6, 9, 1, dict(groups=3, padding=1)),
     stem=(OrepaStemConv2d, 3, 8, 7, dict(stride=2, padding=3, bias=False)),
     stem_5x5=(OrepaStemConv2d, 2, 4, 5, dict(padding='same', dilation=2)),
+    online_dbb=(OrepaConv2d, 6, 8, 3, dict(padding=1, branches=('sequential', 'origin', 'average', 'conv_1x1'))),
+    two_branches=(OrepaConv2d, 8, 8, 3, dict(branches=('origin', 'average'), scaling='scalar', groups=8)),
+    unscaled=(OrepaConv2d, 6, 4, 3, dict(branches=('origin', 'separable'), scaling='none', stride=2, bias=False)),
+    unscaled_1x1=(OrepaPointwiseConv2d, 6, 9, 1, dict(scaling='none')),
+    scalar_1x1=(OrepaPointwiseConv2d, 6, 4, 1, dict(scaling='scalar', groups=2)),
+    scalar_stem=(OrepaStemConv2d, 3, 8, 5, dict(padding=2, scaling='scalar', branches=('origin', 'sequential'))),
     doconv=(DOConv2d, 6, 8, 3, dict(padding=1)),
     doconv_grouped=(DOConv2d, 12, 6, (1, 5), dict(groups=3, bias=False, stride=2)),
     doconv_depthwise=(DOConv2d, 8, 8, 7, dict(groups=8, padding='same', dilation=2)),
@@ -63,10 +69,12 @@ GEOMETRY = (
     'in_channels', 'out_channels', 'kernel_size', 'stride', 'padding', 'dilation', 'groups', 'padding_mode')
 # Every form that the parameters can take, for what does not depend on the geometry; one of each kind for slow tools.
 METHODS = ('doconv', 'expanded', 'refconv', 'dilated', 'mobileone')  # one layer of each of the other methods
-FORMS = ('kxk', 'no_1x1', 'grouped', 'wider', 'narrower', 'stem', *METHODS, 'mobileone_single', 'mobileone_1x1')
+ABLATIONS = ('online_dbb', 'two_branches', 'unscaled', 'unscaled_1x1', 'scalar_1x1', 'scalar_stem')
+FORMS = (
+    'kxk', 'no_1x1', 'grouped', 'wider', 'narrower', 'stem', *ABLATIONS, *METHODS, 'mobileone_single', 'mobileone_1x1')
 KINDS = ('kxk', 'depthwise', 'wider', 'stem', *METHODS)
 # Arguments beyond a convolution's.
-OWN = ('branch_1x1', 'negative_slope', 'expansion', 'map_size', 'branches', 'copies')
+OWN = ('branch_1x1', 'negative_slope', 'scaling', 'expansion', 'map_size', 'branches', 'copies')
 
 forms = pytest.mark.parametrize('case', FORMS)
 kinds = pytest.mark.parametrize('case', KINDS)
