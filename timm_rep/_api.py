@@ -29,8 +29,11 @@ from .core.layers import (
     RefConv2d,
     Rep,
     RepConv2d,
+    RepNas,
+    RepNasConv2d,
 )
 from .core.methods import Method, register_method
+from .core.prune import prune_branches
 from .core.verify import Report, VerificationError, verify
 from .core.walk import rep_layers, set_attach_rate
 from .hub.check import check_export
@@ -69,6 +72,8 @@ __all__ = [
     'RefConv2d',
     'Rep',
     'RepConv2d',
+    'RepNas',
+    'RepNasConv2d',
     'Report',
     'UserError',
     'VerificationError',
@@ -85,6 +90,7 @@ __all__ = [
     'load_official_checkpoint',
     'methods',
     'models',
+    'prune_branches',
     'publish',
     'register_method',
     'rep_layers',

@@ -20,6 +20,7 @@ from timm_rep import (
     OrepaPointwiseConv2d,
     OrepaStemConv2d,
     RefConv2d,
+    RepNasConv2d,
     expand,
 )
 
@@ -39,6 +40,7 @@ METHODS = dict(
     refconv_depthwise=lambda: RefConv2d(3, 3, 3, groups=3, padding=1, dtype=torch.float64),
     dilated=lambda: DilatedConv2d(2, 2, 5, groups=2, padding=2, dtype=torch.float64),
     mobileone=lambda: MobileOneConv2d(2, 2, 3, padding=1, copies=2, dtype=torch.float64),
+    repnas=lambda: RepNasConv2d(2, 2, 3, padding=1, dtype=torch.float64),
 )
 LAYERS.update(METHODS)
 linear = pytest.mark.parametrize('name', ['kxk', 'grouped', 'pointwise', 'stem', *METHODS])

@@ -19,6 +19,7 @@ from timm_rep import (
     OrepaPointwiseConv2d,
     OrepaStemConv2d,
     RefConv2d,
+    RepNasConv2d,
 )
 from timm_rep.core import kernels
 from timm_rep.core.layers import LinearRepLayer
@@ -64,14 +65,18 @@ CASES = dict(
     mobileone_single=(MobileOneConv2d, 4, 6, 5, dict(copies=1, stride=2, bias=False)),
     mobileone_depthwise=(MobileOneConv2d, 8, 8, 7, dict(groups=8, padding='same', dilation=2, copies=2)),
     mobileone_1x1=(MobileOneConv2d, 6, 6, 1, dict(groups=3)),
+    repnas=(RepNasConv2d, 6, 8, 3, dict(padding=1)),
+    repnas_depthwise=(RepNasConv2d, 8, 8, 7, dict(groups=8, padding='same', dilation=2)),
+    repnas_cut=(RepNasConv2d, 8, 6, (3, 5), dict(groups=2, stride=2, bias=False, branches=('origin', 'conv_1x1'))),
 )
 GEOMETRY = (
     'in_channels', 'out_channels', 'kernel_size', 'stride', 'padding', 'dilation', 'groups', 'padding_mode')
 # Every form that the parameters can take, for what does not depend on the geometry; one of each kind for slow tools.
-METHODS = ('doconv', 'expanded', 'refconv', 'dilated', 'mobileone')  # one layer of each of the other methods
+METHODS = ('doconv', 'expanded', 'refconv', 'dilated', 'mobileone', 'repnas')  # one layer of each of the other methods
 ABLATIONS = ('online_dbb', 'two_branches', 'unscaled', 'unscaled_1x1', 'scalar_1x1', 'scalar_stem')
 FORMS = (
-    'kxk', 'no_1x1', 'grouped', 'wider', 'narrower', 'stem', *ABLATIONS, *METHODS, 'mobileone_single', 'mobileone_1x1')
+    'kxk', 'no_1x1', 'grouped', 'wider', 'narrower', 'stem', *ABLATIONS, *METHODS, 'mobileone_single', 'mobileone_1x1',
+    'repnas_cut')
 KINDS = ('kxk', 'depthwise', 'wider', 'stem', *METHODS)
 # Arguments beyond a convolution's.
 OWN = ('branch_1x1', 'negative_slope', 'scaling', 'expansion', 'map_size', 'branches', 'copies')

@@ -19,6 +19,8 @@ from timm_rep import (
     Orepa,
     RefConv,
     RefConv2d,
+    RepNas,
+    RepNasConv2d,
     UserError,
     expand,
     expansion_of,
@@ -26,10 +28,11 @@ from timm_rep import (
     rep_layers,
 )
 from timm_rep.core.annealing import begin_time_step
+from timm_rep.core.kernels import merge_sequential
 from timm_rep.core.layers.dilated import BRANCHES
 from timm_rep.core.methods import method_from_dict, method_of_layer
 
-METHODS = ('doconv', 'expandnet', 'refconv', 'dilated', 'mobileone')
+METHODS = ('doconv', 'expandnet', 'refconv', 'dilated', 'mobileone', 'repnas')
 methods = pytest.mark.parametrize('method', METHODS)
 groups_of_6 = pytest.mark.parametrize('groups', [1, 2, 6])
 
@@ -120,6 +123,33 @@ def test_mobileone_is_its_branches_side_by_side(groups, size, copies, stride):
     assert_near(layer(x), sum(scaled(layer, name, out) for name, out in outputs.items()), 1e-12)
 
 
+@groups_of_6
+@pytest.mark.parametrize('size', [3, (1, 5)])
+def test_repnas_weighs_branches_of_unit_norm(groups, size):
+    layer = layer_of(RepNasConv2d, 6, 6, size, groups=groups, padding='same')
+    size = layer.kernel_size
+    with torch.no_grad():
+        layer.importance.copy_(torch.tensor([0.7, -0.2, 1.5]))
+    x = randn(2, 6, 8, 9)
+    pad = (size[0] // 2, size[1] // 2)
+
+    def normed(out, kernel):
+        return out * (2 / kernel.square().sum([1, 2, 3])).sqrt().reshape(1, -1, 1, 1)
+
+    average = F.avg_pool2d(F.conv2d(x, layer.average, groups=groups), size, 1, pad)
+    inner = x + F.conv2d(x, layer.seq_1x1, groups=groups)
+    outputs = dict(
+        average=normed(average, layer.average / (size[0] * size[1]) ** 0.5),
+        conv_1x1=normed(F.conv2d(x, layer.conv_1x1, groups=groups), layer.conv_1x1),
+        sequential=normed(
+            F.conv2d(inner, layer.seq_kxk, padding=pad, groups=groups),
+            layer.seq_kxk + merge_sequential(layer.seq_1x1, layer.seq_kxk, groups)),
+    )
+    rate = layer.attach_rate.double()
+    out = sum(rate * weight * outputs[name] for weight, name in zip(layer.importance, layer.branch_names[1:]))
+    assert_near(layer(x), F.conv2d(x, layer.origin, padding=pad, groups=groups) + out, 1e-10)
+
+
 @pytest.mark.parametrize('make', [
     lambda: ExpandedConv2d(64, 64, 3, bias=False),
     lambda: DilatedConv2d(64, 64, 7, groups=64, bias=False),
@@ -156,6 +186,7 @@ TAKEN = dict(
     refconv=({'0', '3'}, {'0', '3'}),
     dilated=(None, {'3'}),
     mobileone=({'0', '3'}, {'0', '3'}),
+    repnas=({'0', '3'}, {'0', '3'}),
 )
 
 
@@ -224,6 +255,17 @@ def test_architectures_take_them(method, size):
     assert model.eval()(torch.randn(1, 3, size, size)).isfinite().all()
 
 
+def test_repnas_importances_are_not_decayed_and_one_branch_less_is_no_parameter():
+    model = expand(tiny_resnet(), RepNas(branches='origin,average'))
+    no_decay, _ = param_groups_weight_decay(model, 0.1)
+    ids = {id(parameter) for parameter in no_decay['params']}
+    assert all(id(layer.importance) in ids for _, layer in rep_layers(model))
+    plain = RepNasConv2d(4, 4, 3, branches=['origin'], device='meta')
+    plain.load_state_dict(RepNasConv2d(4, 4, 3, branches=['origin']).state_dict(), assign=True)
+    assert [name for name, _ in plain.named_parameters()] == ['origin', 'bias']
+    assert plain(torch.randn(1, 4, 5, 5)).isfinite().all()
+
+
 def test_doconvs_residual_is_not_decayed_by_timms_rule():
     model = expand(tiny_resnet(), 'doconv')
     no_decay, _ = param_groups_weight_decay(model, 0.1)
@@ -248,7 +290,8 @@ def test_refconv_trains_the_convolutions_over_frozen_kernels():
 
 
 @pytest.mark.parametrize('method', [
-    ExpandNet(expansion=2), RefConv(map_size=1), Dilated(branches='3/1,3/3'), MobileOne(copies=2)])
+    ExpandNet(expansion=2), RefConv(map_size=1), Dilated(branches='3/1,3/3'), MobileOne(copies=2),
+    RepNas(), RepNas(branches=('sequential', 'origin')), RepNas(branches='origin')])
 def test_options_travel_and_are_told_of_layers_made_by_hand(method):
     assert method_from_dict(method.to_dict()) == method
     layer = dict(rep_layers(expand(vgg(7, 8), method)))['3']
@@ -279,6 +322,11 @@ def test_options_travel_and_are_told_of_layers_made_by_hand(method):
     (lambda: DilatedConv2d(4, 4, 7, branches='3/4'), r'a branch of 3/4 does not fit into a kernel of \(7, 7\)'),
     (lambda: DilatedConv2d(4, 4, 3), r'need a kernel of at least 5x5, got \(3, 3\)'),
     (lambda: DilatedConv2d(4, 4, 7, branches='x'), "got 'x'"),
+    (lambda: RepNas(branches='average'), "'origin' and any of 'average', .*, each once; got 'average'"),
+    (lambda: RepNas(branches=('origin', 'prior')), r"got \('origin', 'prior'\)"),
+    (lambda: RepNas(branches=3), 'each once; got 3'),
+    (lambda: RepNasConv2d(4, 4, 3, branches=['origin', 'origin']), 'each once'),
+    (lambda: RepNasConv2d(4, 4, 1), 'needs a kernel larger than 1x1'),
     (lambda: ExpandedConv2d(4, 4, 3, expansion=-1), 'expansion must be'),
     (lambda: RefConv2d(4, 4, 3, map_size=4), 'map_size must be'),
     (lambda: MobileOneConv2d(4, 6, 1, copies=1), 'no branch beside it'),

@@ -20,6 +20,7 @@ from .refconv import RefConv, RefConv2d  # isort: split
 
 from .dilated import Dilated, DilatedConv2d
 from .mobileone import MobileOne, MobileOneConv2d
+from .repnas import RepNas, RepNasConv2d
 from .repvgg import AnnealedRepVggBlock
 
 __all__ = [
@@ -49,4 +50,6 @@ __all__ = [
     'Rep',
     'RepConv2d',
     'RepLayer',
+    'RepNas',
+    'RepNasConv2d',
 ]
