@@ -305,11 +305,13 @@ def test_options_travel_and_are_told_of_layers_made_by_hand(method):
 
 
 @pytest.mark.parametrize(('make', 'message'), [
-    (lambda: ExpandNet(expansion=0), 'expansion must be an integer of at least 1, got 0'),
-    (lambda: ExpandNet(expansion=2.0), 'expansion must be an integer of at least 1, got 2.0'),
+    (lambda: ExpandNet(expansion=0), 'expansion must be an integer from 1 to 64, got 0'),
+    (lambda: ExpandNet(expansion=2.0), 'expansion must be an integer from 1 to 64, got 2.0'),
+    (lambda: ExpandNet(expansion=10 ** 12), 'expansion must be an integer'),
+    (lambda: RefConv(map_size=10 ** 12 + 1), 'map_size must be an odd integer'),
     (lambda: ExpandNet(expansion=True), 'expansion must be an integer'),
-    (lambda: RefConv(map_size=2), 'map_size must be an odd integer of at least 1, got 2'),
-    (lambda: RefConv(map_size='3'), "map_size must be an odd integer of at least 1, got '3'"),
+    (lambda: RefConv(map_size=2), 'map_size must be an odd integer from 1 to 31, got 2'),
+    (lambda: RefConv(map_size='3'), "map_size must be an odd integer from 1 to 31, got '3'"),
     (lambda: MobileOne(copies=0), 'copies must be an integer from 1 to 64, got 0'),
     (lambda: MobileOne(copies=10 ** 9), 'copies must be an integer from 1 to 64'),
     (lambda: Dilated(branches='4/1'), "odd sizes with dilations, such as '5/1,3/2,3/3', .*; got '4/1'"),

@@ -17,12 +17,13 @@ from .scaled import ScaledRepLayer
 __all__ = ['ExpandNet', 'ExpandedConv2d']
 
 EXPANSION = 4  # of the paper
+MAX_EXPANSION = 64  # a file says how much
 
 
 def check_expansion(expansion: Any) -> None:
     """Raise a UserError if this is no factor of channels."""
-    if isinstance(expansion, bool) or not isinstance(expansion, int) or expansion < 1:
-        raise UserError(f'expansion must be an integer of at least 1, got {expansion!r}')
+    if isinstance(expansion, bool) or not isinstance(expansion, int) or not 1 <= expansion <= MAX_EXPANSION:
+        raise UserError(f'expansion must be an integer from 1 to {MAX_EXPANSION}, got {expansion!r}')
 
 
 def expanded_kernel(
@@ -80,7 +81,7 @@ class ExpandedConv2d(ScaledRepLayer):
         generator: Source of the initial draw.
 
     Raises:
-        UserError: For an expansion that is no positive integer, an even kernel, a padding mode other than zeros, or
+        UserError: For an expansion that is no integer from 1 to 64, an even kernel, a padding mode other than zeros, or
             channels that the groups do not divide.
     """
 

@@ -17,12 +17,13 @@ from .transformed import TransformedRepLayer
 __all__ = ['RefConv', 'RefConv2d']
 
 MAP_SIZE = 3  # of the paper
+MAX_MAP_SIZE = 31  # a file says which
 
 
 def check_map_size(size: Any) -> None:
     """Raise a UserError if this is no size of a convolution over kernels."""
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1 or size % 2 == 0:
-        raise UserError(f'map_size must be an odd integer of at least 1, got {size!r}')
+    if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= MAX_MAP_SIZE or size % 2 == 0:
+        raise UserError(f'map_size must be an odd integer from 1 to {MAX_MAP_SIZE}, got {size!r}')
 
 
 def refocused_kernel(origin: Tensor, residual: Tensor, attach_rate: Tensor) -> Tensor:
