@@ -356,3 +356,44 @@ def test_a_selection_that_does_not_fit_leaves_the_model_as_it_was():
                 expand(model, method, select=['3', '0'], inplace=True)
     assert tree(model) == before
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+# With norms in the branches
+
+
+@pytest.mark.parametrize(('method', 'size', 'groups', 'taken'), [
+    (MobileOne(normed=True, copies=2), 3, 1, dict.fromkeys('03', timm_rep.NormedMobileOneConv2d)),
+    (Dilated(normed=True), 7, 8, {'3': timm_rep.NormedDilatedConv2d}),
+    (Dilated(normed=True, branches='3/2,1/1'), 9, 8, {'3': timm_rep.NormedDilatedConv2d}),
+], ids=str)
+def test_normed_forms_take_the_norm_in_and_give_it_back(method, size, groups, taken, tmp_path):
+    stock = randomize_(vgg(size, groups)).double().eval()
+    x = randn(4, 3, 16, 16)
+    model = expand(stock, method)
+    assert layer_types(model) == taken
+    assert_near(model(x), stock(x), MODEL_RTOL[torch.float64])
+    F.cross_entropy(model.train()(x), torch.arange(4)).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    timm_rep.save(model, tmp_path / 'model.safetensors')
+    again = timm_rep.load(tmp_path / 'model.safetensors', into=vgg(size, groups)).double().eval()
+    assert_near(again(x), model.eval()(x), 1e-5)
+    begin_time_step(model, torch.Generator().manual_seed(0))
+    assert_near(fuse(model)(x), again(x), 1e-5)
+    assert tree(fuse(model)) == tree(stock)
+    for _, layer in rep_layers(model):
+        del layer.method
+        assert method_of_layer(layer).normed
+        assert layer.like(8).branch_gradients() == {}
+
+
+def test_normed_forms_need_a_batch_norm():
+    assert method_from_dict(MobileOne(normed=True).to_dict()) == MobileOne(normed=True)
+    with pytest.raises(UserError, match="'mobileone' needs a plain BatchNorm2d right behind the .*; 6 has none"):
+        expand(vgg(), MobileOne(normed=True), select='6')
+    for make in (lambda: MobileOne(normed=1), lambda: Dilated(normed='yes')):
+        with pytest.raises(UserError, match='normed must be True or False, got'):
+            make()
+    with pytest.raises(UserError, match='copies must be'):
+        timm_rep.NormedMobileOneConv2d(4, 4, 3, copies=0)
+    with pytest.raises(UserError, match=r'need a kernel of at least 5x5, got \(3, 3\)'):
+        timm_rep.NormedDilatedConv2d(4, 4, 3)

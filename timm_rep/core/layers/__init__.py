@@ -18,8 +18,8 @@ from .doconv import DOConv, DOConv2d
 from .expandnet import ExpandedConv2d, ExpandNet
 from .refconv import RefConv, RefConv2d  # isort: split
 
-from .dilated import Dilated, DilatedConv2d
-from .mobileone import MobileOne, MobileOneConv2d
+from .dilated import Dilated, DilatedConv2d, NormedDilatedConv2d
+from .mobileone import MobileOne, MobileOneConv2d, NormedMobileOneConv2d
 from .repnas import RepNas, RepNasConv2d
 from .repvgg import AnnealedRepVggBlock
 
@@ -40,6 +40,8 @@ __all__ = [
     'LinearRepLayer',
     'MobileOne',
     'MobileOneConv2d',
+    'NormedDilatedConv2d',
+    'NormedMobileOneConv2d',
     'NormedRepLayer',
     'Orepa',
     'OrepaConv2d',

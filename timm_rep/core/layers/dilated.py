@@ -4,16 +4,19 @@ from typing import Any, Dict, List, Optional, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor
 
 from ..errors import UserError
 from ..methods import Method, Place, register_method
 from ..precision import sheltered
-from .base import LinearRepLayer, kaiming_uniform_
+from .base import RepLayer, kaiming_uniform_
+from .normed import NormedRepLayer, is_foldable_pair
+from .norms import fold_batch_norm
 from .scaled import ScaledRepLayer
 
-__all__ = ['Dilated', 'DilatedConv2d']
+__all__ = ['Dilated', 'DilatedConv2d', 'NormedDilatedConv2d']
 
 # Size and dilation of the branches beside a kernel of this size (official code); larger ones have those of the last.
 BRANCHES = {
@@ -47,16 +50,27 @@ def parse_branches(branches: Any) -> List[Tuple[int, int]]:
     return [(int(size), int(dilation)) for size, dilation in found]
 
 
-def branches_for(kernel_size: Tuple[int, int]) -> str:
-    """The paper's branches beside a kernel of this size.
+def branches_for(kernel_size: Tuple[int, int], branches: Optional[str]) -> str:
+    """The branches beside a kernel of this size, which are the paper's unless they are given.
 
     Raises:
-        UserError: If it is smaller than 5x5.
+        UserError: If they are no branches or do not fit, or the kernel is smaller than 5x5 and none are given.
     """
-    fitting = [size for size in BRANCHES if size <= min(kernel_size)]
-    if not fitting:
-        raise UserError(f'dilated branches need a kernel of at least 5x5, got {kernel_size}')
-    return BRANCHES[fitting[-1]]
+    if branches is None:
+        fitting = [size for size in BRANCHES if size <= min(kernel_size)]
+        if not fitting:
+            raise UserError(f'dilated branches need a kernel of at least 5x5, got {kernel_size}')
+        branches = BRANCHES[fitting[-1]]
+    for size, spread in parse_branches(branches):
+        if (size - 1) * spread + 1 > min(kernel_size):
+            raise UserError(f'a branch of {size}/{spread} does not fit into a kernel of {kernel_size}')
+    return branches
+
+
+def names_of(sizes: List[Tuple[int, int]]) -> List[str]:
+    """Names of branches by size and dilation, each its own."""
+    names = [f'dilated_{size}_{spread}' for size, spread in sizes]
+    return [f'{name}_{names[:n].count(name) + 1}' if name in names[:n] else name for n, name in enumerate(names)]
 
 
 def dilated_kernel(
@@ -97,7 +111,8 @@ class DilatedConv2d(ScaledRepLayer):
     `UniRepLKNet: A Universal Perception Large-Kernel ConvNet for Audio, Video, Point Cloud, Time-Series and Image
     Recognition` - https://arxiv.org/abs/2311.15599
 
-    The paper has a batch norm in each branch; here every branch ends in a scale, so that a step composes one kernel.
+    The paper has a batch norm in each branch (:class:`NormedDilatedConv2d`); here every branch ends in a scale, so that
+    a step composes one kernel.
 
     Args:
         in_channels: As of :class:`torch.nn.Conv2d`, like all up to ``padding_mode``, which is only ``'zeros'``.
@@ -132,20 +147,15 @@ class DilatedConv2d(ScaledRepLayer):
     ) -> None:
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode, device=device)
-        self._branches = branches_for(self.kernel_size) if branches is None else branches
+        self._branches = branches_for(self.kernel_size, branches)
         self._sizes = parse_branches(self._branches)
-        for size, spread in self._sizes:
-            if (size - 1) * spread + 1 > min(self.kernel_size):
-                raise UserError(f'a branch of {size}/{spread} does not fit into a kernel of {self.kernel_size}')
         dd: Dict[str, Any] = dict(device=device, dtype=dtype)
         entries = sum(size ** 2 for size, _ in self._sizes)
         self.taps = nn.Parameter(torch.empty(out_channels, in_channels // groups, entries, **dd))
         self.register_buffer('row_branch', torch.empty(len(self._sizes), entries, **dd), persistent=False)
         self.register_buffer(
             'positions', torch.empty(entries, self.kernel_size[0] * self.kernel_size[1], **dd), persistent=False)
-        names = [f'dilated_{size}_{spread}' for size, spread in self._sizes]
-        names = [f'{name}_{names[:n].count(name) + 1}' if name in names[:n] else name for n, name in enumerate(names)]
-        self._init_branches(('origin', *names), bias, generator, **dd)
+        self._init_branches(('origin', *names_of(self._sizes)), bias, generator, **dd)
 
     def _own_kwargs(self) -> Dict[str, Any]:
         return dict(super()._own_kwargs(), branches=self._branches)
@@ -192,6 +202,62 @@ class DilatedConv2d(ScaledRepLayer):
         return _dilated_kernel(self.origin, self.taps, scale, self.attach_rate, self.row_branch, self.positions)
 
 
+@register_notrace_module
+class NormedDilatedConv2d(NormedRepLayer):
+    """UniRepLKNet's dilated reparam block with the paper's batch norm in each branch.
+
+    Arguments and errors are those of :class:`NormedRepLayer`, and ``branches`` of :class:`DilatedConv2d`.
+    """
+
+    def __init__(self, *args: Any, branches: Optional[str] = None, **kwargs: Any) -> None:
+        self._branches = branches  # for what the constructor calls
+        super().__init__(*args, **kwargs)
+
+    def _own_kwargs(self) -> Dict[str, Any]:
+        return dict(super()._own_kwargs(), branches=self._branches)
+
+    def _add_side_branches(self, dd: Dict[str, Any], norm_dd: Dict[str, Any]) -> None:
+        self._branches = branches_for(self.kernel_size, self._branches)
+        self._sizes = parse_branches(self._branches)
+        off_h, off_w = self._centre_offset()
+        crops: List[nn.Module] = []
+        convs: List[nn.Module] = []
+        for size, spread in self._sizes:
+            reach = [size // 2 * spread * dilation for dilation in self.dilation]
+            pad_h, pad_w = off_h + reach[0], off_w + reach[1]
+            cut_h, cut_w = min(pad_h, 0), min(pad_w, 0)
+            crops.append(nn.ZeroPad2d((cut_w, cut_w, cut_h, cut_h)) if cut_h or cut_w else nn.Identity())
+            own: Dict[str, Any] = dict(
+                kernel_size=size,
+                padding=(max(pad_h, 0), max(pad_w, 0)),
+                dilation=(spread * self.dilation[0], spread * self.dilation[1]),
+            )
+            convs.append(nn.Conv2d(**dict(self._geometry(), **own), bias=False, **dd))
+        self.crops, self.side_convs = nn.ModuleList(crops), nn.ModuleList(convs)
+        self.side_norms = nn.ModuleList([nn.BatchNorm2d(self.out_channels, **norm_dd) for _ in convs])
+
+    def _side_convs(self) -> Dict[str, Any]:
+        return dict(zip(names_of(self._sizes), self.side_convs))
+
+    def _side_norms(self) -> Tuple[Any, ...]:
+        return tuple(self.side_norms)
+
+    def _fold_sides(self) -> Dict[str, Tuple[Tensor, Tensor]]:
+        sides = {}
+        for (name, conv), norm, (size, spread) in zip(self._side_convs().items(), self._side_norms(), self._sizes):
+            taps = conv.weight.reshape(-1, 1, size, size)
+            spaced = F.conv_transpose2d(taps, taps.new_ones(1, 1, 1, 1), None, spread)
+            sides[name] = fold_batch_norm(spaced.reshape(*conv.weight.shape[:2], *spaced.shape[2:]), None, norm)
+        return sides
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.norm_kxk(self.conv_kxk(x))
+        side = torch.zeros_like(out)
+        for cut, conv, norm in zip(self.crops, self.side_convs, self.side_norms):
+            side = side + norm(conv(cut(x)))
+        return out + self.attach_rate.to(out.dtype) * side
+
+
 @register_method
 @dataclass(frozen=True)
 class Dilated(Method):
@@ -200,13 +266,14 @@ class Dilated(Method):
     Args:
         branches: Size and dilation of each branch, such as ``'5/1,3/2,3/3'``; None for the paper's at each kernel's
             size.
+        normed: Have the paper's batch norm in each branch in place of scales, where one is behind the convolution.
     """
 
     name = 'dilated'
     title = 'Dilated branches'
     summary = (
-        'Dilated branches (UniRepLKNet, here with scales in place of batch norms) compose each large depthwise kernel '
-        'from itself and smaller dilated ones at every training step.'
+        'Dilated branches (UniRepLKNet, by default with scales in place of batch norms) compose each large depthwise '
+        'kernel from itself and smaller dilated ones at every training step.'
     )
     paper = 'arXiv:2311.15599'
     citation = """@inproceedings{ding2024unireplknet,
@@ -216,21 +283,30 @@ class Dilated(Method):
   booktitle={Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
   year={2024}
 }"""
-    layers = (DilatedConv2d,)
+    layers = (DilatedConv2d, NormedDilatedConv2d)
 
     branches: Optional[str] = None
+    normed: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.normed, bool):
+            raise UserError(f'normed must be True or False, got {self.normed!r}')
         if self.branches is not None:
             parse_branches(self.branches)
 
+    @property
+    def takes_norm(self) -> bool:  # type: ignore[override]
+        return self.normed
+
     @classmethod
     def of_layer(cls, layer: Any) -> 'Dilated':
-        return cls(branches=layer._own_kwargs()['branches'])
+        return cls(branches=layer._own_kwargs()['branches'], normed=isinstance(layer, NormedDilatedConv2d))
 
     def takes(self, place: Place) -> bool:
         conv = place.conv
+        if self.normed and not is_foldable_pair(place):
+            return False
         return conv.groups == conv.in_channels > 1 and min(conv.kernel_size) >= LARGE_KERNEL_SIZE
 
-    def layer_for(self, place: Place) -> Tuple[Type[LinearRepLayer], Dict[str, Any]]:
-        return DilatedConv2d, dict(branches=self.branches)
+    def layer_for(self, place: Place) -> Tuple[Type[RepLayer], Dict[str, Any]]:
+        return NormedDilatedConv2d if self.normed else DilatedConv2d, dict(branches=self.branches)

@@ -13,10 +13,12 @@ from .. import kernels
 from ..errors import UserError
 from ..methods import Method, Place, register_method
 from ..precision import sheltered
-from .base import LinearRepLayer, kaiming_uniform_
+from .base import RepLayer, kaiming_uniform_
+from .normed import NormedRepLayer, crop, is_foldable_pair
+from .norms import fold_batch_norm
 from .scaled import ScaledRepLayer
 
-__all__ = ['MobileOne', 'MobileOneConv2d']
+__all__ = ['MobileOne', 'MobileOneConv2d', 'NormedMobileOneConv2d']
 
 COPIES = 4  # of MobileOne-S0
 MAX_COPIES = 64  # a file says how many
@@ -82,7 +84,8 @@ class MobileOneConv2d(ScaledRepLayer):
 
     `MobileOne: An Improved One millisecond Mobile Backbone` - https://arxiv.org/abs/2206.04040
 
-    The paper has a batch norm in each branch; here every branch ends in a scale, so that a step composes one kernel.
+    The paper has a batch norm in each branch (:class:`NormedMobileOneConv2d`); here every branch ends in a scale, so
+    that a step composes one kernel.
 
     Args:
         in_channels: As of :class:`torch.nn.Conv2d`, like all up to ``padding_mode``, which is only ``'zeros'``.
@@ -166,6 +169,62 @@ class MobileOneConv2d(ScaledRepLayer):
             self.origin, scale, self.attach_rate, self.copies, self.conv_1x1, self.identity)
 
 
+@register_notrace_module
+class NormedMobileOneConv2d(NormedRepLayer):
+    """MobileOne's block with the paper's batch norm in each branch, for kernels larger than 1x1.
+
+    There is a scale of the input, here a batch norm, if it has the output's channels, the stride is one and the size is
+    kept. Arguments and errors are those of :class:`NormedRepLayer`, and ``copies`` of :class:`MobileOneConv2d`.
+    """
+
+    def __init__(self, *args: Any, copies: int = COPIES, **kwargs: Any) -> None:
+        check_copies(copies)
+        self.copies = copies  # for what the constructor calls
+        super().__init__(*args, **kwargs)
+
+    def _own_kwargs(self) -> Dict[str, Any]:
+        return dict(super()._own_kwargs(), copies=self.copies)
+
+    def _add_side_branches(self, dd: Dict[str, Any], norm_dd: Dict[str, Any]) -> None:
+        off_h, off_w = self._centre_offset()
+        pointwise = dict(kernel_size=1, padding=(max(off_h, 0), max(off_w, 0)), dilation=1)
+        beside = range(1, self.copies)
+        self.copy_convs = nn.ModuleList([nn.Conv2d(**self._geometry(), bias=False, **dd) for _ in beside])
+        self.copy_norms = nn.ModuleList([nn.BatchNorm2d(self.out_channels, **norm_dd) for _ in beside])
+        self.conv_1x1 = nn.Conv2d(**dict(self._geometry(), **pointwise), bias=False, **dd)
+        self.norm_1x1 = nn.BatchNorm2d(self.out_channels, **norm_dd)
+        self.norm_skip: Optional[nn.BatchNorm2d] = None
+        if self.in_channels == self.out_channels and self.stride == (1, 1) and (off_h, off_w) == (0, 0):
+            self.norm_skip = nn.BatchNorm2d(self.out_channels, **norm_dd)
+
+    def _side_convs(self) -> Dict[str, Any]:
+        return dict({f'copy_{n}': conv for n, conv in enumerate(self.copy_convs, 1)}, conv_1x1=self.conv_1x1)
+
+    def _side_norms(self) -> Tuple[Any, ...]:
+        norms = (*self.copy_norms, self.norm_1x1)
+        return norms if self.norm_skip is None else (*norms, self.norm_skip)
+
+    def _fold_sides(self) -> Dict[str, Tuple[Tensor, Tensor]]:
+        sides = {
+            name: fold_batch_norm(conv.weight, None, norm)
+            for (name, conv), norm in zip(self._side_convs().items(), self._side_norms())}
+        if self.norm_skip is not None:
+            weight = self.conv_1x1.weight
+            identity = kernels.grouped_identity(self.in_channels, self.groups, device=weight.device, dtype=weight.dtype)
+            sides['skip'] = fold_batch_norm(identity, None, self.norm_skip)
+        return sides
+
+    def forward(self, x: Tensor) -> Tensor:
+        off_h, off_w = self._centre_offset()
+        out = self.norm_kxk(self.conv_kxk(x))
+        side = self.norm_1x1(self.conv_1x1(crop(x, max(-off_h, 0), max(-off_w, 0))))
+        for conv, norm in zip(self.copy_convs, self.copy_norms):
+            side = side + norm(conv(x))
+        if self.norm_skip is not None:
+            side = side + self.norm_skip(x)
+        return out + self.attach_rate.to(out.dtype) * side
+
+
 @register_method
 @dataclass(frozen=True)
 class MobileOne(Method):
@@ -173,13 +232,14 @@ class MobileOne(Method):
 
     Args:
         copies: How many kernels of full size each layer has, the origin among them.
+        normed: Have the paper's batch norm in each branch in place of scales, for KxK convolutions with one behind.
     """
 
     name = 'mobileone'
     title = 'MobileOne branches'
     summary = (
-        'MobileOne branches (here with scales in place of batch norms) compose the kernel of each convolution from '
-        'several of its size (four by default), a 1x1 and a scale of the input at every training step.'
+        'MobileOne branches (by default with scales in place of batch norms) compose the kernel of each convolution '
+        'from several of its size (four by default), a 1x1 and a scale of the input at every training step.'
     )
     paper = 'arXiv:2206.04040'
     citation = """@inproceedings{vasu2023mobileone,
@@ -188,23 +248,32 @@ class MobileOne(Method):
   booktitle={Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
   year={2023}
 }"""
-    layers = (MobileOneConv2d,)
+    layers = (MobileOneConv2d, NormedMobileOneConv2d)
 
     copies: int = COPIES
+    normed: bool = False
 
     def __post_init__(self) -> None:
         check_copies(self.copies)
+        if not isinstance(self.normed, bool):
+            raise UserError(f'normed must be True or False, got {self.normed!r}')
+
+    @property
+    def takes_norm(self) -> bool:  # type: ignore[override]
+        return self.normed
 
     @classmethod
     def of_layer(cls, layer: Any) -> 'MobileOne':
-        return cls(copies=layer._own_kwargs()['copies'])
+        return cls(copies=layer._own_kwargs()['copies'], normed=isinstance(layer, NormedMobileOneConv2d))
 
     def takes(self, place: Place) -> bool:
         conv = place.conv
+        if self.normed:
+            return is_foldable_pair(place) and max(conv.kernel_size) > 1
         if place.norm is None or (place.is_inside(RepVggBlock) and max(conv.kernel_size) == 1):
             return False
         return self.copies > 1 or max(conv.kernel_size) > 1 or (
             conv.in_channels == conv.out_channels and conv.stride == (1, 1))
 
-    def layer_for(self, place: Place) -> Tuple[Type[LinearRepLayer], Dict[str, Any]]:
-        return MobileOneConv2d, dict(copies=self.copies)
+    def layer_for(self, place: Place) -> Tuple[Type[RepLayer], Dict[str, Any]]:
+        return NormedMobileOneConv2d if self.normed else MobileOneConv2d, dict(copies=self.copies)
