@@ -388,7 +388,7 @@ def test_normed_forms_take_the_norm_in_and_give_it_back(method, size, groups, ta
 
 def test_normed_forms_need_a_batch_norm():
     assert method_from_dict(MobileOne(normed=True).to_dict()) == MobileOne(normed=True)
-    with pytest.raises(UserError, match="'mobileone' needs a plain BatchNorm2d right behind the .*; 6 has none"):
+    with pytest.raises(UserError, match=r"'mobileone' needs a plain BatchNorm2d right behind the .*; 6 has none"):
         expand(vgg(), MobileOne(normed=True), select='6')
     for make in (lambda: MobileOne(normed=1), lambda: Dilated(normed='yes')):
         with pytest.raises(UserError, match='normed must be True or False, got'):
