@@ -35,6 +35,7 @@ from .core.layers import (
     RepNasConv2d,
 )
 from .core.methods import Method, register_method
+from .core.micro_batch import micro_batch
 from .core.prune import prune_branches
 from .core.verify import Report, VerificationError, verify
 from .core.walk import rep_layers, set_attach_rate
@@ -93,6 +94,7 @@ __all__ = [
     'load',
     'load_official_checkpoint',
     'methods',
+    'micro_batch',
     'models',
     'prune_branches',
     'publish',

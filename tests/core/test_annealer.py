@@ -21,6 +21,7 @@ from timm.utils import ModelEmaV3
 import timm_rep
 from timm_rep import Annealer, AnnealingSchedule, attach_rate
 from timm_rep.core.annealing import set_time_step, time_step
+from timm_rep.core.freeze import OriginFreeze
 from timm_rep.core.walk import annealed_modules
 
 SCHEDULE = AnnealingSchedule(time_steps=3, epochs=2, warmup_epochs=1)
@@ -260,13 +261,7 @@ def test_frozen_origins_stand_still_while_the_attach_rate_warms_up(rep_layer, op
             optimizer.step()
             assert any(not torch.equal(value, before_step[key]) for key, value in model.named_parameters())
         stood_still.append(all(map(torch.equal, origin_values(model), before)))
-        if stood_still[-1]:
-            held = getattr(optimizer, '_base_optimizer', optimizer).state
-            parts = [part for _, module in annealed_modules(model) for part in module.origin_parameters()]
-            for parameter, index in parts:
-                for state in held.get(parameter, {}).values():
-                    assert not (torch.is_tensor(state) and state.shape == parameter.shape and state[index].any())
-        else:
+        if not stood_still[-1]:
             assert not any(map(torch.equal, origin_values(model), before))
     assert stood_still == [False, False, False, True, True, False]
 
@@ -334,3 +329,102 @@ def test_frozen_origins_and_closures():
             call(lambda: 0.0)
     optimizer.step()
     optimizer.step(None)
+
+
+FROZEN_STEPS = 40
+
+
+def steps_of_origins(model, optimizer, seeds):
+    """How far the origin branch of each parameter moves in each step, by synthetic gradients."""
+    parts = [part for _, module in annealed_modules(model) for part in module.origin_parameters()]
+    moves = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator) + 0.5
+        before = [parameter[index].detach().clone() for parameter, index in parts]
+        optimizer.step()
+        moves.append([parameter[index].detach() - value for (parameter, index), value in zip(parts, before)])
+    return moves
+
+
+def frozen_then_thawed(opt, weight_decay):
+    """A model and its optimizer at the first epoch with moving origins, and a new optimizer for a copy of it."""
+    model = nn.Sequential(timm_rep.OrepaConv2d(3, 4, 3, padding=1), timm_rep.OrepaPointwiseConv2d(4, 4, 1))
+
+    def make(model):
+        if opt == 'rprop':
+            return torch.optim.Rprop(model.parameters(), lr=1e-3)
+        return create_optimizer_v2(model, opt=opt, lr=1e-3, weight_decay=weight_decay)
+
+    optimizer = make(model)
+    annealer = Annealer(model, optimizer, AnnealingSchedule(1, 3, 2), freeze_origin=True, start_weights=True)
+    for epoch in range(2):
+        annealer.begin_epoch(epoch)
+        seeds = range(FROZEN_STEPS * epoch, FROZEN_STEPS * (epoch + 1))
+        assert not any(move.any() for moves in steps_of_origins(model, optimizer, seeds) for move in moves)
+    annealer.begin_epoch(2)
+    twin = copy.deepcopy(model)
+    return model, optimizer, twin, make(twin)
+
+
+@pytest.mark.parametrize('opt', [
+    'sgd', 'adam', 'adamw', 'nadamw', 'radam', 'adamax', 'adabelief', 'lamb', 'adanw', 'lion', 'rprop', 'rmsprop',
+    'adagrad', 'adadelta', 'madgrad', 'lookahead_adamw'])
+def test_thawed_origins_step_as_with_a_new_optimizer(opt):
+    model, optimizer, twin, new = frozen_then_thawed(opt, weight_decay=0.0)
+    expected = steps_of_origins(twin, new, range(1000, 1008))
+    for moves, expected_moves in zip(steps_of_origins(model, optimizer, range(1000, 1008)), expected):
+        for move, expected_move in zip(moves, expected_moves):
+            assert expected_move.any()
+            assert torch.allclose(move, expected_move, rtol=1e-3, atol=1e-8)
+
+
+def test_thawed_origins_have_no_momentum_of_weight_decay():
+    model, optimizer, _, _ = frozen_then_thawed('momentum', weight_decay=0.1)
+    for _, module in annealed_modules(model):
+        for parameter, index in module.origin_parameters():
+            if index is not ...:
+                assert not optimizer.state[parameter]['momentum_buffer'][index].any()
+                assert optimizer.state[parameter]['momentum_buffer'].any()
+
+
+@pytest.mark.parametrize('opt', [torch.optim.SGD, torch.optim.Adam, torch.optim.ASGD, torch.optim.Rprop])
+def test_what_the_optimizer_held_of_frozen_parts_comes_back(opt):
+    model = nn.Sequential(timm_rep.OrepaConv2d(3, 4, 3, padding=1))
+    optimizer = opt(model.parameters(), **dict(momentum=0.9, weight_decay=0.1) if opt is torch.optim.SGD else {})
+    freeze = OriginFreeze(model, optimizer)
+    steps_of_origins(model, optimizer, range(3))
+
+    def held():
+        return [
+            (name, state[index].clone()) for parameter, index in model[0].origin_parameters()
+            for name, state in optimizer.state[parameter].items() if state.shape == parameter.shape
+        ]
+
+    before = held()
+    assert any(state.any() for _, state in before)
+    freeze.active = True
+    steps_of_origins(model, optimizer, range(3, 6))
+    assert all(name == other and torch.equal(state, now) for (name, state), (other, now) in zip(before, held()))
+
+
+def test_a_resumed_loop_thaws_as_one_that_was_not_interrupted():
+    def loop():
+        torch.manual_seed(0)
+        model = nn.Sequential(timm_rep.OrepaConv2d(3, 4, 3, padding=1))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        schedule = AnnealingSchedule(1, 3, warmup_epochs=2)
+        return model, optimizer, Annealer(model, optimizer, schedule, freeze_origin=True, start_weights=True)
+
+    model, optimizer, annealer = loop()
+    for epoch in range(3):
+        saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        annealer.begin_epoch(epoch)
+        steps_of_origins(model, optimizer, range(3 * epoch, 3 * epoch + 3))
+    other, optimizer, annealer = loop()
+    for holder, state in zip((other, optimizer), saved):
+        holder.load_state_dict(state)
+    annealer.begin_epoch(2)
+    steps_of_origins(other, optimizer, range(6, 9))
+    assert_same_state(other.state_dict(), model.state_dict())

@@ -1,5 +1,6 @@
 """The schedule, and the step from one time step to the next, on models and all that wraps them."""
 import copy
+import functools
 import itertools
 import os
 import subprocess
@@ -21,6 +22,7 @@ from helpers import (
     tiny_repvgg,
     tiny_resnet,
 )
+from timm.layers import BatchNormAct2d
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch._dynamo.testing import CompileCounter
@@ -479,8 +481,8 @@ def test_statistics_are_averaged_over_the_first_four_batches():
     hook = origin_norms(model)[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].mean((0, 2, 3))))
     begin_time_step(model, seeded(), restoration='measured', batches=iter(batches))
     hook.remove()
-    assert len(seen) == 4
-    assert_near(origin_norms(model)[0].running_mean, torch.stack(seen).mean(0), 1e-12)
+    assert len(seen) == 8  # a trial of them all comes first
+    assert_near(origin_norms(model)[0].running_mean, torch.stack(seen[4:]).mean(0), 1e-12)
 
 
 @torch.no_grad()
@@ -515,6 +517,45 @@ def test_refuses_what_it_cannot_restore_by(options, message):
     with pytest.raises(UserError, match=message):
         begin_time_step(model, seeded(), **options)
     assert_same_state(model.state_dict(), before)
+
+
+@pytest.mark.parametrize(('forward', 'batch', 'cause'), [
+    (None, torch.zeros(2, 4, 8, 8), RuntimeError),
+    (lambda model, x, task: model(x), torch.zeros(2, 3, 8, 8), TypeError),
+    (lambda model, x: model(x).logits, torch.zeros(2, 3, 8, 8), AttributeError),
+    (None, torch.zeros(1, 3, 1, 1), ValueError),  # no statistics of a single value
+], ids=['channels', 'arguments', 'outputs', 'one_value'])
+def test_batches_that_the_model_cannot_run_change_nothing(forward, batch, cause, monkeypatch):
+    model = make('dbb')
+    if forward is not None:
+        own = model.forward
+        monkeypatch.setattr(model, 'forward', functools.partial(forward, own), raising=False)
+    before, modes = state_of(model), [module.training for module in model.modules()]
+    for batches in ([batch], [images(), batch]):
+        with pytest.raises(UserError, match=r'runs the model on batches .* Nothing was changed') as refused:
+            begin_time_step(model, seeded(), restoration='measured', batches=batches)
+        assert isinstance(refused.value.__cause__, cause)
+        assert_same_state(model.state_dict(), before)
+        assert [module.training for module in model.modules()] == modes
+        assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize('kind', ['dbb', 'acb', 'rep'])
+@torch.no_grad()
+def test_norms_that_count_no_batches(kind):
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4),
+        nn.Conv2d(4, 4, 3, padding=1, bias=False), BatchNormAct2d(4)).double().eval()
+    randomize_(model)
+    keys = model.state_dict().keys() - {'1.num_batches_tracked', '3.num_batches_tracked'}
+    for norm in (model[1], model[3]):
+        norm.num_batches_tracked = None
+    expanded = expand(model, kind)
+    assert not any('num_batches' in key for key in expanded.state_dict())
+    begin_time_step(expanded, seeded(), restoration='measured', side_gain=0.0, batches=[images(), images(seed=1)])
+    fused = fuse(expanded)
+    assert fused.state_dict().keys() == keys
+    assert_near(fused(images()), model(images()), MODEL_RTOL[torch.float64])
 
 
 # The optimizer

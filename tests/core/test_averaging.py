@@ -77,6 +77,53 @@ def test_writing_the_same_values_again_as_ddp_does_is_not_averaging():
     assert timm_rep.attach_rate(trained) == 0.5
 
 
+def test_a_rate_that_is_written_again_in_place_is_not_averaged():
+    """As a broadcast of one's own does it; a mean would show."""
+    model = annealed(1.0).float()
+    twin = copy.deepcopy(model)
+    timm_rep.set_attach_rate(model, 0.5)
+    for buffer in twin.buffers():
+        buffer.copy_(buffer.clone())
+    assert timm_rep.attach_rate(twin) == timm_rep.attach_rate(twin.eval()) == 1.0
+    averaged = ModelEmaV3(model, decay=0.99999)
+    timm_rep.set_attach_rate(model, 0.4)
+    assert timm_rep.attach_rate(update(averaged, model, 1)) == timm_rep.attach_rate(model)
+
+
+@pytest.mark.parametrize('order', [1, -1])
+def test_a_model_and_its_average_that_are_pickled_together(order):
+    model = annealed(0.25)
+    averaged = ModelEmaV3(model, decay=0.9998)
+    both = pickle.loads(pickle.dumps((model, averaged)[::order]))
+    own, average = both[::order]
+    for rate in (1.0, 0.5):
+        timm_rep.set_attach_rate(own, rate)
+        assert timm_rep.attach_rate(update(average, own, 2)) == rate
+    assert timm_rep.attach_rate(model) == timm_rep.attach_rate(averaged.module) == 0.25
+    timm_rep.set_attach_rate(model, 1.0)
+    assert timm_rep.attach_rate(update(averaged, model, 2)) == 1.0
+
+
+def test_pickles_hold_nothing_but_what_is_pickled():
+    model = annealed(0.25)
+    alone = len(pickle.dumps(model))
+    averaged = copy.deepcopy(model)
+    for part in (model, averaged):
+        assert len(pickle.dumps(part)) < 1.2 * alone
+    loaded = pickle.loads(pickle.dumps(averaged))
+    timm_rep.set_attach_rate(model, 1.0)
+    assert timm_rep.attach_rate(update(ModelEmaV3(loaded), loaded, 1)) == 0.25
+
+
+def test_a_shallow_copy_does_not_take_the_place_of_its_original():
+    model = annealed(0.5)
+    averaged = ModelEmaV3(model, decay=0.9)
+    for _, layer in timm_rep.rep_layers(model):
+        copy.copy(layer)
+    timm_rep.set_attach_rate(model, 0.75)
+    assert timm_rep.attach_rate(update(averaged, model, 2)) == 0.75
+
+
 def test_copies_of_copies_and_copies_whose_model_is_gone():
     model = annealed(0.25)
     first = ModelEmaV3(model, decay=0.9)

@@ -207,9 +207,9 @@ def test_a_method_that_is_called_fuse_but_adds_maps_is_left_alone():
     assert 'fuse' not in vars(fuse(rep))
 
 
-@pytest.mark.parametrize('arguments', [dict(low=True), dict(high='nearest')])
-def test_switches_are_no_feature_maps(arguments):
-    """As of Ultralytics' ``fuse(verbose=True)``."""
+@pytest.mark.parametrize('arguments', [dict(low=True), dict(high='nearest'), dict(low=640), dict(high=[32, 64])])
+def test_settings_are_no_feature_maps(arguments):
+    """As of Ultralytics' ``fuse(verbose=True, imgsz=[640, 640])``."""
     class Network(FeaturePyramid):
         def fuse(self, low=None, high=None):
             assert isinstance(self.conv, nn.Conv2d)
@@ -440,3 +440,67 @@ def test_complex_convolutions_stay_and_are_refused():
     assert type(timm_rep.expand(model, select='*')[0]) is nn.Conv2d
     with pytest.raises(timm_rep.UserError, match='takes real kernels, got'):
         timm_rep.OrepaConv2d.from_conv(model[0])
+
+
+class SharedConv(nn.Module):
+    """Two blocks that share a convolution and its norm; they fold their own norms, or say that they are deployed."""
+
+    class Block(nn.Module):
+        def __init__(self, pair):
+            super().__init__()
+            self.pair, self.scale = pair, nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return self.scale * self.pair(x)
+
+        def switch_to_deploy(self):
+            assert not list(timm_rep.rep_layers(self))
+
+    def __init__(self):
+        super().__init__()
+        pair = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4))
+        self.one, self.other = self.Block(pair), self.Block(nn.Sequential(*pair))
+        self.third = nn.Sequential(*pair)
+
+    def forward(self, x):
+        return self.third(self.other(self.one(x)))
+
+
+@pytest.mark.parametrize('kind', ['orepa', 'dbb'])
+@torch.no_grad()
+def test_a_layer_in_two_places_stays_one_where_a_block_folds_its_own(kind):
+    model = randomize_(SharedConv()).eval()
+    x = randn(1, 4, 8, 8, dtype=torch.float32)
+    rep = copy.deepcopy(expand(model, kind))
+    assert isinstance(rep.third[0], RepLayer)
+    rep.other.switch_to_deploy()
+    assert rep.one.pair[0] is rep.other.pair[0] is rep.third[0]
+    assert rep.one.pair[1] is rep.other.pair[1] is rep.third[1]
+    assert type(rep.third[0]) is nn.Conv2d
+    assert_near(rep(x), model(x), 1e-5)
+    deployed = reparameterize_model(expand(model, kind))
+    assert deployed.one.pair[0] is deployed.third[0]
+    assert deployed.state_dict().keys() == model.state_dict().keys()
+
+
+def channels_last(model):
+    return [
+        name for name, kernel in model.named_parameters() if kernel.dim() == 4
+        and kernel.is_contiguous(memory_format=torch.channels_last) and not kernel.is_contiguous()
+    ]
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('before', [False, True])
+def test_the_memory_format_of_kernels_moves_along_both_ways(kind, before):
+    model = tiny_resnet().eval()
+    if before:
+        model.to(memory_format=torch.channels_last)
+    rep = expand(model, kind)
+    if not before:
+        assert not channels_last(fuse(rep))
+        rep = copy.deepcopy(rep.to(memory_format=torch.channels_last)).double()
+        model.to(memory_format=torch.channels_last)
+    assert channels_last(fuse(rep)) == channels_last(model) != []
+    assert channels_last(reparameterize_model(rep))
+    assert not channels_last(fuse(rep.to(memory_format=torch.contiguous_format)))

@@ -4,7 +4,7 @@ import timm
 import torch
 import torch.nn as nn
 import torchvision
-from helpers import MODEL_RTOL, assert_near, randn, randomize_, tree
+from helpers import MODEL_RTOL, assert_near, randn, randomize_, tiny_resnet, tree
 from timm.layers import (
     BatchNormAct2d,
     GroupNormAct,
@@ -301,3 +301,25 @@ def test_options_of_a_layer_made_by_hand_are_known():
     model = nn.Sequential(timm_rep.OrepaConv2d(4, 8, 3, branch_1x1=False, bias=False), nn.BatchNorm2d(8))
     again = expand_as_(nn.Sequential(conv(4, 8, padding=0), nn.BatchNorm2d(8)), expansion_of(model).methods)
     again.load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize('kind', ['orepa', 'dbb', 'acb', 'rep'])
+@torch.no_grad()
+def test_models_whose_weights_accelerate_offloads(kind):
+    accelerate = pytest.importorskip('accelerate', reason='accelerate is not installed')
+    model = expand(tiny_resnet().eval(), kind)
+    x = randn(1, 3, 32, 32, dtype=torch.float32)
+    expected = model(x)
+    classes = sorted({type(layer).__name__ for _, layer in timm_rep.rep_layers(model)})
+    accelerate.cpu_offload(model, execution_device=torch.device('cpu'), preload_module_classes=classes)
+    assert_near(model(x), expected, 1e-6)
+    with pytest.raises(UserError, match='offloaded by accelerate; fuse the model first'):
+        fuse(model)
+
+
+def test_weights_that_are_elsewhere_are_not_fused():
+    model = expand(tiny_resnet(), 'orepa').to('meta')
+    assert all(parameter.is_meta for parameter in fuse(model).parameters())
+    model.layer1[0].conv1._hf_hook = object()  # accelerate's mark
+    with pytest.raises(UserError, match=r'weights of layer1\.0\.conv1 are offloaded by accelerate'):
+        fuse(model)

@@ -301,3 +301,23 @@ def test_damaged_files_are_not_loaded(tmp_path):
         file.write_bytes(content)
         with pytest.raises(UserError, match=r'is not loaded: .*damaged'):
             timm.create_model('orepa_repvgg_a0_cifar', pretrained=True, pretrained_cfg_overlay=dict(file=str(file)))
+
+
+@pytest.mark.parametrize('name', ['dbb_resnet18', 'repan_repvgg_a0', 'repan_repvgg_a0:orepa'])
+def test_checkpoint_path_takes_the_training_form_and_says_what_takes_the_other(name, tmp_path):
+    """As ``--initial-checkpoint`` of timm's train.py."""
+    paths = dict(training=tmp_path / 'training.safetensors', stock=tmp_path / 'stock.pth')
+    for form, path in paths.items():
+        save(network(name)[form], path)
+    assert_same_state(create(name, checkpoint_path=str(paths['training'])).state_dict(), network(name)['training'])
+    with pytest.raises(RuntimeError, match=r'weights are in stock form.* pretrained_cfg_overlay=dict\(file=') as error:
+        create(name, checkpoint_path=str(paths['stock']))
+    assert str(error.value).count('in stock form') == 1
+    model = create(name)
+    with pytest.raises(RuntimeError, match='in stock form'):  # what was drawn would stay
+        model.load_state_dict(network(name)['stock'], strict=False)
+    others = network('dbb_resnet18' if 'repvgg' in name else 'repan_repvgg_a0')['training']
+    with pytest.raises(RuntimeError, match='Missing key') as error:
+        model.load_state_dict(others)
+    assert 'in stock form' not in str(error.value)
+    model.load_state_dict({}, strict=False)

@@ -175,6 +175,41 @@ def test_newest_is_of_the_epochs_that_a_run_gone_back_has_come_to(finished, tmp_
     assert newest_checkpoint(tmp_path).name == 'last.pth.tar'  # better than none
 
 
+def test_a_run_gone_back_that_is_killed_before_its_first_checkpoint_goes_on_from_where_it_went(
+        finished, scripts, tmp_path):
+    folder = tmp_path / 'output/train/run'
+    shutil.copytree(finished, folder)
+    back = ['--resume', 'output/train/run/checkpoint-1.pth.tar']
+    code, log = run(tmp_path, arguments(scripts, '--log-branches', *back), point='checkpoint half written')
+    assert code == -signal.SIGKILL, log
+    assert re.search('output/train/run goes back to epoch 2: its rows to epoch 5 go, and the checkpoints of ', log)
+    assert rows(folder / 'summary.csv')[-1]['epoch'] == '2'
+    found = newest_checkpoint(folder)
+    assert (found.name, read_checkpoint(found).epoch) == ('last.pth.tar', 1)  # not the checkpoint-2 of the run it left
+    code, log = run(tmp_path, arguments(scripts, '--log-branches', '--resume', 'auto'))
+    assert code == 0, log
+    assert_ends_alike(folder, finished)
+
+
+@pytest.mark.parametrize(('resume', 'start_epoch', 'message'), [
+    ('last', 5, r'go back by --resume .*checkpoint-4\.pth\.tar, or take another --experiment'),
+    ('checkpoint-1', 0, r'checkpoint-1.pth.tar is of epoch 1: --start-epoch 0 .* before; take another --experiment'),
+    ('checkpoint-4', 5, None),
+])
+def test_epochs_are_not_trained_again_from_weights_that_have_had_them(finished, resume, start_epoch, message):
+    args = finished_args(
+        finished, resume=str(finished / f'{resume}.pth.tar'), start_epoch=start_epoch,
+        output=str(finished.parent), experiment=finished.name)
+    schedule = timm_rep.AnnealingSchedule(args.time_steps, args.epochs, args.attach_warmup_epochs)
+    if message is None:
+        find_run(args, schedule)
+        return
+    with pytest.raises(UserError, match=message):
+        find_run(args, schedule)
+    args.output, args.experiment = str(finished), 'another'
+    find_run(args, schedule)
+
+
 def test_rows_of_an_interrupted_run_are_dropped(tmp_path):
     path = tmp_path / 'summary.csv'
     path.write_text('epoch,loss\n0,1.0\n1,0.5\nepoch,loss\n1,0.4\n2,0.3\n3')

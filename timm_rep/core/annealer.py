@@ -142,6 +142,8 @@ class Annealer:
             if self._freeze is not None:
                 grows = position.time_step > 0 or self._starts_trained
                 self._freeze.active = grows and position.attach_rate < 1
+                if grows and position.epoch == self.schedule.warmup_epochs > 0:
+                    self._freeze.thaw()
         self._begun = dict(
             epoch=epoch, time_step=position.time_step, attach_rate=position.attach_rate,
             lr=self.optimizer.param_groups[0]['lr'])

@@ -364,6 +364,5 @@ def _expand_assigned(
         move_hooks(model.get_submodule(name), module)
         setattr(*parent_of(model, name), module)
     _anneal_blocks_(model, blocks)
-    for name in assigned:
-        fuse_before_own_(model, name)
+    fuse_before_own_(model, assigned)
     return model

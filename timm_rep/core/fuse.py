@@ -1,13 +1,14 @@
 """Take rep layers out of a model again: its stock form."""
 import inspect
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Tuple
 
 import torch
 import torch.nn as nn
 
 from .errors import UserError
-from .layers import AnnealedModule
+from .layers import AnnealedModule, FoldedNorm
+from .sharded import check_whole
 from .walk import (
     ModelT,
     ancestors_of,
@@ -24,6 +25,9 @@ __all__ = ['fuse', 'fuse_before_own_', 'when_fused']
 
 # Methods by which networks fold their own convolutions and norms, and which timm's `reparameterize_model` calls.
 OWN_FUSE = ('fuse', 'reparameterize', 'switch_to_deploy')
+
+# A module, and the name of one of its children.
+Place = Tuple[nn.Module, str]
 
 CALL = nn.Module._call_impl.__code__
 
@@ -47,18 +51,19 @@ def when_fused(action: Callable[[nn.Module], None]) -> Callable[[nn.Module], Non
 class _FusedBefore:
     """Stands in for a module's own method that folds its convolutions, which must be in stock form for that.
 
-    A call that does something else (with more than switches for arguments, while training, or in a forward) goes
+    A call that does something else (with more than settings for arguments, while training, or in a forward) goes
     through as it is.
     """
 
     module: nn.Module
     name: str
+    elsewhere: Tuple[Place, ...]  # where else in the model its parts are
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        switches = all(isinstance(value, (bool, str, type(None))) for value in (*args, *kwargs.values()))
-        folds = switches and not self.module.training and not torch.compiler.is_compiling()
+        settings = all(_is_setting(value) for value in (*args, *kwargs.values()))
+        folds = settings and not self.module.training and not torch.compiler.is_compiling()
         if folds and not self._is_in_forward():
-            fuse(self.module, inplace=True)
+            _put_in_(self.module, _stock_forms(self.module), self.elsewhere)
         return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
 
     def _is_in_forward(self) -> bool:
@@ -72,18 +77,77 @@ class _FusedBefore:
         return False
 
 
-def fuse_before_own_(model: nn.Module, name: str) -> None:
-    """Let the modules around a rep layer be fused before they fold their convolutions by a method of their own.
+def _is_setting(value: Any) -> bool:
+    """Whether an argument is a switch, a number, or numbers such as an image size, and no feature map."""
+    if isinstance(value, (list, tuple)):
+        return len(value) > 0 and all(isinstance(part, (int, float)) for part in value)
+    return isinstance(value, (int, float, str, type(None)))
+
+
+def fuse_before_own_(model: nn.Module, names: Iterable[str]) -> None:
+    """Let the modules around rep layers be fused before they fold their convolutions by a method of their own.
 
     Args:
         model: Model with rep layers.
-        name: Name of one.
+        names: Names of some.
     """
-    for parent in ancestors_of(model, name):
+    parents = {id(parent): parent for name in names for parent in ancestors_of(model, name)}
+    for parent in parents.values():
         for method in OWN_FUSE:
             own = inspect.getattr_static(type(parent), method, None)  # a static one folds no module
-            if inspect.isfunction(own) and method not in vars(parent) and not isinstance(parent, AnnealedModule):
-                vars(parent)[method] = _FusedBefore(parent, method)
+            taken = method in vars(parent) and not isinstance(vars(parent)[method], _FusedBefore)
+            if inspect.isfunction(own) and not taken and not isinstance(parent, AnnealedModule):
+                vars(parent)[method] = _FusedBefore(parent, method, _elsewhere(model, parent))
+
+
+def _elsewhere(model: nn.Module, parent: nn.Module) -> Tuple[Place, ...]:
+    """The places in a model, outside a part of it, of what is changed when that part is fused."""
+    inside = {id(module) for module in parent.modules()}
+    return tuple(
+        (holder, child) for holder in model.modules() if id(holder) not in inside
+        for child, module in holder._modules.items()
+        if id(module) in inside and isinstance(module, (AnnealedModule, FoldedNorm))
+    )
+
+
+def _stock_forms(model: nn.Module) -> Dict[str, nn.Module]:
+    """What takes the place of rep layers and folded norms, by name."""
+    replacements: Dict[str, nn.Module] = {}
+    for name, module in annealed_modules(model):
+        if name == '':
+            raise UserError("fuse needs a model around the layer; for one alone use the layer's own fuse()")
+        _refuse_offloaded(name, module)
+        sibling, behind = next_sibling(model, name)
+        replacements[name], norm = module.stock_form(behind)
+        if norm is not None:
+            replacements[sibling] = norm
+    return replacements
+
+
+def _refuse_offloaded(name: str, module: nn.Module) -> None:
+    """Raise a UserError for weights that accelerate holds elsewhere between the forwards."""
+    hooked = any(hasattr(part, '_hf_hook') for part in module.modules())
+    if hooked and any(parameter.is_meta for parameter in module.parameters()):
+        raise UserError(f'the weights of {name} are offloaded by accelerate; fuse the model first, and offload that')
+
+
+def _put_in_(model: nn.Module, replacements: Mapping[str, nn.Module], elsewhere: Iterable[Place] = ()) -> None:
+    """Replace modules in all their places: a shared one is one module in several."""
+    places = names_of(model)
+    for name, new_module in replacements.items():
+        old = model.get_submodule(name)
+        for place in places[id(old)]:
+            move_hooks(old, new_module)
+            setattr(*parent_of(model, place), new_module)
+        for holder, child in elsewhere:
+            if holder._modules.get(child) is old:
+                setattr(holder, child, new_module)
+    for part in model.modules():
+        for method in OWN_FUSE:
+            if isinstance(vars(part).get(method), _FusedBefore):
+                del vars(part)[method]
+        for action in _WHEN_FUSED:
+            action(part)
 
 
 def fuse(model: ModelT, *, inplace: bool = False) -> ModelT:
@@ -100,30 +164,13 @@ def fuse(model: ModelT, *, inplace: bool = False) -> ModelT:
         a stock counterpart, its ``pretrained_cfg`` names that.
 
     Raises:
-        UserError: For layers with norms in their branches in training mode, or with a hook on their outputs. The model
-            is then unchanged.
+        UserError: For layers with norms in their branches in training mode, or with a hook on their outputs, and for
+            sharded parameters. The model is then unchanged.
     """
     model = unwrapped(model)
-    replacements: Dict[str, nn.Module] = {}
-    for name, module in annealed_modules(model):
-        if name == '':
-            raise UserError("fuse needs a model around the layer; for one alone use the layer's own fuse()")
-        sibling, behind = next_sibling(model, name)
-        replacements[name], norm = module.stock_form(behind)
-        if norm is not None:
-            replacements[sibling] = norm
+    check_whole(model)
+    replacements = _stock_forms(model)
     if not inplace:
         model = copied(model)
-    # A shared layer is one module in several places.
-    places = names_of(model)
-    for name, new_module in replacements.items():
-        for place in places[id(model.get_submodule(name))]:
-            move_hooks(model.get_submodule(place), new_module)
-            setattr(*parent_of(model, place), new_module)
-    for part in model.modules():
-        for method in OWN_FUSE:
-            if isinstance(vars(part).get(method), _FusedBefore):
-                del vars(part)[method]
-        for action in _WHEN_FUSED:
-            action(part)
+    _put_in_(model, replacements)
     return model

@@ -1,6 +1,7 @@
 """Statistics of the norms in the branches, measured on batches, for a model whose kernels have just been redrawn."""
 import copy
 import itertools
+from contextlib import contextmanager
 from typing import Any, Iterable, Iterator, List, Tuple
 
 import torch
@@ -12,7 +13,7 @@ from .layers.branches import NormedBranches
 from .layers.norms import is_frozen, kept_statistics
 from .walk import annealed_modules, unwrapped
 
-__all__ = ['first_batches', 'measure_statistics', 'normed_modules']
+__all__ = ['check_measurable', 'first_batches','measure_statistics', 'normed_modules']
 
 MEASURED_BATCHES = 4
 
@@ -71,11 +72,84 @@ class _Meter:
         return mean, var
 
 
+Origins = List[Tuple[NormedBranches, _Meter]]
+Sides = List[Tuple[nn.BatchNorm2d, _Meter]]
+
+
 def _run(model: nn.Module, batches: Iterable[Tensor]) -> None:
     parameter = next(model.parameters())
     with torch.autocast(parameter.device.type, enabled=False), torch.compiler.set_stance('force_eager'):
         for images in batches:
             model(images.to(parameter.device, parameter.dtype))
+
+
+@contextmanager
+def _in_training_mode(norms: List[nn.BatchNorm2d]) -> Iterator[None]:
+    """Let norms compute with the statistics of a batch, from fresh running ones, and have back what they kept."""
+    kept = [(norm, norm.momentum, norm.num_batches_tracked, copy.deepcopy(norm.state_dict())) for norm in norms]
+    try:
+        for norm, _, count, _ in kept:
+            if count is None:  # it need not have one
+                norm.num_batches_tracked = torch.zeros((), dtype=torch.long, device=norm.weight.device)
+            norm.reset_running_stats()
+            norm.momentum = None
+            norm.train()
+        yield
+    finally:
+        for norm, momentum, count, state in kept:
+            norm.momentum = momentum
+            norm.num_batches_tracked = count
+            norm.load_state_dict(state)
+
+
+def _meet(model: nn.Module, batches: Iterable[Tensor], sides: bool) -> Tuple[Origins, Sides]:
+    """Run the model on the batches, with meters before the norms; it stays as it is."""
+    modes = [(module, module.training) for module in model.modules()]
+    origins: Origins = []
+    side_norms: Sides = []
+    handles = []
+    model.eval()
+    for module in normed_modules(model):
+        origin, others = module.norms_to_measure()
+        for norm in (origin, *(others if sides else ())):
+            if is_frozen(norm):
+                continue
+            meter = _Meter(norm)
+            handles.append(norm.register_forward_pre_hook(meter))
+            if norm is origin:
+                origins.append((module, meter))
+            else:
+                side_norms.append((norm, meter))
+    try:
+        with _in_training_mode([norm for norm, _ in side_norms]):  # for what comes behind an inner one
+            _run(model, batches)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for part, mode in modes:
+            part.training = mode
+    return origins, side_norms
+
+
+@torch.no_grad()
+def check_measurable(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Try whether a model can be measured on batches; it stays as it is.
+
+    Args:
+        model: Model with rep layers.
+        batches: Image batches.
+
+    Raises:
+        UserError: If it does not run on them.
+    """
+    try:
+        _meet(unwrapped(model), batches, sides=True)
+    except Exception as e:  # whatever a network may raise
+        shapes = ', '.join(str(tuple(images.shape)) for images in batches)
+        raise UserError(
+            f"restoration 'measured' runs the model on batches of images, here of shapes {shapes}, by model(images). "
+            f'That raised {type(e).__name__}: {e}. Nothing was changed'
+        ) from e
 
 
 @torch.no_grad()
@@ -92,38 +166,7 @@ def measure_statistics(model: nn.Module, batches: Iterable[Tensor], sides: bool)
         sides: Whether the norms of the side branches are to be measured, or of the origin branches only. The attach
             rate must then be zero.
     """
-    model = unwrapped(model)
-    modes = [(module, module.training) for module in model.modules()]
-    origins: List[Tuple[NormedBranches, _Meter]] = []
-    side_norms: List[Tuple[nn.BatchNorm2d, _Meter]] = []
-    handles = []
-    model.eval()
-    for module in normed_modules(model):
-        origin, others = module.norms_to_measure()
-        for norm in (origin, *(others if sides else ())):
-            if is_frozen(norm):
-                continue
-            meter = _Meter(norm)
-            handles.append(norm.register_forward_pre_hook(meter))
-            if norm is origin:
-                origins.append((module, meter))
-            else:
-                side_norms.append((norm, meter))
-    kept = [(norm, norm.momentum, copy.deepcopy(norm.state_dict())) for norm, _ in side_norms]
-    try:
-        for norm, _ in side_norms:  # in training mode, for what comes behind an inner one
-            norm.reset_running_stats()
-            norm.momentum = None
-            norm.train()
-        _run(model, batches)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for norm, momentum, state in kept:
-            norm.momentum = momentum
-            norm.load_state_dict(state)
-        for part, mode in modes:
-            part.training = mode
+    origins, side_norms = _meet(unwrapped(model), batches, sides)
     for norm, meter in side_norms:
         if meter.batches:  # what the network does not run keeps what it has
             for statistic, measured in zip(kept_statistics(norm), meter.statistics()):

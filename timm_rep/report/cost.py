@@ -1,6 +1,7 @@
 """What training and running a model cost: times, parameters, multiply-adds."""
 import platform
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch.utils.benchmark import timer  # waits for the GPU
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..core.micro_batch import micro_batch
 from ..core.precision import full_float32
 from ..io.architecture import create_model
 from ..models.names import TRAINING_PREFIXES
@@ -27,7 +29,8 @@ TIMING_ROUNDS = 7
 WARMUP_STEPS = 2
 # Of the papers' recipe, with a rate at which nothing diverges.
 TIMING_SGD = dict(lr=1e-3, momentum=0.9, weight_decay=1e-4)
-TIMING_BATCH = 8
+TIMING_BATCH, TIMING_PIXELS = 8, 224 * 224
+MOST_TIMED = 128
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,8 @@ class TrainingStep:
         images: The batch, on the model's device.
         targets: Its classes.
         autocast: Compute in this dtype under autocast.
+        micro_batches: Accumulate gradients over this many, each of them this batch.
+        composed_once: Whether these share the kernels of linear layers.
         **sgd: Arguments of ``torch.optim.SGD`` besides those of :data:`TIMING_SGD`.
     """
 
@@ -146,18 +151,24 @@ class TrainingStep:
             images: torch.Tensor,
             targets: torch.Tensor,
             autocast: Optional[torch.dtype] = None,
+            micro_batches: int = 1,
+            composed_once: bool = True,
             **sgd: Any,
     ) -> None:
         self.model = model.train()
         self.images, self.targets, self.autocast = images, targets, autocast
+        self.micro_batches, self.composed_once = micro_batches, composed_once and micro_batches > 1
         self.optimizer = torch.optim.SGD(model.parameters(), **dict(TIMING_SGD, **sgd))
 
     def __call__(self) -> None:
         """Take the step."""
         self.optimizer.zero_grad()
-        with torch.autocast(self.images.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            loss = F.cross_entropy(self.model(self.images), self.targets)
-        loss.backward()
+        for number in range(1, self.micro_batches + 1):
+            last = number == self.micro_batches
+            with micro_batch(self.model, last) if self.composed_once else nullcontext():
+                with torch.autocast(self.images.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+                    loss = F.cross_entropy(self.model(self.images), self.targets)
+                (loss / self.micro_batches).backward()
         self.optimizer.step()
 
 
@@ -166,7 +177,7 @@ def bench_models(
         *,
         model_kwargs: Optional[Mapping[str, Any]] = None,
         img_size: Optional[int] = None,
-        batch: int = TIMING_BATCH,
+        batch: Optional[int] = None,
         rounds: int = TIMING_ROUNDS,
         repeats: int = 1,
         device: Union[str, torch.device] = 'cpu',
@@ -179,7 +190,8 @@ def bench_models(
         architectures: Names of the models; a first one that is not ours is the baseline as it is.
         model_kwargs: Arguments of all of them.
         img_size: Height and width of the images; by default those of the first model.
-        batch: Images in a batch.
+        batch: Images in a batch; by default as many as have the pixels of 8 images of 224x224, from 8 to 128: what rep
+            layers add to a step does not depend on the batch, so a small one of small images shows nothing else.
         rounds: How often each takes its turn, after a warm-up.
         repeats: Steps in a row whose mean is one time; take some 10 on a GPU.
         device: Where to time.
@@ -203,6 +215,8 @@ def bench_models(
     channels, height, width = baseline.pretrained_cfg['input_size']
     input_size = (model_kwargs.get('in_chans', channels), img_size or height, img_size or width)
 
+    if batch is None:
+        batch = min(max(TIMING_BATCH * TIMING_PIXELS // (input_size[1] * input_size[2]), TIMING_BATCH), MOST_TIMED)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     images = torch.randn(batch, *input_size).to(device, memory_format=layout)
     targets = torch.randint(baseline.num_classes, (batch,), device=device)

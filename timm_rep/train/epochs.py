@@ -16,10 +16,11 @@ from ..core.annealer import Annealer
 from ..core.annealing import AnnealingSchedule, Position, time_step
 from ..core.branch_log import BranchLog
 from ..io.weights import load_training_form
+from .accumulate import MicroBatches
 from .arguments import START_FILES, output_folder
 from .best import keep_resumed, take_best
 from .lock import RunLock
-from .resume import drop_rows, epoch_of, newest_checkpoint
+from .resume import drop_rows, epoch_of, go_back, newest_checkpoint
 from .snapshots import save_snapshots
 
 __all__ = ['AnnealedEpochs']
@@ -89,7 +90,10 @@ class AnnealedEpochs:
             bound.apply_defaults()
             epoch = bound.arguments['epoch']
             position = self._begin(epoch, bound.arguments)
-            metrics = train_one_epoch(*args, **kwargs)
+            steps = getattr(self.args, 'grad_accum_steps', 1)
+            if steps > 1:
+                bound.arguments['loader'] = MicroBatches(bound.arguments['loader'], self._forms[''], steps)
+            metrics = train_one_epoch(*bound.args, **bound.kwargs)
             self._epoch = epoch
             if self._branches is not None and self._folder is not None:
                 _append_rows(self._folder / BRANCH_FILE, self._branches.take_rows(epoch))
@@ -110,6 +114,9 @@ class AnnealedEpochs:
         self._folder = None if call['output_dir'] is None else Path(call['output_dir'])
         if self._folder is not None:
             self._lock.take(self._folder)
+            resumed = Path(args.resume or '')
+            if not self._forms and resumed.is_file() and resumed.parent.samefile(self._folder):
+                go_back(resumed, epoch)
         self._tidy(epoch)
         # timm's rounding of cycles may have an epoch more
         epoch = min(epoch, self.schedule.total_epochs - 1)

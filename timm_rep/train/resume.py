@@ -5,6 +5,7 @@ import itertools
 import logging
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any, List, Mapping, Optional, Tuple
 
@@ -17,7 +18,7 @@ from ..io.runs import DECIDED_LATER, MAY_CHANGE, args_in_effect, is_open, read_r
 from .arguments import output_folder, output_root, without_time_steps
 from .lock import processes
 
-__all__ = ['drop_rows', 'epoch_of', 'find_run', 'newest_checkpoint']
+__all__ = ['drop_rows', 'epoch_of', 'find_run', 'go_back', 'newest_checkpoint']
 
 _logger = logging.getLogger('train')  # timm's
 
@@ -88,6 +89,27 @@ def newest_checkpoint(folder: Path) -> Optional[Path]:
     return next(iter(left_over), None)
 
 
+def go_back(path: Path, epoch: int) -> None:
+    """Let the checkpoint that a run goes back to be its last one, as if the run had just written it.
+
+    Those of later epochs are of a training that is left. They stay until the run writes its own in their place, and
+    would otherwise be taken for its own if it were killed before that.
+
+    Args:
+        path: The checkpoint, in the folder of the run.
+        epoch: The epoch that the run goes on with.
+    """
+    summary, last = path.with_name('summary.csv'), path.with_name('last.pth.tar')
+    rows = read_rows(summary).complete if summary.is_file() else []
+    if rows and int(rows[-1]['epoch']) > epoch:
+        _logger.warning(
+            f'{path.parent} goes back to epoch {epoch}: its rows to epoch {rows[-1]["epoch"]} go, and the checkpoints '
+            'of these epochs as new ones are written')
+    if not (last.exists() and last.samefile(path)):
+        with written_whole(last, replace=True) as temporary:
+            shutil.copyfile(path, temporary)
+
+
 def _candidates(root: Path) -> str:
     """The runs in a folder that could be gone on with, in words, the latest first."""
     newest = [checkpoints[0] for folder in root.glob('*') if (checkpoints := _checkpoints(folder))]
@@ -132,7 +154,7 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> List[str]
     return found
 
 
-def _check_checkpoint(args: argparse.Namespace, schedule: AnnealingSchedule) -> None:
+def _check_checkpoint(args: argparse.Namespace, schedule: AnnealingSchedule, folder: Optional[Path]) -> None:
     path = Path(args.resume)
     if not path.is_file():
         raise UserError(f'--resume takes a checkpoint file or auto, got {path}, which is none')
@@ -158,6 +180,19 @@ def _check_checkpoint(args: argparse.Namespace, schedule: AnnealingSchedule) -> 
                 f'{path} is in time step {time_step + 1}, epoch {start} lies before it; say where to go on with '
                 '--start-epoch'
             )
+    if folder is not None and path.resolve().parent == folder.resolve():
+        _check_start_epoch(args, path, checkpoint.epoch)
+
+
+def _check_start_epoch(args: argparse.Namespace, path: Path, epoch: Optional[int]) -> None:
+    """Refuse to train epochs again, in the folder of their run, from weights that have had them."""
+    if args.start_epoch is None or epoch is None or args.start_epoch > epoch:
+        return
+    before = path.with_name(f'checkpoint-{args.start_epoch - 1}.pth.tar')
+    back = f'go back by --resume {before}, or ' if before.is_file() else ''
+    raise UserError(
+        f'{path} is of epoch {epoch}: --start-epoch {args.start_epoch} would write over what {path.parent} has of the '
+        f'epochs before; {back}take another --experiment. Nothing was changed')
 
 
 def find_run(args: argparse.Namespace, schedule: AnnealingSchedule) -> None:
@@ -185,7 +220,7 @@ def find_run(args: argparse.Namespace, schedule: AnnealingSchedule) -> None:
                 'was written'
             )
     if args.resume:
-        _check_checkpoint(args, schedule)
+        _check_checkpoint(args, schedule, folder)
 
 
 def drop_rows(path: Path, epoch: float = math.inf) -> None:

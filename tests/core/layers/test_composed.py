@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 from helpers import assert_near, randn
 from torch import Tensor
-from torch.nn.utils import fuse_conv_bn_eval
+from torch.nn.utils import fuse_conv_bn_eval, prune
 
 from timm_rep import OrepaConv2d, UserError
 from timm_rep.core.layers import DiverseBranchConv2d, FoldedNorm
@@ -30,6 +30,7 @@ WRITES = {
     'foreach': lambda layer: torch._foreach_mul_([layer.weight.detach()], 2.0),
     'parameter': lambda layer: setattr(layer, 'weight', nn.Parameter(torch.zeros(4, 4, 3, 3))),
     'tensor': lambda layer: setattr(layer, 'weight', torch.zeros(4, 4, 3, 3)),
+    'pruning': lambda layer: prune.l1_unstructured(layer, 'weight', 0.3),
     'fuse_conv_bn_eval': lambda layer: fuse_conv_bn_eval(layer.eval(), nn.BatchNorm2d(4).eval()),
 }
 

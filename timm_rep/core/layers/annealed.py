@@ -1,7 +1,7 @@
 """The contract of annealing: a module with an origin branch and side branches, which an attach rate multiplies."""
 import copy
 import weakref
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, TypeVar
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, TypeVar
 
 import torch
 import torch.nn as nn
@@ -9,10 +9,21 @@ from torch import Tensor
 
 from ..errors import UserError
 
-__all__ = ['AnnealedModule', 'OriginPart', 'check_attach_rate', 'check_kernel']
+__all__ = ['AnnealedModule', 'OriginPart', 'check_attach_rate', 'check_kernel', 'is_channels_last']
 
 # A parameter, and the index of what belongs to the origin branch: a row, slices, or ... for the whole.
 OriginPart = Tuple[nn.Parameter, Any]
+
+# Of a plain convolution, and of timm's RepVGG block: no rep layer has a parameter of such a name.
+STOCK_KEYS = ('weight', 'conv_1x1.conv.weight')
+STOCK_FORM = (
+    'The weights are in stock form, without branches. timm.create_model(NAME, pretrained=True, '
+    'pretrained_cfg_overlay=dict(file=PATH, num_classes=N)) puts them into the branches, and so does timm_rep.expand '
+    'with a stock model that holds them.'
+)
+
+# Averages (EMA) give a model at least this weight in an update.
+LEAST_WEIGHT = 1e-6
 
 AnnealedT = TypeVar('AnnealedT', bound='AnnealedModule')
 
@@ -31,17 +42,49 @@ def check_kernel(module: nn.Module, shape: Sequence[int], weight: Tensor, bias: 
         raise UserError(f'bias must have shape ({shape[0]},), got {tuple(bias.shape)}')
 
 
+def is_channels_last(kernel: Tensor) -> bool:
+    """Whether a kernel is in the memory format channels-last, and not in that of other tensors as well."""
+    return kernel.is_contiguous(memory_format=torch.channels_last) and not kernel.is_contiguous()
+
+
+class _Tie:
+    """A module and the copies of it that are alive. In a pickle it ties those together that are in it."""
+
+    def __init__(self, original: Optional['AnnealedModule'] = None) -> None:
+        self.copies: weakref.WeakSet[AnnealedModule] = weakref.WeakSet()
+        self._original = None if original is None else weakref.ref(original)
+
+    def original(self) -> Optional['AnnealedModule']:
+        """The module, if it is alive."""
+        return None if self._original is None else self._original()
+
+    def find_original(self, module: 'AnnealedModule') -> None:
+        """Take a module that came out of a pickle for the original, but no shallow copy of it."""
+        if self.original() is None:
+            self._original = weakref.ref(module)
+
+    def __reduce__(self) -> Any:
+        return _Tie, ()
+
+
 class _KnownToCopy:
     """What a copy of a module knows, to tell whether it was averaged with what it was copied from.
 
     Values are kept as numbers, so that nothing waits for a GPU as long as the copy holds what the original holds.
     """
 
-    def __init__(self, original: 'AnnealedModule', buffers: Tuple[Tensor, ...]) -> None:
-        self.original = weakref.ref(original)
+    def __init__(self, tie: _Tie, original: 'AnnealedModule', buffers: Tuple[Tensor, ...]) -> None:
+        self.tie = tie
         self.has_a_rate_of_its_own = False  # once it was set by the copy's own methods
         self.note_own(buffers)
         self.note_original(original._annealing_buffers())
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return dict(vars(self), _tensors=(), _versions=None, _others_versions=None)  # they are others in another place
+
+    def original(self) -> Optional['AnnealedModule']:
+        """The module that this is a copy of, if it is alive."""
+        return self.tie.original()
 
     def note_own(self, buffers: Tuple[Tensor, ...]) -> None:
         """Note what the copy itself has written."""
@@ -73,14 +116,20 @@ class _KnownToCopy:
             Whether the buffers then hold other values than the copy has written.
         """
         now, before = _numbers(buffers), self._own
+        written_again = now == self._own and (self.has_a_rate_of_its_own or self._averaging_would_show(buffers[0]))
         slacks = [8 * torch.finfo(tensor.dtype).eps if tensor.is_floating_point() else 0 for tensor in buffers]
         is_mean = all(_lies_between(*values) for values in zip(now, self._own, self._others, slacks))
-        if is_mean and not (now == self._own and self.has_a_rate_of_its_own):  # which DDP writes again
+        if is_mean and not written_again:
             with torch.no_grad():
                 for tensor, value in zip(buffers, self._others):
                     tensor.fill_(value)
         self.note_own(buffers)
         return self._own != before
+
+    def _averaging_would_show(self, rate: Tensor) -> bool:
+        """Whether a mean with the original's attach rate is another number than the copy's own, rounded as it is."""
+        own, other = self._own[0], self._others[0]
+        return LEAST_WEIGHT * abs(own - other) > torch.finfo(rate.dtype).eps * max(own, other)
 
 
 def _versions(buffers: Tuple[Tensor, ...]) -> List[int]:
@@ -111,9 +160,12 @@ class AnnealedModule(nn.Module):
 
     __jit_unused_properties__ = ['attach_rate', 'time_step']
 
-    # Copies of the module that are alive; of a copy, what it knows of itself and of what it was copied from.
-    _copies: Optional['weakref.WeakSet[AnnealedModule]'] = None
+    # Of a module with copies, what they have in common; of a copy, what it knows of itself and of its original.
+    _copies: Optional['_Tie'] = None
     _known: Optional['_KnownToCopy'] = None
+
+    # Whether the module was last moved into the memory format channels-last, which its tensors need not show.
+    is_channels_last = False
 
     def _init_annealing(self, device: Any = None, dtype: Optional[torch.dtype] = None) -> None:
         self.register_buffer('attach_rate', torch.ones((), device=device, dtype=dtype))
@@ -160,11 +212,14 @@ class AnnealedModule(nn.Module):
     def _before_writing(self) -> None:
         """Let the copies take over what the module holds before it changes."""
         self._settle()
-        for twin in self._copies or ():
+        for twin in self._living_copies():
             twin._settle()
 
+    def _living_copies(self) -> List['AnnealedModule']:
+        return [] if self._copies is None else list(self._copies.copies)
+
     def _tell_copies(self) -> None:
-        for twin in self._copies or ():
+        for twin in self._living_copies():
             if twin._known is not None:
                 twin._known.note_original(self._annealing_buffers())
 
@@ -178,35 +233,70 @@ class AnnealedModule(nn.Module):
     def __deepcopy__(self: AnnealedT, memo: Dict[int, Any]) -> AnnealedT:
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        twin.__setstate__(copy.deepcopy(self._untied_state(), memo))
         original = None if self._known is None else self._known.original()
         twin._become_copy_of(memo.get(id(original), self))
-        for other in self._copies or ():
+        for other in self._living_copies():
             if id(other) in memo:  # a model and its average, copied together
                 memo[id(other)]._become_copy_of(twin)
         return twin
 
     def _become_copy_of(self, original: 'AnnealedModule') -> None:
-        self._known = _KnownToCopy(original, self._annealing_buffers())
-        original._copies = weakref.WeakSet() if original._copies is None else original._copies
-        original._copies.add(self)
+        if original._copies is None:
+            original._copies = _Tie(original)
+        self._known = _KnownToCopy(original._copies, original, self._annealing_buffers())
+        original._copies.copies.add(self)
 
-    def __getstate__(self) -> Dict[str, Any]:
+    def _untied_state(self) -> Dict[str, Any]:
         self._settle()
         state: Dict[str, Any] = dict(super().__getstate__())
-        for key in ('_copies', '_known'):
+        for key in ('_copies', '_known', '_update'):
             state.pop(key, None)
         return state
 
+    def __getstate__(self) -> Dict[str, Any]:
+        state = self._untied_state()
+        if self._living_copies():
+            state['_copies'] = self._copies
+        if self._known is not None:
+            state['_known'] = self._known
+        return state
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._copies is not None:
+            self._copies.find_original(self)
+        if self._known is not None:
+            self._known.note_own(self._annealing_buffers())
+            self._known.tie.copies.add(self)
+
     def _apply(self: AnnealedT, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AnnealedT:
         self._before_writing()
+        # a tensor that goes where the kernels go
+        memory_format = torch.channels_last if self.is_channels_last else torch.contiguous_format
+        buffer: Any = self._buffers['attach_rate']
+        kernel = torch.empty(2, 2, 2, 2, dtype=buffer.dtype, device=buffer.device, memory_format=memory_format)
         super()._apply(fn, recurse)
+        self.is_channels_last = is_channels_last(fn(kernel))
         self._written(on_purpose=False)
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(  # torch's
+            self,
+            state_dict: Mapping[str, Tensor],
+            prefix: str,
+            local_metadata: Any,
+            strict: bool,
+            missing_keys: List[str],
+            unexpected_keys: List[str],
+            error_msgs: List[str],
+    ) -> None:
         self._before_writing()
-        super()._load_from_state_dict(*args, **kwargs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        stock_keys = [f'{prefix}{key}' for key in STOCK_KEYS if f'{prefix}{key}' in state_dict]
+        if stock_keys and f'{prefix}attach_rate' not in state_dict and STOCK_FORM not in error_msgs:
+            error_msgs.append(STOCK_FORM)  # with strict=False, too, which would leave what was drawn
         original = None if self._known is None else self._known.original()
         alike = original is not None and _numbers(original._annealing_buffers()) == _numbers(self._annealing_buffers())
         self._written(on_purpose=not alike)

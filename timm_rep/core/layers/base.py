@@ -10,8 +10,9 @@ from torch import Tensor
 from ..composition import prefers_channels_last
 from ..errors import UserError
 from ..precision import full_float32
-from .annealed import AnnealedModule, check_kernel
+from .annealed import AnnealedModule, check_kernel, is_channels_last
 from .composed import composed_kernel, refuse_writing
+from .update import UpdateKernels
 
 __all__ = ['LinearRepLayer', 'RepLayer', 'is_trainable', 'kaiming_uniform_']
 
@@ -164,7 +165,7 @@ class RepLayer(AnnealedModule):
         refuse_writing()
 
     def register_parameter(self, name: str, param: Optional[nn.Parameter]) -> None:
-        if name == 'weight':  # layer.weight = nn.Parameter(...)
+        if name in ('weight', 'weight_orig'):  # layer.weight = nn.Parameter(...); torch.nn.utils.prune
             refuse_writing()
         super().register_parameter(name, param)
 
@@ -254,7 +255,7 @@ class RepLayer(AnnealedModule):
         for module in layer.modules():
             if isinstance(module, AnnealedModule):
                 module._buffers['attach_rate'] = module.attach_rate.to(conv.weight.dtype)
-        return layer
+        return layer.to(memory_format=torch.channels_last) if is_channels_last(conv.weight) else layer
 
     def _plain_conv(self, weight: Tensor, bias: Optional[Tensor], trainable: bool, bias_trainable: bool) -> nn.Conv2d:
         # skip_init: fusing draws nothing from the global random generator
@@ -266,7 +267,8 @@ class RepLayer(AnnealedModule):
                 conv.bias.copy_(bias)
                 conv.bias.requires_grad_(bias_trainable)
         conv.weight.requires_grad_(trainable)
-        return conv.train(self.training)
+        conv = conv.train(self.training)
+        return conv.to(memory_format=torch.channels_last) if self.is_channels_last else conv
 
 
 class LinearRepLayer(RepLayer):
@@ -277,6 +279,14 @@ class LinearRepLayer(RepLayer):
     """
 
     bias: Optional[nn.Parameter]
+
+    # Kernels that the micro-batches of an update share; none outside of an update.
+    _update: Optional[UpdateKernels] = None
+
+    def _before_writing(self) -> None:
+        if self._update is not None:
+            self._update.forget(self)
+        super()._before_writing()
 
     def _init_bias(self, bias: bool, device: Optional[torch.device], dtype: Optional[torch.dtype]) -> None:
         self.register_parameter(
@@ -302,7 +312,12 @@ class LinearRepLayer(RepLayer):
         return self.compose_weight(), self.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self._compose(prefers_channels_last(x))
+        if torch.jit.is_scripting():
+            weight = self._compose(False)
+        elif torch.compiler.is_compiling() or self._update is None:  # in this order, so that no graph depends on it
+            weight = self._compose(prefers_channels_last(x))
+        else:
+            weight = self._update.kernel(self, x)
         return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
     def set_exact_rate_(self, rate: float, compensate: bool) -> None:

@@ -191,6 +191,8 @@ class NormedRepLayer(NormedBranches, RepLayer):
             norm.weight.requires_grad_(self._trains_norms('weight'))
             norm.bias.requires_grad_(self._trains_norms('bias') and not self._trains_stock_bias_only())
         norm.load_state_dict(values)
+        if 'num_batches_tracked' not in values:
+            norm.num_batches_tracked = None
         kernel = kernel.to(self.conv_kxk.weight.dtype)
         trains_bias = bool(self.stock_bias) and is_trainable(self.parameters())
         conv = self._plain_conv(
@@ -294,13 +296,17 @@ class NormedRepLayer(NormedBranches, RepLayer):
             own.bias.copy_(norm.bias)
         for own in layer._norms():
             own.train(norm.training)
+            if norm.num_batches_tracked is None:
+                own.num_batches_tracked = None
             own.weight.requires_grad_(norm.weight.requires_grad)
             own.bias.requires_grad_(norm.bias.requires_grad)
         if layer.stock_bias:
             layer.norm_kxk.bias.requires_grad_(True)
         if same_function:
-            values = norm.state_dict()  # an activation in it may have some of its own
-            layer.norm_kxk.load_state_dict({key: values[key] for key in layer.norm_kxk.state_dict()})
+            values = norm.state_dict()
+            for key in values.keys() - layer.norm_kxk.state_dict().keys():  # of an activation in it
+                del values[key]
+            layer.norm_kxk.load_state_dict(values)
             layer.absorb_norm_(conv.weight, conv.bias)
         return layer
 

@@ -153,6 +153,8 @@ class FoldedNorm(nn.Module):
             norm_act = freeze_batch_norm_2d(norm_act)
         else:
             norm_act.momentum = norm.momentum
+            if norm.num_batches_tracked is None:
+                norm_act.num_batches_tracked = None
         norm_act.load_state_dict(norm.state_dict())
         for name, parameter in norm.named_parameters():
             norm_act.get_parameter(name).requires_grad_(parameter.requires_grad)

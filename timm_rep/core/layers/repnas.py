@@ -188,6 +188,7 @@ class RepNasConv2d(LinearRepLayer):
             raise UserError(f'side branches to cut must be some of {self.branch_names[1:]}, got {sorted(cut)}')
         if not cut:
             return
+        self._before_writing()
         kernel, trained = self.compose_weight(), self.importance.requires_grad
         stay = [name not in cut for name in self.branch_names[1:]]
         values = self.importance[torch.tensor(stay, device=self.importance.device)].clone()
