@@ -37,7 +37,9 @@ from timm_rep.report.cost import TrainingStep, hardware_name, ratios, seconds_in
 MIB = 2 ** 20
 DTYPES = dict(fp32=None, bf16=torch.bfloat16)
 OPTIMIZERS = {'sgd': {}, 'sgd-foreach': dict(foreach=True), 'sgd-fused': dict(fused=True)}
-FORMS = ('plain', 'branched', 'orepa', 'compiled')
+# Other methods, by their names: the plain network expanded.
+METHODS = tuple(name for name in timm_rep.methods.registered_methods() if name not in ('orepa', 'dbb', 'rep'))
+FORMS = ('plain', 'branched', 'orepa', 'compiled', *METHODS)
 # Table 4 of the paper, 4 V100, batch of 64 per GPU: (seconds per batch, GB of GPU memory).
 PAPER = {
     'resnet18': dict(plain=(0.086, 4.2), branched=(0.241, 7.5), orepa=(0.120, 5.2)),
@@ -98,6 +100,9 @@ def build_models(name, forms, peer):
         models['branched'] = timm.create_model(f'dbb_{name}' if residual else name)
     if 'orepa' in forms:
         models['orepa'] = timm.create_model(f'orepa_{name}')
+    for method in METHODS:
+        if method in forms:
+            models[method] = timm_rep.expand(plain(), method)
     if peer:
         models['authors'] = authors_model(peer, name)
     if 'compiled' in forms:
@@ -115,7 +120,7 @@ def label(name, form):
         authors="authors' OREPA",
         plain_compiled='plain, compiled',
         orepa_compiled='OREPA, compiled',
-    )[form]
+    ).get(form) or timm_rep.methods.registered_methods()[form].title
 
 
 class OperationCounter(TorchDispatchMode):
@@ -268,7 +273,8 @@ def parse_args(argv):
         '--models', nargs='+', choices=tuple(PAPER), default=['resnet18'], metavar='NAME', help=', '.join(PAPER))
     parser.add_argument(
         '--forms', nargs='+', choices=FORMS, default=['plain', 'branched', 'orepa'], metavar='FORM',
-        help='plain (always there), branched (DBB; RepVGG for RepVGGs), orepa, compiled (plain and OREPA)')
+        help='plain (always there), branched (DBB; RepVGG for RepVGGs), orepa, compiled (plain and OREPA), '
+        f'{", ".join(METHODS)}')
     parser.add_argument('--peer', type=Path, metavar='DIR', help="clone of the authors' repository, to measure as well")
     parser.add_argument('--batch', type=int, default=8)
     parser.add_argument('--size', type=int, default=224, help='height and width of the images')

@@ -13,6 +13,8 @@ import pytest
 import timm
 import torch
 
+import timm_rep
+
 SCRIPT = Path(__file__).parents[1] / 'benchmarks' / 'train_cost.py'
 # All that the benchmark uses of the authors' repository.
 PEER = """
@@ -52,6 +54,14 @@ def tiny(tmp_path):
 def make_step(train_cost, name):
     target = torch.zeros(2, dtype=torch.long)
     return train_cost.TrainingStep(timm.create_model(name), torch.randn(2, 3, 32, 32), target)
+
+
+def test_other_methods_are_forms_too(train_cost):
+    models = train_cost.build_models('resnet18', ['mobileone'], None)
+    assert list(models) == ['plain', 'mobileone']
+    assert train_cost.label('resnet18', 'mobileone') == 'MobileOne branches'
+    assert timm_rep.expansion_of(models['mobileone']).convs == dict(mobileone=20)
+    assert {'doconv', 'expandnet', 'refconv', 'dilated', 'mobileone'} <= set(train_cost.FORMS)
 
 
 def test_report(train_cost, tiny, tmp_path, capsys):
