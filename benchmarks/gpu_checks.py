@@ -253,12 +253,10 @@ def the_wrapper_trains(device):
                 place.mkdir(parents=True)
                 for number in range(4):
                     Image.new('RGB', (SIZE, SIZE), (60 * number, 100, 50)).save(place / f'{number}.png')
-        command = [
-            sys.executable, '-m', 'timm_rep.train', '--model', 'repan_repvgg_a0_cifar',
-            '--data-dir', f'{folder}/images', '--num-classes', '2', '--img-size', str(SIZE), '--mean', '0', '0', '0', '--std', '1', '1', '1',
-            '--time-steps', '2', '--epochs', '1', '--warmup-epochs', '0', '-b', '4', '-j', '1', '--device', device,
-            '--model-ema', '--amp', '--amp-dtype', 'bfloat16', '--channels-last', '--output', f'{folder}/out',
-            '--experiment', 'run']
+        command = f"""{sys.executable} -m timm_rep.train --model repan_repvgg_a0_cifar --data-dir {folder}/images
+            --num-classes 2 --img-size {SIZE} --mean 0 0 0 --std 1 1 1 --time-steps 2 --epochs 1 --warmup-epochs 0
+            -b 4 -j 1 --device {device} --model-ema --amp --amp-dtype bfloat16 --channels-last
+            --output {folder}/out --experiment run""".split()
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr[-2000:]
         assert Path(folder, 'out/run/time_step-2-stock.safetensors').exists()
