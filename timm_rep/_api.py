@@ -21,6 +21,7 @@ from .core.layers import (
     RepConv2d,
 )
 from .core.methods import Method, register_method
+from .core.micro_batch import micro_batch
 from .core.verify import Report, VerificationError, verify
 from .core.walk import rep_layers, set_attach_rate
 from .hub.check import check_export
@@ -36,6 +37,6 @@ __all__ = [
     'Method', 'Orepa', 'OrepaConv2d', 'OrepaPointwiseConv2d', 'OrepaStemConv2d', 'PublishError', 'Published', 'Rep',
     'RepConv2d', 'Report', 'UserError', 'VerificationError', '__version__', 'attach_rate', 'begin_time_step',
     'check_export', 'expand', 'expansion_of', 'export_folder', 'fuse', 'layers', 'load', 'load_official_checkpoint',
-    'methods', 'models', 'publish', 'register_method', 'rep_layers', 'reset_optimizer', 'save', 'set_attach_rate',
-    'verify',
+    'methods', 'micro_batch', 'models', 'publish', 'register_method', 'rep_layers', 'reset_optimizer', 'save',
+    'set_attach_rate', 'verify',
 ]

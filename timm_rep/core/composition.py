@@ -17,7 +17,7 @@ plain autograd in eager mode and under ``torch.compile``. All other derivatives 
 :func:`needs_plain_formula` tells which is wanted.
 """
 import math
-from typing import Any, Callable, List, Optional, Tuple
+from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -237,13 +237,17 @@ def prefers_channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
-def _plain_gradients(ctx: Any, formula: Callable[..., Tensor], grad: Tensor) -> Optional[List[Optional[Tensor]]]:
+def _plain_gradients(
+        ctx: Any,
+        saved: Sequence[Tensor],
+        formula: Callable[..., Tensor],
+        grad: Tensor,
+) -> Optional[List[Optional[Tensor]]]:
     """Gradients of the saved tensors through the plain formula, None where the explicit backward will do.
 
     The formula is for a gradient that will itself be differentiated or that is batched, and for that of the last saved
     tensor, which is a constant to the explicit backward.
     """
-    saved = ctx.saved_tensors
     create_graph = torch.is_grad_enabled()
     if not (create_graph or ctx.needs_input_grad[len(saved) - 1] or needs_plain_formula(grad)):
         return None
@@ -264,10 +268,11 @@ class _ComposeOrepa(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        saved = ctx.saved_tensors  # once: checkpointing hands it out no second time
         with without_autocast(grad):
-            grads = _plain_gradients(ctx, compose_orepa_plain, grad)
+            grads = _plain_gradients(ctx, saved, compose_orepa_plain, grad)
             if grads is None:
-                branches, gains, seq_1x1, dw_conv, filters = ctx.saved_tensors
+                branches, gains, seq_1x1, dw_conv, filters = saved
                 own = _compose_orepa_backward(grad, branches, gains, seq_1x1, dw_conv, filters, ctx.groups)
                 grads = [*own, None]
         return (*grads, None, None)
@@ -336,10 +341,11 @@ class _ComposePointwise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        saved = ctx.saved_tensors
         with without_autocast(grad):
-            grads = _plain_gradients(ctx, compose_pointwise_plain, grad)
+            grads = _plain_gradients(ctx, saved, compose_pointwise_plain, grad)
             if grads is None:
-                conv_1x1, seq_first, seq_second, scale, attach_rate = ctx.saved_tensors
+                conv_1x1, seq_first, seq_second, scale, attach_rate = saved
                 own = _compose_pointwise_backward(
                     grad, conv_1x1, seq_first, seq_second, scale, attach_rate, ctx.groups)
                 grads = [*own, None]

@@ -1,6 +1,7 @@
 """What training and running a model cost: times, parameters, multiply-adds."""
 import platform
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch.utils.benchmark import timer  # waits for the GPU
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..core.micro_batch import micro_batch
 from ..core.precision import full_float32
 from ..io.architecture import create_model
 from ..models.names import TRAINING_PREFIXES
@@ -137,6 +139,8 @@ class TrainingStep:
         images: The batch, on the model's device.
         targets: Its classes.
         autocast: Compute in this dtype under autocast.
+        micro_batches: Accumulate gradients over this many, each of them this batch.
+        composed_once: Whether these share the kernels of linear layers.
         **sgd: Arguments of ``torch.optim.SGD`` besides those of :data:`TIMING_SGD`.
     """
 
@@ -146,18 +150,24 @@ class TrainingStep:
             images: torch.Tensor,
             targets: torch.Tensor,
             autocast: Optional[torch.dtype] = None,
+            micro_batches: int = 1,
+            composed_once: bool = True,
             **sgd: Any,
     ) -> None:
         self.model = model.train()
         self.images, self.targets, self.autocast = images, targets, autocast
+        self.micro_batches, self.composed_once = micro_batches, composed_once and micro_batches > 1
         self.optimizer = torch.optim.SGD(model.parameters(), **dict(TIMING_SGD, **sgd))
 
     def __call__(self) -> None:
         """Take the step."""
         self.optimizer.zero_grad()
-        with torch.autocast(self.images.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            loss = F.cross_entropy(self.model(self.images), self.targets)
-        loss.backward()
+        for number in range(1, self.micro_batches + 1):
+            last = number == self.micro_batches
+            with micro_batch(self.model, last) if self.composed_once else nullcontext():
+                with torch.autocast(self.images.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+                    loss = F.cross_entropy(self.model(self.images), self.targets)
+                (loss / self.micro_batches).backward()
         self.optimizer.step()
 
 

@@ -16,6 +16,7 @@ from ..core.annealer import Annealer
 from ..core.annealing import AnnealingSchedule, Position, time_step
 from ..core.branch_log import BranchLog
 from ..io.weights import load_training_form
+from .accumulate import MicroBatches
 from .arguments import START_FILES, output_folder
 from .best import keep_resumed, take_best
 from .lock import RunLock
@@ -89,7 +90,10 @@ class AnnealedEpochs:
             bound.apply_defaults()
             epoch = bound.arguments['epoch']
             position = self._begin(epoch, bound.arguments)
-            metrics = train_one_epoch(*args, **kwargs)
+            steps = getattr(self.args, 'grad_accum_steps', 1)
+            if steps > 1:
+                bound.arguments['loader'] = MicroBatches(bound.arguments['loader'], self._forms[''], steps)
+            metrics = train_one_epoch(*bound.args, **bound.kwargs)
             self._epoch = epoch
             if self._branches is not None and self._folder is not None:
                 _append_rows(self._folder / BRANCH_FILE, self._branches.take_rows(epoch))

@@ -12,6 +12,7 @@ from ..errors import UserError
 from ..precision import full_float32
 from .annealed import AnnealedModule, check_kernel, is_channels_last
 from .composed import composed_kernel, refuse_writing
+from .update import UpdateKernels
 
 __all__ = ['LinearRepLayer', 'RepLayer', 'is_trainable', 'kaiming_uniform_']
 
@@ -279,6 +280,14 @@ class LinearRepLayer(RepLayer):
 
     bias: Optional[nn.Parameter]
 
+    # Kernels that the micro-batches of an update share; none outside of an update.
+    _update: Optional[UpdateKernels] = None
+
+    def _before_writing(self) -> None:
+        if self._update is not None:
+            self._update.forget(self)
+        super()._before_writing()
+
     def _init_bias(self, bias: bool, device: Optional[torch.device], dtype: Optional[torch.dtype]) -> None:
         self.register_parameter(
             'bias', nn.Parameter(torch.empty(self.out_channels, device=device, dtype=dtype)) if bias else None)
@@ -303,7 +312,12 @@ class LinearRepLayer(RepLayer):
         return self.compose_weight(), self.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self._compose(prefers_channels_last(x))
+        if torch.jit.is_scripting():
+            weight = self._compose(False)
+        elif torch.compiler.is_compiling() or self._update is None:  # in this order, so that no graph depends on it
+            weight = self._compose(prefers_channels_last(x))
+        else:
+            weight = self._update.kernel(self, x)
         return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
     def set_exact_rate_(self, rate: float, compensate: bool) -> None:
