@@ -80,10 +80,24 @@ def test_report(train_cost, tiny, tmp_path, capsys):
     table = (tmp_path / 'results' / 'tiny.md').read_text()
     assert table in capsys.readouterr().out
     assert '| resnet18 | OREPA, eager |' in table
+    assert result['forms']['plain']['composition'] is None
+    counts = result['forms']['orepa']
+    assert 0 < counts['composition']['net'] < counts['operations']['net']
 
     with pytest.raises(SystemExit):
         train_cost.main(tiny)
     assert 'tiny.json exists' in capsys.readouterr().err
+
+
+def test_micro_batches(train_cost):
+    models = train_cost.build_models('resnet18', ('plain', 'orepa'), None, accum=2)
+    assert list(models) == ['plain', 'orepa', 'orepa_each']
+    images, targets = torch.randn(2, 3, 32, 32), torch.zeros(2, dtype=torch.long)
+    once, each = (
+        train_cost.count_operations(train_cost.TrainingStep(
+            models[form], images, targets, micro_batches=2, composed_once=form == 'orepa'))['net']
+        for form in ('orepa', 'orepa_each'))
+    assert each - once > 0.8 * train_cost.count_composition(models['orepa'])['net']
 
 
 def test_operations_of_a_step(train_cost):
