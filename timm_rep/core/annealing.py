@@ -36,6 +36,7 @@ from .errors import UserError
 from .layers import AnnealedModule
 from .layers.annealed import check_attach_rate
 from .measure import check_measurable, first_batches, measure_statistics, normed_modules
+from .sharded import check_whole, reshard, whole_parameters
 from .walk import annealed_modules, set_attach_rate
 
 __all__ = [
@@ -282,7 +283,7 @@ def begin_time_step(
     :class:`~timm_rep.core.annealer.Annealer` calls it when it is due; who calls it by hand forgets the optimizer's
     state afterwards (:func:`reset_optimizer`), and does the same, with a generator of the same seed, on an averaged
     copy of the model (EMA). In a distributed training call it on every process: all end up with the first
-    one's weights.
+    one's weights. Parameters that ``fully_shard`` (FSDP2) has spread are whole for the time that their layer takes.
 
     Outputs in eval mode stay the same at every attach rate for linear (OREPA) layers, also inside RepVGG blocks. For
     layers with norms in their branches, and the 1x1 and identity of RepVGG blocks, they stay the same at rate zero, and
@@ -313,21 +314,24 @@ def begin_time_step(
 
     Raises:
         UserError: If the model has no rep layers, for a rate outside [0, 1], an unknown restoration or a gain that is
-            not finite, or if there are no batches to measure on, or the model does not run on them. It is then
-            unchanged.
+            not finite, or if there are no batches to measure on, or the model does not run on them or is sharded. It
+            is then unchanged.
     """
     time_step(model)  # raises unless it is the same everywhere
     check_attach_rate(attach_rate)
     check_restoration(restoration, side_gain)
     measured = first_batches(batches) if restoration == 'measured' else []
+    reshard(model)
     if measured:
+        check_whole(model)
         check_measurable(model, measured)
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     for _, module in annealed_modules(model):
-        module.begin_time_step_(
-            generator, attach_rate, compensate and not measured, restoration == 'keep_gain', side_gain)
-        if distributed:
-            _share_from_first_rank(module)
+        with whole_parameters(module):
+            module.begin_time_step_(
+                generator, attach_rate, compensate and not measured, restoration == 'keep_gain', side_gain)
+            if distributed:
+                _share_from_first_rank(module)
     if measured:
         _measure(model, measured, attach_rate, compensate)
         if distributed:

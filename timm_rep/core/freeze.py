@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .annealing import reset_optimizer
 from .errors import UserError
+from .sharded import is_sharded
 from .walk import annealed_modules
 
 __all__ = ['OriginFreeze']
@@ -36,11 +37,13 @@ class OriginFreeze:
         optimizer: Its optimizer; timm's Lookahead too.
 
     Raises:
-        UserError: For torch's fused SGD with momentum, which cannot take parameters up later than others; in a step
-            with a closure.
+        UserError: For torch's fused SGD with momentum, which cannot take parameters up later than others; for
+            parameters that are sharded; in a step with a closure.
     """
 
     def __init__(self, model: nn.Module, optimizer: Any) -> None:
+        if is_sharded(model):
+            raise UserError('freeze_origin does not work with parameters that are spread over processes (fully_shard)')
         self.active = False
         self._parts = [part for _, module in annealed_modules(model) for part in module.origin_parameters()]
         # parts of parameters, whose rest is trained: their values, and those of the state

@@ -8,6 +8,7 @@ import torch.nn as nn
 
 from .errors import UserError
 from .layers import AnnealedModule, FoldedNorm
+from .sharded import check_whole
 from .walk import (
     ModelT,
     ancestors_of,
@@ -163,10 +164,11 @@ def fuse(model: ModelT, *, inplace: bool = False) -> ModelT:
         a stock counterpart, its ``pretrained_cfg`` names that.
 
     Raises:
-        UserError: For layers with norms in their branches in training mode, or with a hook on their outputs. The model
-            is then unchanged.
+        UserError: For layers with norms in their branches in training mode, or with a hook on their outputs, and for
+            sharded parameters. The model is then unchanged.
     """
     model = unwrapped(model)
+    check_whole(model)
     replacements = _stock_forms(model)
     if not inplace:
         model = copied(model)

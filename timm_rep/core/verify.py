@@ -11,6 +11,7 @@ from torch import Tensor
 from .errors import UserError
 from .layers import FoldedNorm
 from .precision import full_float32
+from .sharded import check_whole
 from .walk import annealed_modules, image_channels, next_sibling, unwrapped
 
 __all__ = ['DEFAULT_RTOL', 'Difference', 'Report', 'VerificationError', 'check_values', 'compare_outputs', 'verify']
@@ -92,7 +93,9 @@ def check_values(model: nn.Module) -> None:
 
     Raises:
         VerificationError: If a value is not finite, or a running variance is negative.
+        UserError: If the model is sharded.
     """
+    check_whole(model)
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise VerificationError(f'{name} has values that are not finite')
