@@ -38,7 +38,7 @@ class _Shared:
         if earlier.requires_grad:
             raise UserError('micro-batches that share a kernel have no second derivatives: got create_graph=True')
         self.is_joined = True
-        return gradient + earlier
+        return earlier.add_(gradient)
 
     def is_of(self, layer: nn.Module) -> bool:
         """Whether a layer has the parameters that the kernel was made of; torch.func puts others in their place."""
