@@ -94,3 +94,13 @@ def test_what_has_no_importances_is_refused():
     with pytest.raises(UserError, match=r"must be some of \('average', 'conv_1x1', 'sequential'\), got \['origin'\]"):
         layer.cut_branches_(['origin'])
     assert_same_state(state_of(layer), before)
+
+
+def test_a_time_step_of_a_layer_without_side_branches_keeps_its_kernel():
+    layer = RepNasConv2d(3, 4, 3, branches='origin').double()
+    kernel = layer.compose_weight().detach().clone()
+    assert layer.compose_weight() is not layer.origin
+    layer.begin_time_step_(torch.Generator().manual_seed(0))
+    assert_near(layer.compose_weight(), kernel, 1e-12)
+    layer.restore_(layer.origin)  # what is given may be a part of the layer
+    assert_near(layer.compose_weight(), kernel, 1e-12)

@@ -3,6 +3,7 @@ from typing import Dict, List, Tuple
 
 from .errors import UserError
 from .layers import RepNas, RepNasConv2d
+from .sharded import check_whole
 from .walk import ModelT, rep_layers, unwrapped
 
 __all__ = ['prune_branches']
@@ -23,10 +24,11 @@ def prune_branches(model: ModelT, keep: float) -> ModelT:
         The model.
 
     Raises:
-        UserError: For a share outside [0, 1], or a model without such layers. The model is then unchanged.
+        UserError: For a share outside [0, 1], or a model without such layers, or sharded. The model is then unchanged.
     """
     if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0 <= keep <= 1:
         raise UserError(f'keep must be a share of the side branches in [0, 1], got {keep!r}')
+    check_whole(model)
     layers: Dict[str, RepNasConv2d] = {
         name: layer for name, layer in rep_layers(unwrapped(model)) if isinstance(layer, RepNasConv2d)}
     if not layers:

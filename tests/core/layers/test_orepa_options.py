@@ -180,3 +180,9 @@ def test_branches_are_one_text_in_the_layers_order():
 def test_bad_options_raise_one_clear_error(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+def test_a_large_layer_made_by_hand_is_no_stem():
+    layer = OrepaConv2d(3, 4, 7)
+    assert not method_of_layer(layer).stem
+    assert method_of_layer(OrepaConv2d(4, 4, 7, groups=2)).stem

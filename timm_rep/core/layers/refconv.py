@@ -105,7 +105,8 @@ class RefConv2d(TransformedRepLayer):
     def _compose(self, channels_last: bool) -> Tensor:
         if torch.jit.is_scripting():
             return refocused_kernel(self.origin, self.residual, self.attach_rate.to(self.residual.dtype))
-        return _refocused_kernel(self.origin, self.residual, self.attach_rate)
+        kernel: Tensor = _refocused_kernel(self.origin, self.residual, self.attach_rate)
+        return kernel.to(self.residual.dtype)  # which may differ while it is sharded with mixed precision
 
 
 @register_method

@@ -67,7 +67,7 @@ def weighed_kernel(
     Returns:
         ``(o, i/g, kh, kw)``.
     """
-    kernel = origin
+    kernel = origin.clone()  # without side branches it would be the parameter itself
     gains = importance * attach_rate
     row = 0
     if average is not None:

@@ -24,6 +24,11 @@ __all__ = ['Orepa', 'OrepaConv2d', 'OrepaPointwiseConv2d', 'OrepaStemConv2d']
 STEM_KERNEL_SIZE = 7
 
 
+def _is_stem_shaped(conv: Any) -> bool:
+    height, width = conv.kernel_size
+    return bool(height == width >= STEM_KERNEL_SIZE and conv.groups == 1)
+
+
 @register_method
 @dataclass(frozen=True)
 class Orepa(Method):
@@ -98,6 +103,8 @@ class Orepa(Method):
         options: Dict[str, Any] = dict(scaling=block.scaling)
         if block is layer:
             options.update(negative_slope=block.negative_slope)
+            if _is_stem_shaped(layer):
+                options.update(stem=False)
         missing = {*BRANCHES} - {*block.branch_names}
         if missing - {'conv_1x1'}:
             options.update(branches=block.branch_names)
@@ -106,8 +113,7 @@ class Orepa(Method):
         return cls(**options)
 
     def _is_stem(self, place: Place) -> bool:
-        height, width = place.conv.kernel_size
-        return height == width >= STEM_KERNEL_SIZE and place.conv.groups == 1 and not place.is_inside(RepVggBlock)
+        return _is_stem_shaped(place.conv) and not place.is_inside(RepVggBlock)
 
     def _is_wanted(self, place: Place) -> bool:
         """Whether the options allow for it."""

@@ -125,6 +125,7 @@ class OrepaStemConv2d(LinearRepLayer):
             keep_gain: bool = False,
             side_gain: float = 1.0,
     ) -> None:
+        self._before_writing()
         for block in self._blocks():
             block.begin_time_step_(generator, attach_rate)
         super().set_attach_rate_(attach_rate)
