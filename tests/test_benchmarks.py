@@ -228,3 +228,27 @@ def test_profile(monkeypatch, tmp_path):
     spans = [(0, 10, 'a'), (5, 20, 'b'), (40, 50, 'a')]
     assert gpu_profile.summary(spans, 1) == dict(
         launches=1, busy_ms=0.01, total_ms=50 / 3e3, kernels=[dict(name='a', ms=20 / 3e3, launches=2 / 3)])
+
+
+def test_coverage_of_two_networks(monkeypatch, tmp_path):
+    spec = importlib.util.spec_from_file_location('coverage_of_timm', SCRIPT.with_name('coverage.py'))
+    coverage = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(coverage)
+    monkeypatch.setattr(coverage, 'families', lambda: dict(resnet=['test_resnet'], nfnet=['test_nfnet', 'test_vit']))
+    for name, file in dict(SCAN='scan.jsonl', SWEEP='sweep.jsonl', TABLE='table.md', DOCS='docs.md').items():
+        monkeypatch.setattr(coverage, name, tmp_path / file)
+    for step in ('scan', 'scan', 'sweep', 'sweep', 'table'):  # what is there already is not done again
+        coverage.main([step])
+    rows = {row['name']: row for row in coverage.read(coverage.SCAN)}
+    assert len(coverage.read(coverage.SCAN)) == len(rows) == 3
+    assert rows['test_vit']['convs'] == 0
+    assert rows['test_resnet']['dbb']['convs'] > 0
+    assert rows['test_nfnet']['orepa']['kxk_parameters'] == rows['test_nfnet']['kxk_parameters']
+    assert 'need a BatchNorm2d' in rows['test_nfnet']['dbb']['why']
+    for row in coverage.read(coverage.SWEEP):
+        assert row['orepa']['stock_tree']
+        assert max(row['orepa'][step] for step in ('expand', 'fuse', 'time_step')) < 1e-10
+    table = coverage.TABLE.read_text()
+    assert coverage.DOCS.read_text().strip() == table[table.index('| family'):].strip()
+    assert '**dbb** takes something in 1 of 2 (50.0 %)' in table
+    assert '| nfnet | 1 | 100 % (' in table

@@ -7,16 +7,17 @@ import torch
 import torch.nn as nn
 
 from .errors import UserError
-from .layers import AnnealedModule, FoldedNorm
+from .layers import AnnealedModule, FoldedNorm, HostedConv2d
 from .sharded import check_whole
 from .walk import (
     ModelT,
     ancestors_of,
     annealed_modules,
+    conv_name,
     copied,
+    folded_norms,
     move_hooks,
     names_of,
-    next_sibling,
     parent_of,
     unwrapped,
 )
@@ -106,21 +107,25 @@ def _elsewhere(model: nn.Module, parent: nn.Module) -> Tuple[Place, ...]:
     return tuple(
         (holder, child) for holder in model.modules() if id(holder) not in inside
         for child, module in holder._modules.items()
-        if id(module) in inside and isinstance(module, (AnnealedModule, FoldedNorm))
+        if id(module) in inside and isinstance(module, (AnnealedModule, FoldedNorm, HostedConv2d))
     )
 
 
 def _stock_forms(model: nn.Module) -> Dict[str, nn.Module]:
     """What takes the place of rep layers and folded norms, by name."""
     replacements: Dict[str, nn.Module] = {}
-    for name, module in annealed_modules(model):
+    norms = folded_norms(model)
+    for layer_name, module in annealed_modules(model):
+        name = conv_name(model, layer_name)
         if name == '':
             raise UserError("fuse needs a model around the layer; for one alone use the layer's own fuse()")
         _refuse_offloaded(name, module)
-        sibling, behind = next_sibling(model, name)
-        replacements[name], norm = module.stock_form(behind)
+        norm_name, behind = norms.get(layer_name, ('', None))
+        stock, norm = module.stock_form(behind)
+        host = model.get_submodule(name)
+        replacements[name] = host.stock_conv(stock) if isinstance(host, HostedConv2d) else stock  # type: ignore[arg-type]
         if norm is not None:
-            replacements[sibling] = norm
+            replacements[norm_name] = norm
     return replacements
 
 

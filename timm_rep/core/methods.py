@@ -21,9 +21,22 @@ import torch.nn as nn
 from .errors import UserError
 
 __all__ = [
-    'Method', 'MethodLike', 'Place', 'as_method', 'method_from_dict', 'method_of_layer', 'register_method',
+    'Method', 'MethodLike', 'Place', 'Shares', 'as_method', 'method_from_dict', 'method_of_layer', 'register_method',
     'registered_methods',
 ]
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How the kernel parameters of a network's convolutions are divided, each in [0, 1].
+
+    Attributes:
+        paired: Of those in KxK convolutions, the share of those that have a norm of any kind right behind them.
+        pointwise: Of those in all convolutions, the share of the 1x1 ones.
+    """
+
+    paired: float = 1.0
+    pointwise: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -32,13 +45,16 @@ class Place:
 
     Attributes:
         name: Its name in the model.
-        conv: The convolution.
-        norm: The norm, of any kind, that is the next child of the same module and has its channels, or None.
+        conv: The convolution, plain or of a class that pads or standardises (``core.layers.hosted.HOSTS``).
+        norm: The norm, of any kind, that is the next child of the same module and has its channels, or None. For
+            methods that take the norm in, the one that was seen to take the convolution's output.
         norm_name: Name of that norm, '' if there is none.
         parents: The modules around it, the model first.
-        read_between: Whether something else than the norm sees the output of the convolution: a hook, a feature map.
+        read_between: Whether something else than the norm sees the output of the convolution: another operation, a
+            hook, a feature map.
         norm_stays: Whether that norm cannot go with the convolution: one of the two is shared by places without the
             other, or the norm has hooks or state of its own.
+        shares: How the parameters of the network are divided.
     """
 
     name: str
@@ -48,6 +64,14 @@ class Place:
     parents: Tuple[nn.Module, ...]
     read_between: bool = False
     norm_stays: bool = False
+    shares: Shares = Shares()
+
+    @property
+    def is_classifier(self) -> bool:
+        """Whether the convolution is, or is part of, what the network says is its classifier."""
+        cfg = getattr(self.parents[0], 'pretrained_cfg', None) or {}
+        names = cfg.get('classifier') or ()
+        return any(f'{self.name}.'.startswith(f'{name}.') for name in ([names] if isinstance(names, str) else names))
 
     def is_inside(self, kind: Type[nn.Module]) -> bool:
         """Whether one of the modules around the convolution is of a kind."""
@@ -80,8 +104,11 @@ class Method:
     takes_norm: ClassVar[bool] = False
 
     def takes(self, place: Place) -> bool:
-        """The default policy: which of the convolutions that it could stand for the method takes unasked."""
-        return place.norm is not None and max(place.conv.kernel_size) > 1
+        """The default policy: which of the convolutions that it could stand for the method takes unasked.
+
+        Unless a subclass says otherwise: all that are larger than 1x1, with a norm behind them if it takes that in.
+        """
+        return max(place.conv.kernel_size) > 1 and (place.norm is not None or not self.takes_norm)
 
     def layer_for(self, place: Place) -> Tuple[Type[Any], Dict[str, Any]]:
         """Class of the layer for a convolution, and its constructor's arguments beyond those of a convolution."""

@@ -12,7 +12,7 @@ from .errors import UserError
 from .layers import FoldedNorm
 from .precision import full_float32
 from .sharded import check_whole
-from .walk import annealed_modules, image_channels, next_sibling, unwrapped
+from .walk import annealed_modules, conv_name, folded_norms, image_channels, unwrapped
 
 __all__ = ['DEFAULT_RTOL', 'Difference', 'Report', 'VerificationError', 'check_values', 'compare_outputs', 'verify']
 
@@ -163,15 +163,16 @@ def _counterparts(
         model: nn.Module,
         fused: nn.Module,
         name: str,
+        folded: Optional[Tuple[str, FoldedNorm]],
 ) -> Optional[Tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
     """A layer and what stands for it in the fused model, each with the norm that belongs to it."""
     try:
         layer, plain = model.get_submodule(name), fused.get_submodule(name)
     except AttributeError:  # folded further, e.g. RepVGG's deploy form
         return None
-    norm_name, folded = next_sibling(model, name)
-    if isinstance(folded, FoldedNorm):
-        return nn.Sequential(layer, folded), nn.Sequential(plain, fused.get_submodule(norm_name))
+    if folded is not None:
+        norm_name, norm = folded
+        return nn.Sequential(layer, norm), nn.Sequential(plain, fused.get_submodule(norm_name))
     return layer, plain
 
 
@@ -223,8 +224,9 @@ def verify(
 
     differences: List[Difference] = []
     with _eval_mode(model, fused), full_float32():
+        norms = folded_norms(model)
         for name, layer in annealed_modules(model):
-            forms = _counterparts(model, fused, name)
+            forms = _counterparts(model, fused, conv_name(model, name), norms.get(name))
             if forms is not None:
                 x = _layer_input(layer, generator)
                 differences.append(compare_outputs(name, forms[0](x), forms[1](x), rtol, atol))

@@ -9,13 +9,14 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from .errors import UserError
-from .layers import AnnealedModule, AnnealedRepVggBlock, RepLayer
+from .layers import AnnealedModule, AnnealedRepVggBlock, FoldedNorm, HostedConv2d, NormedRepLayer, RepLayer
 from .layers.annealed import check_attach_rate
 from .layers.norms import is_norm
 
 __all__ = [
-    'ModelT', 'ancestors_of', 'annealed_modules', 'copied', 'image_channels', 'move_hooks', 'names_of', 'next_sibling',
-    'norm_behind', 'parent_of', 'reads_between', 'rep_layers', 'set_attach_rate', 'unwrapped',
+    'HOOKS', 'ModelT', 'ancestors_of', 'annealed_modules', 'conv_name', 'copied', 'folded_norms', 'image_channels',
+    'move_hooks', 'names_of', 'next_sibling', 'norm_behind', 'parent_of', 'reads_between', 'rep_layers',
+    'set_attach_rate', 'unwrapped',
 ]
 
 ModelT = TypeVar('ModelT', bound=nn.Module)
@@ -180,6 +181,37 @@ def next_sibling(model: nn.Module, name: str) -> Tuple[str, Optional[nn.Module]]
 def norm_behind(model: nn.Module, name: str, channels: int) -> Tuple[str, Optional[nn.Module]]:
     norm_name, norm = next_sibling(model, name)
     return (norm_name, norm) if is_norm(norm, channels) else ('', None)
+
+
+def conv_name(model: nn.Module, name: str) -> str:
+    """Name of the convolution that a rep layer stands for: the layer's own, or that of the host around it."""
+    parent, _, child = name.rpartition('.')
+    return parent if child == 'layer' and isinstance(model.get_submodule(parent), HostedConv2d) else name
+
+
+def folded_norms(model: nn.Module) -> Dict[str, Tuple[str, FoldedNorm]]:
+    """What holds the place of the norm that each rep layer has taken in.
+
+    Args:
+        model: Model with rep layers.
+
+    Returns:
+        Name and module, by the layer's name; layers without are missing. It is the next child of the same module,
+        unless the layer remembers another one.
+    """
+    names = names_of(model)
+    found: Dict[str, Tuple[str, FoldedNorm]] = {}
+    for name, layer in rep_layers(model):
+        if not isinstance(layer, NormedRepLayer):
+            continue
+        if layer.far_norm is not None:
+            if id(layer.far_norm[0]) in names:  # not outside of the part of a model that this is
+                found[name] = names[id(layer.far_norm[0])][0], layer.far_norm[0]
+        elif conv_name(model, name):
+            sibling, behind = next_sibling(model, conv_name(model, name))
+            if isinstance(behind, FoldedNorm) and not behind.is_far:
+                found[name] = sibling, behind
+    return found
 
 
 def names_of(model: nn.Module) -> Dict[int, List[str]]:

@@ -13,7 +13,7 @@ import torch.nn as nn
 from .._version import __version__
 from ..core.errors import UserError
 from ..core.expand import expand_as_
-from ..core.expansion import expansion_of, methods_from_list
+from ..core.expansion import expansion_of, methods_from_list, norms_from_list
 from ..core.layers import RepLayer
 from ..core.methods import Method
 from ..core.walk import image_channels
@@ -42,12 +42,14 @@ class Description:
         model_args: Further arguments of ``timm.create_model``.
         methods: The method of every rep layer by its name; empty for a stock model.
         settings: What it must be fed with, as in a ``pretrained_cfg``.
+        norms: Names of norms that layers have taken in which are not right behind them, by the layers' names.
     """
 
     architecture: Optional[str]
     model_args: Dict[str, Any]
     methods: Dict[str, Method]
     settings: Dict[str, Any]
+    norms: Dict[str, str] = dataclasses.field(default_factory=dict)
 
     def build(self) -> nn.Module:
         """The model, with weights that are still to be loaded.
@@ -59,7 +61,7 @@ class Description:
         args = self.model_args
         if self.architecture.startswith(TRAINING_PREFIXES):
             args = dict({key: value for key, value in args.items() if key not in OWN_ARGS}, inference_mode=True)
-        model: Any = expand_as_(create_model(self.architecture, **args), self.methods)
+        model: Any = expand_as_(create_model(self.architecture, **args), self.methods, self.norms)
         model._model_args = dict(self.model_args)
         if model.pretrained_cfg is not None and self.settings:
             settings = {key: tuple(value) if isinstance(value, list) else value for key, value in self.settings.items()}
@@ -95,7 +97,9 @@ def _architecture_of(model: Any) -> Dict[str, str]:
             SETTINGS: json.dumps({key: cfg[key] for key in SETTINGS_FIELDS if cfg.get(key) is not None}),
         }
         with torch.device('meta'):
-            rebuilt = dataclasses.replace(_description(metadata), methods=expansion_of(model).methods).build()
+            expansion = expansion_of(model)
+            rebuilt = dataclasses.replace(
+                _description(metadata), methods=expansion.methods, norms=expansion.norms).build()
         if _structure(model) == _structure(rebuilt):
             return metadata
         why = 'its modules are others'
@@ -157,7 +161,8 @@ def _description(metadata: Mapping[str, str]) -> Description:
     settings = {key: given[key] for key in SETTINGS_FIELDS if given.get(key) is not None}
     if 'input_size' in settings:
         check_input_size(settings['input_size'])
-    return Description(architecture, args, methods_from_list(_parse(metadata, EXPANSION, list)), settings)
+    expansion = _parse(metadata, EXPANSION, list)
+    return Description(architecture, args, methods_from_list(expansion), settings, norms_from_list(expansion))
 
 
 def _parse(metadata: Mapping[str, str], name: str, kind: type) -> Any:

@@ -208,9 +208,10 @@ def _load_into_(model: nn.Module, checkpoint: Checkpoint) -> None:
         raise UserError(f'{path} does not say which layers were expanded: it was not written by timm_rep.save')
     form = f'weights of this {type(model).__name__}'
     if not any(annealed_modules(model)):
-        _check_fit(expand_as_(copy.deepcopy(model).to('meta'), description.methods), weights, path, form)
-        expand_as_(model, description.methods)
-    elif expansion_of(model).methods != description.methods:
+        expanded = expand_as_(copy.deepcopy(model).to('meta'), description.methods, description.norms)
+        _check_fit(expanded, weights, path, form)
+        expand_as_(model, description.methods, description.norms)
+    elif (expansion_of(model).methods, expansion_of(model).norms) != (description.methods, description.norms):
         raise UserError(f'into must be the stock form, or expanded as the model of {path} was')
     load_strictly(model, weights, path, form)
 

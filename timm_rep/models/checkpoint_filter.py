@@ -7,8 +7,8 @@ from timm.models import adapt_input_conv
 from torch import Tensor
 
 from ..core.errors import UserError
-from ..core.layers import FoldedNorm, NormedRepLayer, RepLayer
-from ..core.walk import annealed_modules, image_channels, next_sibling, rep_layers
+from ..core.layers import NormedRepLayer, RepLayer
+from ..core.walk import annealed_modules, conv_name, folded_norms, image_channels, rep_layers
 
 __all__ = ['checkpoint_filter_fn']
 
@@ -39,14 +39,15 @@ def _adapted(weight: Tensor, in_channels: int) -> Tensor:
 def _stock_names(model: nn.Module, layers: Dict[str, RepLayer]) -> Dict[str, Dict[str, str]]:
     """For every rep layer, the stock keys that it takes the place of."""
     stock: Dict[str, Dict[str, str]] = {}
+    norms = folded_norms(model)
     for name, layer in layers.items():
-        keys = dict(weight=f'{name}.weight')
+        conv = conv_name(model, name)
+        keys = dict(weight=f'{conv}.weight')
         if getattr(layer, 'bias', None) is not None or getattr(layer, 'stock_bias', None) is not None:
-            keys['bias'] = f'{name}.bias'
-        norm_name, norm = next_sibling(model, name)
-        if isinstance(norm, FoldedNorm):  # the layer stands for it, too
+            keys['bias'] = f'{conv}.bias'
+        if name in norms:  # the layer stands for it, too
             for key in ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked'):
-                keys[f'norm_{key}'] = f'{norm_name}.{key}'
+                keys[f'norm_{key}'] = f'{norms[name][0]}.{key}'
         stock[name] = keys
     return stock
 

@@ -4,6 +4,7 @@ Importing this registers the methods, in the order of this list.
 """
 from .annealed import AnnealedModule
 from .base import LinearRepLayer, RepLayer
+from .hosted import HostedConv2d, StandardizedConv2d
 from .normed import NormedRepLayer
 from .norms import FoldedNorm
 from .orepa import Orepa, OrepaConv2d, OrepaPointwiseConv2d, OrepaStemConv2d  # isort: split
@@ -37,6 +38,7 @@ __all__ = [
     'ExpandNet',
     'ExpandedConv2d',
     'FoldedNorm',
+    'HostedConv2d',
     'LinearRepLayer',
     'MobileOne',
     'MobileOneConv2d',
@@ -54,4 +56,5 @@ __all__ = [
     'RepLayer',
     'RepNas',
     'RepNasConv2d',
+    'StandardizedConv2d',
 ]

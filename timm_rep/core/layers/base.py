@@ -311,14 +311,18 @@ class LinearRepLayer(RepLayer):
     def compose_weight_bias(self) -> Tuple[Tensor, Optional[Tensor]]:
         return self.compose_weight(), self.bias
 
-    def forward(self, x: Tensor) -> Tensor:
+    def kernel_for(self, x: Tensor) -> Tensor:
+        """The composed kernel for an input, which the micro-batches of an update share."""
         if torch.jit.is_scripting():
             weight = self._compose(False)
         elif torch.compiler.is_compiling() or self._update is None:  # in this order, so that no graph depends on it
             weight = self._compose(prefers_channels_last(x))
         else:
             weight = self._update.kernel(self, x)
-        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.kernel_for(x), self.bias, self.stride, self.padding, self.dilation, self.groups)
 
     def set_exact_rate_(self, rate: float, compensate: bool) -> None:
         self.set_attach_rate_(rate)  # without norms, the origin branch can always make up for the others

@@ -53,6 +53,7 @@ class NormedRepLayer(NormedBranches, RepLayer):
     """
 
     stock_bias: Optional[bool]  # of a convolution with bias in the stock form, whether that is trained
+    __jit_ignored_attributes__ = ['far_norm']
 
     if TYPE_CHECKING:  # not for TorchScript, which takes class annotations for attributes
         padding: Tuple[int, int]
@@ -84,6 +85,8 @@ class NormedRepLayer(NormedBranches, RepLayer):
             raise UserError(f'{name} needs a kernel larger than 1x1')
         self.bias = None
         self.stock_bias = None
+        # what holds the norm's place if it is not right behind the layer; in a tuple, so that it is no part of it
+        self.far_norm: Optional[Tuple[FoldedNorm]] = None
         dd: Dict[str, Any] = dict(device=device, dtype=dtype)
         norm_dd: Dict[str, Any] = dict(eps=eps, momentum=momentum, **dd)
         self.conv_kxk = nn.Conv2d(**self._geometry(), bias=False, **dd)

@@ -109,13 +109,15 @@ class FoldedNorm(nn.Module):
 
     Args:
         norm: Plain batch norm, or timm's batch norm with activation.
+        is_far: Whether the layer that took it in is not right in front of it in the same module.
 
     Raises:
         UserError: For another norm.
     """
 
-    def __init__(self, norm: nn.Module) -> None:
+    def __init__(self, norm: nn.Module, is_far: bool = False) -> None:
         super().__init__()
+        self.is_far = is_far
         if not is_foldable(norm):
             raise UserError(f'a plain BatchNorm2d or BatchNormAct2d can be folded, got {norm}')
         # copies, since the norm may stay in a model that is expanded as a copy

@@ -22,6 +22,10 @@ __all__ = ['Orepa', 'OrepaConv2d', 'OrepaPointwiseConv2d', 'OrepaStemConv2d']
 
 # Kernels of this size and larger become a stack of 3x3 blocks in ungrouped stems (official code).
 STEM_KERNEL_SIZE = 7
+# Share of the KxK parameters in convolutions with a norm right behind them, from which on the paper's choice is kept.
+PAIRED_SHARE = 0.5
+# Share of the 1x1 in the parameters of all convolutions from which on they are taken too, where that is not so.
+POINTWISE_SHARE = 0.25
 
 
 def _is_stem_shaped(conv: Any) -> bool:
@@ -34,10 +38,12 @@ def _is_stem_shaped(conv: Any) -> bool:
 class Orepa(Method):
     """OREPA blocks for KxK convolutions, Rep-1x1 for 1x1 ones, a squeezed stack of 3x3 blocks for large square ones.
 
-    By default it takes the convolutions that a batch norm follows; of a RepVGG block only the KxK branch, and not the
-    shortcuts of a ResNet BasicBlock.
+    By default it takes the convolutions with a norm right behind them; of a RepVGG block only the KxK branch, and not
+    the shortcuts of a ResNet BasicBlock. That is the choice of the official networks. In a network where such
+    convolutions hold less than half of the parameters of all KxK ones, it takes every KxK; and if the 1x1 hold at least
+    a quarter of the parameters of all convolutions, every 1x1 but the classifier.
 
-    Source: OREPA Section 3; the choice of convolutions is that of the official networks.
+    Source: OREPA Section 3.
 
     Args:
         branch_1x1: Have the plain 1x1 branch in KxK layers; None for the paper's choice: not in RepVGG's blocks, which
@@ -122,11 +128,17 @@ class Orepa(Method):
     def takes(self, place: Place) -> bool:
         if not self._is_wanted(place):
             return False
-        if place.norm is None:
-            return False
         if place.is_inside(RepVggBlock):
-            return place.name.endswith('conv_kxk.conv')
-        return not (place.is_inside(BasicBlock) and 'downsample' in place.name.split('.'))
+            return place.norm is not None and place.name.endswith('conv_kxk.conv')
+        if place.is_inside(BasicBlock) and 'downsample' in place.name.split('.'):
+            return False
+        if place.norm is not None:
+            return True
+        if place.shares.paired >= PAIRED_SHARE:
+            return False
+        if place.conv.kernel_size == (1, 1):
+            return place.shares.pointwise >= POINTWISE_SHARE and not place.is_classifier
+        return True
 
     def layer_for(self, place: Place) -> Tuple[Type[LinearRepLayer], Dict[str, Any]]:
         if place.conv.kernel_size == (1, 1):

@@ -1,0 +1,122 @@
+"""Which convolutions a method takes unasked, and what is said where it takes little or nothing."""
+import logging
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from helpers import MODEL_RTOL, TINY_MODELS, assert_near, randn, state_of, tiny_resnet, tree
+
+from timm_rep import UserError, expand, expansion_of, fuse
+from timm_rep.core.methods import Shares
+from timm_rep.core.selection import Network
+
+
+def kxk(inputs, outputs, **kwargs):
+    return nn.Conv2d(inputs, outputs, 3, padding=1, **kwargs)
+
+
+def taken(model, method='orepa'):
+    return list(expansion_of(expand(model, method)).methods)
+
+
+# The choice of OREPA
+
+
+@pytest.mark.parametrize('name', TINY_MODELS)
+def test_networks_of_pairs_keep_the_choice_of_the_paper(name):
+    model = TINY_MODELS[name]()
+    model.extra = nn.ModuleList([kxk(4, 4), nn.Conv2d(4, 4, 1)])  # no norms behind them
+    assert not {'extra.0', 'extra.1'} & set(taken(model))
+
+
+@torch.no_grad()
+def test_other_networks_give_all_kxk_with_a_centre_biased_or_not():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        kxk(3, 8), nn.ReLU(), kxk(8, 8, bias=False), nn.Conv2d(8, 8, 4, stride=4),
+        nn.Conv2d(8, 8, 7, padding=3, groups=8), nn.Conv2d(8, 8, (1, 5), padding=(0, 2)), nn.Conv2d(8, 2, 1))
+    model = model.double().eval()
+    assert Network.of(model).shares.paired == 0.0
+    assert taken(model) == ['0', '2', '4', '5']
+    x = randn(2, 3, 12, 12)
+    rep = expand(model)
+    assert_near(rep(x), model(x), MODEL_RTOL[torch.float64])
+    assert tree(fuse(rep)) == tree(model)
+    assert_near(fuse(rep)(x), model(x), MODEL_RTOL[torch.float64])
+
+
+@pytest.mark.parametrize(('width', 'with_pointwise'), [(20, False), (30, True)])
+def test_1x1_are_taken_where_they_carry_a_fair_share(width, with_pointwise):
+    model = nn.Sequential(kxk(8, 8), nn.Conv2d(8, width, 1), nn.ReLU(), nn.Conv2d(width, 1, 1))
+    pointwise = 9 * width
+    assert Network.of(model).shares == Shares(0.0, pointwise / (pointwise + 9 * 64))
+    assert taken(model) == (['0', '1', '3'] if with_pointwise else ['0'])
+
+
+def test_the_classifier_stays():
+    model = timm.create_model('resnetv2_50x1_bit', device='meta')
+    names = taken(model)
+    assert 'head.fc' not in names
+    assert {'stages.0.blocks.0.conv1', 'stages.0.blocks.0.conv2'} <= set(names)
+
+
+@pytest.mark.parametrize(('pairs', 'all_of_them'), [(3, False), (1, True)])
+def test_half_of_the_kxk_parameters_make_a_network_of_pairs(pairs, all_of_them):
+    layers = [kxk(8, 8) for _ in range(4)]
+    model = nn.Sequential(*(nn.Sequential(c, nn.BatchNorm2d(8)) if n < pairs else c for n, c in enumerate(layers)))
+    assert Network.of(model).shares.paired == pairs / 4
+    assert len(taken(model)) == (4 if all_of_them else pairs)
+
+
+def test_methods_with_norms_take_pairs_only():
+    model = nn.Sequential(kxk(3, 8), nn.ReLU(), kxk(8, 8), nn.BatchNorm2d(8))
+    assert taken(model, 'dbb') == ['2']
+
+
+# What is said
+
+
+def messages(caplog, model, *args, **kwargs):
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger='timm_rep'):
+        expand(model, *args, **kwargs)
+    record, = caplog.records
+    return record.levelname, record.getMessage()
+
+
+def test_little_is_said_to_be_little(caplog):
+    model = nn.Sequential(kxk(3, 4), nn.BatchNorm2d(4), nn.Conv2d(4, 64, 4), nn.Conv2d(64, 64, 4))
+    level, text = messages(caplog, model)
+    assert level == 'WARNING'
+    assert '1 of 3 convolutions' in text
+    assert text.endswith('that is little, select= takes more; cannot be taken: 2 with a kernel without a centre: 2, 3')
+    assert messages(caplog, model, select='0')[0] == 'INFO'
+    assert messages(caplog, tiny_resnet()) == ('INFO', f'expanded ResNet: {expansion_of(expand(tiny_resnet()))}')
+
+
+@pytest.mark.parametrize(('make', 'args', 'kwargs', 'message'), [
+    (lambda: nn.Sequential(kxk(3, 4), nn.GroupNorm(2, 4)), ['dbb'], {}, 'need a BatchNorm2d, here are GroupNorm$'),
+    (lambda: nn.Sequential(kxk(3, 4), nn.ReLU()), ['dbb'], {}, 'need a BatchNorm2d, here are none$'),
+    (lambda: nn.Sequential(kxk(3, 4), nn.ReLU(), nn.BatchNorm2d(4)), ['dbb'], {}, 'none that it takes unasked'),
+    (lambda: nn.Sequential(nn.Conv2d(3, 4, 4)), [], {}, 'left: 1 with a kernel without a centre'),
+    (lambda: nn.Sequential(nn.Conv2d(3, 4, 3, padding_mode='reflect')), [], {}, "left: 1 with padding mode 'reflect'"),
+    (tiny_resnet, [{'*': 'orepa', 'layer4.*': 'dbb'}], {}, r"'layer4\.\*' decides nothing: .* goes to '\*'"),
+    (tiny_resnet, [{'layer1.*': 'orepa', 'layer9.*': 'dbb'}], {}, "no nn.Conv2d of ResNet matches 'layer9"),
+    (tiny_resnet, [{'layer1.0.downsample.0': 'dbb'}], {}, r'cannot expand layer1\.0\.downsample\.0.*1x1'),
+    (tiny_resnet, [{'layer1.*': 'orepa'}], dict(select='conv1'), 'select goes with one method'),
+])
+def test_one_clear_error_and_the_model_is_unchanged(make, args, kwargs, message):
+    model = make()
+    before, modules = state_of(model), tree(model)
+    with pytest.raises(UserError, match=message):
+        expand(model, *args, **kwargs, inplace=True)
+    assert tree(model) == modules
+    assert state_of(model).keys() == before.keys()
+
+
+def test_patterns_may_overlap_as_long_as_each_decides_something():
+    rep = expand(tiny_resnet(), {'layer4.0.conv1': 'dbb', 'layer4.*': 'orepa', '*.conv2': 'acb', '*': None})
+    methods = {name: method.name for name, method in expansion_of(rep).methods.items()}
+    assert methods == {
+        'layer4.0.conv1': 'dbb', 'layer4.0.conv2': 'orepa', **{f'layer{n}.0.conv2': 'acb' for n in (1, 2, 3)}}

@@ -1,0 +1,247 @@
+"""What becomes of the output of each convolution, found by watching the tensors of a model that runs without data."""
+import contextlib
+import copy
+import inspect
+import itertools
+import logging
+import random
+import warnings
+import weakref
+from dataclasses import dataclass, field
+from typing import Any, Dict, FrozenSet, Iterator, List, Mapping, Optional, Set, Tuple
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .layers.norms import is_foldable
+from .walk import HOOKS, image_channels
+
+__all__ = ['Flow', 'Flows', 'flows_of']
+
+_logger = logging.getLogger(__name__)
+
+BATCH = 2  # with one image, norms of vectors refuse to train
+SIZES = (64, 224)  # of images, for models that do not say theirs
+# What a model may be asked for besides its outputs, by the first of these: what a user reads, not only a norm reads.
+OTHER_WAYS = ('forward_intermediates', 'forward_features')
+# Hooks that see the inputs, or the outputs, of a module; those on gradients may see both.
+INPUT_HOOKS = ('_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+OUTPUT_HOOKS = ('_forward_hooks', '_backward_hooks', '_backward_pre_hooks')
+
+
+@dataclass(frozen=True)
+class Flow:
+    """What becomes of the output of a convolution.
+
+    Attributes:
+        norm: Name of the one batch norm that takes it, and that nothing else does; '' if there is no such norm.
+        shared: Whether several norms take outputs of the convolution, or the norm takes those of others, too.
+        hooked: Whether a hook sees the output on its way into the norm.
+    """
+
+    norm: str = ''
+    shared: bool = False
+    hooked: bool = False
+
+
+@dataclass(frozen=True)
+class Flows:
+    """What was seen of a model.
+
+    Attributes:
+        convs: By the first name of each convolution that was run.
+        norms: First names of the batch norms that were run.
+    """
+
+    convs: Mapping[str, Flow]
+    norms: FrozenSet[str]
+
+
+@dataclass
+class _Output:
+    """One output of a convolution: how often an operation has read it, and the norm that was running at the time."""
+
+    conv: str
+    tensor: 'weakref.ref[Tensor]'
+    reads: int = 0
+    norm: str = ''
+    hooked: bool = False
+    is_kept: bool = False  # by the model's outputs, or by what it remembers
+
+
+@dataclass
+class _Watch:
+    """Notes of one pass, by the names of the model's modules."""
+
+    hooks: Set[Tuple[str, str]]
+    outputs: Dict[int, _Output] = field(default_factory=dict)
+    done: List[_Output] = field(default_factory=list)
+    norms: Dict[str, Set[str]] = field(default_factory=dict)  # the convolutions that a norm takes the outputs of
+    running: List[Tuple[str, Any]] = field(default_factory=list)  # norms, with what they were given
+
+    def find(self, tensor: Any) -> Optional[_Output]:
+        output = self.outputs.get(id(tensor)) if isinstance(tensor, Tensor) else None
+        return output if output is not None and output.tensor() is tensor else None
+
+    def read(self, arguments: Any) -> None:
+        """An operation reads these."""
+        for tensor in tree_leaves(arguments):
+            output = self.find(tensor)
+            if output is not None:
+                output.reads += 1
+                name, given = self.running[-1] if self.running else ('', None)
+                output.norm = name if given is tensor else ''
+
+    def into(self, name: str, module: nn.Module, arguments: Any) -> None:
+        for output in filter(None, map(self.find, tree_leaves(arguments))):
+            output.hooked |= (name, 'in') in self.hooks
+            if not is_foldable(module) and not isinstance(module, nn.Identity) and not any(module.children()):
+                output.reads += 1  # such as a dropout, which does nothing in eval mode
+        if is_foldable(module):
+            given = arguments[0][0] if arguments[0] else None
+            found = self.find(given)
+            self.norms.setdefault(name, set()).add('' if found is None else found.conv)
+            self.running.append((name, given))
+
+    def out_of(self, name: str, module: nn.Module, result: Any) -> None:
+        if is_foldable(module):
+            self.running.pop()
+        if isinstance(module, nn.Conv2d) and isinstance(result, Tensor):
+            known = self.outputs.get(id(result))
+            if known is not None:
+                self.done.append(known)
+            self.outputs[id(result)] = _Output(name, weakref.ref(result))
+        for output in filter(None, map(self.find, tree_leaves(result))):
+            output.hooked |= (name, 'out') in self.hooks
+
+    def finish(self) -> List[_Output]:
+        for output in self.outputs.values():
+            output.is_kept = output.tensor() is not None
+        return [*self.done, *self.outputs.values()]
+
+
+class _Reads(TorchDispatchMode):
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.watch.read((args, kwargs))
+        if func is torch.ops.aten.native_batch_norm.default:  # nearly all of the time otherwise
+            return torch.empty_like(args[0]), *(args[0].new_empty(args[0].shape[1]) for _ in range(2))
+        return func(*args, **(kwargs or {}))
+
+
+def _on_meta(model: nn.Module) -> nn.Module:
+    """A copy without values and without hooks; the model's own values are not copied on the way."""
+    memo: Dict[int, Any] = {}
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        empty = torch.empty_like(tensor, device='meta')
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    twin = copy.deepcopy(model, memo)
+    for module in twin.modules():
+        for name in HOOKS:
+            hooks = getattr(module, name, None)
+            if isinstance(hooks, dict):
+                setattr(module, name, type(hooks)())
+    return twin
+
+
+def _image_sizes(model: nn.Module) -> List[Tuple[int, ...]]:
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    own = tuple(cfg.get('input_size') or ())[1:]
+    return [own] if own else [(size, size) for size in SIZES]
+
+
+@contextlib.contextmanager
+def _drawing_nothing() -> Iterator[None]:
+    """Give the random generators back as they were, and keep what the model's code warns of for its own runs."""
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
+    finally:
+        random.setstate(state)
+
+
+@torch.no_grad()
+def _watched(model: nn.Module, hooks: Set[Tuple[str, str]], way: str, images: Tensor) -> Optional[_Watch]:
+    """Run a model once, or None if it does not run so."""
+    watch = _Watch(hooks)
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(
+            lambda own, args, kwargs, name=name: watch.into(name, own, (args, kwargs)), with_kwargs=True))
+        handles.append(module.register_forward_hook(
+            lambda own, args, result, name=name: watch.out_of(name, own, result)))
+    try:
+        with _Reads(watch):
+            result = getattr(model, way)(images) if way else model(images)
+        watch.done = watch.finish()
+        del result
+        return watch
+    except Exception as e:  # whatever the model's own code does without data
+        _logger.debug('%s does not run on the meta device: %s', type(model).__name__, e)
+        return None
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _passes(model: nn.Module) -> List[_Watch]:
+    """The model's ways to run, in eval mode and, where it can, in training mode; empty if it runs in none."""
+    hooks = {
+        (name, end) for name, module in model.named_modules()
+        for end, kinds in (('in', INPUT_HOOKS), ('out', OUTPUT_HOOKS)) if any(getattr(module, k) for k in kinds)}
+    twin = _on_meta(model).eval()
+    reference = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    for size in _image_sizes(model):
+        images = torch.empty(BATCH, image_channels(model), *size, device='meta', dtype=reference.dtype)
+        first = _watched(twin, hooks, '', images)
+        if first is not None:
+            ways = [way for way in OTHER_WAYS if inspect.ismethod(getattr(twin, way, None))][:1]
+            others = [_watched(twin, hooks, way, images) for way in ways]
+            others.append(_watched(twin.train(), hooks, '', images))
+            return [first, *(watch for watch in others if watch is not None)]
+    return []
+
+
+def flows_of(model: nn.Module) -> Flows:
+    """What becomes of the outputs of the convolutions that a model runs.
+
+    A copy without values runs on the meta device, which takes a moment and draws nothing; the model stays as it is. It
+    does not run if there is no batch norm in it.
+
+    Args:
+        model: Any model that takes images.
+
+    Returns:
+        What was seen; nothing if the model does not run so.
+    """
+    passes: List[_Watch] = []
+    try:
+        if any(map(is_foldable, model.modules())):
+            with _drawing_nothing():
+                passes = _passes(model)
+    except Exception as e:  # a model that cannot be copied, has no parameters, or takes no images
+        _logger.debug('%s cannot be watched: %s', type(model).__name__, e)
+    outputs: Dict[str, List[_Output]] = {}
+    norms: Dict[str, Set[str]] = {}
+    for watch in passes:
+        for output in watch.done:
+            outputs.setdefault(output.conv, []).append(output)
+        for name, convs in watch.norms.items():
+            norms.setdefault(name, set()).update(convs)
+    return Flows({conv: _flow(found, norms) for conv, found in outputs.items()}, frozenset(norms))
+
+
+def _flow(outputs: List[_Output], norms: Dict[str, Set[str]]) -> Flow:
+    taken_by = sorted({output.norm for output in outputs})
+    if not all(taken_by) or any(output.reads != 1 or output.is_kept for output in outputs):
+        return Flow()
+    shared = len(taken_by) > 1 or len(norms[taken_by[0]]) > 1
+    return Flow(taken_by[0], shared, any(output.hooked for output in outputs))
