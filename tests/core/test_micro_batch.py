@@ -392,6 +392,28 @@ def test_gradients_cleared_inside_a_micro_batch(when, set_to_none):
             train(model, once=True)
 
 
+def test_gradients_of_two_optimizers_are_cleared_one_by_one():
+    model = expanded()
+    twin = copy.deepcopy(model)
+    for form, once in ((model, True), (twin, False)):
+        stem, shared = (torch.optim.SGD(part.parameters(), 0.1) for part in (form.stem, form.shared))
+        for number, batch in enumerate(batches(), 1):
+            with micro_batch(form, last=number == COUNT) if once else torch.enable_grad():
+                loss_of(form, batch).backward()
+            (stem if number == 1 else shared).zero_grad() if number < COUNT else None
+    assert_same_gradients(model, twin)
+
+
+def test_weights_written_inside_a_micro_batch():
+    model, images = expanded(), batches()
+    with micro_batch(model, last=False):
+        loss_of(model, images[0]).backward()
+        with torch.no_grad():
+            model.shared.branches.mul_(2)  # as sharpness-aware minimization
+        with pytest.raises(UserError, match='the weights were changed'):
+            model(images[0])
+
+
 def test_nothing_is_kept(monkeypatch):
     model, images = expanded(), batches()
     kept = []

@@ -35,25 +35,22 @@ def _update_of(layers: List[LinearRepLayer], model: nn.Module) -> UpdateKernels:
 
 def _is_over(update: UpdateKernels, model: nn.Module) -> bool:
     """Whether an update was given up: its gradients were cleared."""
-    if update.is_cleared():
+    if update.is_empty():
         return True
     if update.is_broken:
         if any(p.grad is not None and bool(p.grad.any()) for p in model.parameters()):
             raise UserError('a micro-batch of this update ended in an error; clear the gradients with zero_grad() and '
                             'begin the update anew')
         return True
-    if update.is_outdated():
-        raise UserError(
-            'the weights were changed in the middle of an update: the last micro-batch before a step of the optimizer '
-            'needs last=True')
-    update.check_gradients(accumulated=False)
+    update.check()
     return False
 
 
 def _check_wrapper(model: nn.Module) -> None:
     if isinstance(model, nn.DataParallel):
         raise UserError('DataParallel copies the layers at every forward; use DistributedDataParallel')
-    if any(hasattr(module, 'set_requires_gradient_sync') for module in model.modules()):
+    if any(hasattr(module, 'set_requires_gradient_sync') or type(module).__name__ == 'FullyShardedDataParallel'
+           for module in model.modules()):
         raise UserError('kernels of layers that FSDP has sharded cannot be shared by micro-batches')
 
 
@@ -104,7 +101,7 @@ def _kernels_shared(model: nn.Module, layers: List[LinearRepLayer], last: bool) 
     update = _update_of(layers, model)
     for layer in layers:
         layer._update = update
-    update.is_open, update.is_last, update.is_broken = True, last, True
+    update.begin(last)
     try:
         yield
     finally:
@@ -114,10 +111,7 @@ def _kernels_shared(model: nn.Module, layers: List[LinearRepLayer], last: bool) 
         for layer in layers:
             layer._update = None
         _finish(update, model)
-    elif update.is_cleared():
-        update.clear()
-    elif update:
-        update.check_gradients(accumulated=True)
+    elif update.is_used:
         update.note_gradients()
     else:
         warnings.warn('micro_batch: no kernel was shared; compiled layers compose at every micro-batch', stacklevel=4)
@@ -133,4 +127,3 @@ def _finish(update: UpdateKernels, model: nn.Module) -> None:
             'before was lost: compose at every micro-batch, without this context')
     if owing:
         update.pay()
-    update.clear()

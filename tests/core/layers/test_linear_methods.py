@@ -113,7 +113,8 @@ def test_papers_dilated_branches_fit_and_reach_the_border(size):
 def test_mobileone_is_its_branches_side_by_side(groups, size, copies, stride):
     layer = layer_of(MobileOneConv2d, 6, 6, size, stride, size // 2, groups=groups, copies=copies)
     x = randn(2, 6, 8, 9)
-    branches = {'origin': layer.origin, **{f'copy_{n}': layer.copies[n - 1] for n in range(1, copies)}}
+    branches = {'origin': layer.origin, **{
+        f'copy_{n}': layer.copies.split(layer.out_channels)[n - 1] for n in range(1, copies)}}
     outputs = {name: F.conv2d(x, kernel, None, stride, size // 2, 1, groups) for name, kernel in branches.items()}
     if size > 1:
         outputs['conv_1x1'] = F.conv2d(x, layer.conv_1x1, None, stride, groups=groups)
@@ -397,3 +398,13 @@ def test_normed_forms_need_a_batch_norm():
         timm_rep.NormedMobileOneConv2d(4, 4, 3, copies=0)
     with pytest.raises(UserError, match=r'need a kernel of at least 5x5, got \(3, 3\)'):
         timm_rep.NormedDilatedConv2d(4, 4, 3)
+
+
+@pytest.mark.parametrize('method', timm_rep.methods.registered_methods())
+def test_networks_go_to_channels_last(method):
+    kernel_size = 7 if method == 'dilated' else 3
+    net = nn.Sequential(nn.Conv2d(4, 4, kernel_size, groups=4, bias=False), nn.BatchNorm2d(4)).to(
+        memory_format=torch.channels_last)
+    rep = timm_rep.expand(net.eval(), method, select='0').to(memory_format=torch.channels_last)
+    x = randn(2, 4, 9, 9, dtype=torch.float32).to(memory_format=torch.channels_last)
+    assert_near(rep(x), net(x), 1e-5)

@@ -44,7 +44,7 @@ def mobileone_kernel(
         origin: ``(o, i/g, kh, kw)``.
         scale: One row for each branch in this order, ``(n, o)``.
         attach_rate: 0-dim, multiplies all but the origin.
-        copies: ``(c, o, i/g, kh, kw)``, if there are any.
+        copies: One after another, ``(c*o, i/g, kh, kw)``, if there are any.
         conv_1x1: ``(o, i/g, 1, 1)``, if there is one.
         identity: Constant ``(o, i/g, 1, 1)``, if there is that branch.
 
@@ -55,8 +55,9 @@ def mobileone_kernel(
     gains = (scale * attach_rate).reshape(scale.shape[0], -1, 1, 1, 1)
     row = 1
     if copies is not None:
-        row += copies.shape[0]
-        kernel = kernel + (copies * gains[1:row]).sum(0)
+        several = copies.reshape(-1, origin.shape[0], origin.shape[1], origin.shape[2], origin.shape[3])
+        row += several.shape[0]
+        kernel = kernel + (several * gains[1:row]).sum(0)
     centre: Optional[Tensor] = None
     if conv_1x1 is not None:
         centre = conv_1x1 * gains[row]
@@ -125,7 +126,8 @@ class MobileOneConv2d(ScaledRepLayer):
         if copies == 1 and not pointwise and not skip:
             raise UserError('a 1x1 convolution with copies=1 has no branch beside it where channels or stride change')
         dd: Dict[str, Any] = dict(device=device, dtype=dtype)
-        kxk = torch.empty(copies - 1, *self.weight_shape, **dd)
+        # of four dimensions, or channels-last could not be asked for
+        kxk = torch.empty((copies - 1) * out_channels, *self.weight_shape[1:], **dd)
         centre = torch.empty(*self.weight_shape[:2], 1, 1, **dd)
         self.register_parameter('copies', nn.Parameter(kxk) if copies > 1 else None)
         self.register_parameter('conv_1x1', nn.Parameter(centre) if pointwise else None)
@@ -135,7 +137,7 @@ class MobileOneConv2d(ScaledRepLayer):
         self._init_branches(tuple(names), bias, generator, **dd)
 
     def _number_of_copies(self) -> int:
-        return 1 if self.copies is None else len(self.copies) + 1
+        return 1 if self.copies is None else len(self.copies) // self.out_channels + 1
 
     def _own_kwargs(self) -> Dict[str, Any]:
         return dict(super()._own_kwargs(), copies=self._number_of_copies())
@@ -148,7 +150,7 @@ class MobileOneConv2d(ScaledRepLayer):
             self.identity = kernels.grouped_identity(self.in_channels, self.groups, device=device, dtype=dtype)
 
     def _draw_sides(self, generator: Optional[torch.Generator]) -> None:
-        for kxk in [] if self.copies is None else self.copies:
+        for kxk in () if self.copies is None else self.copies.split(self.out_channels):
             kaiming_uniform_(kxk, kxk[0].numel(), generator=generator)
         if self.conv_1x1 is not None:
             kaiming_uniform_(self.conv_1x1, self.conv_1x1.shape[1], generator=generator)
@@ -156,7 +158,8 @@ class MobileOneConv2d(ScaledRepLayer):
     def _side_gradients(self) -> Dict[str, Optional[Tensor]]:
         gradients: Dict[str, Optional[Tensor]] = {}
         if self.copies is not None and self.copies.grad is not None:
-            gradients.update((f'copy_{n}', gradient) for n, gradient in enumerate(self.copies.grad, 1))
+            several = self.copies.grad.split(self.out_channels)
+            gradients.update((f'copy_{n}', gradient) for n, gradient in enumerate(several, 1))
         if self.conv_1x1 is not None:
             gradients['conv_1x1'] = self.conv_1x1.grad
         return gradients

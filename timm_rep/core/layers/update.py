@@ -30,7 +30,8 @@ class _Shared:
     """The kernel of a layer in one update: as composed, and the leaf that micro-batches before the last see of it.
 
     The gradient of the leaf joins that of the kernel in the last micro-batch, whose backward is the first to go through
-    the composition.
+    the composition. The gradient of a parameter, the witness, tells whether gradients were cleared, which the leaf does
+    not know of.
     """
 
     def __init__(self, layer: Any, channels_last: bool) -> None:
@@ -42,6 +43,10 @@ class _Shared:
             self.kernel = layer._compose(channels_last)
         self.leaf = self.kernel.detach().requires_grad_(self.kernel.requires_grad)
         self.is_joined = False
+        self._witness = min(self.trained, key=torch.numel) if self.trained else None
+        if self._witness is not None and self._witness.grad is None:
+            self._witness.grad = torch.zeros_like(self._witness)
+        self.note_gradient()
         if self.kernel.requires_grad:
             this = weakref.ref(self)  # a kernel that holds what holds it would never be freed
 
@@ -76,9 +81,30 @@ class _Shared:
         """Whether those parameters were written to since."""
         return self._versions() != self.versions
 
+    def is_cleared(self) -> bool:
+        """Whether the gradients were set to None since."""
+        return self._witness is not None and self._witness.grad is None
+
     def owes_gradient(self) -> bool:
         """Whether the branches have not got the gradient of the leaf yet."""
         return self.leaf.grad is not None and not self.is_joined
+
+    def note_gradient(self) -> None:
+        """Note the gradient that there is."""
+        gradient = None if self._witness is None else self._witness.grad
+        self._noted = (gradient, 0 if gradient is None else gradient._version)
+
+    def check_gradient(self, accumulated: bool) -> None:
+        """Raise a UserError if the gradient is not what was noted, or what a backward has added to it."""
+        gradient, version = self._noted
+        if gradient is None or self._witness is None or self._witness.grad is None:
+            return
+        if self._witness.grad is gradient and gradient._version == version:
+            return
+        if not (accumulated and self._witness.grad.any()):
+            raise UserError(
+                'gradients were written to in the middle of an update; they are whole after its last micro-batch only. '
+                'To begin it anew, clear them with zero_grad(set_to_none=True)')
 
 
 # A layer, and which of its parameters are trained.
@@ -86,20 +112,18 @@ _Key = Tuple[nn.Module, Tuple[bool, ...]]
 
 
 class UpdateKernels:
-    """Kernels of a model's linear layers in one update.
+    """Kernels of a model's linear layers in one update. What belongs to gradients that were cleared is forgotten.
 
     Attributes:
         is_open: Whether a micro-batch is being computed, which is when the kernels are shared.
         is_last: Whether that is the last one of the update.
         is_broken: Whether a micro-batch ended in an error.
+        is_used: Whether a kernel was asked for.
     """
 
     def __init__(self) -> None:
-        self.is_open = self.is_last = self.is_broken = False
+        self.is_open = self.is_last = self.is_broken = self.is_used = False
         self._shared: Dict[_Key, _Shared] = {}
-        # A parameter whose gradient tells that the gradients were cleared, which the leaves do not know of.
-        self._witness: Optional[nn.Parameter] = None
-        self._noted: Tuple[Optional[Tensor], int] = (None, 0)
         this = weakref.ref(self)
 
         def before_step(optimizer: Any, *_: Any) -> None:
@@ -110,8 +134,9 @@ class UpdateKernels:
         self._handle: Any = register_optimizer_step_pre_hook(before_step)
         weakref.finalize(self, self._handle.remove)
 
-    def __len__(self) -> int:
-        return len(self._shared)
+    def begin(self, last: bool) -> None:
+        """Begin a micro-batch."""
+        self.is_open, self.is_last, self.is_broken, self.is_used = True, last, True, False
 
     def kernel(self, layer: Any, x: Tensor) -> Tensor:
         """The kernel that a layer convolves an input with.
@@ -122,43 +147,70 @@ class UpdateKernels:
 
         Returns:
             ``(o, i/g, kh, kw)``: composed anew where nothing can be shared.
+
+        Raises:
+            UserError: If parameters or gradients were written to since it was composed.
         """
         channels_last = prefers_channels_last(x)
+        self.is_used = True
         if not self.is_open or torch.is_inference_mode_enabled() or needs_plain_formula(x):
             return layer._compose(channels_last)
-        if self.is_cleared():
-            self.clear()
-        elif not any(shared.is_joined for shared in self._shared.values()):
-            self.check_gradients(accumulated=True)
         key = (layer, tuple(parameter.requires_grad for parameter in layer.parameters()))
         shared = self._shared.get(key)
+        if shared is not None and shared.is_cleared():
+            shared = self._shared.pop(key) and None
         if shared is None and not self.is_last:
             shared = self._shared[key] = _Shared(layer, channels_last)
-            self._take_witness(shared)
         if shared is None or shared.is_joined or not shared.is_of(layer):
             return layer._compose(channels_last)
+        shared.check_gradient(accumulated=True)
+        self._check_weights(shared)
         return shared.kernel if self.is_last else shared.leaf
+
+    def _check_weights(self, shared: _Shared) -> None:
+        if shared.is_outdated() and not shared.is_joined:
+            raise UserError(
+                'the weights were changed in the middle of an update: the last micro-batch before a step of the '
+                'optimizer needs last=True')
+
+    def drop_cleared(self) -> None:
+        """Forget what belongs to gradients that were cleared."""
+        for key in [key for key, shared in self._shared.items() if shared.is_cleared()]:
+            del self._shared[key]
+
+    def is_empty(self) -> bool:
+        """Whether no kernels are held, or none any more."""
+        self.drop_cleared()
+        return not self._shared
+
+    def check(self) -> None:
+        """Raise a UserError if parameters or gradients were written to since the last micro-batch."""
+        self.drop_cleared()
+        for shared in self._shared.values():
+            shared.check_gradient(accumulated=False)
+            self._check_weights(shared)
+
+    def note_gradients(self) -> None:
+        """Note what the gradients are when a micro-batch ends, after a backward."""
+        self.drop_cleared()
+        for shared in self._shared.values():
+            shared.check_gradient(accumulated=True)
+            shared.note_gradient()
+
+    def owing(self) -> List[nn.Module]:
+        """Layers whose branches have not got the gradient of micro-batches before the last."""
+        self.drop_cleared()
+        return [layer for (layer, _), shared in self._shared.items() if shared.owes_gradient()]
 
     def is_outdated(self) -> bool:
         """Whether parameters were written to since their kernel was composed."""
         return any(shared.is_outdated() for shared in self._shared.values())
-
-    def owing(self) -> List[nn.Module]:
-        """Layers whose branches have not got the gradient of micro-batches before the last."""
-        if self.is_cleared():
-            return []
-        return [layer for (layer, _), shared in self._shared.items() if shared.owes_gradient()]
 
     def pay(self) -> None:
         """Give the branches the gradients that the last micro-batch did not take along: it did not use these layers."""
         for shared in self._shared.values():
             if shared.owes_gradient():
                 torch.autograd.backward(shared.kernel, torch.zeros_like(shared.kernel))
-
-    def clear(self) -> None:
-        """Throw away what the micro-batches had."""
-        self._shared.clear()
-        self._witness, self._noted, self.is_broken = None, (None, 0), False
 
     def forget(self, layer: nn.Module) -> None:
         """Forget the kernel of a layer that is about to be written to.
@@ -176,46 +228,9 @@ class UpdateKernels:
     def _before_step(self, optimizer: Any) -> None:
         """Refuse a step that would go by a part of the gradients."""
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group['params']}
-        if self.is_cleared():
-            return
+        self.drop_cleared()
         for shared in self._shared.values():
             if shared.owes_gradient() and any(id(parameter) in stepped for parameter in shared.trained):
                 raise UserError(
                     'a step of the optimizer in the middle of an update: its last micro-batch needs last=True, and has '
                     'to use every layer that those before it used')
-
-    def _take_witness(self, shared: _Shared) -> None:
-        if self._witness is None and shared.trained:
-            self._witness = min(shared.trained, key=torch.numel)
-            if self._witness.grad is None:
-                self._witness.grad = torch.zeros_like(self._witness)
-            self.note_gradients()
-
-    def is_cleared(self) -> bool:
-        """Whether gradients were set to None since the update began."""
-        return self._witness is not None and self._witness.grad is None
-
-    def note_gradients(self) -> None:
-        """Note what the gradients are."""
-        gradient = None if self._witness is None else self._witness.grad
-        self._noted = (gradient, 0 if gradient is None else gradient._version)
-
-    def check_gradients(self, accumulated: bool) -> None:
-        """Compare the gradients with what was noted.
-
-        Args:
-            accumulated: Whether a backward may have added to them since.
-
-        Raises:
-            UserError: If they were changed in a way that the leaves' gradients have missed.
-        """
-        gradient, version = self._noted
-        if self._witness is None or self.is_cleared() or gradient is None:
-            return
-        if self._witness.grad is gradient and gradient._version == version:
-            return
-        if accumulated and self._witness.grad is not None and self._witness.grad.any():
-            return
-        raise UserError(
-            'gradients were written to in the middle of an update; they are whole after its last micro-batch only. To '
-            'begin it anew, clear them with zero_grad(set_to_none=True)')
