@@ -6,8 +6,8 @@ one norm behind each, and a ResNet.
 
     python benchmarks/int8.py --data CIFAR10 --out benchmarks/results/int8
 
-CIFAR10 holds `train/CLASS/*` and `test/CLASS/*`. Writes the raw data as .json and a table as .md. Calibration images
-are of the training set.
+CIFAR10 holds `train/CLASS/*` and `test/CLASS/*`. Writes the raw data as .json and a table as .md; networks that the
+.json has already are kept. Calibration images are of the training set.
 """
 import argparse
 import copy
@@ -18,6 +18,7 @@ import logging
 import math
 import os
 import platform
+import re
 import tempfile
 import time
 import warnings
@@ -52,7 +53,9 @@ NOTES = """\
   torchao is not installed.
 - "range": of each folded kernel the largest absolute value of a channel over the median one's, and of all kernels the
   largest such ratio. With one scale for a kernel it is what the grid has to span.
-- The networks below the published one were trained in this run, for so few epochs that only the drops say something.
+- The networks below the published one were trained for this table, for so few epochs that only the drops say something.
+  "timm's gains": the norms of RepVGG's blocks start with N(0.1, 0.1), as timm's RepVGG does; the others' with one, as
+  those of `orepa_repvgg_*` do.
 """
 
 
@@ -70,11 +73,14 @@ def load_images(folder, count):
     return x, torch.tensor(labels)
 
 
-def repvgg(method='orepa'):
-    """RepVGG's blocks, each 3x3 branch of OREPA: three norms, one behind each branch."""
+def repvgg(method='orepa', gains_of_one=True):
+    """RepVGG's blocks, three norms in each; gains start at one as in orepa_repvgg, or as timm draws them."""
     blocks = tuple(ByoBlockCfg(type='rep', d=depth, c=channels, s=2, gs=0) for channels, depth in STAGES)
     net = ByobNet(ByoModelCfg(blocks=blocks, stem_type='rep', stem_chs=16), num_classes=10)
     net.stem.conv_kxk.conv.stride = net.stem.conv_1x1.conv.stride = (1, 1)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d) and gains_of_one:
+            module.reset_parameters()
     return timm_rep.expand(net, method) if method else net
 
 
@@ -99,7 +105,10 @@ def resnet():
 
 
 NETWORKS = {
-    'RepVGG blocks': lambda: repvgg(None), 'RepVGG blocks, OREPA': repvgg, 'one norm, OREPA': chain,
+    "RepVGG blocks, timm's gains": lambda: repvgg(None, gains_of_one=False),
+    "RepVGG blocks, OREPA, timm's gains": lambda: repvgg(gains_of_one=False),
+    'RepVGG blocks, OREPA': repvgg,
+    'one norm, OREPA': chain,
     'ResNet, OREPA': resnet,
 }
 
@@ -230,9 +239,10 @@ def parse_args(argv):
     parser.add_argument('--data', type=Path, required=True, help='image folder with train and test')
     parser.add_argument('--test-images', type=int, default=2000)
     parser.add_argument('--calibration', type=int, default=500, help='images')
-    parser.add_argument('--train-images', type=int, default=20000, help='for the networks that are trained here')
-    parser.add_argument('--epochs', type=int, default=6)
+    parser.add_argument('--train-images', type=int, default=15000, help='for the networks that are trained here')
+    parser.add_argument('--epochs', type=int, default=4)
     parser.add_argument('--batch', type=int, default=100)
+    parser.add_argument('--only', default='', metavar='PATTERN', help='only networks with this regular expression')
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--out', type=Path, metavar='FILE', help='write FILE.json and FILE.md')
@@ -250,8 +260,11 @@ def main(argv=None):
     test = load_images(args.data / 'test', args.test_images)
     calibration, _ = load_images(args.data / 'train', args.calibration)
     images, labels = load_images(args.data / 'train', args.train_images)
-    results = {}
+    file, *_ = output_files(args.out) or [None]
+    results = json.loads(file.read_text())['results'] if file and file.exists() else {}
     for name in (PUBLISHED, *NETWORKS):
+        if name in results or not re.search(args.only, name):
+            continue
         start = time.perf_counter()
         if name == PUBLISHED:
             model = timm.create_model(name, pretrained=True).eval()
@@ -260,6 +273,7 @@ def main(argv=None):
             model = train(NETWORKS[name](), images, labels, args)
         results[name] = quantise(copy.deepcopy(model), calibration, *test, args)
         print(name, results[name], f'{time.perf_counter() - start:.0f} s', flush=True)
+    results = {name: results[name] for name in (PUBLISHED, *NETWORKS) if name in results}
     arguments = dict(vars(args), data=args.data.name, out=args.out.name if args.out else None)
     report = dict(
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),

@@ -37,7 +37,9 @@ from timm_rep.report.cost import TrainingStep, hardware_name, ratios, seconds_in
 MIB = 2 ** 20
 DTYPES = dict(fp32=None, bf16=torch.bfloat16)
 OPTIMIZERS = {'sgd': {}, 'sgd-foreach': dict(foreach=True), 'sgd-fused': dict(fused=True)}
-FORMS = ('plain', 'branched', 'orepa', 'compiled')
+# Other methods, by their names: the plain network expanded.
+METHODS = tuple(name for name in timm_rep.methods.registered_methods() if name not in ('orepa', 'dbb', 'rep'))
+FORMS = ('plain', 'branched', 'orepa', 'compiled', *METHODS)
 # Table 4 of the paper, 4 V100, batch of 64 per GPU: (seconds per batch, GB of GPU memory).
 PAPER = {
     'resnet18': dict(plain=(0.086, 4.2), branched=(0.241, 7.5), orepa=(0.120, 5.2)),
@@ -51,10 +53,13 @@ PAPER = {
 NOTES = """\
 - One step is zero_grad, forward, cross-entropy, backward, update. Times are medians of all rounds after the warm-up;
   "/ plain" is the ratio of the medians, with the smallest and the largest ratio within one round.
+- An update of several micro-batches takes forward and backward of each before it; OREPA composes once for all of them,
+  but where it says so, and so do other linear methods.
 - Peak memory is what a step allocates above what is live before it (parameters, momentum, input): activations,
   temporaries and gradients. On a CPU the sizes that the allocator hands out, on a GPU `max_memory_allocated`.
 - Operations are the ATen operations that an eager step dispatches; "net" leaves out views and uninitialised
   allocations. Those of a compiled step are not counted.
+- Composition counts what composing all kernels of linear layers dispatches, forward and backward.
 - plain of a RepVGG is its deploy form with the norms kept, as it would be trained without branches: one 3x3
   convolution, norm and ReLU for each block. The paper has no such column; its ratios for RepVGG are to RepVGG.
 - The paper: Table 4, 4 V100, batch of 64 per GPU; ratios to plain.
@@ -85,7 +90,7 @@ def authors_model(clone, name):
         sys.path.remove(str(clone))
 
 
-def build_models(name, forms, peer):
+def build_models(name, forms, peer, accum=1):
     """The networks to compare, by form."""
     residual = name.startswith('resnet')
 
@@ -98,6 +103,11 @@ def build_models(name, forms, peer):
         models['branched'] = timm.create_model(f'dbb_{name}' if residual else name)
     if 'orepa' in forms:
         models['orepa'] = timm.create_model(f'orepa_{name}')
+        if accum > 1:
+            models['orepa_each'] = timm.create_model(f'orepa_{name}')
+    for method in METHODS:
+        if method in forms:
+            models[method] = timm_rep.expand(plain(), method)
     if peer:
         models['authors'] = authors_model(peer, name)
     if 'compiled' in forms:
@@ -112,10 +122,11 @@ def label(name, form):
         plain='plain',
         branched=branched,
         orepa='OREPA, eager',
+        orepa_each='OREPA, composed for each micro-batch',
         authors="authors' OREPA",
         plain_compiled='plain, compiled',
         orepa_compiled='OREPA, compiled',
-    )[form]
+    ).get(form) or timm_rep.methods.registered_methods()[form].title
 
 
 class OperationCounter(TorchDispatchMode):
@@ -137,6 +148,26 @@ def count_operations(step):
     with OperationCounter() as counter:
         step()
     return dict(all=counter.all, net=counter.net)
+
+
+def count_composition(model):
+    """What composing all kernels of a model dispatches, forward and backward; on a GPU kernels that are launched."""
+    layers = [layer for _, layer in timm_rep.rep_layers(model) if isinstance(layer, timm_rep.layers.LinearRepLayer)]
+    if not layers:
+        return None
+
+    def compose():
+        kernels = [layer._compose(False) for layer in layers]
+        torch.autograd.grad(kernels, [p for layer in layers for p in layer.parameters()], [
+            torch.ones_like(kernel) for kernel in kernels], allow_unused=True)
+
+    counts = count_operations(compose)
+    if next(model.parameters()).device.type == 'cuda':
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            compose()
+            torch.cuda.synchronize()
+        counts['launches'] = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events())
+    return counts
 
 
 def peak_of_allocations(events):
@@ -187,8 +218,8 @@ def measure(name, args):
     steps = {
         form: TrainingStep(
             model.to(x.device).to(memory_format=memory_format), x, target, DTYPES[args.dtype],
-            **OPTIMIZERS[args.optimizer])
-        for form, model in build_models(name, args.forms, args.peer).items()
+            micro_batches=args.accum, composed_once=form in ('orepa', *METHODS), **OPTIMIZERS[args.optimizer])
+        for form, model in build_models(name, args.forms, args.peer, args.accum).items()
     }
     print(f'{name}: {args.rounds} rounds of {", ".join(steps)}', file=sys.stderr)
     seconds = dict(zip(steps, seconds_in_turns(
@@ -199,6 +230,7 @@ def measure(name, args):
             label=label(name, form),
             parameters=sum(p.numel() for p in step.model.parameters()),
             operations=None if form.endswith('compiled') else count_operations(step),
+            composition=count_composition(step.model),
             peak_bytes=peak_memory(step),
             seconds=seconds[form],
             median_seconds=statistics.median(seconds[form]),
@@ -227,12 +259,12 @@ def markdown(report):
     results = report['results']
     compiled = any('plain_compiled' in result['forms'] for result in results)
     header = ['network', 'form', 'ms', '/ plain', 'MiB', '/ plain', 'operations (net)', 'parameters']
-    header += ['paper: step', 'paper: memory']
+    header += ['composition: operations (net)', 'paper: step', 'paper: memory']
     if compiled:
         header.insert(4, '/ plain compiled')
     lines = ['# Cost of one SGD step', '', ', '.join([
         machine['hardware'] + (f" of {machine['cores']} cores" if args['device'] == 'cpu' else ''),
-        f"batch {args['batch']}",
+        f"batch {args['batch']}" + (f" x {args['accum']} micro-batches" if args['accum'] > 1 else ''),
         f"{args['size']}x{args['size']}",
         args['dtype'] + (' autocast' if args['dtype'] != 'fp32' else ''),
         'channels-last' if args['channels_last'] else 'contiguous',
@@ -253,6 +285,7 @@ def markdown(report):
                 f"{row['memory_to_plain']:.2f}",
                 '{all} ({net})'.format(**row['operations']) if row['operations'] else '',
                 f"{row['parameters'] / 1e6:.1f}M",
+                '{all} ({net})'.format(**row['composition']) if row['composition'] else '',
                 *paper_cells(result['model'], form),
             ]
             if compiled:
@@ -268,9 +301,11 @@ def parse_args(argv):
         '--models', nargs='+', choices=tuple(PAPER), default=['resnet18'], metavar='NAME', help=', '.join(PAPER))
     parser.add_argument(
         '--forms', nargs='+', choices=FORMS, default=['plain', 'branched', 'orepa'], metavar='FORM',
-        help='plain (always there), branched (DBB; RepVGG for RepVGGs), orepa, compiled (plain and OREPA)')
+        help='plain (always there), branched (DBB; RepVGG for RepVGGs), orepa, compiled (plain and OREPA), '
+        f'{", ".join(METHODS)}')
     parser.add_argument('--peer', type=Path, metavar='DIR', help="clone of the authors' repository, to measure as well")
     parser.add_argument('--batch', type=int, default=8)
+    parser.add_argument('--accum', type=int, default=1, metavar='N', help='micro-batches of an update')
     parser.add_argument('--size', type=int, default=224, help='height and width of the images')
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
     parser.add_argument('--dtype', choices=tuple(DTYPES), default='fp32', help='bf16 is autocast')
@@ -283,8 +318,8 @@ def parse_args(argv):
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--out', type=Path, metavar='FILE', help='write FILE.json and FILE.md, which must not exist')
     args = parser.parse_args(argv)
-    if min(args.batch, args.size, args.rounds, args.steps, args.warmup, args.threads) < 1:
-        parser.error('--batch, --size, --rounds, --steps, --warmup and --threads must be at least 1')
+    if min(args.batch, args.accum, args.size, args.rounds, args.steps, args.warmup, args.threads) < 1:
+        parser.error('--batch, --accum, --size, --rounds, --steps, --warmup and --threads must be at least 1')
     if args.peer and not (args.peer / 'convnet_utils.py').is_file():
         parser.error(f"--peer: {args.peer} is no clone of the authors' repository: it has no convnet_utils.py")
     if args.device == 'cuda' and not torch.cuda.is_available():

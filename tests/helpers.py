@@ -40,9 +40,9 @@ def randomize_(model, seed=0):
             module.bias.normal_(0, 0.5, generator=generator)
         if isinstance(module, RepLayer):
             for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-                if name == 'scale':
+                if name == 'scale' and isinstance(tensor, nn.Parameter):
                     tensor.uniform_(-1.5, 1.5, generator=generator)
-                elif name in ('seq_1x1', 'kernel_offset'):
+                elif name in ('seq_1x1', 'kernel_offset', 'residual'):
                     tensor.normal_(0, 0.3, generator=generator)
     return model
 

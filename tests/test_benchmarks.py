@@ -5,11 +5,15 @@ Of the comparison with the authors' code, which needs clones of theirs: what can
 import importlib
 import importlib.util
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+
+import timm_rep
 
 SCRIPT = Path(__file__).parents[1] / 'benchmarks' / 'train_cost.py'
 # All that the benchmark uses of the authors' repository.
@@ -52,6 +56,14 @@ def make_step(train_cost, name):
     return train_cost.TrainingStep(timm.create_model(name), torch.randn(2, 3, 32, 32), target)
 
 
+def test_other_methods_are_forms_too(train_cost):
+    models = train_cost.build_models('resnet18', ['mobileone'], None)
+    assert list(models) == ['plain', 'mobileone']
+    assert train_cost.label('resnet18', 'mobileone') == 'MobileOne branches'
+    assert timm_rep.expansion_of(models['mobileone']).convs == dict(mobileone=20)
+    assert {'doconv', 'expandnet', 'refconv', 'dilated', 'mobileone'} <= set(train_cost.FORMS)
+
+
 def test_report(train_cost, tiny, tmp_path, capsys):
     (tmp_path / 'convnet_utils.py').write_text(PEER)
     train_cost.main([*tiny, '--peer', str(tmp_path)])
@@ -68,10 +80,24 @@ def test_report(train_cost, tiny, tmp_path, capsys):
     table = (tmp_path / 'results' / 'tiny.md').read_text()
     assert table in capsys.readouterr().out
     assert '| resnet18 | OREPA, eager |' in table
+    assert result['forms']['plain']['composition'] is None
+    counts = result['forms']['orepa']
+    assert 0 < counts['composition']['net'] < counts['operations']['net']
 
     with pytest.raises(SystemExit):
         train_cost.main(tiny)
     assert 'tiny.json exists' in capsys.readouterr().err
+
+
+def test_micro_batches(train_cost):
+    models = train_cost.build_models('resnet18', ('plain', 'orepa'), None, accum=2)
+    assert list(models) == ['plain', 'orepa', 'orepa_each']
+    images, targets = torch.randn(2, 3, 32, 32), torch.zeros(2, dtype=torch.long)
+    once, each = (
+        train_cost.count_operations(train_cost.TrainingStep(
+            models[form], images, targets, micro_batches=2, composed_once=form == 'orepa'))['net']
+        for form in ('orepa', 'orepa_each'))
+    assert each - once > 0.8 * train_cost.count_composition(models['orepa'])['net']
 
 
 def test_operations_of_a_step(train_cost):
@@ -134,6 +160,74 @@ def test_repan_transition_tolerance(monkeypatch):
 
     assert not exceeds(result())
     assert all(map(exceeds, (result(loss=1.00001), result(tensors=1e-5), result(steps=float('nan')))))
+
+
+# The GPU's part
+
+
+@pytest.fixture
+def commands(tmp_path):
+    """The commands of the script for GPUs, which are noted instead of run."""
+    note = tmp_path / 'python'
+    note.write_text('#!/bin/sh\nprintf "%s\\n" "$*" >> "$OUT/commands"\n')
+    note.chmod(0o755)
+
+    def run(**environment):
+        out = tmp_path / 'out'
+        settings = dict(os.environ, OUT=str(out), DEVICE='cpu', PYTHON=str(note), **environment)
+        done = subprocess.run(
+            ['bash', str(SCRIPT.with_name('gpu.sh'))], env=settings, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert '| checks | ok |' in done.stdout
+        return [line.split() for line in (out / 'commands').read_text().splitlines()]
+
+    return run
+
+
+@pytest.mark.parametrize('toy', ['', '1'])
+def test_the_script_for_gpus_calls_what_there_is(commands, train_cost, tmp_path, monkeypatch, toy):
+    (tmp_path / 'convnet_utils.py').write_text(PEER)
+    for split in ('train', 'test'):
+        (tmp_path / 'images' / split).mkdir(parents=True)
+    called = commands(TOY=toy, PEER=str(tmp_path), DATA=str(tmp_path / 'images'))
+    names = [Path(command[0]).stem for command in called]
+    assert names == ['gpu_checks', *['train_cost'] * 4, 'gpu_profile', 'run', 'table']
+    for name, arguments in zip(names, called):
+        if name == 'train_cost':
+            assert train_cost.parse_args(arguments[1:]).dtype == 'bf16'
+    monkeypatch.syspath_prepend(SCRIPT.parents[1] / 'experiments' / 'cifar10_fast')
+    args = importlib.import_module('run').parse(called[-2][1:])
+    assert (args.network, args.seeds) == ('speedrun', 50)
+
+
+def test_checks_for_gpus_run_on_a_cpu(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv('CHECKED_NETWORK', 'test_resnet')
+    monkeypatch.delenv('TIMM_SCRIPTS', raising=False)
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    checks = importlib.import_module('gpu_checks')
+    compiled = 'compiled_steps_are_those_of_eager_ones'  # slow, and tested elsewhere
+    monkeypatch.setattr(checks, 'CHECKS', [check for check in checks.CHECKS if check.__name__ != compiled])
+    assert checks.main(['--device', 'cpu', '--out', str(tmp_path)]) == 0, capsys.readouterr().out
+    outcomes = {row['check']: row['outcome'] for row in json.loads((tmp_path / 'checks.json').read_text())['checks']}
+    assert set(outcomes.values()) == {'ok', 'skipped'}
+
+    def fails(device):
+        raise AssertionError('too far')
+
+    monkeypatch.setattr(checks, 'CHECKS', [fails])
+    assert checks.main(['--device', 'cpu', '--out', str(tmp_path)]) == 1
+
+
+def test_profile(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    gpu_profile = importlib.import_module('gpu_profile')
+    gpu_profile.main([
+        '--device', 'cpu', '--model', 'orepa_repvgg_a0_cifar', '--batch', '2', '--size', '32', '--out', str(tmp_path)])
+    result = json.loads((tmp_path / 'profile.json').read_text())
+    assert 0 < result['busy_ms'] <= result['total_ms']
+    spans = [(0, 10, 'a'), (5, 20, 'b'), (40, 50, 'a')]
+    assert gpu_profile.summary(spans, 1) == dict(
+        launches=1, busy_ms=0.01, total_ms=50 / 3e3, kernels=[dict(name='a', ms=20 / 3e3, launches=2 / 3)])
 
 
 def test_coverage_of_two_networks(monkeypatch, tmp_path):

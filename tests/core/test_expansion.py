@@ -66,7 +66,9 @@ def test_several_methods_are_told_apart():
     assert data == [
         dict(method='dbb', layers=['layer1.0.conv1', 'layer1.0.conv2']),
         dict(method='acb', layers=['layer2.0.conv1', 'layer2.0.conv2']),
-        dict(method='orepa', branch_1x1=None, negative_slope=0.5, layers=['layer3.0.conv1']),
+        dict(
+            method='orepa', branch_1x1=None, negative_slope=0.5, branches=None, scaling='vector', stem=True,
+            pointwise=True, layers=['layer3.0.conv1']),
     ]
     assert methods_from_list(data) == expansion.methods
 

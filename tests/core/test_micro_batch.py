@@ -1,7 +1,9 @@
 """Micro-batches that share what was composed for the first of them."""
 import copy
+import gc
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from helpers import LINEAR_RTOL, TINY_MODELS, assert_near, randn, randomize_
 from timm.utils import ModelEmaV3
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 from torch.utils.checkpoint import checkpoint
 
 import timm_rep
@@ -254,7 +257,7 @@ def test_a_layer_that_the_last_micro_batch_does_not_use():
             model(x).square().mean().backward()
             optimizer.step()
 
-    with pytest.raises(UserError, match='other had no part in the last micro-batch'):
+    with pytest.raises(UserError, match='has to use every layer'):
         take_a_step_inside()
 
 
@@ -270,7 +273,7 @@ def test_cleared_gradients_begin_the_update_anew():
     with micro_batch(model, last=False):
         loss_of(model, images[0]).backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
-    with pytest.raises(UserError, match='gradients were written to between'), micro_batch(model, last=True):
+    with pytest.raises(UserError, match='gradients were written to in the middle'), micro_batch(model, last=True):
         pass
 
 
@@ -291,16 +294,163 @@ def test_an_error_ends_the_update():
         model.zero_grad()
 
 
-def test_an_update_without_a_last_micro_batch_is_refused():
+@pytest.mark.parametrize('options', [{}, dict(fused=True), dict(foreach=True)])
+def test_a_step_in_the_middle_of_an_update_is_refused(options):
     model, images = expanded(), batches()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.1, **options)
+    others = torch.optim.SGD(model.fc.parameters(), 0.1)
     for batch in images:
         with micro_batch(model, last=False):
             loss_of(model, batch).backward()
-    optimizer.step()
-    optimizer.zero_grad()
     with pytest.raises(UserError, match='needs last=True'):
+        optimizer.step()
+    others.step()
+    optimizer.zero_grad()
+    optimizer.step()
+    accumulate(model, images, once=True)
+    twin = copy.deepcopy(model)
+    twin.zero_grad()
+    accumulate(twin, images, once=False)
+    assert_same_gradients(model, twin)
+    optimizer.step()
+
+
+def test_weights_that_change_in_the_middle_of_an_update():
+    model, images = expanded(), batches()
+    with micro_batch(model, last=False):
+        loss_of(model, images[0]).backward()
+    with torch.no_grad():
+        model.shared.branches.mul_(2)
+    with pytest.raises(UserError, match='the weights were changed'):
         accumulate(model, images, once=True)
+    model.zero_grad()
+    accumulate(model, images, once=True)
+
+
+def test_parameters_that_are_trained_for_a_part_of_the_update():
+    """As a discriminator that stands still for the loss of the generator."""
+    model = expanded()
+    twin = copy.deepcopy(model)
+    for form, once in ((model, True), (twin, False)):
+        for number, batch in enumerate(batches(), 1):
+            with micro_batch(form, last=number == COUNT) if once else torch.enable_grad():
+                form.shared.requires_grad_(False)
+                (-loss_of(form, batch)).backward()
+                form.shared.requires_grad_(True)
+                form.point.requires_grad_(number != 2)
+                loss_of(form, batch).backward()
+    assert_same_gradients(model, twin)
+
+
+def test_gradients_that_are_looked_at():
+    model = expanded()
+    twin = copy.deepcopy(model)
+    for form, once in ((model, True), (twin, False)):
+        for number, batch in enumerate(batches(), 1):
+            last = number == COUNT
+            with micro_batch(form, last=last) if once else torch.enable_grad():
+                loss = loss_of(form, batch)
+                if last:
+                    (looked,) = torch.autograd.grad(loss, [form.shared.branches], retain_graph=True)
+                    torch.autograd.grad(loss, [batch.requires_grad_()], allow_unused=True, retain_graph=True)
+                loss.backward(retain_graph=last)
+                if last:
+                    loss.backward()
+        form.looked = looked
+    torch.testing.assert_close(model.looked, twin.looked)
+    assert_same_gradients(model, twin)
+    with micro_batch(model, last=False):
+        loss_of(model, batches()[0]).backward()
+    with micro_batch(model, last=True):
+        loss = loss_of(model, batches()[0])
+        with pytest.raises(UserError, match=r'no backward\(inputs=...\)'):
+            loss.backward(inputs=[model.shared.branches, model.shared.scale])
+        loss_of(model, batches()[0]).backward()
+
+
+@pytest.mark.parametrize('when', ['first', 'middle', 'before'])
+@pytest.mark.parametrize('set_to_none', [True, False])
+def test_gradients_cleared_inside_a_micro_batch(when, set_to_none):
+    model = expanded()
+    twin = copy.deepcopy(model)
+
+    def train(form, once):
+        for number, batch in enumerate(batches(), 1):
+            with micro_batch(form, last=number == COUNT) if once else torch.enable_grad():
+                if when == 'before' and number == COUNT:
+                    form.zero_grad(set_to_none)
+                loss_of(form, batch).backward()
+                if number == dict(first=1, middle=2).get(when):
+                    form.zero_grad(set_to_none)
+
+    train(twin, once=False)
+    if set_to_none:
+        train(model, once=True)
+        assert_same_gradients(model, twin)
+    else:
+        with pytest.raises(UserError, match=r'zero_grad\(set_to_none=True\)'):
+            train(model, once=True)
+
+
+def test_gradients_of_two_optimizers_are_cleared_one_by_one():
+    model = expanded()
+    twin = copy.deepcopy(model)
+    for form, once in ((model, True), (twin, False)):
+        stem, shared = (torch.optim.SGD(part.parameters(), 0.1) for part in (form.stem, form.shared))
+        for number, batch in enumerate(batches(), 1):
+            with micro_batch(form, last=number == COUNT) if once else torch.enable_grad():
+                loss_of(form, batch).backward()
+            (stem if number == 1 else shared).zero_grad() if number < COUNT else None
+    assert_same_gradients(model, twin)
+
+
+def test_weights_written_inside_a_micro_batch():
+    model, images = expanded(), batches()
+    with micro_batch(model, last=False):
+        loss_of(model, images[0]).backward()
+        with torch.no_grad():
+            model.shared.branches.mul_(2)  # as sharpness-aware minimization
+        with pytest.raises(UserError, match='the weights were changed'):
+            model(images[0])
+
+
+def test_nothing_is_kept(monkeypatch):
+    model, images = expanded(), batches()
+    kept = []
+
+    def noted(layer, channels_last, compose=OrepaConv2d._compose):
+        kernel = compose(layer, channels_last)
+        if layer.groups == 2:  # the shared one
+            kept.append(weakref.ref(kernel))
+        return kernel
+
+    monkeypatch.setattr(OrepaConv2d, '_compose', noted)
+    accumulate(model, images, once=True)
+    model.zero_grad()
+    with micro_batch(model, last=False):
+        loss_of(model, images[0]).backward()
+    model.zero_grad()
+    with pytest.raises(RuntimeError), micro_batch(model, last=False):
+        model(images[0][:, :1])
+    model.zero_grad()
+    accumulate(model, images, once=True)
+    with micro_batch(model, last=False):
+        loss_of(model, images[0]).backward()
+    assert len(kept) == 4
+    del model
+    gc.collect()
+    assert [kernel() for kernel in kept] == [None] * 4
+    assert not _global_optimizer_pre_hooks
+
+
+def test_an_update_that_was_given_up_locks_nothing():
+    model = expanded()
+    with micro_batch(model, last=False):
+        loss_of(model, batches()[0]).backward()
+    model.zero_grad()
+    timm_rep.begin_time_step(model)
+    model.load_state_dict(model.state_dict())
+    model.float()
 
 
 @pytest.mark.parametrize('change', [
@@ -313,9 +463,13 @@ def test_changes_in_the_middle_of_an_update_are_refused(change):
     model, images = expanded(), batches()
     with micro_batch(model, last=False):
         loss_of(model, images[0]).backward()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(UserError, match='in the middle of an update'):
         change(model)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
     model.zero_grad()
+    change(model)
 
 
 def test_what_cannot_be_shared_is_refused():
@@ -357,6 +511,16 @@ def process_group(tmp_path):
     dist.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+def test_a_module_that_holds_distributed_ones(process_group):
+    pair = nn.ModuleList([nn.parallel.DistributedDataParallel(expanded()) for _ in range(2)])
+    twin = copy.deepcopy(nn.ModuleList([form.module for form in pair]))
+    for number, batch in enumerate(batches(), 1):
+        with micro_batch(pair, last=number == COUNT):
+            sum(loss_of(form, batch) for form in pair).backward()
+        sum(loss_of(form, batch) for form in twin).backward()
+    assert_same_gradients(nn.ModuleList([form.module for form in pair]), twin)
 
 
 @pytest.mark.parametrize('options', [{}, dict(gradient_as_bucket_view=True), dict(find_unused_parameters=True)])

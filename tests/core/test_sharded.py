@@ -56,6 +56,7 @@ def refused(model, optimizer):
         save=lambda: timm_rep.save(model, 'never.safetensors'),
         measured=lambda: begin_time_step(model, restoration='measured', batches=[randn(2, 3, 8, 8)]),
         frozen=lambda: Annealer(model, optimizer, schedule, freeze_origin=True),
+        prune=lambda: timm_rep.prune_branches(model, 0.5),
         micro_batch=lambda: timm_rep.micro_batch(model, last=True).__enter__(),
     )
     messages = {}
@@ -98,8 +99,8 @@ def test_sharded_training_is_that_of_one_process(tmp_path):
         torch.testing.assert_close(result['after'], after, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(result['state'], dict(one.state_dict()), rtol=1e-7, atol=1e-9)
         assert 'get_model_state_dict' in result['refused']['fuse'] == result['refused']['save']
-        assert 'spread over processes' in result['refused']['measured']
-        assert 'spread over processes' in result['refused']['frozen']
+        for call in ('measured', 'frozen', 'prune'):
+            assert 'spread over processes' in result['refused'][call]
         assert 'FSDP' in result['refused']['micro_batch']
     model = network()
     model.load_state_dict(result['state'])

@@ -260,7 +260,7 @@ def test_training_form_is_checked_as_well(tmp_path):
 @pytest.mark.parametrize(('expand', 'line'), [
     (lambda stock: timm_rep.expand(stock, 'dbb'), "pretrained=True), 'dbb')"),
     (lambda stock: timm_rep.expand(stock, timm_rep.Orepa(branch_1x1=False)),
-     'pretrained=True), timm_rep.Orepa(branch_1x1=False, negative_slope=None))'),
+     'pretrained=True), timm_rep.Orepa(branch_1x1=False, negative_slope=None, branches=None, scaling='),
     (lambda stock: timm_rep.expand(stock, {'layer1.0.conv1': 'orepa', 'layer2.0.conv2': 'dbb'}),
      "pretrained=True), {\n    'layer1.0.conv1': 'orepa',\n    'layer2.0.conv2': 'dbb',\n})")])
 def test_card_says_how_to_expand_as_the_model_was(tmp_path, expand, line):

@@ -1,4 +1,5 @@
 """Times are taken in turns and are of true training steps."""
+import copy
 import itertools
 import json
 from types import SimpleNamespace
@@ -6,9 +7,11 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+import torch.nn as nn
 from command_line import call
 
 import timm_rep.report.cost
+from timm_rep import expand
 from timm_rep.report.cost import TrainingStep, bench_models, measure_costs, seconds_in_turns
 
 SMALL = 'orepa_repvgg_a0_cifar'
@@ -69,6 +72,25 @@ def test_ratios_are_to_the_first_model(clock, monkeypatch):
     assert baseline['seconds'] == (2, 4, 3)
     assert [baseline[key] for key in ('median', 'ratio', 'smallest', 'largest')] == [3, 1, 1, 1]
     assert [other[key] for key in ('median', 'ratio', 'smallest', 'largest')] == [6, 2, 1, 3]
+
+
+@pytest.mark.parametrize(('size', 'batch'), [(224, 8), (112, 32), (32, 128), (256, 8)])
+def test_the_batch_fits_the_size_of_the_images(monkeypatch, size, batch):
+    monkeypatch.setattr(TrainingStep, '__call__', lambda step: None)
+    assert bench_models(['test_resnet'], rounds=1, img_size=size)['batch'] == batch
+
+
+def test_micro_batches_make_the_step_of_one_large_batch():
+    images, targets = torch.randn(3, 3, 16, 16), torch.tensor([0, 1, 2])
+    model = expand(nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten()), select='0')
+    kernels = []
+    for options in (dict(micro_batches=1), dict(micro_batches=3), dict(micro_batches=3, composed_once=False)):
+        twin = copy.deepcopy(model)
+        TrainingStep(twin, images, targets, lr=1.0, **options)()
+        kernels.append(twin[0].compose_weight().detach())
+    for kernel in kernels[1:]:
+        torch.testing.assert_close(kernel, kernels[0])
+    assert not torch.allclose(kernels[0], model[0].compose_weight())
 
 
 def test_bench():

@@ -13,7 +13,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import yaml
-from interrupted_run import arguments, contents, rows, run
+from interrupted_run import MODEL, arguments, contents, rows, run
 from timm.data import resolve_data_config
 
 import timm_rep
@@ -130,6 +130,18 @@ def test_bad_config_files(scripts, tmp_path, refusal, content, message):
     (tmp_path / 'recipe.yaml').write_text(content)
     for option in ('--config', '--recipe'):
         assert message in refusal(['--timm-scripts', scripts, option, 'recipe.yaml'])
+
+
+def test_weights_to_start_from_are_in_training_form(scripts, tmp_path, refusal):
+    model = timm.create_model(MODEL, num_classes=5)
+    torch.save(timm_rep.fuse(model.eval()).state_dict(), tmp_path / 'stock.pth')
+    before = contents(tmp_path)
+    said = refusal(arguments(scripts, '--initial-checkpoint', 'stock.pth'))
+    assert 'stock.pth is in stock form, --initial-checkpoint takes the training form of repan_repvgg_a0_cifar.' in said
+    assert contents(tmp_path) == before
+    recipe, = re.findall(r'To make it: timm_rep\.save\((.*), .training\.safetensors.\)\. With', said)
+    made = eval(recipe, dict(timm=timm, N=5))
+    assert torch.allclose(made.state_dict()['head.fc.weight'], model.state_dict()['head.fc.weight'])
 
 
 @pytest.fixture

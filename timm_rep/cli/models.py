@@ -62,7 +62,9 @@ def demo(output: str) -> None:
 
 @click.command('bench', cls=Command)
 @click.argument('architectures', metavar='MODEL...', nargs=-1, required=True)
-@click.option('--batch-size', 'batch', type=NUMBER, metavar='N', default=8, show_default=True)
+@click.option(
+    '--batch-size', 'batch', type=NUMBER, metavar='N',
+    help='Images in a batch; by default 8 at 224 px, more of smaller ones, up to 128.')
 @click.option(
     '--img-size', type=NUMBER, metavar='N', help="Height and width of the images; the first model's by default.")
 @click.option('--rounds', type=NUMBER, metavar='N', default=7, show_default=True, help='Turns of each model.')

@@ -36,6 +36,7 @@ from .errors import UserError
 from .layers import AnnealedModule
 from .layers.annealed import check_attach_rate
 from .measure import check_measurable, first_batches, measure_statistics, normed_modules
+from .micro_batch import check_no_update
 from .sharded import check_whole, reshard, whole_parameters
 from .walk import annealed_modules, set_attach_rate
 
@@ -314,12 +315,13 @@ def begin_time_step(
 
     Raises:
         UserError: If the model has no rep layers, for a rate outside [0, 1], an unknown restoration or a gain that is
-            not finite, or if there are no batches to measure on, or the model does not run on them or is sharded. It
-            is then unchanged.
+            not finite, if there are no batches to measure on, or the model does not run on them or is sharded, or in
+            the middle of an update of micro-batches. It is then unchanged.
     """
     time_step(model)  # raises unless it is the same everywhere
     check_attach_rate(attach_rate)
     check_restoration(restoration, side_gain)
+    check_no_update(model)
     measured = first_batches(batches) if restoration == 'measured' else []
     reshard(model)
     if measured:

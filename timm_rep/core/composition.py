@@ -9,7 +9,8 @@ and an input channel one row, divided into
 with ``k = kh * kw`` taps; ``b`` branches of a 1x1 followed by a fixed filter (average, frequency prior, and the centre
 tap where there is a plain 1x1); ``e`` depthwise filters per input channel; ``m = t / i`` inner kernels per input
 channel of the 1x1-KxK branch. The scales of all branches act as one tensor of gains ``(o, l)``. So one product, one sum
-and one optimizer update serve all branches.
+and one optimizer update serve all branches. Branches may be missing: then there are no such entries, and the inner 1x1
+or the depthwise filters have no channels.
 
 The function exists twice, tested against each other: :func:`compose_orepa_plain` is the formula in operations that
 autograd, ``torch.export``, ``torch.func`` and TorchScript follow; :func:`compose_orepa` has an explicit backward, for
@@ -62,8 +63,9 @@ def compose_orepa_plain(
     Args:
         branches: ``(o, i/g, l)``, divided as the module docstring says.
         gains: ``(o, l)``, from :func:`spread_scale`.
-        seq_1x1: Learnt residual of the inner 1x1, ``(t, i/g, 1, 1)``; the identity is added to it.
-        dw_conv: ``(i*e, 1, kh, kw)``; the filters of one input channel lie together.
+        seq_1x1: Learnt residual of the inner 1x1, ``(t, i/g, 1, 1)``; the identity is added to it. Without that branch
+            ``t`` is 0.
+        dw_conv: ``(i*e, 1, kh, kw)``; the filters of one input channel lie together. Without that branch ``e`` is 0.
         filters: Constant ``(o, l, k)``, the spatial filter that each entry acts by: its own tap for the origin and for
             the inner taps (through the identity), a fixed filter, or zero for the separable weights.
         groups: Number of groups ``g``.
@@ -82,13 +84,15 @@ def compose_orepa_plain(
     kernel = torch.einsum('olk,oil->oki', filters * gains.unsqueeze(2), branches)
 
     # 1x1 then KxK: the inner kernels seen through the learnt residual.
+    # A missing branch adds an empty sum: no size is asked for, which a tracer would complain of.
     weighted = branches * gains.unsqueeze(1)
-    inner = weighted[:, :, direct + expansion:].reshape(groups, -1, in_per_group, ratio, taps)
+    out_per_group = out_channels // groups
+    inner = weighted[:, :, direct + expansion:].reshape(groups, out_per_group, in_per_group, ratio, taps)
     mixer = seq_1x1.reshape(groups, ratio, in_per_group, in_per_group)
     kernel = kernel + torch.einsum('gojmk,gmji->goki', inner, mixer).reshape(kernel.shape)
 
     # Depthwise then 1x1.
-    separable = weighted[:, :, direct:direct + expansion].reshape(groups, -1, in_per_group, expansion)
+    separable = weighted[:, :, direct:direct + expansion].reshape(groups, out_per_group, in_per_group, expansion)
     depthwise = dw_conv.reshape(groups, in_per_group, expansion, taps)
     kernel = kernel.transpose(1, 2)
     kernel = kernel + torch.einsum('goie,giek->goik', separable, depthwise).reshape(kernel.shape)
@@ -141,8 +145,12 @@ def _compose_orepa_forward(
 
     # All products have a long dimension last: few taps there would leave most of a vector register empty.
     kernel = torch.bmm((filters * gains.unsqueeze(2)).transpose(1, 2), branches.transpose(1, 2))
-    matrix = _inner_matrix(branches, gains, first_inner, taps, groups)
-    kernel.view(groups, -1, in_per_group).baddbmm_(matrix, seq_1x1.view(groups, -1, in_per_group))
+    if first_inner < entries:
+        matrix = _inner_matrix(branches, gains, first_inner, taps, groups)
+        kernel.view(groups, -1, in_per_group).baddbmm_(matrix, seq_1x1.view(groups, -1, in_per_group))
+    if expansion == 0:
+        kernel = kernel.view(out_channels, height, width, in_per_group).permute(0, 3, 1, 2)
+        return kernel if channels_last else kernel.contiguous()
 
     pointwise = _by_input(branches[:, :, first_separable:first_inner], groups)
     separable = _by_output(torch.bmm(pointwise, dw_conv.view(-1, expansion, taps)), groups)
@@ -158,33 +166,41 @@ def _compose_orepa_forward(
     return kernel
 
 
-def _compose_orepa_backward(
+def _inner_backward(
         grad: Tensor,
+        grad_branches: Tensor,
         branches: Tensor,
         gains: Tensor,
         seq_1x1: Tensor,
-        dw_conv: Tensor,
-        filters: Tensor,
+        first_inner: int,
         groups: int,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of branches, gains, seq_1x1 and dw_conv. The order keeps the temporaries that live together small."""
-    out_channels, in_per_group, entries = branches.shape
-    taps = filters.shape[2]
-    expansion = dw_conv.shape[0] // (groups * in_per_group)
-    first_inner = entries - seq_1x1.shape[0] // (groups * in_per_group) * taps
-    direct = first_inner - expansion
+) -> Tensor:
+    """Gradient of seq_1x1; what the inner kernels get through it is added to that of the branches."""
+    out_channels, in_per_group = branches.shape[:2]
+    taps = grad.shape[2] * grad.shape[3]
     mixer = seq_1x1.view(groups, -1, in_per_group)
-    grad_rows = grad.contiguous().view(out_channels, in_per_group, taps)
-    # First without the gains: the gradient of the gains needs it so.
-    grad_branches = torch.bmm(grad_rows, filters.transpose(1, 2))
-
     grad_matrix = grad.permute(0, 2, 3, 1).reshape(groups, -1, in_per_group)
     grad_mixer = torch.bmm(_inner_matrix(branches, gains, first_inner, taps, groups).transpose(1, 2), grad_matrix)
     grad_inner = torch.bmm(grad_matrix, mixer.transpose(1, 2)).view(out_channels, taps, -1, in_per_group)
     grad_branches[:, :, first_inner:].view(out_channels, in_per_group, -1, taps).add_(grad_inner.permute(0, 3, 2, 1))
-    del grad_matrix, grad_inner
+    return grad_mixer.view(seq_1x1.shape)
 
-    # Separable branch: a few input channels at a time, so that the products are not too narrow.
+
+def _separable_backward(
+        grad: Tensor,
+        grad_rows: Tensor,
+        grad_branches: Tensor,
+        branches: Tensor,
+        gains: Tensor,
+        dw_conv: Tensor,
+        direct: int,
+        groups: int,
+) -> Tensor:
+    """Gradient of dw_conv; that of the weights on it is written to that of the branches."""
+    out_channels, in_per_group, taps = grad_rows.shape
+    expansion = dw_conv.shape[0] // (groups * in_per_group)
+    first_inner = direct + expansion
+    # A few input channels at a time, so that the products are not too narrow.
     block = math.gcd(in_per_group, INPUTS_PER_PRODUCT)
     grad_rows = _by_input(grad_rows.view(out_channels, -1, block * taps), groups)
     filters_of_input = dw_conv.view(-1, block, expansion, taps)
@@ -201,12 +217,37 @@ def _compose_orepa_backward(
     weighted = branches[:, :, direct:first_inner] * gains[:, direct, None, None]
     weighted = _by_input(weighted.view(out_channels, -1, block * expansion), groups)
     grad_depthwise = torch.bmm(weighted.transpose(1, 2), grad_rows).view(-1, block, expansion, block, taps)
-    grad_depthwise = grad_depthwise.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(dw_conv.shape)
-    del weighted, grad_rows
+    return grad_depthwise.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(dw_conv.shape)
 
+
+def _compose_orepa_backward(
+        grad: Tensor,
+        branches: Tensor,
+        gains: Tensor,
+        seq_1x1: Tensor,
+        dw_conv: Tensor,
+        filters: Tensor,
+        groups: int,
+) -> Tuple[Tensor, Tensor, Optional[Tensor], Optional[Tensor]]:
+    """Gradients of branches, gains, seq_1x1 and dw_conv. The order keeps the temporaries that live together small."""
+    out_channels, in_per_group, entries = branches.shape
+    taps = filters.shape[2]
+    expansion = dw_conv.shape[0] // (groups * in_per_group)
+    first_inner = entries - seq_1x1.shape[0] // (groups * in_per_group) * taps
+    grad_rows = grad.contiguous().view(out_channels, in_per_group, taps)
+    # First without the gains: the gradient of the gains needs it so.
+    grad_branches = torch.bmm(grad_rows, filters.transpose(1, 2))
+    grad_mixer: Optional[Tensor] = None
+    grad_depthwise: Optional[Tensor] = None
+    if first_inner < entries:
+        grad_mixer = _inner_backward(grad, grad_branches, branches, gains, seq_1x1, first_inner, groups)
+    if expansion > 0:
+        grad_depthwise = _separable_backward(
+            grad, grad_rows, grad_branches, branches, gains, dw_conv, first_inner - expansion, groups)
+    del grad_rows
     grad_gains = (grad_branches * branches).sum(1)
     grad_branches.mul_(gains.unsqueeze(1))
-    return grad_branches, grad_gains, grad_mixer.view(seq_1x1.shape), grad_depthwise
+    return grad_branches, grad_gains, grad_mixer, grad_depthwise
 
 
 # Older torch does not tell exporting from compiling.

@@ -1,7 +1,7 @@
 """Gradient accumulation that composes once per update, not once per micro-batch."""
 import warnings
-from contextlib import contextmanager, nullcontext
-from typing import Any, ContextManager, Iterator, List
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, Iterator, List
 
 import torch.nn as nn
 
@@ -10,36 +10,47 @@ from .layers import LinearRepLayer
 from .layers.update import UpdateKernels
 from .walk import rep_layers
 
-__all__ = ['micro_batch']
+__all__ = ['check_no_update', 'micro_batch']
 
 
-def _update_of(layers: List[LinearRepLayer]) -> UpdateKernels:
+def check_no_update(model: nn.Module) -> None:
+    """Raise a UserError if a model is in the middle of an update, so that writing to it would lose gradients."""
+    for _, layer in rep_layers(model):
+        if isinstance(layer, LinearRepLayer) and layer._update is not None:
+            layer._update.forget(layer)
+
+
+def _update_of(layers: List[LinearRepLayer], model: nn.Module) -> UpdateKernels:
     """The update that the layers are in the middle of, or a new one."""
-    known = {id(layer._update): layer._update for layer in layers}
-    update = layers[0]._update
-    if len(known) > 1:
+    updates = {id(layer._update): layer._update for layer in layers}
+    for update in updates.values():
+        if update is not None and update.is_open:
+            raise UserError('a micro-batch of this model is being computed already; one cannot begin inside another')
+    begun = [update for update in updates.values() if update is not None and not _is_over(update, model)]
+    if len(begun) > 1 or (begun and len(updates) > 1):
         raise UserError('some layers of the model are in the middle of an update and others are not; was it begun with '
                         'a part of the model, or with another one that shares layers with it?')
-    return UpdateKernels() if update is None else update
+    return begun[0] if begun else UpdateKernels()
 
 
-def _check(update: UpdateKernels, model: nn.Module) -> None:
-    if update.is_open:
-        raise UserError('a micro-batch of this model is being computed already; one cannot begin inside another')
-    if update.is_outdated():
-        raise UserError(
-            'the weights were changed in the middle of an update: the last micro-batch before a step of the optimizer '
-            'needs last=True')
+def _is_over(update: UpdateKernels, model: nn.Module) -> bool:
+    """Whether an update was given up: its gradients were cleared."""
+    if update.is_empty():
+        return True
     if update.is_broken:
         if any(p.grad is not None and bool(p.grad.any()) for p in model.parameters()):
             raise UserError('a micro-batch of this update ended in an error; clear the gradients with zero_grad() and '
                             'begin the update anew')
+        return True
+    update.check()
+    return False
 
 
 def _check_wrapper(model: nn.Module) -> None:
     if isinstance(model, nn.DataParallel):
         raise UserError('DataParallel copies the layers at every forward; use DistributedDataParallel')
-    if any(hasattr(module, 'set_requires_gradient_sync') for module in model.modules()):
+    if any(hasattr(module, 'set_requires_gradient_sync') or type(module).__name__ == 'FullyShardedDataParallel'
+           for module in model.modules()):
         raise UserError('kernels of layers that FSDP has sharded cannot be shared by micro-batches')
 
 
@@ -65,32 +76,34 @@ def micro_batch(model: nn.Module, last: bool) -> Iterator[None]:
 
     Args:
         model: Model, also in DistributedDataParallel.
-        last: Whether this is the last micro-batch before a step of the optimizer; it may have one backward.
+        last: Whether this is the last micro-batch before a step of the optimizer. It uses every layer that those before
+            it used.
 
     Raises:
-        UserError: If the update before had no last micro-batch, if weights or gradients were changed in the middle of
-            an update (cleared gradients begin it anew), after an error without clearing them, inside another
-            micro-batch of the model, or for DataParallel, FSDP and second derivatives.
+        UserError: If weights or gradients were changed in the middle of an update (cleared gradients begin it anew),
+            after an error without clearing them, inside another micro-batch of the model, or for DataParallel, FSDP and
+            second derivatives. The optimizer's step raises it too, in the middle of an update.
     """
     _check_wrapper(model)
     layers = [layer for _, layer in rep_layers(model) if isinstance(layer, LinearRepLayer)]
-    no_sync: Any = None if last else getattr(model, 'no_sync', None)
-    exchange: ContextManager[Any] = nullcontext() if no_sync is None else no_sync()
-    if not layers:
-        with exchange:
+    with ExitStack() as contexts:
+        if not last:
+            module: Any
+            for module in model.modules():
+                if hasattr(module, 'no_sync'):
+                    contexts.enter_context(module.no_sync())
+        with _kernels_shared(model, layers, last) if layers else nullcontext():
             yield
-        return
-    update = _update_of(layers)
-    _check(update, model)
-    if update.is_broken:
-        update = UpdateKernels()
-    update.check_gradients()
+
+
+@contextmanager
+def _kernels_shared(model: nn.Module, layers: List[LinearRepLayer], last: bool) -> Iterator[None]:
+    update = _update_of(layers, model)
     for layer in layers:
         layer._update = update
-    update.is_open, update.is_last, update.is_broken = True, last, True
+    update.begin(last)
     try:
-        with exchange:
-            yield
+        yield
     finally:
         update.is_open = False
     update.is_broken = False
@@ -98,20 +111,19 @@ def micro_batch(model: nn.Module, last: bool) -> Iterator[None]:
         for layer in layers:
             layer._update = None
         _finish(update, model)
-    elif update:
+    elif update.is_used:
         update.note_gradients()
     else:
-        warnings.warn('micro_batch: no kernel was shared; compiled layers compose at every micro-batch', stacklevel=3)
+        warnings.warn('micro_batch: no kernel was shared; compiled layers compose at every micro-batch', stacklevel=4)
 
 
 def _finish(update: UpdateKernels, model: nn.Module) -> None:
     """See to it that all gradients have arrived."""
     owing = update.owing()
-    if not owing:
-        return
-    if update.is_outdated() or hasattr(model, 'no_sync'):
+    if owing and (update.is_outdated() or any(hasattr(module, 'no_sync') for module in model.modules())):
         names = [name for name, layer in rep_layers(model) if layer in owing]
         raise UserError(
             f'{", ".join(names)} had no part in the last micro-batch of an update, so what they learnt from those '
             'before was lost: compose at every micro-batch, without this context')
-    update.pay()
+    if owing:
+        update.pay()

@@ -1,17 +1,37 @@
 """Precision of composing: away from autocast, and in full float32 where training may use less."""
 from contextlib import contextmanager, nullcontext, suppress
-from functools import partial
+from functools import partial, wraps
 from typing import Any, Callable, ContextManager, Iterator, List, Tuple
 
 import torch
 from torch import Tensor
 
-__all__ = ['full_float32', 'without_autocast']
+__all__ = ['full_float32', 'sheltered', 'without_autocast']
 
 
 def without_autocast(tensor: Tensor) -> torch.autocast:
     """Context in which products keep the dtype of their factors; the meta device has no autocast to switch off."""
     return torch.autocast('cpu' if tensor.is_meta else tensor.device.type, enabled=False)
+
+
+def sheltered(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A formula of a kernel as a forward calls it: away from autocast, half-precision tensors in float32.
+
+    Args:
+        formula: Function of tensors, of which the first decides, and of what else it takes.
+
+    Returns:
+        A function of the same arguments, whose result has the dtype of the first.
+    """
+    @wraps(formula)
+    def run(*args: Any) -> Tensor:
+        dtype = args[0].dtype
+        compute = torch.float64 if dtype == torch.float64 else torch.float32
+        with without_autocast(args[0]):
+            full = [
+                arg.to(compute) if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args]
+            return formula(*full).to(dtype)
+    return run
 
 
 @contextmanager

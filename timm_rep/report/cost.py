@@ -29,7 +29,8 @@ TIMING_ROUNDS = 7
 WARMUP_STEPS = 2
 # Of the papers' recipe, with a rate at which nothing diverges.
 TIMING_SGD = dict(lr=1e-3, momentum=0.9, weight_decay=1e-4)
-TIMING_BATCH = 8
+TIMING_BATCH, TIMING_PIXELS = 8, 224 * 224
+MOST_TIMED = 128
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def bench_models(
         *,
         model_kwargs: Optional[Mapping[str, Any]] = None,
         img_size: Optional[int] = None,
-        batch: int = TIMING_BATCH,
+        batch: Optional[int] = None,
         rounds: int = TIMING_ROUNDS,
         repeats: int = 1,
         device: Union[str, torch.device] = 'cpu',
@@ -189,7 +190,8 @@ def bench_models(
         architectures: Names of the models; a first one that is not ours is the baseline as it is.
         model_kwargs: Arguments of all of them.
         img_size: Height and width of the images; by default those of the first model.
-        batch: Images in a batch.
+        batch: Images in a batch; by default as many as have the pixels of 8 images of 224x224, from 8 to 128: what rep
+            layers add to a step does not depend on the batch, so a small one of small images shows nothing else.
         rounds: How often each takes its turn, after a warm-up.
         repeats: Steps in a row whose mean is one time; take some 10 on a GPU.
         device: Where to time.
@@ -213,6 +215,8 @@ def bench_models(
     channels, height, width = baseline.pretrained_cfg['input_size']
     input_size = (model_kwargs.get('in_chans', channels), img_size or height, img_size or width)
 
+    if batch is None:
+        batch = min(max(TIMING_BATCH * TIMING_PIXELS // (input_size[1] * input_size[2]), TIMING_BATCH), MOST_TIMED)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     images = torch.randn(batch, *input_size).to(device, memory_format=layout)
     targets = torch.randint(baseline.num_classes, (batch,), device=device)

@@ -8,6 +8,7 @@ from ..core.errors import UserError
 from ..core.layers.dbb import NormPad2d
 from ..core.walk import annealed_modules
 from ..io.architecture import create_model
+from ..io.checkpoint import read_checkpoint
 from ..io.plain_data import read_yaml
 from ..models.damage import check_file
 
@@ -233,7 +234,8 @@ def check_model(args: argparse.Namespace, schedule: AnnealingSchedule) -> None:
         schedule: The time steps.
 
     Raises:
-        UserError: If the model is not known or has no rep layers, or an option of timm's takes them apart.
+        UserError: If the model is not known or has no rep layers, an option of timm's takes them apart, or the weights
+            to start from have no branches.
         HubError: If the model is on the Hub and its description cannot be had.
     """
     if not schedule.anneals and not args.log_branches:
@@ -247,11 +249,25 @@ def check_model(args: argparse.Namespace, schedule: AnnealingSchedule) -> None:
             f'{args.model} has no rep layers, so there are no branches to anneal or to log; `timm-rep list` shows the '
             'models that have'
         )
+    _check_form(args)
     recomputes = getattr(args, 'torchcompile', None) is not None and getattr(args, 'grad_checkpointing', False)
     if recomputes and any(isinstance(module, NormPad2d) for module in model.modules()):
         raise UserError(
             f'--torchcompile together with --grad-checkpointing gives wrong gradients of the DBB layers of '
             f'{args.model}; train with one of the two')
+
+
+def _check_form(args: argparse.Namespace) -> None:
+    """Refuse weights in stock form for a model with branches, where timm takes its own form only."""
+    file = getattr(args, 'initial_checkpoint', None)
+    if not file or not Path(file).is_file():
+        return
+    if not any(key.endswith('.attach_rate') for key in read_checkpoint(file).state_dict):
+        raise UserError(
+            f'{file} is in stock form, --initial-checkpoint takes the training form of {args.model}. To make it: '
+            f"timm_rep.save(timm.create_model('{args.model}', pretrained=True, pretrained_cfg_overlay=dict("
+            f"file='{file}', num_classes=N)), 'training.safetensors'). With a new classifier --pretrained "
+            f'--pretrained-path {file} takes it as it is')
 
 
 def output_root(args: argparse.Namespace) -> Path:

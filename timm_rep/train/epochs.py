@@ -91,7 +91,7 @@ class AnnealedEpochs:
             epoch = bound.arguments['epoch']
             position = self._begin(epoch, bound.arguments)
             steps = getattr(self.args, 'grad_accum_steps', 1)
-            if steps > 1:
+            if steps > 1 and not getattr(bound.arguments['optimizer'], 'is_second_order', False):
                 bound.arguments['loader'] = MicroBatches(bound.arguments['loader'], self._forms[''], steps)
             metrics = train_one_epoch(*bound.args, **bound.kwargs)
             self._epoch = epoch

@@ -9,7 +9,20 @@ from helpers import assert_near, randn, randomize_, tiny_repvgg, tiny_resnet
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacrev, jvp, vmap
 
-from timm_rep import AsymmetricConv2d, DiverseBranchConv2d, OrepaConv2d, OrepaPointwiseConv2d, OrepaStemConv2d, expand
+from timm_rep import (
+    AsymmetricConv2d,
+    DilatedConv2d,
+    DiverseBranchConv2d,
+    DOConv2d,
+    ExpandedConv2d,
+    MobileOneConv2d,
+    OrepaConv2d,
+    OrepaPointwiseConv2d,
+    OrepaStemConv2d,
+    RefConv2d,
+    RepNasConv2d,
+    expand,
+)
 
 LAYERS = dict(
     kxk=lambda: OrepaConv2d(2, 2, 3, padding=1, dtype=torch.float64),
@@ -19,7 +32,18 @@ LAYERS = dict(
     dbb=lambda: DiverseBranchConv2d(2, 2, 3, padding=1, dtype=torch.float64),
     acb=lambda: AsymmetricConv2d(2, 2, 3, padding=1, dtype=torch.float64),
 )
-linear = pytest.mark.parametrize('name', ['kxk', 'grouped', 'pointwise', 'stem'])
+METHODS = dict(
+    doconv=lambda: DOConv2d(2, 2, 3, padding=1, dtype=torch.float64),
+    doconv_grouped=lambda: DOConv2d(4, 2, (1, 3), groups=2, dtype=torch.float64),
+    expanded=lambda: ExpandedConv2d(2, 2, 3, padding=1, expansion=2, dtype=torch.float64),
+    refconv=lambda: RefConv2d(2, 2, 3, padding=1, dtype=torch.float64),
+    refconv_depthwise=lambda: RefConv2d(3, 3, 3, groups=3, padding=1, dtype=torch.float64),
+    dilated=lambda: DilatedConv2d(2, 2, 5, groups=2, padding=2, dtype=torch.float64),
+    mobileone=lambda: MobileOneConv2d(2, 2, 3, padding=1, copies=2, dtype=torch.float64),
+    repnas=lambda: RepNasConv2d(2, 2, 3, padding=1, dtype=torch.float64),
+)
+LAYERS.update(METHODS)
+linear = pytest.mark.parametrize('name', ['kxk', 'grouped', 'pointwise', 'stem', *METHODS])
 
 
 def make(name):

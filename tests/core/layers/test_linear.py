@@ -10,15 +10,26 @@ from helpers import LINEAR_RTOL, assert_near, assert_same_state, randn, randomiz
 from timm.utils import ModelEmaV3
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from timm_rep import OrepaConv2d, OrepaPointwiseConv2d, OrepaStemConv2d
+from timm_rep import (
+    DilatedConv2d,
+    DOConv2d,
+    ExpandedConv2d,
+    MobileOneConv2d,
+    OrepaConv2d,
+    OrepaPointwiseConv2d,
+    OrepaStemConv2d,
+    RefConv2d,
+    RepNasConv2d,
+)
 from timm_rep.core import kernels
 from timm_rep.core.layers import LinearRepLayer
+from timm_rep.core.layers.transformed import TransformedRepLayer
 
 CASES = dict(
     kxk=(OrepaConv2d, 6, 8, 3, dict(padding=1)),
     no_1x1=(OrepaConv2d, 6, 8, 3, dict(padding=1, branch_1x1=False, negative_slope=1.0, bias=False)),
     strided=(OrepaConv2d, 4, 6, 5, dict(stride=2, padding=3)),
-    dilated=(OrepaConv2d, 4, 6, 3, dict(dilation=2, padding=(2, 1), stride=(1, 2))),
+    spread=(OrepaConv2d, 4, 6, 3, dict(dilation=2, padding=(2, 1), stride=(1, 2))),
     oblong=(OrepaConv2d, 4, 6, (1, 7), dict(padding='same')),
     valid=(OrepaConv2d, 4, 6, 7, dict(padding='valid')),
     grouped=(OrepaConv2d, 12, 6, 3, dict(groups=6, bias=False)),
@@ -28,12 +39,47 @@ CASES = dict(
     grouped_1x1=(OrepaPointwiseConv2d, 6, 9, 1, dict(groups=3, padding=1)),
     stem=(OrepaStemConv2d, 3, 8, 7, dict(stride=2, padding=3, bias=False)),
     stem_5x5=(OrepaStemConv2d, 2, 4, 5, dict(padding='same', dilation=2)),
+    online_dbb=(OrepaConv2d, 6, 8, 3, dict(padding=1, branches=('sequential', 'origin', 'average', 'conv_1x1'))),
+    two_branches=(OrepaConv2d, 8, 8, 3, dict(branches=('origin', 'average'), scaling='scalar', groups=8)),
+    unscaled=(OrepaConv2d, 6, 4, 3, dict(branches=('origin', 'separable'), scaling='none', stride=2, bias=False)),
+    unscaled_1x1=(OrepaPointwiseConv2d, 6, 9, 1, dict(scaling='none')),
+    scalar_1x1=(OrepaPointwiseConv2d, 6, 4, 1, dict(scaling='scalar', groups=2)),
+    scalar_stem=(OrepaStemConv2d, 3, 8, 5, dict(padding=2, scaling='scalar', branches=('origin', 'sequential'))),
+    doconv=(DOConv2d, 6, 8, 3, dict(padding=1)),
+    doconv_grouped=(DOConv2d, 12, 6, (1, 5), dict(groups=3, bias=False, stride=2)),
+    doconv_depthwise=(DOConv2d, 8, 8, 7, dict(groups=8, padding='same', dilation=2)),
+    doconv_1x1=(DOConv2d, 4, 6, 1, {}),
+    expanded=(ExpandedConv2d, 6, 4, 3, dict(padding=1, expansion=2)),
+    expanded_wider=(ExpandedConv2d, 4, 6, 5, dict(stride=2, padding=3, bias=False)),
+    expanded_depthwise=(ExpandedConv2d, 8, 8, 7, dict(groups=8, padding='same', dilation=2, expansion=3)),
+    expanded_1x1=(ExpandedConv2d, 4, 6, 1, dict(groups=2)),
+    refconv=(RefConv2d, 6, 8, 3, dict(padding=1)),
+    refconv_grouped=(RefConv2d, 8, 6, (3, 5), dict(groups=2, bias=False, stride=2)),
+    refconv_depthwise=(RefConv2d, 6, 6, 7, dict(groups=6, padding='same', dilation=2, map_size=5)),
+    refconv_1x1=(RefConv2d, 4, 6, 1, dict(map_size=1)),
+    dilated=(DilatedConv2d, 8, 8, 7, dict(groups=8, padding=3)),
+    dilated_13=(DilatedConv2d, 4, 8, 13, dict(groups=4, padding='same', bias=False)),
+    dilated_31=(DilatedConv2d, 2, 2, 31, dict(groups=2, padding=15)),
+    dilated_own=(DilatedConv2d, 4, 6, (5, 7), dict(branches='3/1,3/2,3/2', stride=2, dilation=2, padding=2)),
+    mobileone=(MobileOneConv2d, 6, 6, 3, dict(padding=1)),
+    mobileone_single=(MobileOneConv2d, 4, 6, 5, dict(copies=1, stride=2, bias=False)),
+    mobileone_depthwise=(MobileOneConv2d, 8, 8, 7, dict(groups=8, padding='same', dilation=2, copies=2)),
+    mobileone_1x1=(MobileOneConv2d, 6, 6, 1, dict(groups=3)),
+    repnas=(RepNasConv2d, 6, 8, 3, dict(padding=1)),
+    repnas_depthwise=(RepNasConv2d, 8, 8, 7, dict(groups=8, padding='same', dilation=2)),
+    repnas_cut=(RepNasConv2d, 8, 6, (3, 5), dict(groups=2, stride=2, bias=False, branches=('origin', 'conv_1x1'))),
 )
 GEOMETRY = (
     'in_channels', 'out_channels', 'kernel_size', 'stride', 'padding', 'dilation', 'groups', 'padding_mode')
 # Every form that the parameters can take, for what does not depend on the geometry; one of each kind for slow tools.
-FORMS = ('kxk', 'no_1x1', 'grouped', 'wider', 'narrower', 'stem')
-KINDS = ('kxk', 'depthwise', 'wider', 'stem')
+METHODS = ('doconv', 'expanded', 'refconv', 'dilated', 'mobileone', 'repnas')  # one layer of each of the other methods
+ABLATIONS = ('online_dbb', 'two_branches', 'unscaled', 'unscaled_1x1', 'scalar_1x1', 'scalar_stem')
+FORMS = (
+    'kxk', 'no_1x1', 'grouped', 'wider', 'narrower', 'stem', *ABLATIONS, *METHODS, 'mobileone_single', 'mobileone_1x1',
+    'repnas_cut')
+KINDS = ('kxk', 'depthwise', 'wider', 'stem', *METHODS)
+# Arguments beyond a convolution's.
+OWN = ('branch_1x1', 'negative_slope', 'scaling', 'expansion', 'map_size', 'branches', 'copies')
 
 forms = pytest.mark.parametrize('case', FORMS)
 kinds = pytest.mark.parametrize('case', KINDS)
@@ -160,8 +206,12 @@ def test_restored_layer_computes_exactly_the_kernel(case, dtype, rate):
     x = images(layer)
     expected = F.conv2d(x, kernel, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
     assert_near(layer(x), expected, LINEAR_RTOL[dtype])
-    for name, branch in side.items():
-        torch.testing.assert_close(layer.branch_kernels()[name], branch, rtol=1e-4, atol=1e-4)
+    if isinstance(layer, TransformedRepLayer):
+        assert torch.equal(layer.weight, kernel)
+        assert not layer.residual.any()
+    else:
+        for name, branch in side.items():
+            torch.testing.assert_close(layer.branch_kernels()[name], branch, rtol=1e-4, atol=1e-4)
     if layer.bias is not None:
         layer.restore_(kernel)
         assert not layer.bias.any()
@@ -175,7 +225,7 @@ def test_restoring_takes_up_its_own_rounding():
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize('case', ['kxk', 'depthwise', 'wider', 'stem_5x5'])
+@pytest.mark.parametrize('case', ['kxk', 'depthwise', 'wider', 'stem_5x5', 'expanded', 'dilated', 'mobileone'])
 def test_restoring_is_exact_to_one_rounding_of_the_side_branches(case, dtype):
     """However large they are: here some hundred times the kernel."""
     layer = fresh(case, generator=torch.Generator().manual_seed(0))
@@ -226,7 +276,7 @@ def test_redraw_is_deterministic_and_leaves_the_origin_alone(case):
     assert changed == [name for name in before if name != origin]
     assert bias is None or torch.equal(layer.bias, bias)
     layer.redraw_side_branches_(torch.Generator().manual_seed(8))
-    assert not torch.equal(layer.weight, other.weight)
+    assert torch.equal(layer.weight, other.weight) == isinstance(layer, TransformedRepLayer)
     layer.set_attach_rate_(0.0)
     other.set_attach_rate_(0.0)
     assert_near(layer.weight, other.weight, 1e-6)
@@ -236,7 +286,7 @@ def test_redraw_is_deterministic_and_leaves_the_origin_alone(case):
     *((case, torch.float64) for case in CASES), *((case, torch.float32) for case in KINDS)], ids=str)
 def test_layer_from_a_convolution_has_its_function(case, dtype):
     cls, c_in, c_out, size, kwargs = CASES[case]
-    own = {key: value for key, value in kwargs.items() if key in ('branch_1x1', 'negative_slope')}
+    own = {key: value for key, value in kwargs.items() if key in OWN}
     conv_kwargs = {key: value for key, value in kwargs.items() if key not in own}
     conv = nn.Conv2d(c_in, c_out, size, **conv_kwargs, dtype=dtype).eval()
     before = state_of(conv)
@@ -315,6 +365,9 @@ def test_time_step_keeps_the_function_at_every_rate_and_in_both_modes(case, dtyp
         value == torch.tensor(rate) for name, value in layer.state_dict().items() if name.endswith('attach_rate'))
     assert not any(torch.equal(tensor, before[name]) for name, tensor in layer.named_parameters()
                    if name.endswith(('branches', 'dw_conv', 'conv_1x1')))
+    if isinstance(layer, TransformedRepLayer):  # without chance
+        assert not layer.residual.any()
+        randomize_(layer)
     layer.set_attach_rate_(0.7)
     assert (layer.weight - expected).abs().max() > 1e-2  # there are side branches
 
@@ -329,10 +382,13 @@ def test_every_parameter_gets_a_gradient(case):
         assert parameter.grad.abs().sum() > 0, name
     first = layer.stack[0] if isinstance(layer, OrepaStemConv2d) else layer
     gradients = layer.branch_gradients()
-    assert tuple(gradients) == first.branch_names
-    of_origin = first.branches.grad[:, :, :first.kernel_size[0] * first.kernel_size[1]] if isinstance(
-        first, OrepaConv2d) else first.conv_1x1.grad
-    assert torch.equal(gradients['origin'], of_origin)
+    without = dict(MobileOneConv2d='skip', RefConv2d='origin').get(type(first).__name__)  # no kernel that is trained
+    assert tuple(gradients) == tuple(name for name in first.branch_names if name != without)
+    if isinstance(first, OrepaConv2d):
+        assert torch.equal(gradients['origin'], first.branches.grad[:, :, :first.kernel_size[0] * first.kernel_size[1]])
+    elif without != 'origin':
+        own = first.conv_1x1 if isinstance(first, OrepaPointwiseConv2d) else first.origin
+        assert torch.equal(gradients['origin'], own.grad)
 
 
 # The stem
@@ -378,13 +434,13 @@ def test_looks_like_a_convolution_but_is_none():
     assert not isinstance(layer, nn.Conv2d)
     assert torch.equal(layer.weight, layer.compose_weight())
     assert layer.weight.shape == layer.weight_shape
-    assert repr(make('dilated')) == (
+    assert repr(make('spread')) == (
         'OrepaConv2d(4, 6, kernel_size=(3, 3), stride=(1, 2), padding=(2, 1), dilation=(2, 2))')
 
 
 @pytest.mark.parametrize(('case', 'tool'), [
     *((case, 'script') for case in FORMS),
-    *((case, tool) for case in ('kxk', 'wider', 'stem') for tool in ('trace', 'fx')),
+    *((case, tool) for case in ('kxk', 'wider', 'stem', *METHODS) for tool in ('trace', 'fx')),
 ])
 def test_graph_tools_keep_the_function(case, tool):
     layer = make(case, 0.3).eval()
@@ -403,14 +459,14 @@ def test_graph_tools_keep_the_function(case, tool):
     assert_near(converted(x), layer(x), 1e-6)
 
 
-@pytest.mark.parametrize('case', ['kxk', 'wider', 'stem'])
+@pytest.mark.parametrize('case', ['kxk', 'wider', 'stem', *METHODS])
 def test_exported_layer_keeps_the_function(case):
     layer = make(case, 0.3).eval()
     x = images(layer)
     assert_near(torch.export.export(layer, (x,)).module()(x), layer(x), 1e-6)
 
 
-@pytest.mark.parametrize('case', ['kxk', 'wider', 'stem'])
+@pytest.mark.parametrize('case', ['kxk', 'wider', 'stem', *METHODS])
 def test_compiled_layer_keeps_outputs_and_gradients_at_every_attach_rate(case):
     torch._dynamo.reset()
     layer = make(case, 0.3)

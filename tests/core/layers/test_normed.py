@@ -11,7 +11,16 @@ from timm.layers import freeze_batch_norm_2d
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
-from timm_rep import AsymmetricConv2d, DiverseBranchConv2d, RepConv2d, expand, fuse, verify
+from timm_rep import (
+    AsymmetricConv2d,
+    DiverseBranchConv2d,
+    NormedDilatedConv2d,
+    NormedMobileOneConv2d,
+    RepConv2d,
+    expand,
+    fuse,
+    verify,
+)
 
 LAYERS = dict(dbb=DiverseBranchConv2d, acb=AsymmetricConv2d, rep=RepConv2d)
 GEOMETRIES = dict(
@@ -38,9 +47,20 @@ CHOSEN = dict(
     rep=('kxk', 'square', 'wide_padding', 'uneven', 'uneven_square', 'flat', 'grouped_square', 'depthwise', 'unpadded'),
 )
 CASES = {f'{kind}-{name}': (cls, *GEOMETRIES[name]) for kind, cls in LAYERS.items() for name in CHOSEN[kind]}
+CASES.update({
+    'dilated-small': (NormedDilatedConv2d, 4, 6, 3, dict(padding=1, branches='3/1,1/1')),
+    'dilated-reaching': (NormedDilatedConv2d, 4, 4, 7, dict(padding=3, groups=4)),
+    'dilated-cropping': (NormedDilatedConv2d, 4, 6, (5, 7), dict(padding=(0, 2), stride=2, branches='1/1,3/2,3/1')),
+    'dilated-spread': (NormedDilatedConv2d, 4, 8, 5, dict(padding=(1, 4), groups=4, dilation=2)),
+    'mobileone-two': (NormedMobileOneConv2d, 6, 6, 3, dict(padding=1, copies=2)),
+    'mobileone-one': (NormedMobileOneConv2d, 4, 6, (5, 3), dict(padding=(0, 2), copies=1, stride=2)),
+    'mobileone-three': (NormedMobileOneConv2d, 4, 4, 5, dict(padding=4, groups=4, dilation=2, copies=3)),
+})
 # Every set of branches, for what does not depend on the geometry; of the slow tools' graphs one of each kind.
-FORMS = ('dbb-uneven', 'dbb-depthwise', 'acb-uneven', 'rep-kxk', 'rep-uneven_square')
-KINDS = ('dbb-kxk', 'dbb-depthwise', 'acb-kxk', 'rep-square')
+FORMS = (
+    'dbb-uneven', 'dbb-depthwise', 'acb-uneven', 'rep-kxk', 'rep-uneven_square', 'dilated-cropping',
+    'mobileone-one', 'mobileone-three')
+KINDS = ('dbb-kxk', 'dbb-depthwise', 'acb-kxk', 'rep-square', 'dilated-reaching', 'mobileone-two')
 
 forms = pytest.mark.parametrize('case', FORMS)
 kinds = pytest.mark.parametrize('case', KINDS)
@@ -63,6 +83,13 @@ def fresh(case, **kwargs):
     return cls(c_in, c_out, size, **geometry, **kwargs)
 
 
+def split_case(case):
+    """A case with the geometry of a convolution and the options of its layer apart."""
+    *shape, kwargs = CASES[case]
+    options = {key: value for key, value in kwargs.items() if key in ('branches', 'copies')}
+    return *shape, {key: value for key, value in kwargs.items() if key not in options}, options
+
+
 def make(case, rate=1.0, dtype=torch.float32):
     """A layer in eval mode with wide random values."""
     layer = randomize_(fresh(case, dtype=dtype, eps=1e-3, momentum=0.2)).eval()
@@ -79,6 +106,11 @@ def plain_conv(layer, x, kernel, bias):
 
 
 def branch_names(layer):
+    if isinstance(layer, NormedDilatedConv2d):
+        return ['origin', *layer._side_convs()]
+    if isinstance(layer, NormedMobileOneConv2d):
+        names = ['origin', *(f'copy_{n}' for n in range(1, layer.copies)), 'conv_1x1']
+        return names if layer.norm_skip is None else [*names, 'skip']
     if isinstance(layer, AsymmetricConv2d):
         return ['origin', 'conv_1xk', 'conv_kx1']
     if isinstance(layer, RepConv2d):
@@ -147,6 +179,23 @@ def rep_sides(layer, x, padded, centre):
     return side
 
 
+def dilated_sides(layer, x, padded, centre):
+    side = 0
+    for (size, spread), conv, norm in zip(layer._sizes, layer.side_convs, layer.side_norms):
+        cut = [c - size // 2 * spread * d for c, d in zip(centre, layer.dilation)]
+        dilation = [spread * d for d in layer.dilation]
+        side = side + norm(F.conv2d(
+            cropped(padded, *cut), conv.weight, None, layer.stride, 0, dilation, layer.groups))
+    return side
+
+
+def mobileone_sides(layer, x, padded, centre):
+    side = layer.norm_1x1(convolve(layer, cropped(padded, *centre), layer.conv_1x1.weight))
+    for conv, norm in zip(layer.copy_convs, layer.copy_norms):
+        side = side + norm(convolve(layer, padded, conv.weight))
+    return side if layer.norm_skip is None else side + layer.norm_skip(x)
+
+
 @pytest.mark.parametrize(('case', 'training'), [
     *((case, True) for case in CASES), *((case, False) for case in KINDS)])
 def test_forward_is_the_block_of_the_paper(case, training):
@@ -154,7 +203,8 @@ def test_forward_is_the_block_of_the_paper(case, training):
     other = copy.deepcopy(layer)  # each keeps its own running statistics
     pad_h, pad_w = layer.padding
     centre = [dilation * (size // 2) for dilation, size in zip(layer.dilation, layer.kernel_size)]
-    sides = dict(dbb=dbb_sides, acb=acb_sides, rep=rep_sides)[case.partition('-')[0]]
+    sides = dict(dbb=dbb_sides, acb=acb_sides, rep=rep_sides, dilated=dilated_sides, mobileone=mobileone_sides)[
+        case.partition('-')[0]]
     for seed in range(3 if training else 1):  # what one batch does to the statistics, the next one meets
         x = randn(2, layer.in_channels, 15, 16, seed=seed)
         padded = F.pad(x, (pad_w, pad_w, pad_h, pad_h))
@@ -306,11 +356,11 @@ def test_restoring_what_does_not_fit_raises_and_changes_nothing(case):
 @forms
 @pytest.mark.parametrize(('dtype', 'with_norm'), [(torch.float64, True), (torch.float32, False)], ids=str)
 def test_layer_from_a_convolution_has_its_function(case, dtype, with_norm):
-    cls, c_in, c_out, size, geometry = CASES[case]
+    cls, c_in, c_out, size, geometry, options = split_case(case)
     conv = nn.Conv2d(c_in, c_out, size, **geometry, bias=not with_norm, dtype=dtype).eval()
     norm = randomize_(nn.BatchNorm2d(c_out, eps=1e-3, momentum=0.2, dtype=dtype)).eval() if with_norm else None
-    layer = cls.from_conv(conv, torch.Generator().manual_seed(0), norm=norm)
-    again = cls.from_conv(conv, torch.Generator().manual_seed(0), norm=norm)
+    layer = cls.from_conv(conv, torch.Generator().manual_seed(0), norm=norm, **options)
+    again = cls.from_conv(conv, torch.Generator().manual_seed(0), norm=norm, **options)
     assert not layer.training
     assert (layer.attach_rate, layer.time_step) == (1, 0)
     x = images(layer)
@@ -325,14 +375,14 @@ def test_layer_from_a_convolution_has_its_function(case, dtype, with_norm):
 
 @forms
 def test_layer_for_a_convolution_is_fresh_and_starts_its_norms_like_the_one_behind_it(case):
-    cls, c_in, c_out, size, geometry = CASES[case]
+    cls, c_in, c_out, size, geometry, options = split_case(case)
     conv = nn.Conv2d(c_in, c_out, size, **geometry, bias=False).eval()
     norm = randomize_(nn.BatchNorm2d(c_out)).eval()
     before = state_of(norm)
-    layer = cls.from_conv(conv, torch.Generator().manual_seed(0), norm=norm, same_function=False)
+    layer = cls.from_conv(conv, torch.Generator().manual_seed(0), norm=norm, same_function=False, **options)
     expected = fresh(case, generator=torch.Generator().manual_seed(0))
     inner = [name for name in norms_of(layer) if 'inner' in name]
-    assert len(inner) == dict(dbb=1 if layer.groups == c_in == c_out else 2, acb=0, rep=0)[case.partition('-')[0]]
+    assert len(inner) == dict(dbb=1 if layer.groups == c_in == c_out else 2).get(case.partition('-')[0], 0)
     for name, own in norms_of(layer).items():
         if name not in inner:
             assert torch.equal(own.weight, norm.weight), name
@@ -488,8 +538,8 @@ def test_branch_gradients_are_those_of_the_kernels(case):
     gradients = layer.branch_gradients()
     assert next(iter(gradients)) == 'origin'
     assert set(gradients) == {
-        name for name in branch_names(layer)
-        if name != 'identity' and not (name == 'average' and layer.avg_conv is None)  # these have no kernel to learn
+        name for name in branch_names(layer)  # but for those that have no kernel to learn
+        if name not in ('identity', 'skip') and not (name == 'average' and layer.avg_conv is None)
     }
     assert torch.equal(gradients['origin'], layer.conv_kxk.weight.grad)
     own = {id(parameter.grad) for name, parameter in layer.named_parameters() if name.endswith('.weight')}

@@ -404,6 +404,7 @@ class AnnealedModule(nn.Module):
             keep_gain: Let the origin branch's norm keep its gain, but where that is zero, instead of setting it to one.
             side_gain: Gain of the last norms of the fresh side branches.
         """
+        self._before_writing()
         weight, bias = self.compose_weight_bias()
         self.redraw_side_branches_(generator)
         self.set_side_gain_(side_gain)

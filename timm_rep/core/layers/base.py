@@ -360,6 +360,8 @@ class LinearRepLayer(RepLayer):
         check_kernel(self, self.weight_shape, weight, bias)
         if bias is not None and self.bias is None:
             raise UserError(f'this {type(self).__name__} was built with bias=False, it cannot hold a bias')
+        self._before_writing()
+        weight = weight.clone()  # it may be a parameter of the layer
         origin = self.clear_origin_()
         for _ in range(2):  # the second pass takes up the rounding of the first
             origin.add_(weight.to(origin) - self.compose_weight())

@@ -23,7 +23,7 @@ from .norms import (
     synchronized_as,
 )
 
-__all__ = ['NormedMethod', 'NormedRepLayer']
+__all__ = ['NormedMethod', 'NormedRepLayer', 'is_foldable_pair']
 
 MAX_KERNEL_SIZE = 5  # larger ones are left alone: the papers' networks have none but the stem's
 
@@ -319,6 +319,16 @@ def crop(x: Tensor, height: int, width: int) -> Tensor:
     return x[:, :, height:x.shape[2] - height, width:x.shape[3] - width]
 
 
+def is_foldable_pair(place: Place) -> bool:
+    """Whether a layer with norms can stand for a convolution and the norm behind it, but for the kernel's size."""
+    norm = place.norm
+    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or not is_foldable(norm):
+        return False
+    if not norm.affine or norm.running_mean is None or place.read_between or place.norm_stays:
+        return False
+    return not isinstance(place.conv.padding, str)
+
+
 @dataclass(frozen=True)
 class NormedMethod(Method):
     """A method whose layers have a norm in each branch; it takes 3x3 to 5x5 convolutions with a batch norm behind."""
@@ -326,9 +336,5 @@ class NormedMethod(Method):
     takes_norm = True
 
     def takes(self, place: Place) -> bool:
-        conv, norm, sizes = place.conv, place.norm, place.conv.kernel_size
-        if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or not is_foldable(norm):
-            return False
-        if not norm.affine or norm.running_mean is None or place.read_between or place.norm_stays:
-            return False
-        return not isinstance(conv.padding, str) and min(sizes) > 1 and max(sizes) <= MAX_KERNEL_SIZE
+        sizes = place.conv.kernel_size
+        return is_foldable_pair(place) and min(sizes) > 1 and max(sizes) <= MAX_KERNEL_SIZE

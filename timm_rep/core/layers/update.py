@@ -1,9 +1,12 @@
 """Kernels that are composed once for an update of several micro-batches."""
+import weakref
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..composition import needs_plain_formula, prefers_channels_last
 from ..errors import UserError
@@ -15,30 +18,60 @@ def _as_it_is(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def _accumulates(parameter: nn.Parameter) -> Optional[bool]:
+    """Whether the backward that runs adds to a parameter's gradient; None if it only looks at gradients."""
+    try:
+        return bool(torch._C._will_engine_execute_node(get_gradient_edge(parameter).node))
+    except RuntimeError:  # torch.autograd.grad of that parameter
+        return None
+
+
 class _Shared:
     """The kernel of a layer in one update: as composed, and the leaf that micro-batches before the last see of it.
 
     The gradient of the leaf joins that of the kernel in the last micro-batch, whose backward is the first to go through
-    the composition.
+    the composition. The gradient of a parameter, the witness, tells whether gradients were cleared, which the leaf does
+    not know of.
     """
 
-    def __init__(self, layer: nn.Module, kernel: Tensor) -> None:
-        self.parameters = tuple(layer.parameters())
-        self.versions = [parameter._version for parameter in self.parameters]
-        self.kernel = kernel
-        self.leaf = kernel.detach().requires_grad_(kernel.requires_grad)
+    def __init__(self, layer: Any, channels_last: bool) -> None:
+        self.parameters: Tuple[nn.Parameter, ...] = tuple(layer.parameters())
+        self.trained = [p for p in self.parameters if p.requires_grad and p is not layer.bias]
+        self.versions = self._versions()
+        # checkpointing would take what the composition saves (parameters) for a part of this micro-batch
+        with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):
+            self.kernel = layer._compose(channels_last)
+        self.leaf = self.kernel.detach().requires_grad_(self.kernel.requires_grad)
         self.is_joined = False
-        if kernel.requires_grad:
-            kernel.register_hook(self._join)
+        self._witness = min(self.trained, key=torch.numel) if self.trained else None
+        if self._witness is not None and self._witness.grad is None:
+            self._witness.grad = torch.zeros_like(self._witness)
+        self.note_gradient()
+        if self.kernel.requires_grad:
+            this = weakref.ref(self)  # a kernel that holds what holds it would never be freed
+
+            def join(gradient: Tensor) -> Tensor:
+                shared = this()
+                return gradient if shared is None else shared._join(gradient)
+
+            self._handle = self.kernel.register_hook(join)
+
+    def _versions(self) -> List[int]:
+        return [parameter._version for parameter in self.parameters]
 
     def _join(self, gradient: Tensor) -> Tensor:
         earlier = self.leaf.grad
         if earlier is None or self.is_joined:
             return gradient
+        taken = [_accumulates(parameter) for parameter in self.trained]
+        if not any(taken):  # somebody looks at gradients of this micro-batch
+            return gradient
+        if not all(taken):
+            raise UserError('the last of several micro-batches takes no backward(inputs=...) of some parameters only')
         if earlier.requires_grad:
             raise UserError('micro-batches that share a kernel have no second derivatives: got create_graph=True')
         self.is_joined = True
-        return gradient + earlier
+        return earlier.add_(gradient)
 
     def is_of(self, layer: nn.Module) -> bool:
         """Whether a layer has the parameters that the kernel was made of; torch.func puts others in their place."""
@@ -46,30 +79,64 @@ class _Shared:
 
     def is_outdated(self) -> bool:
         """Whether those parameters were written to since."""
-        return [parameter._version for parameter in self.parameters] != self.versions
+        return self._versions() != self.versions
+
+    def is_cleared(self) -> bool:
+        """Whether the gradients were set to None since."""
+        return self._witness is not None and self._witness.grad is None
 
     def owes_gradient(self) -> bool:
         """Whether the branches have not got the gradient of the leaf yet."""
         return self.leaf.grad is not None and not self.is_joined
 
+    def note_gradient(self) -> None:
+        """Note the gradient that there is."""
+        gradient = None if self._witness is None else self._witness.grad
+        self._noted = (gradient, 0 if gradient is None else gradient._version)
+
+    def check_gradient(self, accumulated: bool) -> None:
+        """Raise a UserError if the gradient is not what was noted, or what a backward has added to it."""
+        gradient, version = self._noted
+        if gradient is None or self._witness is None or self._witness.grad is None:
+            return
+        if self._witness.grad is gradient and gradient._version == version:
+            return
+        if not (accumulated and self._witness.grad.any()):
+            raise UserError(
+                'gradients were written to in the middle of an update; they are whole after its last micro-batch only. '
+                'To begin it anew, clear them with zero_grad(set_to_none=True)')
+
+
+# A layer, and which of its parameters are trained.
+_Key = Tuple[nn.Module, Tuple[bool, ...]]
+
 
 class UpdateKernels:
-    """Kernels of a model's linear layers in one update.
+    """Kernels of a model's linear layers in one update. What belongs to gradients that were cleared is forgotten.
 
     Attributes:
         is_open: Whether a micro-batch is being computed, which is when the kernels are shared.
         is_last: Whether that is the last one of the update.
         is_broken: Whether a micro-batch ended in an error.
+        is_used: Whether a kernel was asked for.
     """
 
     def __init__(self) -> None:
-        self.is_open = self.is_last = self.is_broken = False
-        self._shared: Dict[nn.Module, _Shared] = {}
-        self._witness: Optional[nn.Parameter] = None
-        self._noted: Tuple[Optional[Tensor], int] = (None, 0)
+        self.is_open = self.is_last = self.is_broken = self.is_used = False
+        self._shared: Dict[_Key, _Shared] = {}
+        this = weakref.ref(self)
 
-    def __len__(self) -> int:
-        return len(self._shared)
+        def before_step(optimizer: Any, *_: Any) -> None:
+            update = this()
+            if update is not None:
+                update._before_step(optimizer)
+
+        self._handle: Any = register_optimizer_step_pre_hook(before_step)
+        weakref.finalize(self, self._handle.remove)
+
+    def begin(self, last: bool) -> None:
+        """Begin a micro-batch."""
+        self.is_open, self.is_last, self.is_broken, self.is_used = True, last, True, False
 
     def kernel(self, layer: Any, x: Tensor) -> Tensor:
         """The kernel that a layer convolves an input with.
@@ -80,39 +147,64 @@ class UpdateKernels:
 
         Returns:
             ``(o, i/g, kh, kw)``: composed anew where nothing can be shared.
-        """
-        if not self.is_open or torch.is_inference_mode_enabled():
-            return layer._compose(prefers_channels_last(x))
-        shared = self._shared.get(layer)
-        alone = shared is None and self.is_last
-        if alone or needs_plain_formula(x) or not (shared is None or shared.is_of(layer)):
-            return layer._compose(prefers_channels_last(x))
-        if shared is None:
-            # checkpointing would take what the composition saves (parameters) for a part of this micro-batch
-            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
-                shared = self._shared[layer] = _Shared(layer, layer._compose(prefers_channels_last(x)))
-        return shared.kernel if self.is_last else shared.leaf
-
-    def forget(self, layer: nn.Module) -> None:
-        """Forget the kernel of a layer that is about to be written to.
 
         Raises:
-            UserError: If that would lose a gradient.
+            UserError: If parameters or gradients were written to since it was composed.
         """
-        shared = self._shared.get(layer)
-        if shared is not None and shared.owes_gradient():
-            raise UserError(
-                f'this {type(layer).__name__} is in the middle of an update; end it with its last micro-batch, or '
-                'clear the gradients and begin it anew')
-        self._shared.pop(layer, None)
+        channels_last = prefers_channels_last(x)
+        self.is_used = True
+        if not self.is_open or torch.is_inference_mode_enabled() or needs_plain_formula(x):
+            return layer._compose(channels_last)
+        key = (layer, tuple(parameter.requires_grad for parameter in layer.parameters()))
+        shared = self._shared.get(key)
+        if shared is not None and shared.is_cleared():
+            shared = self._shared.pop(key) and None
+        if shared is None and not self.is_last:
+            shared = self._shared[key] = _Shared(layer, channels_last)
+        if shared is None or shared.is_joined or not shared.is_of(layer):
+            return layer._compose(channels_last)
+        shared.check_gradient(accumulated=True)
+        self._check_weights(shared)
+        return shared.kernel if self.is_last else shared.leaf
 
-    def is_outdated(self) -> bool:
-        """Whether parameters were written to since their kernel was composed, as an optimizer's step does."""
-        return any(shared.is_outdated() for shared in self._shared.values())
+    def _check_weights(self, shared: _Shared) -> None:
+        if shared.is_outdated() and not shared.is_joined:
+            raise UserError(
+                'the weights were changed in the middle of an update: the last micro-batch before a step of the '
+                'optimizer needs last=True')
+
+    def drop_cleared(self) -> None:
+        """Forget what belongs to gradients that were cleared."""
+        for key in [key for key, shared in self._shared.items() if shared.is_cleared()]:
+            del self._shared[key]
+
+    def is_empty(self) -> bool:
+        """Whether no kernels are held, or none any more."""
+        self.drop_cleared()
+        return not self._shared
+
+    def check(self) -> None:
+        """Raise a UserError if parameters or gradients were written to since the last micro-batch."""
+        self.drop_cleared()
+        for shared in self._shared.values():
+            shared.check_gradient(accumulated=False)
+            self._check_weights(shared)
+
+    def note_gradients(self) -> None:
+        """Note what the gradients are when a micro-batch ends, after a backward."""
+        self.drop_cleared()
+        for shared in self._shared.values():
+            shared.check_gradient(accumulated=True)
+            shared.note_gradient()
 
     def owing(self) -> List[nn.Module]:
         """Layers whose branches have not got the gradient of micro-batches before the last."""
-        return [layer for layer, shared in self._shared.items() if shared.owes_gradient()]
+        self.drop_cleared()
+        return [layer for (layer, _), shared in self._shared.items() if shared.owes_gradient()]
+
+    def is_outdated(self) -> bool:
+        """Whether parameters were written to since their kernel was composed."""
+        return any(shared.is_outdated() for shared in self._shared.values())
 
     def pay(self) -> None:
         """Give the branches the gradients that the last micro-batch did not take along: it did not use these layers."""
@@ -120,32 +212,25 @@ class UpdateKernels:
             if shared.owes_gradient():
                 torch.autograd.backward(shared.kernel, torch.zeros_like(shared.kernel))
 
-    # A parameter's gradient tells whether the gradients were cleared, which the leaves do not know of.
-
-    def note_gradients(self) -> None:
-        """Note what the gradients are when a micro-batch ends."""
-        if self._witness is None:
-            trained = [p for shared in self._shared.values() for p in shared.parameters if p.requires_grad]
-            if not trained:
-                return
-            self._witness = min(trained, key=torch.numel)
-        if self._witness.grad is None:
-            self._witness.grad = torch.zeros_like(self._witness)
-        self._noted = (self._witness.grad, self._witness.grad._version)
-
-    def check_gradients(self) -> None:
-        """Forget the leaves' gradients if the others were cleared since they were noted.
+    def forget(self, layer: nn.Module) -> None:
+        """Forget the kernel of a layer that is about to be written to.
 
         Raises:
-            UserError: If they were changed in another way, which the leaves' gradients have missed.
+            UserError: If that would lose a gradient.
         """
-        if self._witness is None:
-            return
-        gradient, version = self._noted
-        if self._witness.grad is None:
-            for shared in self._shared.values():
-                shared.leaf.grad = None
-        elif self._witness.grad is not gradient or gradient._version != version:
+        if layer in self.owing():
             raise UserError(
-                'gradients were written to between the micro-batches of an update; they are whole after the last one '
-                'only. To begin the update anew, clear them with zero_grad(set_to_none=True)')
+                f'this {type(layer).__name__} is in the middle of an update; end it with its last micro-batch, or '
+                'clear the gradients and begin it anew')
+        for key in [key for key in self._shared if key[0] is layer]:
+            del self._shared[key]
+
+    def _before_step(self, optimizer: Any) -> None:
+        """Refuse a step that would go by a part of the gradients."""
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group['params']}
+        self.drop_cleared()
+        for shared in self._shared.values():
+            if shared.owes_gradient() and any(id(parameter) in stepped for parameter in shared.trained):
+                raise UserError(
+                    'a step of the optimizer in the middle of an update: its last micro-batch needs last=True, and has '
+                    'to use every layer that those before it used')

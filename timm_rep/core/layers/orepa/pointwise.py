@@ -11,7 +11,8 @@ from ...composition import compose_pointwise, compose_pointwise_plain, needs_pla
 from ...errors import UserError
 from ...precision import without_autocast
 from ..annealed import OriginPart
-from ..base import LinearRepLayer, kaiming_uniform_
+from ..base import kaiming_uniform_
+from .scaling import ScalingChoice, check_scaling
 
 __all__ = ['OrepaPointwiseConv2d']
 
@@ -38,7 +39,7 @@ torch.fx.wrap('_compose_1x1')
 
 
 @register_notrace_module
-class OrepaPointwiseConv2d(LinearRepLayer):
+class OrepaPointwiseConv2d(ScalingChoice):
     """OREPA's Rep-1x1 for 1x1 convolutions, without the norm: a 1x1 beside a sequence of two 1x1.
 
     The smaller side of the sequence is square and starts as the identity: the first factor if ``o > i``, else the
@@ -49,11 +50,12 @@ class OrepaPointwiseConv2d(LinearRepLayer):
     Args:
         in_channels: As of :class:`torch.nn.Conv2d`, like all up to ``padding_mode``, which is only ``'zeros'``.
         kernel_size: Only 1, so that ``dilation`` has no effect.
+        scaling: As of :class:`OrepaConv2d`.
         generator: Source of the initial draw.
 
     Raises:
-        UserError: For another kernel size, a padding mode other than zeros, or channels that the groups do not
-            divide.
+        UserError: For an unknown scaling, another kernel size, a padding mode other than zeros, or channels that the
+            groups do not divide.
     """
 
     branch_names = tuple(POINTWISE_SCALE)
@@ -69,6 +71,7 @@ class OrepaPointwiseConv2d(LinearRepLayer):
             groups: int = 1,
             bias: bool = True,
             padding_mode: str = 'zeros',
+            scaling: str = 'vector',
             generator: Optional[torch.Generator] = None,
             device: Any = None,
             dtype: Optional[torch.dtype] = None,
@@ -83,9 +86,19 @@ class OrepaPointwiseConv2d(LinearRepLayer):
         self.conv_1x1 = nn.Parameter(torch.empty(out_channels, in_per_group, 1, 1, **dd))
         self.seq_first = nn.Parameter(torch.empty(inner, in_per_group, 1, 1, **dd))
         self.seq_second = nn.Parameter(torch.empty(out_channels, inner // groups, 1, 1, **dd))
-        self.scale = nn.Parameter(torch.empty(len(self.branch_names), out_channels, **dd))
+        self.scaling = check_scaling(scaling)
+        self._add_scale(len(self.branch_names), self.scaling, dd)
         self._init_bias(bias, device, dtype)
         self.reset_parameters(generator)
+
+    def _own_kwargs(self) -> Dict[str, Any]:
+        return dict(super()._own_kwargs(), scaling=self.scaling)
+
+    def init_non_persistent_buffers(self) -> None:
+        """Fill the scale where it is a constant."""
+        if self.scaling == 'none':
+            dtype = torch.float64 if self.conv_1x1.dtype == torch.float64 else torch.float32
+            self._fill_constant_scale(self._device_of_constant(self.scale, self.conv_1x1), dtype)
 
     @torch.no_grad()
     def branch_kernels(self) -> Dict[str, Tensor]:
@@ -94,7 +107,7 @@ class OrepaPointwiseConv2d(LinearRepLayer):
         Returns:
             A kernel ``(o, i/g, 1, 1)`` for each branch; they add up to :meth:`compose_weight`.
         """
-        origin = self.conv_1x1 * self.scale[0].view(-1, 1, 1, 1)
+        origin = self.conv_1x1 * self.scale[0].to(self.conv_1x1.dtype).view(-1, 1, 1, 1)
         return dict(origin=origin, sequential=self.compose_weight() - origin)
 
     def branch_gradients(self) -> Dict[str, Tensor]:
@@ -102,7 +115,7 @@ class OrepaPointwiseConv2d(LinearRepLayer):
         return {name: gradient for name, gradient in gradients.items() if gradient is not None}
 
     def origin_parameters(self) -> List[OriginPart]:
-        return [(self.conv_1x1, ...), (self.scale, 0)]
+        return [(self.conv_1x1, ...), *self._scale_of_origin()]
 
     @torch.no_grad()
     def reset_parameters(self, generator: Optional[torch.Generator] = None) -> None:
@@ -112,7 +125,7 @@ class OrepaPointwiseConv2d(LinearRepLayer):
             generator: Source of the draw.
         """
         kaiming_uniform_(self.conv_1x1, self.in_channels // self.groups, 1.0, generator)
-        self.scale[0].fill_(POINTWISE_SCALE['origin'])
+        self._fill_scale(0, POINTWISE_SCALE['origin'])
         self._reset_annealing()
         self.redraw_side_branches_(generator)
         self._reset_bias(generator)
@@ -130,17 +143,17 @@ class OrepaPointwiseConv2d(LinearRepLayer):
         identity = kernels.grouped_identity(square.shape[0], self.groups, device=square.device, dtype=square.dtype)
         square.copy_(identity)
         kaiming_uniform_(drawn, drawn.shape[1], 1.0, generator)
-        self.scale[1].fill_(POINTWISE_SCALE['sequential'])
+        self._fill_scale(1, POINTWISE_SCALE['sequential'])
 
     @torch.no_grad()
     def clear_origin_(self) -> Tensor:
         self.conv_1x1.zero_()
-        self.scale[0].fill_(1.0)
+        self._fill_scale(0, 1.0)
         return self.conv_1x1
 
     def _compose(self, channels_last: bool) -> Tensor:
         if torch.jit.is_scripting():
             return compose_pointwise_plain(
-                self.conv_1x1, self.seq_first, self.seq_second, self.scale, self.attach_rate, self.groups)
+                self.conv_1x1, self.seq_first, self.seq_second, self._scales(), self.attach_rate, self.groups)
         return _compose_1x1(
-            self.conv_1x1, self.seq_first, self.seq_second, self.scale, self.attach_rate, self.groups)
+            self.conv_1x1, self.seq_first, self.seq_second, self._scales(), self.attach_rate, self.groups)

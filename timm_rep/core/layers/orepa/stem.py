@@ -1,5 +1,5 @@
 """OREPA's linear deep stem: a large kernel squeezed from a stack of 3x3 blocks."""
-from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -51,6 +51,8 @@ class OrepaStemConv2d(LinearRepLayer):
         out_channels: Output channels ``o``, also the stack's inner width.
         kernel_size: Odd and square, at least 5; 7 needs a stack of three.
         groups: Only 1.
+        branches: Those of the 3x3 blocks, as of :class:`OrepaConv2d`; None for all.
+        scaling: Of the 3x3 blocks, as of :class:`OrepaConv2d`.
         generator: Source of the initial draw.
 
     Raises:
@@ -70,6 +72,8 @@ class OrepaStemConv2d(LinearRepLayer):
             groups: int = 1,
             bias: bool = True,
             padding_mode: str = 'zeros',
+            branches: Optional[Sequence[str]] = None,
+            scaling: str = 'vector',
             generator: Optional[torch.Generator] = None,
             device: Any = None,
             dtype: Optional[torch.dtype] = None,
@@ -83,13 +87,16 @@ class OrepaStemConv2d(LinearRepLayer):
             raise UserError(f'OrepaStemConv2d supports groups=1, got {groups}')
         dd: Dict[str, Any] = dict(device=device, dtype=dtype)
         depth = (height - 1) // 2
+        block: Dict[str, Any] = dict(bias=False, branches=branches, scaling=scaling, generator=generator, **dd)
         self.stack = nn.ModuleList([
-            OrepaConv2d(in_channels if n == 0 else out_channels, out_channels, 3, bias=False, generator=generator, **dd)
-            for n in range(depth)
-        ])
+            OrepaConv2d(in_channels if n == 0 else out_channels, out_channels, 3, **block) for n in range(depth)])
         self.register_buffer('kernel_offset', torch.zeros(self.weight_shape, **dd))
         self._init_bias(bias, device, dtype)
         self._reset_bias(generator)
+
+    def _own_kwargs(self) -> Dict[str, Any]:
+        first = next(self._blocks())
+        return dict(super()._own_kwargs(), branches=first.branch_names, scaling=first.scaling)
 
     def _blocks(self) -> Iterator[OrepaConv2d]:
         for block in self.stack:
@@ -118,6 +125,7 @@ class OrepaStemConv2d(LinearRepLayer):
             keep_gain: bool = False,
             side_gain: float = 1.0,
     ) -> None:
+        self._before_writing()
         for block in self._blocks():
             block.begin_time_step_(generator, attach_rate)
         super().set_attach_rate_(attach_rate)

@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# All that a GPU is wanted for, in nine minutes: checks, costs, a profile, the experiment which form trains best.
+#
+#   OUT=results DATA=cifar10 PEER=OREPA_CVPR2022 TIMM_SCRIPTS=pytorch-image-models benchmarks/gpu.sh
+#
+# OUT is a new or an empty folder. What is not there is left out: DATA, a folder (or a tar.xz of one) with train/CLASS/*
+# and test/CLASS/*; PEER, a clone of the authors' code; TIMM_SCRIPTS. Each part has a time limit of its own, so that the
+# next one runs whatever becomes of it. No network is needed. TOY=1 DEVICE=cpu tries it on a CPU.
+set -u
+cd "$(dirname "$0")/.."
+: "${OUT:?names no folder}" "${DEVICE:=cuda}" "${TOY:=}" "${DATA:=}" "${PEER:=}" "${PYTHON:=python3}"
+mkdir -p "$OUT"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+started=$SECONDS
+report="$OUT/parts.md"
+printf '| part | outcome | seconds |\n|---|---|--:|\n' > "$report"
+
+part() {  # NAME SECONDS COMMAND...
+    local name=$1 limit=$2 begun=$SECONDS outcome
+    shift 2
+    echo "== $name: $*"
+    timeout --kill-after=5 "$limit" "$@" > "$OUT/$name.log" 2>&1
+    case $? in 0) outcome=ok;; 124|137) outcome="stopped after $limit s";; *) outcome=failed;; esac
+    tail -n 3 "$OUT/$name.log"
+    echo "| $name | $outcome | $((SECONDS - begun)) |" >> "$report"
+}
+
+cost() {  # NAME SECONDS ARGUMENTS...
+    local name=$1 limit=$2
+    shift 2
+    part "$name" "$limit" "$PYTHON" benchmarks/train_cost.py --device "$DEVICE" --dtype bf16 --channels-last \
+        ${PEER:+--peer "$PEER"} --out "$OUT/$name" "$@"
+}
+
+if [ -n "$TOY" ]; then
+    export CHECKED_NETWORK=test_resnet
+    large=(--batch 2 --size 32 --rounds 2 --warmup 1)
+    small=("${large[@]}")
+else
+    large=(--batch 256 --rounds 5 --steps 5)
+    small=(--batch 64 --rounds 7 --steps 10)
+fi
+
+part checks 90 "$PYTHON" benchmarks/gpu_checks.py --device "$DEVICE" --out "$OUT"
+cost resnet50_b64 75 --models resnet50 --forms plain branched orepa compiled "${small[@]}"
+cost resnet50_b256 75 --models resnet50 --forms plain branched orepa compiled "${large[@]}"
+cost resnet18_b256 45 --models resnet18 --forms plain branched orepa "${large[@]}"
+cost repvgg_a0_b256 45 --models repvgg_a0 --forms plain branched orepa "${large[@]}"
+part profile 40 "$PYTHON" benchmarks/gpu_profile.py --device "$DEVICE" --out "$OUT" ${TOY:+--batch 2 --size 32}
+if [ -n "$DATA" ]; then
+    if [ -f "$DATA" ]; then
+        mkdir -p /tmp/timm_rep_data && tar -xf "$DATA" -C /tmp/timm_rep_data
+        DATA=$(dirname "$(find /tmp/timm_rep_data -maxdepth 2 -name train -type d | head -n 1)")
+    fi
+    left=$((530 - SECONDS + started))
+    part experiment "$((left > 30 ? left : 30))" "$PYTHON" experiments/cifar10_fast/run.py --data "$DATA" \
+        --output "$OUT/speedrun" --network speedrun --device "$DEVICE" --seeds 50
+    part table 20 "$PYTHON" experiments/cifar10_fast/table.py "$OUT/speedrun"
+    tar -czf "$OUT/speedrun.tar.gz" -C "$OUT" speedrun
+fi
+echo
+cat "$report" "$OUT"/checks.md "$OUT"/res*.md "$OUT"/rep*.md "$OUT"/profile.md 2> "$OUT/missing.log"
+exit 0
