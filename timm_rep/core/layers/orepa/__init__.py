@@ -22,6 +22,8 @@ __all__ = ['Orepa', 'OrepaConv2d', 'OrepaPointwiseConv2d', 'OrepaStemConv2d']
 
 # Kernels of this size and larger become a stack of 3x3 blocks in ungrouped stems (official code).
 STEM_KERNEL_SIZE = 7
+# A stem sees an image. A stack in the place of other large kernels, such as VGG's 7x7 of 512 to 4096 channels, is huge.
+MAX_STEM_INPUTS = 16
 # Share of the KxK parameters in convolutions with a norm right behind them, from which on the paper's choice is kept.
 PAIRED_SHARE = 0.5
 # Share of the 1x1 in the parameters of all convolutions from which on they are taken too, where that is not so.
@@ -30,7 +32,7 @@ POINTWISE_SHARE = 0.25
 
 def _is_stem_shaped(conv: Any) -> bool:
     height, width = conv.kernel_size
-    return bool(height == width >= STEM_KERNEL_SIZE and conv.groups == 1)
+    return bool(height == width >= STEM_KERNEL_SIZE and conv.groups == 1 and conv.in_channels <= MAX_STEM_INPUTS)
 
 
 @register_method
