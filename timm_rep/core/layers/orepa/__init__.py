@@ -22,6 +22,9 @@ __all__ = ['Orepa', 'OrepaConv2d', 'OrepaPointwiseConv2d', 'OrepaStemConv2d']
 
 # Kernels of this size and larger become a stack of 3x3 blocks in ungrouped stems (official code).
 STEM_KERNEL_SIZE = 7
+# A stack is as wide inside as its outputs, so without a norm behind it only one that sees few channels is taken unasked:
+# not the 7x7 that is VGG's first linear layer, whose stack would have a thousand million parameters.
+STEM_CHANNELS = 16
 # Share of the KxK parameters in convolutions with a norm right behind them, from which on the paper's choice is kept.
 PAIRED_SHARE = 0.5
 # Share of the 1x1 in the parameters of all convolutions from which on they are taken too, where that is not so.
@@ -40,8 +43,9 @@ class Orepa(Method):
 
     By default it takes the convolutions with a norm right behind them; of a RepVGG block only the KxK branch, and not
     the shortcuts of a ResNet BasicBlock. That is the choice of the official networks. In a network where such
-    convolutions hold less than half of the parameters of all KxK ones, it takes every KxK; and if the 1x1 hold at least
-    a quarter of the parameters of all convolutions, every 1x1 but the classifier.
+    convolutions hold less than half of the parameters of all KxK ones, it takes every KxK, but of those that become a
+    stack only what sees at most 16 channels; and if the 1x1 hold at least a quarter of the parameters of all
+    convolutions, every 1x1 but the classifier.
 
     Source: OREPA Section 3.
 
@@ -138,7 +142,7 @@ class Orepa(Method):
             return False
         if place.conv.kernel_size == (1, 1):
             return place.shares.pointwise >= POINTWISE_SHARE and not place.is_classifier
-        return True
+        return not self._is_stem(place) or place.conv.in_channels <= STEM_CHANNELS
 
     def layer_for(self, place: Place) -> Tuple[Type[LinearRepLayer], Dict[str, Any]]:
         if place.conv.kernel_size == (1, 1):
