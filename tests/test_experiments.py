@@ -77,7 +77,9 @@ def test_forms_of_a_seed_start_from_one_function_and_end_as_one_network(fast):
         for model in models.values():
             assert (model(x) - expected).abs().max() < 1e-6
             assert str(timm_rep.fuse(model)) == str(models['plain'])
-    assert len({sum(p.numel() for p in model.parameters()) for model in models.values()}) == len(models)
+    sizes = [sum(p.numel() for p in model.parameters()) for model in models.values()]
+    assert min(sizes) == sizes[0]
+    assert sizes[1:].count(sizes[0]) <= 1  # RefConv's maps can have as many as its kernels
     patches = torch.nn.functional.conv2d(fast.data.normalized(pixels[::10]), stem).transpose(0, 1).flatten(1)[:12]
     assert (patches @ patches.T / patches.shape[1] - torch.eye(12)).abs().max() < 0.01
 

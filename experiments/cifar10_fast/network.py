@@ -14,7 +14,8 @@ WHITENING_EPS = 5e-4
 
 def forms():
     """Names of what a network can be trained as: plain, or with the layers of a method."""
-    return [PLAIN, *timm_rep.methods.registered_methods()]
+    # those of large depthwise kernels have nothing to take here
+    return [PLAIN, *(name for name in timm_rep.methods.registered_methods() if name != 'dilated')]
 
 
 def whitening(pixels):

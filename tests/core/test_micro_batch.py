@@ -492,6 +492,7 @@ def test_what_cannot_be_shared_is_refused():
 
 
 def test_compiled_layers_compose_at_every_micro_batch_and_say_so():
+    torch.compiler.reset()
     model = nn.Sequential(OrepaConv2d(3, 2, 3)).double()
     twin = copy.deepcopy(model)
     accumulate(twin, batches(), once=False)

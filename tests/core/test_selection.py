@@ -61,6 +61,12 @@ def test_the_classifier_stays():
     assert {'stages.0.blocks.0.conv1', 'stages.0.blocks.0.conv2'} <= set(names)
 
 
+def test_large_kernels_that_would_become_a_wide_stack_stay():
+    model = nn.Sequential(nn.Conv2d(3, 8, 7), nn.ReLU(), nn.Conv2d(8, 32, 3), nn.Conv2d(32, 4, 7))
+    assert taken(model) == ['0', '2']
+    assert taken(nn.Sequential(model[3], nn.BatchNorm2d(4))) == ['0']  # as it was: a norm is behind it
+
+
 @pytest.mark.parametrize(('pairs', 'all_of_them'), [(3, False), (1, True)])
 def test_half_of_the_kxk_parameters_make_a_network_of_pairs(pairs, all_of_them):
     layers = [kxk(8, 8) for _ in range(4)]

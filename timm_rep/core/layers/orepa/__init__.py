@@ -30,9 +30,13 @@ PAIRED_SHARE = 0.5
 POINTWISE_SHARE = 0.25
 
 
-def _is_stem_shaped(conv: Any) -> bool:
+def _is_large(conv: Any) -> bool:
     height, width = conv.kernel_size
-    return bool(height == width >= STEM_KERNEL_SIZE and conv.groups == 1 and conv.in_channels <= MAX_STEM_INPUTS)
+    return bool(height == width >= STEM_KERNEL_SIZE and conv.groups == 1)
+
+
+def _is_stem_shaped(conv: Any) -> bool:
+    return _is_large(conv) and bool(conv.in_channels <= MAX_STEM_INPUTS)
 
 
 @register_method
@@ -42,8 +46,9 @@ class Orepa(Method):
 
     By default it takes the convolutions with a norm right behind them; of a RepVGG block only the KxK branch, and not
     the shortcuts of a ResNet BasicBlock. That is the choice of the official networks. In a network where such
-    convolutions hold less than half of the parameters of all KxK ones, it takes every KxK; and if the 1x1 hold at least
-    a quarter of the parameters of all convolutions, every 1x1 but the classifier.
+    convolutions hold less than half of the parameters of all KxK ones, it takes every KxK, but of large ungrouped ones
+    only those that see at most 16 channels; and if the 1x1 hold at least a quarter of the parameters of all
+    convolutions, every 1x1 but the classifier.
 
     Source: OREPA Section 3.
 
@@ -140,7 +145,7 @@ class Orepa(Method):
             return False
         if place.conv.kernel_size == (1, 1):
             return place.shares.pointwise >= POINTWISE_SHARE and not place.is_classifier
-        return True
+        return not _is_large(place.conv) or _is_stem_shaped(place.conv)
 
     def layer_for(self, place: Place) -> Tuple[Type[LinearRepLayer], Dict[str, Any]]:
         if place.conv.kernel_size == (1, 1):
