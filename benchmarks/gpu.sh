@@ -49,8 +49,9 @@ cost repvgg_a0_b256 45 --models repvgg_a0 --forms plain branched orepa "${large[
 part profile 40 "$PYTHON" benchmarks/gpu_profile.py --device "$DEVICE" --out "$OUT" ${TOY:+--batch 2 --size 32}
 if [ -n "$DATA" ]; then
     if [ -f "$DATA" ]; then
-        mkdir -p /tmp/timm_rep_data && tar -xf "$DATA" -C /tmp/timm_rep_data
-        DATA=$(dirname "$(find /tmp/timm_rep_data -maxdepth 2 -name train -type d | head -n 1)")
+        unpacked=$(mktemp -d)
+        tar -xf "$DATA" -C "$unpacked"
+        DATA=$(dirname "$(find "$unpacked" -maxdepth 2 -name train -type d | head -n 1)")
     fi
     left=$((530 - SECONDS + started))
     part experiment "$((left > 30 ? left : 30))" "$PYTHON" experiments/cifar10_fast/run.py --data "$DATA" \
