@@ -186,8 +186,3 @@ def test_a_large_layer_made_by_hand_is_no_stem():
     layer = OrepaConv2d(3, 4, 7)
     assert not method_of_layer(layer).stem
     assert method_of_layer(OrepaConv2d(4, 4, 7, groups=2)).stem
-
-
-def test_large_kernels_behind_many_channels_are_no_stems():
-    net = expand(nn.Sequential(nn.Conv2d(16, 2, 7), nn.Conv2d(17, 2, 7), nn.Conv2d(16, 2, 7, groups=2)))
-    assert [type(layer) for layer in net] == [OrepaStemConv2d, OrepaConv2d, OrepaConv2d]

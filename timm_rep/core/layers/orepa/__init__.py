@@ -22,7 +22,8 @@ __all__ = ['Orepa', 'OrepaConv2d', 'OrepaPointwiseConv2d', 'OrepaStemConv2d']
 
 # Kernels of this size and larger become a stack of 3x3 blocks in ungrouped stems (official code).
 STEM_KERNEL_SIZE = 7
-# A stem sees an image. A stack in the place of other large kernels, such as VGG's 7x7 of 512 to 4096 channels, is huge.
+# Such a stack is as wide inside as its outputs, so without a norm behind it only one that sees few channels is taken
+# unasked: not VGG's 7x7 of 512 to 4096 channels, whose stack would have a thousand million parameters.
 MAX_STEM_INPUTS = 16
 # Share of the KxK parameters in convolutions with a norm right behind them, from which on the paper's choice is kept.
 PAIRED_SHARE = 0.5
@@ -30,13 +31,9 @@ PAIRED_SHARE = 0.5
 POINTWISE_SHARE = 0.25
 
 
-def _is_large(conv: Any) -> bool:
+def _is_stem_shaped(conv: Any) -> bool:
     height, width = conv.kernel_size
     return bool(height == width >= STEM_KERNEL_SIZE and conv.groups == 1)
-
-
-def _is_stem_shaped(conv: Any) -> bool:
-    return _is_large(conv) and bool(conv.in_channels <= MAX_STEM_INPUTS)
 
 
 @register_method
@@ -145,7 +142,7 @@ class Orepa(Method):
             return False
         if place.conv.kernel_size == (1, 1):
             return place.shares.pointwise >= POINTWISE_SHARE and not place.is_classifier
-        return not _is_large(place.conv) or _is_stem_shaped(place.conv)
+        return not _is_stem_shaped(place.conv) or place.conv.in_channels <= MAX_STEM_INPUTS
 
     def layer_for(self, place: Place) -> Tuple[Type[LinearRepLayer], Dict[str, Any]]:
         if place.conv.kernel_size == (1, 1):
