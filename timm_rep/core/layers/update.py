@@ -54,7 +54,7 @@ class _Shared:
                 shared = this()
                 return gradient if shared is None else shared._join(gradient)
 
-            self._handle = self.kernel.register_hook(join)
+            self.kernel.register_hook(join)
 
     def _versions(self) -> List[int]:
         return [parameter._version for parameter in self.parameters]
@@ -131,8 +131,7 @@ class UpdateKernels:
             if update is not None:
                 update._before_step(optimizer)
 
-        self._handle: Any = register_optimizer_step_pre_hook(before_step)
-        weakref.finalize(self, self._handle.remove)
+        weakref.finalize(self, register_optimizer_step_pre_hook(before_step).remove)
 
     def begin(self, last: bool) -> None:
         """Begin a micro-batch."""
