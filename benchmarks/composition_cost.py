@@ -22,7 +22,6 @@ import torch
 import timm_rep
 from timm_rep.report.cost import hardware_name
 
-# Parts of a row, in the order they are timed.
 PARTS = ('forward', 'backward', 'products', 'products_bf16')
 UPDATES = dict(loop=dict(foreach=False), foreach=dict(foreach=True), fused=dict(fused=True))
 MIN_SECONDS = 4e-3  # of one time; what takes less is repeated
@@ -45,8 +44,7 @@ def shape_of(layer):
 
 def product_operands(layer):
     """Random factors of a layer's product and a gradient of its result, or None where there is no such product."""
-    inner = getattr(layer, 'seq_1x1', None)
-    inner = getattr(layer, 'seq_first', None) if inner is None else inner
+    inner = getattr(layer, 'seq_1x1', getattr(layer, 'seq_first', None))
     if inner is None or inner.numel() == 0:
         return None
     out_channels, in_per_group, height, width = layer._compose(False).shape
@@ -59,9 +57,9 @@ def product_operands(layer):
 
 
 def products(left, right, grad):
-    grad.baddbmm(left, right)
-    torch.bmm(left.transpose(1, 2), grad)
+    torch.bmm(left, right)
     torch.bmm(grad, right.transpose(1, 2))
+    torch.bmm(left.transpose(1, 2), grad)
 
 
 def products_bf16(left, right, grad):
@@ -69,7 +67,7 @@ def products_bf16(left, right, grad):
         return torch.bmm(a.bfloat16(), b.bfloat16())
 
     grad + low(left, right)
-    grad + low(grad, right.transpose(1, 2))
+    left + low(grad, right.transpose(1, 2))
     low(left.transpose(1, 2), grad).float()
 
 
@@ -143,8 +141,7 @@ def total(rows, *parts):
 
 def cells_of(rows):
     """Columns behind the times of one layer, of rows that are added up."""
-    whole = total(rows, 'forward', 'backward')
-    bound, low = total(rows, 'products'), total(rows, 'products_bf16')
+    whole, bound, low = (total(rows, *parts) for parts in (('forward', 'backward'), ('products',), ('products_bf16',)))
     return [f'{whole:.1f}', f'{bound / whole:.0%}' if bound else '', f'{(bound - low) / whole:.0%}' if bound else '']
 
 
@@ -164,8 +161,8 @@ def markdown(report):
             times = [f"{row[part]['ms']:.2f}" if part in row else '' for part in PARTS]
             lines.append(f"| {' | '.join([result['model'], str(row['layers']), kernel, *times, *cells_of([row])])} |")
         times = [f"{total(result['shapes'], part):.1f}" for part in PARTS]
-        layers = str(sum(row['layers'] for row in result['shapes']))
-        lines.append(f"| {' | '.join([result['model'], layers, '**all**', *times, *cells_of(result['shapes'])])} |")
+        count = str(sum(row['layers'] for row in result['shapes']))
+        lines.append(f"| {' | '.join([result['model'], count, '**all**', *times, *cells_of(result['shapes'])])} |")
     header = [f'{form}, {kind}' for form in ('plain', 'OREPA') for kind in UPDATES]
     lines += ['', f"| update | {' | '.join(header)} |"]
     lines.append('|---' + '|--:' * 2 * len(UPDATES) + '|')

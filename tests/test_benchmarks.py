@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torch.nn as nn
 
 import timm_rep
 
@@ -98,6 +99,27 @@ def test_micro_batches(train_cost):
             models[form], images, targets, micro_batches=2, composed_once=form == 'orepa'))['net']
         for form in ('orepa', 'orepa_each'))
     assert each - once > 0.8 * train_cost.count_composition(models['orepa'])['net']
+
+
+def test_composition_alone(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    script = importlib.import_module('composition_cost')
+
+    def tiny(name):
+        layers = [nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 6, 1), nn.Conv2d(4, 4, 3)]
+        net = nn.Sequential(*layers)
+        return timm_rep.expand(net, 'orepa') if name == 'orepa_tiny' else net
+
+    monkeypatch.setattr(script.timm, 'create_model', tiny)
+    threads = torch.get_num_threads()
+    script.main(['--models', 'tiny', '--rounds', '2', '--threads', str(threads), '--out', str(tmp_path / 'cost.cpu')])
+    shapes = json.loads((tmp_path / 'cost.cpu.json').read_text())['results'][0]['shapes']
+    assert [(row['layers'], row['kernel']) for row in shapes] == [
+        (1, [4, 3, 3, 3]), (2, [4, 4, 3, 3]), (1, [6, 4, 1, 1])]
+    assert all(row[part]['ms'] > 0 for row in shapes for part in script.PARTS)
+    table = (tmp_path / 'cost.cpu.md').read_text()
+    assert table in capsys.readouterr().out
+    assert '| tiny | 4 | **all** |' in table
 
 
 def test_operations_of_a_step(train_cost):

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import LINEAR_RTOL, EmulatedTF32, assert_near, assert_same_state, randn, randomize_
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_rep.core.composition import (
     compose_orepa,
@@ -183,6 +184,35 @@ def test_pointwise_gradients_equal_autograd_of_the_formula(c_in, c_out, groups):
     expected = torch.autograd.grad(composed(layer, parameters, plain=True), parameters, grad)
     for a, e in zip(actual, expected):
         assert_near(a, e, 1e-12)
+
+
+class Passes(TorchDispatchMode):
+    """Counts the products and the sums that are computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten.bmm.default, torch.ops.aten.sum.dim_IntList)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('frozen', ['seq_1x1', 'scale'])
+def test_gradients_of_what_is_frozen_are_not_computed(frozen):
+    layer = kxk_layer(6, 8, 3, {})
+    grad = randn(*layer.weight_shape, seed=1)
+    parameters = dict(layer.named_parameters())
+    expected = dict(zip(parameters, torch.autograd.grad(layer.compose_weight(), [*parameters.values()], grad)))
+    with Passes() as whole:
+        torch.autograd.grad(layer.compose_weight(), [*parameters.values()], grad)
+
+    parameters.pop(frozen).requires_grad_(False)
+    with Passes() as less:
+        actual = torch.autograd.grad(layer.compose_weight(), [*parameters.values()], grad)
+    assert less.count == whole.count - 1
+    for name, gradient in zip(parameters, actual):
+        assert torch.equal(gradient, expected[name])
 
 
 @pytest.mark.parametrize('layer', [

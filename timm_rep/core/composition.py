@@ -176,16 +176,20 @@ def _inner_backward(
         seq_1x1: Tensor,
         first_inner: int,
         groups: int,
-) -> Tensor:
-    """Gradient of seq_1x1; what the inner kernels get through it is added to that of the branches."""
+        trained: bool,
+) -> Optional[Tensor]:
+    """Gradient of seq_1x1 if it is trained; what the inner kernels get through it is added to that of the branches."""
     out_channels, in_per_group = branches.shape[:2]
     taps = grad.shape[2] * grad.shape[3]
     mixer = seq_1x1.view(groups, -1, in_per_group)
     grad_matrix = grad.permute(0, 2, 3, 1).reshape(groups, -1, in_per_group)
-    grad_mixer = torch.bmm(_inner_matrix(branches, gains, first_inner, taps, groups).transpose(1, 2), grad_matrix)
+    grad_mixer: Optional[Tensor] = None
+    if trained:
+        grad_mixer = torch.bmm(_inner_matrix(branches, gains, first_inner, taps, groups).transpose(1, 2), grad_matrix)
+        grad_mixer = grad_mixer.view(seq_1x1.shape)
     grad_inner = torch.bmm(grad_matrix, mixer.transpose(1, 2)).view(out_channels, taps, -1, in_per_group)
     grad_branches[:, :, first_inner:].view(out_channels, in_per_group, -1, taps).add_(grad_inner.permute(0, 3, 2, 1))
-    return grad_mixer.view(seq_1x1.shape)
+    return grad_mixer
 
 
 def _separable_backward(
@@ -230,8 +234,9 @@ def _compose_orepa_backward(
         dw_conv: Tensor,
         filters: Tensor,
         groups: int,
-) -> Tuple[Tensor, Tensor, Optional[Tensor], Optional[Tensor]]:
-    """Gradients of branches, gains, seq_1x1 and dw_conv. The order keeps the temporaries that live together small."""
+        trained: Sequence[bool],
+) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
+    """Gradients of branches, dw_conv, and of gains and seq_1x1 if trained. The order keeps temporaries small."""
     out_channels, in_per_group, entries = branches.shape
     taps = filters.shape[2]
     expansion = dw_conv.shape[0] // (groups * in_per_group)
@@ -242,12 +247,12 @@ def _compose_orepa_backward(
     grad_mixer: Optional[Tensor] = None
     grad_depthwise: Optional[Tensor] = None
     if first_inner < entries:
-        grad_mixer = _inner_backward(grad, grad_branches, branches, gains, seq_1x1, first_inner, groups)
+        grad_mixer = _inner_backward(grad, grad_branches, branches, gains, seq_1x1, first_inner, groups, trained[2])
     if expansion > 0:
         grad_depthwise = _separable_backward(
             grad, grad_rows, grad_branches, branches, gains, dw_conv, first_inner - expansion, groups)
     del grad_rows
-    grad_gains = (grad_branches * branches).sum(1)
+    grad_gains = (grad_branches * branches).sum(1) if trained[1] else None
     grad_branches.mul_(gains.unsqueeze(1))
     return grad_branches, grad_gains, grad_mixer, grad_depthwise
 
@@ -316,7 +321,8 @@ class _ComposeOrepa(torch.autograd.Function):
             grads = _plain_gradients(ctx, saved, compose_orepa_plain, grad)
             if grads is None:
                 branches, gains, seq_1x1, dw_conv, filters = saved
-                own = _compose_orepa_backward(grad, branches, gains, seq_1x1, dw_conv, filters, ctx.groups)
+                own = _compose_orepa_backward(
+                    grad, branches, gains, seq_1x1, dw_conv, filters, ctx.groups, ctx.needs_input_grad)
                 grads = [*own, None]
         return (*grads, None, None)
 
