@@ -208,8 +208,8 @@ def table():
     normless = sum('need a BatchNorm2d' in row['dbb']['why'] for row in rows)
     by_name = sum('it takes by name' in row['dbb']['why'] for row in rows)
     lines.append(
-        f'- Of the networks in which **dbb** takes nothing {normless} have no batch norm; its error says so. In {by_name} '
-        'one reads the output of a stem larger than 5x5, which it takes by name only.')
+        f'- Of the networks in which **dbb** takes nothing {normless} have no batch norm; its error says so. In '
+        f'{by_name} one reads the output of a stem larger than 5x5, which it takes by name only.')
     head = ['family', 'networks', *(f'{method}: share, none' for method in METHODS), 'smallest network', 'exact to']
     lines.append('')
     beginning = len(lines)

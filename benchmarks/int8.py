@@ -2,8 +2,8 @@
 
 The published RepVGG is quantised as it is. To tell the method from the network, three networks of about the same size
 are trained here: RepVGG's blocks (a norm in every branch), the same 3x3 convolutions with one norm behind each, and a
-ResNet, with OREPA layers in each; the blocks also as they are, and the convolutions also with RepVGG's branches in front
-of the one norm (linear `mobileone` layers).
+ResNet, with OREPA layers in each; the blocks also as they are, and the convolutions also with RepVGG's branches in
+front of the one norm (linear `mobileone` layers).
 
     python benchmarks/int8.py --data CIFAR10 --out benchmarks/results/int8
 

@@ -3,7 +3,7 @@ import fnmatch
 import functools
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Tuple, Union
+from typing import Any, Callable, Collection, Dict, Iterable, Iterator, List, Mapping, Optional, Tuple, Union
 
 import torch.nn as nn
 from timm.layers import BatchNormAct2d, SyncBatchNormAct, convert_sync_batchnorm
@@ -272,31 +272,30 @@ def _check_each_takes(
         with_block = isinstance(method, Rep) and any(name.startswith(blocks) for name in names)
         if method is None or with_block or any(name in assigned for name in names):
             continue
-        reason = _why_none(network, method, names)
+        reason = _why_none(network, method, names) or 'its own choice leaves that, full names overrule it'
         raise UserError(
-            f'{method.name!r} takes nothing of what the pattern {pattern!r} decides: {_listed(names)}'
-            + (f'; {reason}' if reason else '')
-        )
+            f'{method.name!r} takes nothing of what the pattern {pattern!r} decides: {_listed(names)}; {reason}')
 
 
 def why_nothing(network: Network, method: Methods) -> str:
     """Says that a method found nothing to take, and why."""
     wanted = method if isinstance(method, Mapping) else as_method(method).name
     text = f'no convolution of {type(network.model).__name__} to expand with {wanted!r}'
-    reason = '' if isinstance(method, Mapping) else _why_none(network, as_method(method), network.convs())
+    reason = '' if isinstance(method, Mapping) else _why_none(network, as_method(method))
     return f'{text}; {reason}' if reason else text
 
 
-def _why_none(network: Network, method: Method, names: Iterable[str]) -> str:
-    """Why a method takes none of these convolutions unasked."""
+def _why_none(network: Network, method: Method, names: Optional[Collection[str]] = None) -> str:
+    """Why a method takes none of these convolutions unasked, or of all; '' for no more than its own choice."""
     if not method.takes_norm:
-        left = Counter(reason for _, reason in network.left())
+        left = Counter(reason for name, reason in network.left() if names is None or name in names)
         return f'left: {_counted(left)}' if left else ''
     if not {type(module) for module in network.model.modules()} & set(FOLDABLE):
         behind = {type(norm_behind(network.model, name, c.out_channels)[1]) for name, c in network.convs().items()}
         others = sorted(norm.__name__ for norm in behind - {type(None), *FOLDABLE})
         return f'methods that take the norm in need a BatchNorm2d, here are {", ".join(others) or "none"}'
     text = 'none that it takes unasked has a batch norm that alone reads its output'
+    names = network.convs() if names is None else names
     asked = [name for name in names if _takes_if_asked(method, network, name)]
     return f'{text}; it takes by name: {_listed(asked)}' if asked else text
 
