@@ -225,7 +225,8 @@ def measure(name, args):
     steps = {
         form: TrainingStep(
             model.to(x.device).to(memory_format=memory_format), x, target, DTYPES[args.dtype],
-            micro_batches=args.accum, composed_once=form in ('orepa', 'together', 'captured', *METHODS), **OPTIMIZERS[args.optimizer])
+            micro_batches=args.accum, composed_once=form in ('orepa', 'together', 'captured', *METHODS),
+            **OPTIMIZERS[args.optimizer])
         for form, model in build_models(name, args.forms, args.peer, args.accum).items()
     }
     for form in ('together', 'captured'):

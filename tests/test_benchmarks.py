@@ -46,8 +46,8 @@ def official_import(monkeypatch):
 @pytest.fixture
 def tiny(tmp_path):
     return [
-        '--forms', 'plain', 'orepa', 'together', '--batch', '2', '--size', '32', '--rounds', '2', '--warmup', '1', '--threads', '1',
-        '--out', str(tmp_path / 'results' / 'tiny'),
+        '--forms', 'plain', 'orepa', 'together', '--batch', '2', '--size', '32', '--rounds', '2', '--warmup', '1',
+        '--threads', '1', '--out', str(tmp_path / 'results' / 'tiny'),
     ]
 
 

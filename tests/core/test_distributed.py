@@ -129,6 +129,24 @@ def messages_of(model):
     return said
 
 
+def compiled():
+    torch.manual_seed(0)
+    model = nn.Sequential(timm_rep.OrepaConv2d(3, 4, 3), nn.ReLU(), timm_rep.OrepaConv2d(4, 4, 3)).double()
+    expected = copy.deepcopy(model)
+    images = randn(2, 3, 8, 8, seed=dist.get_rank())
+    parallel = DistributedDataParallel(expected)
+    parallel(images).square().mean().backward()
+    for compile_ in (
+        lambda twin: torch.compile(RepDistributedDataParallel(twin), backend='eager'),
+        lambda twin: RepDistributedDataParallel(torch.compile(twin, backend='eager')),
+    ):
+        twin = copy.deepcopy(model)
+        parallel = compile_(twin)
+        parallel(images).square().mean().backward()
+        for one, other in zip(twin.parameters(), expected.parameters()):
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-9, atol=1e-11)
+
+
 def checkpointed(model):
     model.reentrant = False
     twin = copy.deepcopy(model)
@@ -144,12 +162,13 @@ def process(rank, folder):
     dist.init_process_group(
         'gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60))
     result = dict(numbers=[])
-    for shared, options in ((False, {}), (True, dict(gradient_as_bucket_view=True, broadcast_buffers=False))):
+    for shared, options in ((False, {}), (True, dict(gradient_as_bucket_view=True))):
         model = network(seed=rank)  # weights of the first process are taken
         ours, theirs = both(model, shared, options)
         result['numbers'].append((ours.kernels, ours.buckets, theirs.buckets))
     result['state'] = model.state_dict()
     checkpointed(network())
+    compiled()
     result['messages'] = messages_of(network())
     torch.save(result, f'{folder}/{rank}.pth')
     dist.barrier()

@@ -81,6 +81,12 @@ class KernelsTogether:
         """End it. The kernels stay, for what checkpointing computes again, until the next one begins."""
         self._in_forward = False
 
+    def check_compiled(self) -> None:
+        """Raise a UserError where a compiler would compose a kernel whose gradient is exchanged; it then leaves it."""
+        if self.exchange is not None:
+            raise UserError('RepDistributedDataParallel composes kernels outside of compiled graphs, so fullgraph=True '
+                            'is not for it; use DistributedDataParallel')
+
     def kernel(self, layer: Any, channels_last: bool) -> Optional[Tensor]:
         """The kernel of a layer.
 
