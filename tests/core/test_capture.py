@@ -446,3 +446,5 @@ def test_what_cannot_be_captured():
         capture(timm_rep.expand(TINY_MODELS['basic'](), 'dbb'), graph=False)
     with pytest.raises(UserError, match="mode='reduce-overhead'"):
         capture(torch.compile(network()), graph=False)
+    with pytest.raises(UserError, match='use DistributedDataParallel'):
+        capture(nn.DataParallel(network()), graph=False)

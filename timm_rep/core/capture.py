@@ -132,12 +132,14 @@ def capture(model: nn.Module, *, graph: bool = True) -> Captured:
         A handle whose ``remove()`` undoes it.
 
     Raises:
-        UserError: For a model without linear layers, one that is compiled or sharded as a whole, and with ``graph``
-            for one that is not on one GPU.
+        UserError: For a model without linear layers, one that is compiled or sharded, for DataParallel, and with
+            ``graph`` for one that is not on one GPU.
     """
     if hasattr(model, '_orig_mod'):
         raise UserError('a compiled model composes its kernels in its own graph; capture the model itself, or compile '
                         "it with mode='reduce-overhead'")
+    if isinstance(model, nn.DataParallel):
+        raise UserError('DataParallel copies the layers at every forward; use DistributedDataParallel')
     model = unwrapped(model)
     check_whole(model)
     layers = linear_layers(model)
