@@ -43,7 +43,7 @@ def test_two_processes_stay_the_same_and_resume(timm_scripts, photos, settled, t
     assert_same_state(*(model_of(folder / f'{last}-1.pth') for folder in (again, states)))
 
 
-# Python imports a module of this name when it starts: DDP takes no device ids on a CPU, and timm's script gives it some.
+# A module of this name is imported when Python starts. DDP takes no device ids on a CPU; timm's script gives it some.
 ON_ONE_CPU = """
 from torch.nn import parallel
 
