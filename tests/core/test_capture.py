@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 from helpers import TINY_MODELS, assert_near, mixed_model, randn, randomize_
 from timm.utils import ModelEmaV3
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -262,9 +263,12 @@ class Net(nn.Module):
         self.checkpointing = checkpointing
 
     def forward(self, x):
-        x = self.body[0](x)
-        for part in (self.body[1], self.body[2:]):
-            x = part(x) if self.checkpointing is None else checkpoint(part, x, use_reentrant=self.checkpointing)
+        x = x.requires_grad_()
+        for number, part in enumerate((self.body[0], self.body[1], self.body[2:])):
+            if self.checkpointing is None or (self.checkpointing and number == 0):
+                x = part(x)
+            else:
+                x = checkpoint(part, x, use_reentrant=self.checkpointing)
         return x
 
 
@@ -312,6 +316,36 @@ def test_without_gradients_and_outside_of_forwards_layers_compose_alone():
     assert_same_gradients(model, expected)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(gradient[name], parameter.grad, rtol=1e-8, atol=1e-10)
+
+
+@GRAPHS
+def test_forward_mode(graph, graphs):
+    model = network().eval()
+    captured(model, graph)
+    values = {name: p.detach() for name, p in model.named_parameters()}
+    tangents = {name: 1e-2 * randn(*p.shape, seed=number) for number, (name, p) in enumerate(values.items())}
+    with forward_ad.dual_level():
+        duals = {name: forward_ad.make_dual(p, tangents[name]).requires_grad_() for name, p in values.items()}
+        found = forward_ad.unpack_dual(torch.func.functional_call(model, duals, (images(),))).tangent
+    outputs = []
+    for step in (1e-5, -1e-5):
+        moved = {name: p + step * tangents[name] for name, p in values.items()}
+        outputs.append(torch.func.functional_call(model, moved, (images(),)))
+    assert_near(found, (outputs[0] - outputs[1]) / 2e-5, 1e-6)
+
+
+@GRAPHS
+def test_layers_that_stand_still(graph, graphs):
+    model = network()
+    layer = list(timm_rep.rep_layers(model))[2][1].requires_grad_(False)
+    twin = copy.deepcopy(model)
+    captured(model, graph)
+    for number in range(2):
+        with micro_batch(model, last=number == 1):
+            loss_of(model, number).backward()
+        loss_of(twin, number).backward()
+    assert_same_gradients(model, twin)
+    assert all(p.grad is None for p in layer.parameters())
 
 
 def test_functional_parameters_are_used():
@@ -412,3 +446,5 @@ def test_what_cannot_be_captured():
         capture(timm_rep.expand(TINY_MODELS['basic'](), 'dbb'), graph=False)
     with pytest.raises(UserError, match="mode='reduce-overhead'"):
         capture(torch.compile(network()), graph=False)
+    with pytest.raises(UserError, match='use DistributedDataParallel'):
+        capture(nn.DataParallel(network()), graph=False)

@@ -2,6 +2,7 @@
 import copy
 import datetime
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -48,19 +49,13 @@ def loss_of(model, step, part):
     return model(randn(2, 3, 32, 32, seed=10 * step + 2 * part + dist.get_rank())).square().mean() / PARTS
 
 
-def train_step(model, optimizer, step):
-    """An update of two micro-batches."""
+def train_step(model, optimizer, step, shared):
+    """An update of two micro-batches, that share kernels or compose their own."""
     optimizer.zero_grad()
     for part in range(PARTS):
         last = part == PARTS - 1
-        if isinstance(model, RepDistributedDataParallel):
-            with micro_batch(model, last=last):
-                loss_of(model, step, part).backward()
-        elif last:
+        with micro_batch(model, last=last) if shared else nullcontext() if last else model.no_sync():
             loss_of(model, step, part).backward()
-        else:
-            with model.no_sync():
-                loss_of(model, step, part).backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
 
@@ -92,8 +87,8 @@ class Counted:
         dist.all_reduce = self.all_reduce
 
 
-def both(model, options):
-    """A model in both, and what they exchange in an update."""
+def both(model, shared, options):
+    """A model in both, and what they exchange in an update; whether the other one shares kernels, too."""
     twin = copy.deepcopy(model)
     forms = RepDistributedDataParallel(model, **options), DistributedDataParallel(twin, **options)
     optimizers = [torch.optim.SGD(form.parameters(), 0.01, momentum=0.9, weight_decay=1e-3) for form in forms]
@@ -102,7 +97,7 @@ def both(model, options):
         for form, optimizer, counted in zip(forms, optimizers, counts):
             counted.buckets = counted.kernels = 0
             with counted:
-                train_step(form, optimizer, step)
+                train_step(form, optimizer, step, shared or form is forms[0])
             if step == 1:
                 timm_rep.begin_time_step(form, torch.Generator().manual_seed(0), attach_rate=0.5)
         if step == 2:
@@ -134,6 +129,24 @@ def messages_of(model):
     return said
 
 
+def compiled():
+    torch.manual_seed(0)
+    model = nn.Sequential(timm_rep.OrepaConv2d(3, 4, 3), nn.ReLU(), timm_rep.OrepaConv2d(4, 4, 3)).double()
+    expected = copy.deepcopy(model)
+    images = randn(2, 3, 8, 8, seed=dist.get_rank())
+    parallel = DistributedDataParallel(expected)
+    parallel(images).square().mean().backward()
+    for compile_ in (
+        lambda twin: torch.compile(RepDistributedDataParallel(twin), backend='eager'),
+        lambda twin: RepDistributedDataParallel(torch.compile(twin, backend='eager')),
+    ):
+        twin = copy.deepcopy(model)
+        parallel = compile_(twin)
+        parallel(images).square().mean().backward()
+        for one, other in zip(twin.parameters(), expected.parameters()):
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-9, atol=1e-11)
+
+
 def checkpointed(model):
     model.reentrant = False
     twin = copy.deepcopy(model)
@@ -149,12 +162,13 @@ def process(rank, folder):
     dist.init_process_group(
         'gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60))
     result = dict(numbers=[])
-    for options in ({}, dict(gradient_as_bucket_view=True, broadcast_buffers=False)):
+    for shared, options in ((False, {}), (True, dict(gradient_as_bucket_view=True))):
         model = network(seed=rank)  # weights of the first process are taken
-        ours, theirs = both(model, options)
+        ours, theirs = both(model, shared, options)
         result['numbers'].append((ours.kernels, ours.buckets, theirs.buckets))
     result['state'] = model.state_dict()
     checkpointed(network())
+    compiled()
     result['messages'] = messages_of(network())
     torch.save(result, f'{folder}/{rank}.pth')
     dist.barrier()

@@ -115,7 +115,8 @@ def capture(model: nn.Module, *, graph: bool = True) -> Captured:
     Layers of one shape are composed in one call, and all calls replayed as one CUDA graph, forward and backward: for a
     GPU that waits for its host. Values and gradients are the same up to rounding. It concerns linear layers (OREPA).
     Changes of weights, attach rate, time step, dtype, device, or of what is trained are followed; where that moves a
-    tensor, the graph is captured anew. Compiled layers, copies of the model (EMA) and its stock form do without.
+    tensor, the graph is captured anew. Compiled layers, copies of the model (EMA) and its stock form do without;
+    TorchScript wants it removed.
 
     >>> import timm, torch, timm_rep
     >>> model = timm.create_model('orepa_resnet18_cifar')
@@ -131,12 +132,14 @@ def capture(model: nn.Module, *, graph: bool = True) -> Captured:
         A handle whose ``remove()`` undoes it.
 
     Raises:
-        UserError: For a model without linear layers, one that is compiled or sharded as a whole, and with ``graph``
-            for one that is not on one GPU.
+        UserError: For a model without linear layers, one that is compiled or sharded, for DataParallel, and with
+            ``graph`` for one that is not on one GPU.
     """
     if hasattr(model, '_orig_mod'):
         raise UserError('a compiled model composes its kernels in its own graph; capture the model itself, or compile '
                         "it with mode='reduce-overhead'")
+    if isinstance(model, nn.DataParallel):
+        raise UserError('DataParallel copies the layers at every forward; use DistributedDataParallel')
     model = unwrapped(model)
     check_whole(model)
     layers = linear_layers(model)

@@ -68,11 +68,11 @@ class _End(torch.autograd.Function):
 class RepDistributedDataParallel(DistributedDataParallel):
     """DistributedDataParallel that exchanges one gradient for each composed kernel, not those of all its branches.
 
+    ``model = timm_rep.RepDistributedDataParallel(model, device_ids=[rank])``
+
     The branches of a linear layer (OREPA) follow from its kernel's gradient, so each process works them out from the
     mean of that: a third of the bytes, and the same gradients up to rounding. All else is exchanged as ever. Processes
     stay equal as long as they compute alike, which takes devices of one kind.
-
-    >>> model = timm_rep.RepDistributedDataParallel(model, device_ids=[rank])  # doctest: +SKIP
 
     Args:
         module: Model with linear rep layers.

@@ -320,6 +320,8 @@ class LinearRepLayer(RepLayer):
         if torch.jit.is_scripting():
             weight = self._compose(False)
         elif torch.compiler.is_compiling():  # before the others, so that no graph depends on them
+            if self._together is not None:
+                self._together.check_compiled()
             weight = self._compose(prefers_channels_last(x))
         elif self._update is not None:
             weight = self._update.kernel(self, x)

@@ -81,6 +81,12 @@ class KernelsTogether:
         """End it. The kernels stay, for what checkpointing computes again, until the next one begins."""
         self._in_forward = False
 
+    def check_compiled(self) -> None:
+        """Raise a UserError where a compiler would compose a kernel whose gradient is exchanged; it then leaves it."""
+        if self.exchange is not None:
+            raise UserError('RepDistributedDataParallel composes kernels outside of compiled graphs, so fullgraph=True '
+                            'is not for it; use DistributedDataParallel')
+
     def kernel(self, layer: Any, channels_last: bool) -> Optional[Tensor]:
         """The kernel of a layer.
 
@@ -95,7 +101,7 @@ class KernelsTogether:
         if torch._C._current_graph_task_id() != -1:  # a checkpoint computes again, inside a backward
             if layer not in self._given and self.exchange is not None and torch.is_grad_enabled():
                 raise UserError('gradients of kernels cannot be exchanged under checkpointing with use_reentrant=True')
-            return self._kernels[layer] if layer in self._given else None
+            return self._kernels.get(layer) if layer in self._given else None
         grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         if not (self._in_forward and grad) or needs_plain_formula() or forward_ad._current_level >= 0:
             return None
@@ -109,4 +115,4 @@ class KernelsTogether:
                     kernels = self.exchange(kernels)
             self._kernels = dict(zip(self.layers, kernels))
         self._given.add(layer)
-        return self._kernels[layer]
+        return self._kernels.get(layer)  # None of a replica (DataParallel)
