@@ -34,10 +34,6 @@ NOTES = """\
 """
 
 
-def linear_layers(model):
-    return [layer for _, layer in timm_rep.rep_layers(model) if isinstance(layer, timm_rep.layers.LinearRepLayer)]
-
-
 def shape_of(layer):
     return (type(layer).__name__, tuple(layer._compose(False).shape), getattr(layer, 'groups', 1))
 
@@ -122,7 +118,7 @@ def summary(seconds):
 def measure(name, args, clock):
     torch.manual_seed(0)
     model = timm.create_model(f'orepa_{name}')
-    layers = linear_layers(model)
+    layers = [layer for _, layer in timm_rep.rep_layers(model) if isinstance(layer, timm_rep.layers.LinearRepLayer)]
     counts = collections.Counter(map(shape_of, layers))
     rows = []
     for shape, layer in {shape_of(layer): layer for layer in layers}.items():
