@@ -17,7 +17,7 @@ from timm_rep import RepDistributedDataParallel, UserError, capture, micro_batch
 from timm_rep.core.expand import anneal_repvgg_blocks_
 from timm_rep.core.layers import LinearRepLayer
 
-STEPS, PARTS = 4, 2
+PARTS = 2
 
 
 class Net(nn.Module):
@@ -46,7 +46,7 @@ def network(seed=0):
 
 
 def loss_of(model, step, part):
-    return model(randn(2, 3, 32, 32, seed=10 * step + 2 * part + dist.get_rank())).square().mean() / PARTS
+    return model(randn(2, 3, 32, 32, seed=4 * step + 2 * part + dist.get_rank())).square().mean() / PARTS
 
 
 def train_step(model, optimizer, step, shared):
@@ -87,13 +87,13 @@ class Counted:
         dist.all_reduce = self.all_reduce
 
 
-def both(model, shared, options):
+def both(model, steps, shared, options):
     """A model in both, and what they exchange in an update; whether the other one shares kernels, too."""
     twin = copy.deepcopy(model)
     forms = RepDistributedDataParallel(model, **options), DistributedDataParallel(twin, **options)
     optimizers = [torch.optim.SGD(form.parameters(), 0.01, momentum=0.9, weight_decay=1e-3) for form in forms]
     counts = [Counted(form) for form in forms]
-    for step in range(STEPS):
+    for step in range(steps):
         for form, optimizer, counted in zip(forms, optimizers, counts):
             counted.buckets = counted.kernels = 0
             with counted:
@@ -162,9 +162,9 @@ def process(rank, folder):
     dist.init_process_group(
         'gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60))
     result = dict(numbers=[])
-    for shared, options in ((False, {}), (True, dict(gradient_as_bucket_view=True))):
+    for steps, shared, options in ((20, False, {}), (4, True, dict(gradient_as_bucket_view=True))):
         model = network(seed=rank)  # weights of the first process are taken
-        ours, theirs = both(model, shared, options)
+        ours, theirs = both(model, steps, shared, options)
         result['numbers'].append((ours.kernels, ours.buckets, theirs.buckets))
     result['state'] = model.state_dict()
     checkpointed(network())

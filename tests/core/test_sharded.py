@@ -13,7 +13,7 @@ from timm_rep import UserError, begin_time_step
 from timm_rep.core.annealer import Annealer
 from timm_rep.core.annealing import AnnealingSchedule
 
-STEPS = 3
+STEPS = 10  # before the time step and after it
 
 
 def network():
