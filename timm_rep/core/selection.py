@@ -1,9 +1,10 @@
 """Which convolutions of a model a method is to take, and what stands around them."""
 import fnmatch
 import functools
+import types
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Tuple, Union
+from typing import Any, Callable, Dict, FrozenSet, Iterable, Iterator, List, Mapping, Optional, Tuple, Union
 
 import torch.nn as nn
 from timm.layers import BatchNormAct2d, SyncBatchNormAct, convert_sync_batchnorm
@@ -33,6 +34,9 @@ MADE: Dict[type, nn.Module] = {
 STATE_HOOKS = (
     '_state_dict_hooks', '_state_dict_pre_hooks', '_load_state_dict_pre_hooks', '_load_state_dict_post_hooks')
 NAMES_SHOWN = 3
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+MAX_DEPTH = 3  # of lists in lists
+SECOND_PLACE = 'a second place that is no registered module (a list, a bound method)'
 
 Select = Union[None, Callable[[str, nn.Conv2d], bool], Iterable[str]]
 Methods = Union[MethodLike, Mapping[str, Optional[MethodLike]]]
@@ -62,6 +66,13 @@ class Network:
     def flows(self) -> Flows:
         """What becomes of the convolutions' outputs; the model is run for it, once."""
         return flows_of(self.model)
+
+    @functools.cached_property
+    def held(self) -> FrozenSet[int]:
+        """Modules that other attributes hold too, by id: those would go on with what was swapped."""
+        return frozenset(
+            id(held) for module in self.model.modules() for name, value in vars(module).items()
+            if name not in OF_EVERY_MODULE for held in _modules_in(value) if held is not module)
 
     @functools.cached_property
     def shares(self) -> Shares:
@@ -138,12 +149,14 @@ class Network:
             return f'a {type(conv).__name__}, whose rule is not known'
         if type(conv) in HOSTS and any(isinstance(parent, RepVggBlock) for parent in ancestors_of(self.model, name)):
             return f'a {type(conv).__name__} in a RepVGG block'
+        if id(conv) in self.held:
+            return SECOND_PLACE
         if conv._buffers or not self._is_as_made(conv):
             return 'a kernel that is shared or computed, or hooks or parts that its class does not give it'
         return '' if conv.weight.is_floating_point() else f'kernels of {conv.weight.dtype}'
 
     def _is_norm_as_made(self, norm: nn.Module) -> bool:
-        return set(norm._buffers) <= NORM_BUFFERS and self._is_as_made(norm)
+        return set(norm._buffers) <= NORM_BUFFERS and id(norm) not in self.held and self._is_as_made(norm)
 
     def _is_as_made(self, module: nn.Module) -> bool:
         """Whether a module is no more than its class says.
@@ -165,6 +178,17 @@ class Network:
                 hooks += [parameter._backward_hooks, getattr(parameter, '_post_accumulate_grad_hooks', None)]
                 hooks += [self.owners[id(parameter)] > 1]
         return set(module._parameters) == parameters and 'forward' not in vars(module) and not any(hooks)
+
+
+def _modules_in(value: Any, depth: int = 0) -> Iterator[nn.Module]:
+    """Modules that an attribute holds: itself, in lists and dicts, or as what a method is bound to."""
+    if isinstance(value, nn.Module):
+        yield value
+    elif isinstance(value, types.MethodType):
+        yield from _modules_in(value.__self__, depth)
+    elif isinstance(value, (list, tuple, set, dict)) and depth < MAX_DEPTH:
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _modules_in(part, depth + 1)
 
 
 def _has_a_centre(conv: nn.Conv2d) -> bool:
@@ -248,6 +272,8 @@ def assign(network: Network, method: Methods, select: Select) -> Dict[str, Metho
         # the block's own branches are those of Rep; layers with norms in the KxK branch want the others annealed too
         own = patterns.get(_first_match(patterns, kxk))
         if block.reparam_conv is None and (isinstance(own, Rep) or (kxk in assigned and assigned[kxk].takes_norm)):
+            if id(block) in network.held:
+                raise UserError(f'{name} cannot be given an attach rate: it has {SECOND_PLACE}')
             assigned[name] = Rep()
     return assigned
 
