@@ -66,6 +66,18 @@ def test_what_lies_in_another_attribute_too_is_left(hold, method):
         expand(model, method, select='0')
 
 
+@pytest.mark.parametrize('method', ['orepa', 'dbb'])
+def test_what_lies_in_another_attribute_too_is_not_fused(method):
+    model = expand(nn.Sequential(kxk(3, 4), nn.BatchNorm2d(4), nn.ReLU()), method).eval()
+    model.first = [model[0]]
+    before = tree(model)
+    with pytest.raises(UserError, match='0 cannot be fused: it has a second place'):
+        fuse(model, inplace=True)
+    assert tree(model) == before
+    model.first = [model[2]]
+    assert type(fuse(model)[0]) is nn.Conv2d
+
+
 def test_norms_and_blocks_that_lie_in_another_attribute_stay():
     model = nn.Sequential(kxk(3, 4), nn.BatchNorm2d(4), kxk(4, 4), nn.BatchNorm2d(4))
     model.others = [model[1]]

@@ -26,8 +26,8 @@ def prune_branches(model: ModelT, keep: float) -> ModelT:
         The model.
 
     Raises:
-        UserError: For a share outside [0, 1], or a model without such layers, sharded, or in DistributedDataParallel. The model
-            is then unchanged.
+        UserError: For a share outside [0, 1], or a model without such layers, sharded, or in
+            DistributedDataParallel. The model is then unchanged.
     """
     if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0 <= keep <= 1:
         raise UserError(f'keep must be a share of the side branches in [0, 1], got {keep!r}')

@@ -1,7 +1,6 @@
 """Which convolutions of a model a method is to take, and what stands around them."""
 import fnmatch
 import functools
-import types
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, FrozenSet, Iterable, Iterator, List, Mapping, Optional, Tuple, Union
@@ -17,7 +16,7 @@ from .layers.hosted import HOSTS, StandardizedConv2d
 from .layers.norms import FOLDABLE, is_foldable
 from .layers.rep import Rep
 from .methods import Method, MethodLike, Place, Shares, as_method
-from .walk import ancestors_of, names_of, next_sibling, norm_behind, reads_between
+from .walk import SECOND_PLACE, ancestors_of, held_elsewhere, names_of, next_sibling, norm_behind, reads_between
 
 __all__ = ['KXK_CONV', 'Methods', 'Network', 'Select', 'assign', 'repvgg_blocks', 'what_is_left', 'why_nothing']
 
@@ -34,9 +33,6 @@ MADE: Dict[type, nn.Module] = {
 STATE_HOOKS = (
     '_state_dict_hooks', '_state_dict_pre_hooks', '_load_state_dict_pre_hooks', '_load_state_dict_post_hooks')
 NAMES_SHOWN = 3
-OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-MAX_DEPTH = 3  # of lists in lists
-SECOND_PLACE = 'a second place that is no registered module (a list, a bound method)'
 
 Select = Union[None, Callable[[str, nn.Conv2d], bool], Iterable[str]]
 Methods = Union[MethodLike, Mapping[str, Optional[MethodLike]]]
@@ -70,9 +66,7 @@ class Network:
     @functools.cached_property
     def held(self) -> FrozenSet[int]:
         """Modules that other attributes hold too, by id: those would go on with what was swapped."""
-        return frozenset(
-            id(held) for module in self.model.modules() for name, value in vars(module).items()
-            if name not in OF_EVERY_MODULE for held in _modules_in(value) if held is not module)
+        return held_elsewhere(self.model)
 
     @functools.cached_property
     def shares(self) -> Shares:
@@ -178,17 +172,6 @@ class Network:
                 hooks += [parameter._backward_hooks, getattr(parameter, '_post_accumulate_grad_hooks', None)]
                 hooks += [self.owners[id(parameter)] > 1]
         return set(module._parameters) == parameters and 'forward' not in vars(module) and not any(hooks)
-
-
-def _modules_in(value: Any, depth: int = 0) -> Iterator[nn.Module]:
-    """Modules that an attribute holds: itself, in lists and dicts, or as what a method is bound to."""
-    if isinstance(value, nn.Module):
-        yield value
-    elif isinstance(value, types.MethodType):
-        yield from _modules_in(value.__self__, depth)
-    elif isinstance(value, (list, tuple, set, dict)) and depth < MAX_DEPTH:
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _modules_in(part, depth + 1)
 
 
 def _has_a_centre(conv: nn.Conv2d) -> bool:
