@@ -206,7 +206,10 @@ def table():
             f'of the parameters of odd KxK convolutions in {odd} ({100 * odd / every:.1f} %), of all KxK in {larger} '
             f'({100 * larger / every:.1f} %).')
     normless = sum('need a BatchNorm2d' in row['dbb']['why'] for row in rows)
-    lines.append(f'- {normless} of the networks in which **dbb** takes nothing have no batch norm; its error says so.')
+    by_name = sum('it takes by name' in row['dbb']['why'] for row in rows)
+    lines.append(
+        f'- Of the networks in which **dbb** takes nothing {normless} have no batch norm; its error says so. In '
+        f'{by_name} one reads the output of a stem larger than 5x5, which it takes by name only.')
     head = ['family', 'networks', *(f'{method}: share, none' for method in METHODS), 'smallest network', 'exact to']
     lines.append('')
     beginning = len(lines)

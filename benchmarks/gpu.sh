@@ -42,9 +42,11 @@ else
 fi
 
 part checks 90 "$PYTHON" benchmarks/gpu_checks.py --device "$DEVICE" --out "$OUT"
-cost resnet50_b64 75 --models resnet50 --forms plain branched orepa compiled "${small[@]}"
-cost resnet50_b256 75 --models resnet50 --forms plain branched orepa compiled "${large[@]}"
-cost resnet18_b256 45 --models resnet18 --forms plain branched orepa "${large[@]}"
+together=(together captured)
+[ "$DEVICE" = cpu ] && together=(together)  # graphs are a GPU's
+cost resnet50_b64 90 --models resnet50 --forms plain branched orepa "${together[@]}" compiled "${small[@]}"
+cost resnet50_b256 75 --models resnet50 --forms plain branched orepa "${together[@]}" compiled "${large[@]}"
+cost resnet18_b256 45 --models resnet18 --forms plain branched orepa "${together[@]}" "${large[@]}"
 cost repvgg_a0_b256 45 --models repvgg_a0 --forms plain branched orepa "${large[@]}"
 part profile 40 "$PYTHON" benchmarks/gpu_profile.py --device "$DEVICE" --out "$OUT" ${TOY:+--batch 2 --size 32}
 if [ -n "$DATA" ]; then

@@ -241,6 +241,48 @@ def micro_batches_share_kernels(device):
 
 
 @check
+def kernels_composed_together_train_alike(device):
+    graph = torch.device(device).type == 'cuda'
+    model = made(device=device).double()
+    twin = copy.deepcopy(model)
+    handle = timm_rep.capture(model, graph=graph)
+    images, targets = batch(device)
+    images = images.double()
+    optimizers = [torch.optim.SGD(form.parameters(), 0.001, momentum=0.9) for form in (model, twin)]
+    for number in range(8):
+        for form, optimizer in zip((model, twin), optimizers):
+            optimizer.zero_grad(set_to_none=number % 2 == 0)
+            for part in images.split(4):  # gradients add up
+                form(part).square().mean().backward()
+            optimizer.step()
+            if number == 2:
+                timm_rep.begin_time_step(form, torch.Generator().manual_seed(0), attach_rate=0.5)
+            if number == 4:
+                timm_rep.set_attach_rate(form, 1.0)
+            if number == 5:
+                form.load_state_dict({key: value.clone() for key, value in form.state_dict().items()}, assign=True)
+                optimizer.param_groups[0]['params'] = list(form.parameters())
+            if number == 6:
+                next(layer for _, layer in timm_rep.rep_layers(form)).requires_grad_(False)
+    for one, other in zip(model.parameters(), twin.parameters()):
+        if other.abs().max() > 1e-6:
+            near(one, other, 1e-6)
+    handle.remove()
+    for dtype in (torch.bfloat16, torch.float16):
+        model = made(device=device)
+        timm_rep.capture(model, graph=graph)
+        optimizer = sgd(model)
+        for _ in range(3):
+            optimizer.zero_grad()
+            with torch.autocast(torch.device(device).type, dtype):
+                loss = F.cross_entropy(model(images.float()), targets)
+            loss.backward()
+            optimizer.step()
+        assert loss.isfinite()
+    return 'with a CUDA graph' if graph else 'without a graph: no GPU'
+
+
+@check
 def the_wrapper_trains(device):
     if not os.environ.get('TIMM_SCRIPTS'):
         raise Skip("TIMM_SCRIPTS names no folder of timm's scripts")

@@ -1,8 +1,9 @@
 """Top-1 accuracy of fused networks in int8: onnxruntime's static quantisation, and torchao's of torch.export programs.
 
 The published RepVGG is quantised as it is. To tell the method from the network, three networks of about the same size
-are trained here, with OREPA layers in each: RepVGG's blocks (a norm in every branch), the same 3x3 convolutions with
-one norm behind each, and a ResNet.
+are trained here: RepVGG's blocks (a norm in every branch), the same 3x3 convolutions with one norm behind each, and a
+ResNet, with OREPA layers in each; the blocks also as they are, and the convolutions also with RepVGG's branches in
+front of the one norm (linear `mobileone` layers).
 
     python benchmarks/int8.py --data CIFAR10 --out benchmarks/results/int8
 
@@ -55,7 +56,8 @@ NOTES = """\
   largest such ratio. With one scale for a kernel it is what the grid has to span.
 - The networks below the published one were trained for this table, for so few epochs that only the drops say something.
   "timm's gains": the norms of RepVGG's blocks start with N(0.1, 0.1), as timm's RepVGG does; the others' with one, as
-  those of `orepa_repvgg_*` do.
+  those of `orepa_repvgg_*` do. "RepVGG's branches" are a 3x3, a 1x1 and the identity, with scales in place of
+  norms: `MobileOne(copies=1)`.
 """
 
 
@@ -84,15 +86,15 @@ def repvgg(method='orepa', gains_of_one=True):
     return timm_rep.expand(net, method) if method else net
 
 
-def chain():
-    """The same 3x3 convolutions without RepVGG's other branches: one norm, behind the sum of OREPA's."""
+def chain(method='orepa'):
+    """The same 3x3 convolutions without RepVGG's other branches: one norm, behind the sum of the method's."""
     widths = [16, *(channels for channels, depth in STAGES for _ in range(depth))]
     strides = [1, *(2 if index == 0 else 1 for _, depth in STAGES for index in range(depth))]
     layers = []
     for before, width, stride in zip([3, *widths], widths, strides):
         layers += [nn.Conv2d(before, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
     net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 10))
-    return timm_rep.expand(net, 'orepa')
+    return timm_rep.expand(net, method)
 
 
 def resnet():
@@ -107,8 +109,10 @@ def resnet():
 NETWORKS = {
     "RepVGG blocks, timm's gains": lambda: repvgg(None, gains_of_one=False),
     "RepVGG blocks, OREPA, timm's gains": lambda: repvgg(gains_of_one=False),
+    'RepVGG blocks': lambda: repvgg(None),
     'RepVGG blocks, OREPA': repvgg,
     'one norm, OREPA': chain,
+    "one norm, RepVGG's branches": lambda: chain(timm_rep.MobileOne(copies=1)),
     'ResNet, OREPA': resnet,
 }
 

@@ -32,6 +32,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import timm_rep
+from timm_rep.core.capture import linear_layers
 from timm_rep.report.cost import TrainingStep, hardware_name, ratios, seconds_in_turns
 
 MIB = 2 ** 20
@@ -39,7 +40,7 @@ DTYPES = dict(fp32=None, bf16=torch.bfloat16)
 OPTIMIZERS = {'sgd': {}, 'sgd-foreach': dict(foreach=True), 'sgd-fused': dict(fused=True)}
 # Other methods, by their names: the plain network expanded.
 METHODS = tuple(name for name in timm_rep.methods.registered_methods() if name not in ('orepa', 'dbb', 'rep'))
-FORMS = ('plain', 'branched', 'orepa', 'compiled', *METHODS)
+FORMS = ('plain', 'branched', 'orepa', 'together', 'captured', 'compiled', *METHODS)
 # Table 4 of the paper, 4 V100, batch of 64 per GPU: (seconds per batch, GB of GPU memory).
 PAPER = {
     'resnet18': dict(plain=(0.086, 4.2), branched=(0.241, 7.5), orepa=(0.120, 5.2)),
@@ -105,6 +106,9 @@ def build_models(name, forms, peer, accum=1):
         models['orepa'] = timm.create_model(f'orepa_{name}')
         if accum > 1:
             models['orepa_each'] = timm.create_model(f'orepa_{name}')
+    for form in ('together', 'captured'):
+        if form in forms:
+            models[form] = timm.create_model(f'orepa_{name}')
     for method in METHODS:
         if method in forms:
             models[method] = timm_rep.expand(plain(), method)
@@ -123,6 +127,8 @@ def label(name, form):
         branched=branched,
         orepa='OREPA, eager',
         orepa_each='OREPA, composed for each micro-batch',
+        together='OREPA, one call for a shape',
+        captured='OREPA, one graph',
         authors="authors' OREPA",
         plain_compiled='plain, compiled',
         orepa_compiled='OREPA, compiled',
@@ -152,12 +158,13 @@ def count_operations(step):
 
 def count_composition(model):
     """What composing all kernels of a model dispatches, forward and backward; on a GPU kernels that are launched."""
-    layers = [layer for _, layer in timm_rep.rep_layers(model) if isinstance(layer, timm_rep.layers.LinearRepLayer)]
+    layers = linear_layers(model)
     if not layers:
         return None
 
     def compose():
-        kernels = [layer._compose(False) for layer in layers]
+        kernels = [layer._compose(False) for layer in layers] if layers[0]._together is None else (
+            layers[0]._together.compose(layers, False))
         torch.autograd.grad(kernels, [p for layer in layers for p in layer.parameters()], [
             torch.ones_like(kernel) for kernel in kernels], allow_unused=True)
 
@@ -218,9 +225,13 @@ def measure(name, args):
     steps = {
         form: TrainingStep(
             model.to(x.device).to(memory_format=memory_format), x, target, DTYPES[args.dtype],
-            micro_batches=args.accum, composed_once=form in ('orepa', *METHODS), **OPTIMIZERS[args.optimizer])
+            micro_batches=args.accum, composed_once=form in ('orepa', 'together', 'captured', *METHODS),
+            **OPTIMIZERS[args.optimizer])
         for form, model in build_models(name, args.forms, args.peer, args.accum).items()
     }
+    for form in ('together', 'captured'):
+        if form in steps:
+            timm_rep.capture(steps[form].model, graph=form == 'captured')
     print(f'{name}: {args.rounds} rounds of {", ".join(steps)}', file=sys.stderr)
     seconds = dict(zip(steps, seconds_in_turns(
         list(steps.values()), rounds=args.rounds, warmup=args.warmup, repeats=args.steps)))
@@ -301,7 +312,8 @@ def parse_args(argv):
         '--models', nargs='+', choices=tuple(PAPER), default=['resnet18'], metavar='NAME', help=', '.join(PAPER))
     parser.add_argument(
         '--forms', nargs='+', choices=FORMS, default=['plain', 'branched', 'orepa'], metavar='FORM',
-        help='plain (always there), branched (DBB; RepVGG for RepVGGs), orepa, compiled (plain and OREPA), '
+        help='plain (always there), branched (DBB; RepVGG for RepVGGs), orepa, together and captured (timm_rep.capture '
+        'without and with a graph, which takes a GPU), compiled (plain and OREPA), '
         f'{", ".join(METHODS)}')
     parser.add_argument('--peer', type=Path, metavar='DIR', help="clone of the authors' repository, to measure as well")
     parser.add_argument('--batch', type=int, default=8)

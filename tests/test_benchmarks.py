@@ -46,8 +46,8 @@ def official_import(monkeypatch):
 @pytest.fixture
 def tiny(tmp_path):
     return [
-        '--forms', 'plain', 'orepa', '--batch', '2', '--size', '32', '--rounds', '2', '--warmup', '1', '--threads', '1',
-        '--out', str(tmp_path / 'results' / 'tiny'),
+        '--forms', 'plain', 'orepa', 'together', '--batch', '2', '--size', '32', '--rounds', '2', '--warmup', '1',
+        '--threads', '1', '--out', str(tmp_path / 'results' / 'tiny'),
     ]
 
 
@@ -69,7 +69,7 @@ def test_report(train_cost, tiny, tmp_path, capsys):
     train_cost.main([*tiny, '--peer', str(tmp_path)])
     report = json.loads((tmp_path / 'results' / 'tiny.json').read_text())
     (result,) = report['results']
-    assert list(result['forms']) == ['plain', 'orepa', 'authors']
+    assert list(result['forms']) == ['plain', 'orepa', 'together', 'authors']
     for form in result['forms'].values():
         assert len(form['seconds']) == 2
         assert form['to_plain']['min'] <= form['to_plain']['max']
@@ -83,6 +83,7 @@ def test_report(train_cost, tiny, tmp_path, capsys):
     assert result['forms']['plain']['composition'] is None
     counts = result['forms']['orepa']
     assert 0 < counts['composition']['net'] < counts['operations']['net']
+    assert 0 < result['forms']['together']['composition']['net'] < counts['composition']['net']
 
     with pytest.raises(SystemExit):
         train_cost.main(tiny)

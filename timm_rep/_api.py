@@ -4,6 +4,8 @@ from ._version import __version__
 from .core import layers, methods
 from .core.annealer import Annealer
 from .core.annealing import AnnealingSchedule, attach_rate, begin_time_step, reset_optimizer
+from .core.capture import capture
+from .core.distributed import RepDistributedDataParallel
 from .core.errors import UserError
 from .core.expand import expand
 from .core.expansion import Expansion, expansion_of
@@ -77,6 +79,7 @@ __all__ = [
     'RefConv2d',
     'Rep',
     'RepConv2d',
+    'RepDistributedDataParallel',
     'RepNas',
     'RepNasConv2d',
     'Report',
@@ -85,6 +88,7 @@ __all__ = [
     '__version__',
     'attach_rate',
     'begin_time_step',
+    'capture',
     'check_export',
     'expand',
     'expansion_of',

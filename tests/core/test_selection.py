@@ -5,7 +5,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from helpers import MODEL_RTOL, TINY_MODELS, assert_near, randn, state_of, tiny_resnet, tree
+from helpers import MODEL_RTOL, TINY_MODELS, assert_near, randn, state_of, tiny_repvgg, tiny_resnet, tree
 
 from timm_rep import UserError, expand, expansion_of, fuse
 from timm_rep.core.methods import Shares
@@ -140,10 +140,20 @@ def test_little_is_said_to_be_little(caplog):
     (lambda: nn.Sequential(kxk(3, 4), nn.GroupNorm(2, 4)), ['dbb'], {}, 'need a BatchNorm2d, here are GroupNorm$'),
     (lambda: nn.Sequential(kxk(3, 4), nn.ReLU()), ['dbb'], {}, 'need a BatchNorm2d, here are none$'),
     (lambda: nn.Sequential(kxk(3, 4), nn.ReLU(), nn.BatchNorm2d(4)), ['dbb'], {}, 'none that it takes unasked'),
+    (lambda: nn.Sequential(nn.Conv2d(3, 4, 7), nn.BatchNorm2d(4)), ['dbb'], {}, 'it takes by name: 0$'),
     (lambda: nn.Sequential(nn.Conv2d(3, 4, 4)), [], {}, 'left: 1 with a kernel without a centre'),
     (lambda: nn.Sequential(nn.Conv2d(3, 4, 3, padding_mode='reflect')), [], {}, "left: 1 with padding mode 'reflect'"),
     (tiny_resnet, [{'*': 'orepa', 'layer4.*': 'dbb'}], {}, r"'layer4\.\*' decides nothing: .* goes to '\*'"),
     (tiny_resnet, [{'layer1.*': 'orepa', 'layer9.*': 'dbb'}], {}, "no nn.Conv2d of ResNet matches 'layer9"),
+    (tiny_resnet, [{'layer1.0.downsample.?': 'dbb', '*': 'orepa'}], {},
+     r"'dbb' takes nothing of what the pattern 'layer1\.0\.down.*' decides: layer1\.0\.downsample\.0; none that"),
+    (lambda: nn.Sequential(kxk(3, 4), nn.Conv2d(4, 4, 2)), [{'0': 'orepa', '*': 'orepa'}], {},
+     "'orepa' takes nothing .* decides: 1; left: 1 with a kernel without a centre$"),
+    (lambda: nn.Sequential(kxk(3, 4), nn.Conv2d(4, 4, 2), nn.Conv2d(4, 4, 1)), [{'0': 'orepa', '[2-9]': 'orepa'}], {},
+     "decides: 2; its own choice leaves that, full names overrule it$"),
+    (lambda: nn.Sequential(kxk(3, 4), nn.GroupNorm(2, 4)), [{'0': 'orepa', '*': 'dbb'}], {}, r"'\*' decides nothing"),
+    (lambda: nn.Sequential(kxk(3, 4), kxk(4, 4), nn.GroupNorm(2, 4)), [{'0': 'orepa', '*': 'dbb'}], {},
+     r"'dbb' takes nothing of what the pattern '\*' decides: 1; .* need a BatchNorm2d, here are GroupNorm"),
     (tiny_resnet, [{'layer1.0.downsample.0': 'dbb'}], {}, r'cannot expand layer1\.0\.downsample\.0.*1x1'),
     (tiny_resnet, [{'layer1.*': 'orepa'}], dict(select='conv1'), 'select goes with one method'),
 ])
@@ -154,6 +164,18 @@ def test_one_clear_error_and_the_model_is_unchanged(make, args, kwargs, message)
         expand(model, *args, **kwargs, inplace=True)
     assert tree(model) == modules
     assert state_of(model).keys() == before.keys()
+
+
+def test_a_pattern_that_takes_the_blocks_themselves_takes_something():
+    rep = expand(tiny_repvgg(), {'stages.0.*': 'rep', 'stages.1.*': 'orepa', '*': None})
+    assert {name for name in expansion_of(rep).methods if name.startswith('stages.0')} == {'stages.0.0', 'stages.0.1'}
+
+
+def test_what_it_takes_by_name_it_does():
+    model = timm.create_model('densenet121', device='meta')
+    with pytest.raises(UserError, match=r'it takes by name: features\.conv0$'):
+        expand(model, 'dbb')
+    assert list(expansion_of(expand(model, 'dbb', select='features.conv0')).methods) == ['features.conv0']
 
 
 def test_patterns_may_overlap_as_long_as_each_decides_something():

@@ -40,14 +40,16 @@ def spread_scale(scale: Tensor, attach_rate: Tensor, row_branch: Tensor) -> Tens
 
     Args:
         scale: One row for each branch, ``(n, o)``.
-        attach_rate: 0-dim, in [0, 1].
+        attach_rate: In [0, 1]; 0-dim, or one for each output channel.
         row_branch: Constant ``(2, n, l)``, one where entry ``l`` belongs to branch ``n``: the origin's entries in the
             first matrix, those of the side branches in the second.
 
     Returns:
         ``(o, l)``.
     """
-    return scale.t().mm(torch.addcmul(row_branch[0], row_branch[1], attach_rate))
+    if attach_rate.dim() == 0:
+        return scale.t().mm(torch.addcmul(row_branch[0], row_branch[1], attach_rate))
+    return scale.t().mm(row_branch[0]).add_((scale * attach_rate).t().mm(row_branch[1]))
 
 
 def compose_orepa_plain(
@@ -360,7 +362,7 @@ def compose_pointwise_plain(
         seq_first: ``(t, i/g, 1, 1)``.
         seq_second: ``(o, t/g, 1, 1)``.
         scale: Origin and sequence, ``(2, o)``.
-        attach_rate: 0-dim, multiplies the sequence.
+        attach_rate: Multiplies the sequence; 0-dim, or one for each output channel.
         groups: Number of groups ``g``.
 
     Returns:

@@ -90,8 +90,8 @@ def expand(
         The model with rep layers.
 
     Raises:
-        UserError: For an unknown method, a pattern that matches or decides nothing, if nothing is selected, or if a
-            selected convolution is not supported. The model is then unchanged.
+        UserError: For an unknown method, a pattern that matches or decides nothing, or whose method takes nothing of
+            it, if nothing is selected, or if a selected convolution is not supported. The model is then unchanged.
     """
     left = what_is_left(Network.of(model))
     expanded = _swap(model, method, select, generator, inplace, same_function=True)

@@ -3,7 +3,20 @@ import fnmatch
 import functools
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, FrozenSet, Iterable, Iterator, List, Mapping, Optional, Tuple, Union
+from typing import (
+    Any,
+    Callable,
+    Collection,
+    Dict,
+    FrozenSet,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Tuple,
+    Union,
+)
 
 import torch.nn as nn
 from timm.layers import BatchNormAct2d, SyncBatchNormAct, convert_sync_batchnorm
@@ -13,6 +26,7 @@ from .dataflow import Flows, flows_of
 from .errors import UserError
 from .layers import RepLayer
 from .layers.hosted import HOSTS, StandardizedConv2d
+from .layers.normed import is_foldable_pair
 from .layers.norms import FOLDABLE, is_foldable
 from .layers.rep import Rep
 from .methods import Method, MethodLike, Place, Shares, as_method
@@ -178,13 +192,16 @@ def _has_a_centre(conv: nn.Conv2d) -> bool:
     return all(size % 2 for size in conv.kernel_size)
 
 
-def _takes(method: Method, network: Network, name: str) -> bool:
+def _can_take(method: Method, network: Network, name: str) -> bool:
     conv: Any = network.model.get_submodule(name)
     if conv.padding_mode != 'zeros' or not _has_a_centre(conv):
         return False
-    if method.takes_norm and HOSTS.get(type(conv)) is StandardizedConv2d:
-        return False
-    return method.takes(network.place(name, method.takes_norm))
+    return not (method.takes_norm and HOSTS.get(type(conv)) is StandardizedConv2d)
+
+
+def _takes(method: Method, network: Network, name: str) -> bool:
+    return _can_take(method, network, name) and method.takes(network.place(name, method.takes_norm))
+
 
 
 def _check_pattern(network: Network, convs: Iterable[str], pattern: str) -> None:
@@ -258,22 +275,59 @@ def assign(network: Network, method: Methods, select: Select) -> Dict[str, Metho
             if id(block) in network.held:
                 raise UserError(f'{name} cannot be given an attach rate: it has {SECOND_PLACE}')
             assigned[name] = Rep()
+    if isinstance(method, Mapping):
+        _check_each_takes(network, patterns, assigned)
     return assigned
+
+
+def _check_each_takes(
+        network: Network,
+        patterns: Mapping[str, Optional[Method]],
+        assigned: Mapping[str, Method],
+) -> None:
+    blocks = tuple(f'{name}.' for name, _ in repvgg_blocks(network.model) if name in assigned)
+    decided: Dict[str, List[str]] = {pattern: [] for pattern in patterns}
+    for name in network.convs():
+        decided.get(_first_match(patterns, name), []).append(name)
+    for pattern, method in patterns.items():
+        names = decided[pattern]
+        with_block = isinstance(method, Rep) and any(name.startswith(blocks) for name in names)
+        if method is None or with_block or any(name in assigned for name in names):
+            continue
+        reason = _why_none(network, method, names) or 'its own choice leaves that, full names overrule it'
+        raise UserError(
+            f'{method.name!r} takes nothing of what the pattern {pattern!r} decides: {_listed(names)}; {reason}')
 
 
 def why_nothing(network: Network, method: Methods) -> str:
     """Says that a method found nothing to take, and why."""
     wanted = method if isinstance(method, Mapping) else as_method(method).name
     text = f'no convolution of {type(network.model).__name__} to expand with {wanted!r}'
-    norms = {type(module) for module in network.model.modules()}
-    behind = {type(norm_behind(network.model, name, c.out_channels)[1]) for name, c in network.convs().items()}
-    others = sorted(norm.__name__ for norm in behind - {type(None), *FOLDABLE})
-    if not isinstance(method, Mapping) and as_method(method).takes_norm:
-        if not norms & set(FOLDABLE):
-            return f'{text}; methods that take the norm in need a BatchNorm2d, here are {", ".join(others) or "none"}'
-        return f'{text}; none that it takes unasked has a batch norm that alone reads its output'
-    left = Counter(reason for _, reason in network.left())
-    return f'{text}; left: {_counted(left)}' if left else text
+    reason = '' if isinstance(method, Mapping) else _why_none(network, as_method(method))
+    return f'{text}; {reason}' if reason else text
+
+
+def _why_none(network: Network, method: Method, names: Optional[Collection[str]] = None) -> str:
+    """Why a method takes none of these convolutions unasked, or of all; '' for no more than its own choice."""
+    if not method.takes_norm:
+        left = Counter(reason for name, reason in network.left() if names is None or name in names)
+        return f'left: {_counted(left)}' if left else ''
+    if not {type(module) for module in network.model.modules()} & set(FOLDABLE):
+        behind = {type(norm_behind(network.model, name, c.out_channels)[1]) for name, c in network.convs().items()}
+        others = sorted(norm.__name__ for norm in behind - {type(None), *FOLDABLE})
+        return f'methods that take the norm in need a BatchNorm2d, here are {", ".join(others) or "none"}'
+    text = 'none that it takes unasked has a batch norm that alone reads its output'
+    names = network.convs() if names is None else names
+    asked = [name for name in names if _takes_if_asked(method, network, name)]
+    return f'{text}; it takes by name: {_listed(asked)}' if asked else text
+
+
+def _takes_if_asked(method: Method, network: Network, name: str) -> bool:
+    """Whether only the size of its kernel keeps a convolution out of what a method with norms takes unasked."""
+    if not _can_take(method, network, name):
+        return False
+    place = network.place(name, True)
+    return min(place.conv.kernel_size) > 1 and not place.is_inside(RepVggBlock) and is_foldable_pair(place)
 
 
 def what_is_left(network: Network) -> str:

@@ -250,7 +250,7 @@ class AnnealedModule(nn.Module):
     def _untied_state(self) -> Dict[str, Any]:
         self._settle()
         state: Dict[str, Any] = dict(super().__getstate__())
-        for key in ('_copies', '_known', '_update'):
+        for key in ('_copies', '_known', '_update', '_together'):
             state.pop(key, None)
         return state
 

@@ -1,6 +1,6 @@
 """The contract of rep layers, which look like convolutions, and what those without norms in their branches share."""
 import math
-from typing import Any, Dict, Iterable, Optional, Tuple, Type, TypeVar, Union
+from typing import Any, Dict, Hashable, Iterable, Optional, Sequence, Tuple, Type, TypeVar, Union
 
 import torch
 import torch.nn as nn
@@ -12,6 +12,7 @@ from ..errors import UserError
 from ..precision import full_float32
 from .annealed import AnnealedModule, check_kernel, is_channels_last
 from .composed import composed_kernel, refuse_writing
+from .together import KernelsTogether
 from .update import UpdateKernels
 
 __all__ = ['LinearRepLayer', 'RepLayer', 'is_trainable', 'kaiming_uniform_']
@@ -283,6 +284,9 @@ class LinearRepLayer(RepLayer):
     # Kernels that the micro-batches of an update share; none outside of an update.
     _update: Optional[UpdateKernels] = None
 
+    # What composes the kernels of all layers of a model at once, if something does.
+    _together: Optional[KernelsTogether] = None
+
     def _before_writing(self) -> None:
         if self._update is not None:
             self._update.forget(self)
@@ -315,11 +319,40 @@ class LinearRepLayer(RepLayer):
         """The composed kernel for an input, which the micro-batches of an update share."""
         if torch.jit.is_scripting():
             weight = self._compose(False)
-        elif torch.compiler.is_compiling() or self._update is None:  # in this order, so that no graph depends on it
+        elif torch.compiler.is_compiling():  # before the others, so that no graph depends on them
+            if self._together is not None:
+                self._together.check_compiled()
             weight = self._compose(prefers_channels_last(x))
-        else:
+        elif self._update is not None:
             weight = self._update.kernel(self, x)
+        else:
+            weight = self.new_kernel(prefers_channels_last(x))
         return weight
+
+    def new_kernel(self, channels_last: bool) -> Tensor:
+        """The kernel, composed now: alone, or together with those of all layers of a model."""
+        together = None if self._together is None else self._together.kernel(self, channels_last)
+        return self._compose(channels_last) if together is None else together
+
+    def composed_like(self) -> Hashable:
+        """What layers have in common whose kernels one call of :meth:`compose_side_by_side` can compose.
+
+        None if that method is not defined.
+        """
+        return None
+
+    @classmethod
+    def compose_side_by_side(cls, layers: Sequence[Any], channels_last: bool) -> Tensor:
+        """The kernels of several layers that are composed alike, in one call.
+
+        Args:
+            layers: Layers of this class with one :meth:`composed_like`.
+            channels_last: Memory format of the kernels.
+
+        Returns:
+            The kernels of all one after another, ``(n*o, i/g, kh, kw)``.
+        """
+        raise NotImplementedError(f'{cls.__name__} composes each kernel by itself')
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.kernel_for(x), self.bias, self.stride, self.padding, self.dilation, self.groups)

@@ -40,7 +40,7 @@ class _Shared:
         self.versions = self._versions()
         # checkpointing would take what the composition saves (parameters) for a part of this micro-batch
         with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):
-            self.kernel = layer._compose(channels_last)
+            self.kernel = layer.new_kernel(channels_last)
         self.leaf = self.kernel.detach().requires_grad_(self.kernel.requires_grad)
         self.is_joined = False
         self._witness = min(self.trained, key=torch.numel) if self.trained else None
@@ -152,8 +152,9 @@ class UpdateKernels:
         """
         channels_last = prefers_channels_last(x)
         self.is_used = True
-        if not self.is_open or torch.is_inference_mode_enabled() or needs_plain_formula(x):
-            return layer._compose(channels_last)
+        alone = layer._together is not None and not torch.is_grad_enabled()  # no backward goes through all kernels
+        if not self.is_open or alone or torch.is_inference_mode_enabled() or needs_plain_formula(x):
+            return layer.new_kernel(channels_last)
         key = (layer, tuple(parameter.requires_grad for parameter in layer.parameters()))
         shared = self._shared.get(key)
         if shared is not None and shared.is_cleared():
@@ -161,7 +162,7 @@ class UpdateKernels:
         if shared is None and not self.is_last:
             shared = self._shared[key] = _Shared(layer, channels_last)
         if shared is None or shared.is_joined or not shared.is_of(layer):
-            return layer._compose(channels_last)
+            return layer.new_kernel(channels_last)
         shared.check_gradient(accumulated=True)
         self._check_weights(shared)
         return shared.kernel if self.is_last else shared.leaf

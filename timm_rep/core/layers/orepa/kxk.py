@@ -1,5 +1,5 @@
 """OREPA block for a KxK convolution: six linear branches composed into one kernel."""
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Hashable, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -312,3 +312,15 @@ class OrepaConv2d(ScalingChoice):
             self.groups,
             channels_last,
         )
+
+    def composed_like(self) -> Hashable:
+        parameters = tuple((p.shape, p.dtype, p.device) for p in (self.branches, self.seq_1x1, self.dw_conv))
+        return (type(self), self.branch_names, self.groups, *parameters)
+
+    @classmethod
+    def compose_side_by_side(cls, layers: Sequence[Any], channels_last: bool) -> Tensor:
+        first, count = layers[0], len(layers)
+        branches, seq_1x1, dw_conv, scale, rates = cls._side_by_side(layers, ('branches', 'seq_1x1', 'dw_conv'))
+        filters = first.filters.repeat(count, 1, 1)
+        return _compose_kxk(
+            branches, seq_1x1, dw_conv, scale, rates, first.row_branch, filters, count * first.groups, channels_last)

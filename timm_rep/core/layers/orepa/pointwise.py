@@ -1,5 +1,5 @@
 """OREPA's Rep-1x1: a 1x1 convolution composed from a 1x1 and a sequence of two."""
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, Hashable, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -157,3 +157,13 @@ class OrepaPointwiseConv2d(ScalingChoice):
                 self.conv_1x1, self.seq_first, self.seq_second, self._scales(), self.attach_rate, self.groups)
         return _compose_1x1(
             self.conv_1x1, self.seq_first, self.seq_second, self._scales(), self.attach_rate, self.groups)
+
+    def composed_like(self) -> Hashable:
+        parameters = tuple((p.shape, p.dtype, p.device) for p in (self.conv_1x1, self.seq_first))
+        return (type(self), self.groups, *parameters)
+
+    @classmethod
+    def compose_side_by_side(cls, layers: Sequence[Any], channels_last: bool) -> Tensor:
+        names = ('conv_1x1', 'seq_first', 'seq_second')
+        conv_1x1, seq_first, seq_second, scale, rates = cls._side_by_side(layers, names)
+        return _compose_1x1(conv_1x1, seq_first, seq_second, scale, rates, len(layers) * layers[0].groups)

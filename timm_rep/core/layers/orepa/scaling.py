@@ -1,5 +1,5 @@
 """How the branches of OREPA's layers are scaled: by vectors, and what its Table 3 compares that with."""
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -52,6 +52,18 @@ class ScalingChoice(LinearRepLayer):
     def _scales(self) -> Tensor:
         """``(n, o)``, whatever the scaling is."""
         return self.scale if self.scaling == 'vector' else self.scale.expand(-1, self.out_channels)
+
+    @staticmethod
+    def _side_by_side(layers: Sequence['ScalingChoice'], names: Tuple[str, ...]) -> List[Tensor]:
+        """Parameters of several layers as those of one with that many times the groups; scales and attach rates last.
+
+        Args:
+            layers: Layers of one shape.
+            names: Parameters that have the channels of the groups in their first dimension.
+        """
+        joined = [torch.cat([getattr(layer, name) for layer in layers]) for name in names]
+        rates = torch.stack([layer.attach_rate for layer in layers]).repeat_interleave(layers[0].out_channels)
+        return [*joined, torch.cat([layer._scales() for layer in layers], dim=1), rates]
 
     def _scale_of_origin(self) -> List[OriginPart]:
         return [(self.scale, 0)] if isinstance(self.scale, nn.Parameter) else []

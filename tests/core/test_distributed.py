@@ -1,0 +1,199 @@
+"""Data-parallel training that exchanges gradients of kernels, in two processes on one CPU."""
+import copy
+import datetime
+import sys
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from helpers import TINY_MODELS, assert_same_state, randn, randomize_
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import timm_rep
+from timm_rep import RepDistributedDataParallel, UserError, capture, micro_batch
+from timm_rep.core.expand import anneal_repvgg_blocks_
+from timm_rep.core.layers import LinearRepLayer
+
+STEPS, PARTS = 4, 2
+
+
+class Net(nn.Module):
+    """Two networks behind a layer in two places and one that stands still."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared = nn.Conv2d(3, 3, 3, padding=1)
+        self.still = nn.Conv2d(3, 3, 3, padding=1).requires_grad_(False)
+        self.resnet, self.repvgg = TINY_MODELS['bottleneck'](), TINY_MODELS['repvgg']()
+        self.reentrant = None
+        self.skip = False
+
+    def forward(self, x):
+        if not self.skip:
+            x = self.shared(self.still(self.shared(x)))
+        if self.reentrant is None:
+            return self.resnet(x) + self.repvgg(x)
+        return self.resnet(x) + checkpoint(self.repvgg, x, use_reentrant=self.reentrant)
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    model = timm_rep.expand(Net().double(), select=lambda name, conv: 'conv_1x1' not in name)
+    return anneal_repvgg_blocks_(randomize_(model, seed))
+
+
+def loss_of(model, step, part):
+    return model(randn(2, 3, 32, 32, seed=10 * step + 2 * part + dist.get_rank())).square().mean() / PARTS
+
+
+def train_step(model, optimizer, step, shared):
+    """An update of two micro-batches, that share kernels or compose their own."""
+    optimizer.zero_grad()
+    for part in range(PARTS):
+        last = part == PARTS - 1
+        with micro_batch(model, last=last) if shared else nullcontext() if last else model.no_sync():
+            loss_of(model, step, part).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+
+
+class Counted:
+    """How many numbers are exchanged: by DistributedDataParallel's hook, and for kernels."""
+
+    def __init__(self, model):
+        self.buckets = self.kernels = 0
+        model.register_comm_hook(None, self.hook)
+
+    def hook(self, state, bucket):
+        self.buckets += bucket.buffer().numel()
+        work = dist.all_reduce(bucket.buffer().div_(dist.get_world_size()), async_op=True)
+        return work.get_future().then(lambda future: future.value()[0])
+
+    def __enter__(self):
+        self.all_reduce = dist.all_reduce
+
+        def counted(tensor, *args, **kwargs):
+            if 'group' in kwargs:
+                self.kernels += tensor.numel()
+            return self.all_reduce(tensor, *args, **kwargs)
+
+        dist.all_reduce = counted
+        return self
+
+    def __exit__(self, *error):
+        dist.all_reduce = self.all_reduce
+
+
+def both(model, shared, options):
+    """A model in both, and what they exchange in an update; whether the other one shares kernels, too."""
+    twin = copy.deepcopy(model)
+    forms = RepDistributedDataParallel(model, **options), DistributedDataParallel(twin, **options)
+    optimizers = [torch.optim.SGD(form.parameters(), 0.01, momentum=0.9, weight_decay=1e-3) for form in forms]
+    counts = [Counted(form) for form in forms]
+    for step in range(STEPS):
+        for form, optimizer, counted in zip(forms, optimizers, counts):
+            counted.buckets = counted.kernels = 0
+            with counted:
+                train_step(form, optimizer, step, shared or form is forms[0])
+            if step == 1:
+                timm_rep.begin_time_step(form, torch.Generator().manual_seed(0), attach_rate=0.5)
+        if step == 2:
+            capture(forms[0], graph=False)
+    for (name, one), other in zip(model.state_dict().items(), twin.state_dict().values()):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9, msg=name)
+    return counts
+
+
+def messages_of(model):
+    """What is refused."""
+    said = {}
+
+    def refused(name, call):
+        with pytest.raises(UserError) as error:
+            call()
+        said[name] = str(error.value)
+
+    refused('unused', lambda: RepDistributedDataParallel(model, find_unused_parameters=True))
+    refused('norms', lambda: RepDistributedDataParallel(timm_rep.expand(TINY_MODELS['basic'](), 'dbb')))
+    parallel = RepDistributedDataParallel(model)
+    with parallel.no_sync():
+        refused('no_sync', lambda: loss_of(parallel, 0, 0))
+    model.reentrant = True
+    refused('reentrant', lambda: loss_of(parallel, 0, 0).backward())
+    model.reentrant, model.skip = None, True
+    parallel = RepDistributedDataParallel(model)
+    refused('skipped', lambda: loss_of(parallel, 0, 0).backward())
+    return said
+
+
+def compiled():
+    torch.manual_seed(0)
+    model = nn.Sequential(timm_rep.OrepaConv2d(3, 4, 3), nn.ReLU(), timm_rep.OrepaConv2d(4, 4, 3)).double()
+    expected = copy.deepcopy(model)
+    images = randn(2, 3, 8, 8, seed=dist.get_rank())
+    parallel = DistributedDataParallel(expected)
+    parallel(images).square().mean().backward()
+    for compile_ in (
+        lambda twin: torch.compile(RepDistributedDataParallel(twin), backend='eager'),
+        lambda twin: RepDistributedDataParallel(torch.compile(twin, backend='eager')),
+    ):
+        twin = copy.deepcopy(model)
+        parallel = compile_(twin)
+        parallel(images).square().mean().backward()
+        for one, other in zip(twin.parameters(), expected.parameters()):
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-9, atol=1e-11)
+
+
+def checkpointed(model):
+    model.reentrant = False
+    twin = copy.deepcopy(model)
+    twin.reentrant = None
+    for form in (RepDistributedDataParallel(model), RepDistributedDataParallel(twin)):
+        loss_of(form, 0, 0).backward()
+    for (name, one), other in zip(model.named_parameters(), twin.parameters()):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-9, atol=1e-11, msg=name)
+
+
+def process(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        'gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60))
+    result = dict(numbers=[])
+    for shared, options in ((False, {}), (True, dict(gradient_as_bucket_view=True))):
+        model = network(seed=rank)  # weights of the first process are taken
+        ours, theirs = both(model, shared, options)
+        result['numbers'].append((ours.kernels, ours.buckets, theirs.buckets))
+    result['state'] = model.state_dict()
+    checkpointed(network())
+    compiled()
+    result['messages'] = messages_of(network())
+    torch.save(result, f'{folder}/{rank}.pth')
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='the processes meet by a file, on Linux only')
+def test_training_is_that_of_exchanging_all_gradients(tmp_path):
+    torch.multiprocessing.spawn(process, (str(tmp_path),), nprocs=2)
+    one, other = (torch.load(tmp_path / f'{rank}.pth') for rank in range(2))
+    norms = [name for name in one['state'] if 'running' in name or 'num_batches' in name]  # each has its own
+    assert_same_state(*({k: v for k, v in result['state'].items() if k not in norms} for result in (one, other)))
+
+    model = network()
+    layers = [layer for _, layer in timm_rep.rep_layers(model) if isinstance(layer, LinearRepLayer)]
+    trained = [layer for layer in layers if layer is not model.still]
+    kernels = sum(layer.weight.numel() for layer in trained)
+    branches = sum(p.numel() for layer in trained for p in layer.parameters() if p is not layer.bias)
+    for numbers in one['numbers']:
+        assert numbers[0] == kernels  # once for an update
+        assert numbers[2] - numbers[1] == branches > 2 * kernels
+
+    for messages in (one['messages'], other['messages']):
+        assert 'find_unused_parameters' in messages['unused']
+        assert 'composed without norms' in messages['norms']
+        assert 'micro_batch' in messages['no_sync']
+        assert 'use_reentrant=True' in messages['reentrant']
+        assert 'had no part in the loss' in messages['skipped']

@@ -1,0 +1,129 @@
+"""Data-parallel training that exchanges the gradients of kernels instead of those of their branches."""
+from typing import Any, List, Sequence
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from .capture import linear_layers, tie
+from .errors import UserError
+
+__all__ = ['RepDistributedDataParallel']
+
+
+class _Exchange:
+    """The gradients of one composition's kernels on their way to all processes, while the backward goes on."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+        self.works: List[Any] = []
+
+    def begin(self, gradient: Tensor) -> Tensor:
+        mean = gradient.contiguous() / dist.get_world_size(self.group)
+        self.works.append(dist.all_reduce(mean, group=self.group, async_op=True))
+        return mean
+
+    def end(self) -> None:
+        for work in self.works:
+            work.wait()
+        self.works.clear()
+
+
+class _Begin(torch.autograd.Function):
+    """A kernel as it is; its gradient is sent out."""
+
+    @staticmethod
+    def forward(ctx, kernel, exchange):
+        ctx.exchange = exchange
+        return kernel.view_as(kernel)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return ctx.exchange.begin(gradient), None
+
+
+class _End(torch.autograd.Function):
+    """All kernels as they are; their gradients are those that have come back."""
+
+    @staticmethod
+    def forward(ctx, exchange, *kernels):
+        ctx.exchange = exchange
+        ctx.set_materialize_grads(False)
+        return tuple(kernel.view_as(kernel) for kernel in kernels)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *gradients):
+        ctx.exchange.end()
+        if any(gradient is None for gradient in gradients):
+            raise UserError(
+                'some layers had no part in the loss, or in this part of it (checkpointing with use_reentrant=True), '
+                'so that processes might wait for each other; use DistributedDataParallel')
+        return (None, *gradients)
+
+
+class RepDistributedDataParallel(DistributedDataParallel):
+    """DistributedDataParallel that exchanges one gradient for each composed kernel, not those of all its branches.
+
+    ``model = timm_rep.RepDistributedDataParallel(model, device_ids=[rank])``
+
+    The branches of a linear layer (OREPA) follow from its kernel's gradient, so each process works them out from the
+    mean of that: a third of the bytes, and the same gradients up to rounding. All else is exchanged as ever. Processes
+    stay equal as long as they compute alike, which takes devices of one kind.
+
+    Args:
+        module: Model with linear rep layers.
+        *args: As of :class:`torch.nn.parallel.DistributedDataParallel`.
+        **kwargs: Likewise; hooks on the communication see what is not exchanged here.
+
+    Raises:
+        UserError: For a model without linear layers, and ``find_unused_parameters``. In a forward, for accumulation of
+            gradients by ``no_sync()`` without :func:`timm_rep.micro_batch`; in a backward, for layers that had no part
+            in the loss.
+    """
+
+    def __init__(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        layers = linear_layers(module)
+        if not layers:
+            raise UserError(f'{type(module).__name__} has no layers whose kernels are composed without norms; use '
+                            'DistributedDataParallel')
+        if kwargs.get('find_unused_parameters'):
+            raise UserError('find_unused_parameters: all processes take all kernels; use DistributedDataParallel')
+        branches = {id(p) for layer in layers for p in layer.parameters() if p is not layer.bias}
+        ignored = [name for name, p in module.named_parameters(remove_duplicate=False) if id(p) in branches]
+        before = getattr(module, IGNORED, None)
+        setattr(module, IGNORED, [*(before or []), *ignored])
+        try:
+            super().__init__(module, *args, **kwargs)
+        finally:
+            delattr(module, IGNORED) if before is None else setattr(module, IGNORED, before)
+        if kwargs.get('init_sync', True):
+            for parameter in module.parameters():
+                if id(parameter) in branches:
+                    dist.broadcast(parameter.detach(), dist.get_global_rank(self.process_group, 0), self.process_group)
+        self._kernels = tie(layers)
+        self._kernels.exchange = self._exchanged
+
+    def _exchanged(self, kernels: Sequence[Tensor]) -> List[Tensor]:
+        exchange = _Exchange(self.process_group)
+        trained = [kernel for kernel in kernels if kernel.requires_grad]
+        sent = iter(_End.apply(exchange, *trained) if trained else ())
+        return [_Begin.apply(next(sent), exchange) if kernel.requires_grad else kernel for kernel in kernels]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        layers = self._kernels.layers
+        if torch.is_grad_enabled() and not self.require_backward_grad_sync and layers[0]._update is None:
+            raise UserError('no_sync() leaves gradients of kernels that are not exchanged; accumulate them with '
+                            'timm_rep.micro_batch(model, last=...), which does without it')
+        self._kernels.begin()
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self._kernels.end()
+
+
+# Where DistributedDataParallel looks for names of what it leaves alone.
+IGNORED = '_ddp_params_and_buffers_to_ignore'

@@ -1,0 +1,118 @@
+"""Kernels of all layers of a model, composed at once."""
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.graph import saved_tensors_hooks
+
+from ..composition import needs_plain_formula
+from ..errors import UserError
+
+__all__ = ['KernelsTogether', 'compose_each', 'compose_side_by_side']
+
+# Layers and the memory format of their kernels to the kernels.
+Composition = Callable[[Sequence[Any], bool], Sequence[Tensor]]
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def compose_each(layers: Sequence[Any], channels_last: bool) -> List[Tensor]:
+    """Kernels of layers, one call for each."""
+    return [layer._compose(channels_last) for layer in layers]
+
+
+def compose_side_by_side(layers: Sequence[Any], channels_last: bool) -> List[Tensor]:
+    """Kernels of layers, one call for all that are composed alike: as many groups of one layer."""
+    alike: Dict[Any, List[Any]] = {}
+    for layer in layers:
+        # a subclass may compose in another way than the class that it has the method from
+        key = layer.composed_like() if 'compose_side_by_side' in vars(type(layer)) else None
+        alike.setdefault(layer if key is None else key, []).append(layer)
+    kernels: Dict[Any, Tensor] = {}
+    for members in alike.values():
+        if len(members) == 1:
+            kernels[members[0]] = members[0]._compose(channels_last)
+        else:
+            composed = members[0].compose_side_by_side(members, channels_last)
+            kernels.update(zip(members, composed.chunk(len(members))))
+    return [kernels[layer] for layer in layers]
+
+
+def _is_trained(layer: Any) -> bool:
+    return any(p.requires_grad for p in layer.parameters() if p is not layer.bias)
+
+
+class KernelsTogether:
+    """Composes the kernels of a model's linear layers when the first of them asks for its own in a forward.
+
+    Whoever makes one calls :meth:`begin` and :meth:`end` around every forward of the model. It is no part of what the
+    model is: copies and pickles of the model do without.
+
+    Args:
+        layers: All linear layers of a model.
+
+    Attributes:
+        layers: The layers.
+        compose: Composes the kernels of layers.
+        exchange: Given the kernels, returns tensors of the same values that the layers take instead, if set.
+    """
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self.layers: Tuple[Any, ...] = tuple(layers)
+        self.compose: Composition = compose_each
+        self.exchange: Optional[Callable[[Sequence[Tensor]], Sequence[Tensor]]] = None
+        self._kernels: Dict[Any, Tensor] = {}
+        self._given: Set[Any] = set()
+        self._in_forward = False
+
+    def __reduce__(self) -> Any:
+        return KernelsTogether, ((),)
+
+    def begin(self, *_: Any) -> None:
+        """Begin a forward of the model."""
+        self._in_forward = True
+        self._kernels = {}
+        self._given = set()
+
+    def end(self, *_: Any) -> None:
+        """End it. The kernels stay, for what checkpointing computes again, until the next one begins."""
+        self._in_forward = False
+
+    def check_compiled(self) -> None:
+        """Raise a UserError where a compiler would compose a kernel whose gradient is exchanged; it then leaves it."""
+        if self.exchange is not None:
+            raise UserError('RepDistributedDataParallel composes kernels outside of compiled graphs, so fullgraph=True '
+                            'is not for it; use DistributedDataParallel')
+
+    def kernel(self, layer: Any, channels_last: bool) -> Optional[Tensor]:
+        """The kernel of a layer.
+
+        Args:
+            layer: One of the layers.
+            channels_last: Memory format of the kernels, if they are not composed yet.
+
+        Returns:
+            The kernel, or None where the layer is to compose it alone: outside of a forward, without gradients, and for
+            derivatives other than plain autograd's.
+        """
+        if torch._C._current_graph_task_id() != -1:  # a checkpoint computes again, inside a backward
+            if layer not in self._given and self.exchange is not None and torch.is_grad_enabled():
+                raise UserError('gradients of kernels cannot be exchanged under checkpointing with use_reentrant=True')
+            return self._kernels.get(layer) if layer in self._given else None
+        grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        if not (self._in_forward and grad) or needs_plain_formula() or forward_ad._current_level >= 0:
+            return None
+        if not self._kernels:
+            # checkpointing would take what the composition saves for a part of what it computes again
+            with saved_tensors_hooks(_as_it_is, _as_it_is):
+                kernels = self.compose(self.layers, channels_last)
+                # one call makes all of them part of the graph, if one of them is trained
+                kernels = [k if _is_trained(layer) else k.detach() for layer, k in zip(self.layers, kernels)]
+                if self.exchange is not None:
+                    kernels = self.exchange(kernels)
+            self._kernels = dict(zip(self.layers, kernels))
+        self._given.add(layer)
+        return self._kernels.get(layer)  # None of a replica (DataParallel)
