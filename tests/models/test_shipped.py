@@ -12,6 +12,7 @@ from helpers import assert_near
 from timm.data import create_dataset, create_transform, resolve_data_config
 
 import timm_rep
+from timm_rep.core.walk import annealed_modules
 from timm_rep.models.published import REGISTRY, published_weights
 
 SHIPPED = {name: Path(entry['file']) for name, entry in published_weights().items() if 'file' in entry}
@@ -39,8 +40,8 @@ def test_they_load_offline_in_training_and_in_stock_form(name, monkeypatch):
     for model_name in (name, architecture):
         rep = timm.create_model(model_name, pretrained=True).eval()
         stock = timm.create_model(model_name, pretrained=True, inference_mode=True).eval()
-        assert list(timm_rep.rep_layers(rep))
-        assert not list(timm_rep.rep_layers(stock))
+        assert list(annealed_modules(rep))
+        assert not list(annealed_modules(stock))
         for model in (rep, stock, timm_rep.fuse(rep)):
             assert_near(model(example['input']), example['output'], 1e-4)
         assert rep.pretrained_cfg['label_names'][0] == 'airplane'
