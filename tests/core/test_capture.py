@@ -32,7 +32,7 @@ class Graphs:
         assert allow_unused_input
         assert not torch.is_autocast_enabled('cuda')
         self.captured += 1
-        static_kernels = [kernel.detach().clone() for kernel in function()]
+        static_kernels = [kernel.detach().clone() for kernel in function(*samples)]
         taken = [sample for sample in samples if sample.requires_grad]
         static_gradients = [torch.zeros_like(sample) for sample in taken]
 
@@ -41,7 +41,7 @@ class Graphs:
             @staticmethod
             def forward(ctx, *arguments):
                 assert all(sample.data_ptr() == argument.data_ptr() for sample, argument in zip(samples, arguments))
-                for memory, kernel in zip(static_kernels, function()):
+                for memory, kernel in zip(static_kernels, function(*samples)):
                     memory.data.copy_(kernel)
                 return tuple(memory.detach() for memory in static_kernels)
 
@@ -49,7 +49,7 @@ class Graphs:
             @torch.autograd.function.once_differentiable
             def backward(ctx, *gradients):
                 with torch.enable_grad():
-                    pairs = [pair for pair in zip(function(), gradients) if pair[0].requires_grad]
+                    pairs = [pair for pair in zip(function(*samples), gradients) if pair[0].requires_grad]
                 found = torch.autograd.grad(
                     [kernel for kernel, _ in pairs], taken, [gradient for _, gradient in pairs], allow_unused=True)
                 for memory, gradient in zip(static_gradients, found):
@@ -64,6 +64,8 @@ class Graphs:
 def graphs(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'make_graphed_callables', Graphs())
     monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: False)
+    monkeypatch.setattr(torch.cuda, 'device', torch.device)
+    monkeypatch.setattr(_GraphedComposition, 'device_type', 'cpu')
     return torch.cuda.make_graphed_callables
 
 
