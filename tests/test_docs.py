@@ -18,13 +18,18 @@ assert torch.allclose(rep(x), stock(x), rtol=1e-4, atol=1e-4)
 timm_rep.begin_time_step(rep)
 timm_rep.verify(rep, timm_rep.fuse(rep), inputs=x)
 trained = timm.create_model('repan_resnet18_cifar', rep_layer='half').train()
+timm_rep.Annealer(
+    trained, torch.optim.SGD(trained.parameters(), 0.1), timm_rep.AnnealingSchedule(2, 2, 1), freeze_origin=True)
+torch.jit.script(rep.layer1)
 trained(torch.randn(2, 3, 32, 32)).sum().backward()
 assert all(parameter.grad is not None for parameter in trained.parameters())
 """
 
 
 @pytest.mark.skipif(not DOCS.is_dir(), reason='the docs are in a checkout only')
-def test_own_method_of_the_docs():
+def test_own_method_of_the_docs(tmp_path):
     code, = re.findall(r'```python\n(.*?)```', (DOCS / 'methods.md').read_text(), re.S)
-    done = subprocess.run([sys.executable, '-c', code + USE], capture_output=True, text=True)
+    file = tmp_path / 'half.py'  # TorchScript reads the source
+    file.write_text(code + USE)
+    done = subprocess.run([sys.executable, file], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

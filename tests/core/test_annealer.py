@@ -195,6 +195,17 @@ def test_history_holds_every_epoch_once():
 # Gradients of branches
 
 
+def test_there_are_no_rows_of_layers_that_are_not_trained():
+    model = timm_rep.expand(nn.Sequential(nn.Conv2d(3, 4, 3).requires_grad_(False), nn.BatchNorm2d(4)))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    annealer = Annealer(model, optimizer, AnnealingSchedule(1, 2), log_branches=True)
+    annealer.begin_epoch(0)
+    model(randn(2, 3, 8, 8, dtype=torch.float32)).square().sum().backward()
+    optimizer.step()
+    annealer.end_epoch()
+    assert annealer.branch_rows == []
+
+
 @pytest.mark.parametrize('opt', ['momentum', 'lookahead_momentum'])
 def test_branch_rows_are_the_root_mean_square_of_the_gradients(opt):
     model = timm.create_model('repan_resnet18_cifar', rep_layer='orepa', num_classes=5)

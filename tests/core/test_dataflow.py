@@ -124,6 +124,9 @@ def reads(run):
     lambda m, x: F.batch_norm(m.conv(x), m.norm.running_mean, m.norm.running_var),
     lambda m, x: m.conv(x),
     lambda m, x: m.norm(m.conv(x)) if not m.training else m.norm(F.relu(m.conv(x))),
+    lambda m, x: m.norm(m.conv(x)) + F.conv2d(x, m.conv.weight, padding=1),
+    lambda m, x: F.conv_transpose2d(F.relu(m.norm(m.conv(x))), m.conv.weight.flip(2)),
+    lambda m, x: m.norm(m.conv(x)) * m.norm.weight.sum(),
 ])
 def test_an_output_that_something_else_reads_has_no_norm(run):
     model = reads(run)
@@ -227,6 +230,26 @@ def test_watching_changes_nothing_and_calls_nothing_of_the_users():
     assert [dict(module._forward_hooks) for module in model.modules()] == hooks
 
 
+@pytest.mark.parametrize('training', [False, True])
+def test_a_forward_that_is_bound_to_the_model_itself_leaves_it_as_it_is(training):
+    model = nn.Sequential(conv(), norm(), conv(6, 6), norm()).train(training)
+    forward = model.forward
+    model.forward = lambda x: forward(x)  # a copy of the model runs this one's, too
+    before = state_of(model)
+    assert flows_of(model).convs == {}
+    assert_same_state(state_of(model), before)
+
+
+def test_numpys_draws_are_not_moved():
+    numpy = pytest.importorskip('numpy', reason='needs NumPy')
+    model = reads(lambda m, x: m.norm(m.conv(x)) * numpy.random.rand())
+    numpy.random.seed(3)
+    drawn = numpy.random.rand()
+    numpy.random.seed(3)
+    assert flows_of(model).convs == dict(conv=Flow('norm'))
+    assert numpy.random.rand() == drawn
+
+
 # Where a model does not run so
 
 
@@ -315,13 +338,15 @@ def test_the_names_of_norms_that_are_elsewhere_travel_with_the_weights(method, t
 
 @pytest.mark.parametrize(('norms', 'message'), [
     (dict(a='norm_c'), "no batch norm 'norm_c'"), (dict(a='b'), "no batch norm 'b'"), (dict(c='norm_a'), 'batch norm'),
-    (dict(a='norm_a', b='norm_a'), 'which another convolution does')])
+    (dict(a='norm_a', b='norm_a'), 'which another convolution does'), (dict(a='wide'), "no batch norm 'wide' for 'a'")])
 def test_norms_of_another_network_are_refused(norms, message):
     methods = expansion_of(expand(crossed(), 'dbb')).methods
     model = crossed()
+    model.wide = norm(12)
+    before = tree(model)
     with pytest.raises(UserError, match=message):
         expand_as_(model, methods, norms)
-    assert tree(model) == tree(crossed())
+    assert tree(model) == before
 
 
 @torch.no_grad()

@@ -91,7 +91,7 @@ def both(model, steps, shared, options):
     """A model in both, and what they exchange in an update; whether the other one shares kernels, too."""
     twin = copy.deepcopy(model)
     forms = RepDistributedDataParallel(model, **options), DistributedDataParallel(twin, **options)
-    optimizers = [torch.optim.SGD(form.parameters(), 0.01, momentum=0.9, weight_decay=1e-3) for form in forms]
+    optimizers = [torch.optim.SGD(form.parameters(), 1e-3, momentum=0.9, weight_decay=1e-3) for form in forms]
     counts = [Counted(form) for form in forms]
     for step in range(steps):
         for form, optimizer, counted in zip(forms, optimizers, counts):

@@ -54,6 +54,41 @@ def test_1x1_are_taken_where_they_carry_a_fair_share(width, with_pointwise):
     assert taken(model) == (['0', '1', '3'] if with_pointwise else ['0'])
 
 
+@pytest.mark.parametrize('hold', [
+    lambda m: setattr(m, 'others', [m[0]]), lambda m: setattr(m, 'others', dict(first=(m[0], 1))),
+    lambda m: setattr(m, 'run', m[0].forward)])
+@pytest.mark.parametrize('method', ['orepa', 'dbb'])
+def test_what_lies_in_another_attribute_too_is_left(hold, method):
+    model = nn.Sequential(kxk(3, 4), nn.BatchNorm2d(4), kxk(4, 4), nn.BatchNorm2d(4))
+    hold(model)
+    assert taken(model, method) == ['2']
+    with pytest.raises(UserError, match='a second place that is no registered module'):
+        expand(model, method, select='0')
+
+
+@pytest.mark.parametrize('method', ['orepa', 'dbb'])
+def test_what_lies_in_another_attribute_too_is_not_fused(method):
+    model = expand(nn.Sequential(kxk(3, 4), nn.BatchNorm2d(4), nn.ReLU()), method).eval()
+    model.first = [model[0]]
+    before = tree(model)
+    with pytest.raises(UserError, match='0 cannot be fused: it has a second place'):
+        fuse(model, inplace=True)
+    assert tree(model) == before
+    model.first = [model[2]]
+    assert type(fuse(model)[0]) is nn.Conv2d
+
+
+def test_norms_and_blocks_that_lie_in_another_attribute_stay():
+    model = nn.Sequential(kxk(3, 4), nn.BatchNorm2d(4), kxk(4, 4), nn.BatchNorm2d(4))
+    model.others = [model[1]]
+    assert taken(model) == ['0', '2']
+    assert taken(model, 'dbb') == ['2']
+    blocks = timm.create_model('repvgg_a0', device='meta')
+    blocks.others = [blocks.stages[0][1]]
+    with pytest.raises(UserError, match=r'stages\.0\.1 cannot be given an attach rate'):
+        expand(blocks, 'rep')
+
+
 def test_the_classifier_stays():
     model = timm.create_model('resnetv2_50x1_bit', device='meta')
     names = taken(model)

@@ -57,6 +57,20 @@ MODELS = dict(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize('method', [
+    timm_rep.Orepa(scaling='scalar'), timm_rep.RepNas(branches='origin')],
+    ids=lambda method: method.name)
+def test_a_method_with_options_needs_no_arguments_either(method, tmp_path, caplog):
+    model = randomize_(create_model('repan_resnet18_cifar', rep_layer=method, num_classes=3)).eval()
+    for name in ('once', 'twice'):
+        save(model, tmp_path / f'{name}.safetensors')
+        loaded = load(tmp_path / f'{name}.safetensors')
+        assert_same(loaded, model)
+        model = loaded
+    assert not caplog.records
+    assert loaded._model_args['rep_layer'] == method.name
+
+
 def assert_same(actual, expected):
     assert_same_state(state_of(actual), state_of(expected))
     assert {v.dtype for v in actual.state_dict().values()} == {v.dtype for v in expected.state_dict().values()}

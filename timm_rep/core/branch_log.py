@@ -35,7 +35,7 @@ class BranchLog:
             for depth, (name, module) in enumerate(self._modules)
             for branch, gradient in module.branch_gradients().items()
         }
-        norms = torch._foreach_norm(list(gradients.values()))
+        norms = torch._foreach_norm(list(gradients.values())) if gradients else []
         for (key, gradient), norm in zip(gradients.items(), norms):
             rms = norm / gradient.numel() ** 0.5
             self._sums[key] = self._sums[key] + rms if key in self._sums else rms

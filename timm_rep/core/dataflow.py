@@ -5,6 +5,7 @@ import inspect
 import itertools
 import logging
 import random
+import sys
 import warnings
 import weakref
 from dataclasses import dataclass, field
@@ -37,7 +38,8 @@ class Flow:
     """What becomes of the output of a convolution.
 
     Attributes:
-        norm: Name of the one batch norm that takes it, and that nothing else does; '' if there is no such norm.
+        norm: Name of the one batch norm that takes it, and that nothing else does; '' if there is no such norm, or
+            the parameters of the two are read by others.
         shared: Whether several norms take outputs of the convolution, or the norm takes those of others, too.
         hooked: Whether a hook sees the output on its way into the norm.
     """
@@ -52,7 +54,7 @@ class Flows:
     """What was seen of a model.
 
     Attributes:
-        convs: By the first name of each convolution that was run.
+        convs: By the first name of each convolution that was run, or whose parameters were read.
         norms: First names of the batch norms that were run.
     """
 
@@ -77,10 +79,14 @@ class _Watch:
     """Notes of one pass, by the names of the model's modules."""
 
     hooks: Set[Tuple[str, str]]
+    originals: FrozenSet[int]  # tensors of the model itself, by id: its copy has others
+    owners: Dict[int, str]  # of the parameters of convolutions and batch norms, by id
     outputs: Dict[int, _Output] = field(default_factory=dict)
     done: List[_Output] = field(default_factory=list)
     norms: Dict[str, Set[str]] = field(default_factory=dict)  # the convolutions that a norm takes the outputs of
     running: List[Tuple[str, Any]] = field(default_factory=list)  # norms, with what they were given
+    called: List[str] = field(default_factory=list)  # modules that are being called
+    looked_at: Set[str] = field(default_factory=set)  # of those with owned parameters, by others
 
     def find(self, tensor: Any) -> Optional[_Output]:
         output = self.outputs.get(id(tensor)) if isinstance(tensor, Tensor) else None
@@ -89,6 +95,11 @@ class _Watch:
     def read(self, arguments: Any) -> None:
         """An operation reads these."""
         for tensor in tree_leaves(arguments):
+            if id(tensor) in self.originals:
+                raise RuntimeError('the copy runs the model itself')
+            owner = self.owners.get(id(tensor))
+            if owner is not None and owner not in self.called:
+                self.looked_at.add(owner)
             output = self.find(tensor)
             if output is not None:
                 output.reads += 1
@@ -96,6 +107,7 @@ class _Watch:
                 output.norm = name if given is tensor else ''
 
     def into(self, name: str, module: nn.Module, arguments: Any) -> None:
+        self.called.append(name)
         for output in filter(None, map(self.find, tree_leaves(arguments))):
             output.hooked |= (name, 'in') in self.hooks
             if not is_foldable(module) and not isinstance(module, nn.Identity) and not any(module.children()):
@@ -107,6 +119,7 @@ class _Watch:
             self.running.append((name, given))
 
     def out_of(self, name: str, module: nn.Module, result: Any) -> None:
+        self.called.pop()
         if is_foldable(module):
             self.running.pop()
         if isinstance(module, nn.Conv2d) and isinstance(result, Tensor):
@@ -159,19 +172,30 @@ def _image_sizes(model: nn.Module) -> List[Tuple[int, ...]]:
 @contextlib.contextmanager
 def _drawing_nothing() -> Iterator[None]:
     """Give the random generators back as they were, and keep what the model's code warns of for its own runs."""
-    state = random.getstate()
+    state, numpy = random.getstate(), sys.modules.get('numpy')
+    numpy_state = None if numpy is None else numpy.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter('ignore')
             yield
     finally:
         random.setstate(state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)
 
 
 @torch.no_grad()
-def _watched(model: nn.Module, hooks: Set[Tuple[str, str]], way: str, images: Tensor) -> Optional[_Watch]:
+def _watched(
+        model: nn.Module,
+        hooks: Set[Tuple[str, str]],
+        originals: FrozenSet[int],
+        way: str,
+        images: Tensor,
+) -> Optional[_Watch]:
     """Run a model once, or None if it does not run so."""
-    watch = _Watch(hooks)
+    watch = _Watch(hooks, originals, {
+        id(parameter): name for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d) or is_foldable(module) for parameter in module.parameters()})
     handles = []
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(
@@ -197,15 +221,16 @@ def _passes(model: nn.Module) -> List[_Watch]:
     hooks = {
         (name, end) for name, module in model.named_modules()
         for end, kinds in (('in', INPUT_HOOKS), ('out', OUTPUT_HOOKS)) if any(getattr(module, k) for k in kinds)}
+    originals = frozenset(map(id, itertools.chain(model.parameters(), model.buffers())))
     twin = _on_meta(model).eval()
     reference = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     for size in _image_sizes(model):
         images = torch.empty(BATCH, image_channels(model), *size, device='meta', dtype=reference.dtype)
-        first = _watched(twin, hooks, '', images)
+        first = _watched(twin, hooks, originals, '', images)
         if first is not None:
             ways = [way for way in OTHER_WAYS if inspect.ismethod(getattr(twin, way, None))][:1]
-            others = [_watched(twin, hooks, way, images) for way in ways]
-            others.append(_watched(twin.train(), hooks, '', images))
+            others = [_watched(twin, hooks, originals, way, images) for way in ways]
+            others.append(_watched(twin.train(), hooks, originals, '', images))
             return [first, *(watch for watch in others if watch is not None)]
     return []
 
@@ -231,12 +256,16 @@ def flows_of(model: nn.Module) -> Flows:
         _logger.debug('%s cannot be watched: %s', type(model).__name__, e)
     outputs: Dict[str, List[_Output]] = {}
     norms: Dict[str, Set[str]] = {}
+    looked_at: Set[str] = set()
     for watch in passes:
+        looked_at |= watch.looked_at
         for output in watch.done:
             outputs.setdefault(output.conv, []).append(output)
         for name, convs in watch.norms.items():
             norms.setdefault(name, set()).update(convs)
-    return Flows({conv: _flow(found, norms) for conv, found in outputs.items()}, frozenset(norms))
+    flows = {conv: _flow(found, norms) for conv, found in outputs.items()}
+    flows.update((name, Flow()) for name in looked_at if isinstance(model.get_submodule(name), nn.Conv2d))
+    return Flows({n: Flow() if flow.norm in looked_at else flow for n, flow in flows.items()}, frozenset(norms))
 
 
 def _flow(outputs: List[_Output], norms: Dict[str, Set[str]]) -> Flow:

@@ -143,8 +143,10 @@ def expand_as_(model: ModelT, methods: Mapping[str, Method], norms: Optional[Map
         assigned.update(dict.fromkeys(places[id(modules[name])], method))
     known = dict.fromkeys(assigned, '')
     for name, norm in (norms or {}).items():
-        if name not in modules or not is_foldable(modules.get(norm)):
-            raise UserError(f'the expansion is of another network: {type(model).__name__} has no batch norm {norm!r}')
+        behind: Any = modules.get(norm)
+        if not is_foldable(behind) or behind.num_features != getattr(modules.get(name), 'out_channels', None):
+            raise UserError(
+                f'the expansion is of another network: {type(model).__name__} has no batch norm {norm!r} for {name!r}')
         known.update(dict.fromkeys(places[id(modules[name])], norm))
     return _expand_assigned(Network.of(model), assigned, None, inplace=True, same_function=False, norms=known)
 
@@ -180,7 +182,7 @@ def _make_layer(
         if place.read_between:
             raise UserError(
                 f'{method.name!r} takes the norm in, but something sees the output of {place.name} before the norm: '
-                'another operation, a hook, or a feature map'
+                'another operation, a hook, or a feature map; or the parameters of the two are read by others'
             )
         if not is_foldable(place.norm):
             found = 'none' if place.norm is None else f'a {type(place.norm).__name__}'

@@ -10,12 +10,14 @@ from .errors import UserError
 from .layers import AnnealedModule, FoldedNorm, HostedConv2d
 from .sharded import check_whole
 from .walk import (
+    SECOND_PLACE,
     ModelT,
     ancestors_of,
     annealed_modules,
     conv_name,
     copied,
     folded_norms,
+    held_elsewhere,
     move_hooks,
     names_of,
     parent_of,
@@ -126,6 +128,10 @@ def _stock_forms(model: nn.Module) -> Dict[str, nn.Module]:
         replacements[name] = host.stock_conv(stock) if isinstance(host, HostedConv2d) else stock  # type: ignore[arg-type]
         if norm is not None:
             replacements[norm_name] = norm
+    held = held_elsewhere(model)
+    for name in replacements:
+        if id(model.get_submodule(name)) in held:
+            raise UserError(f'{name} cannot be fused: it has {SECOND_PLACE}, which would go on with it')
     return replacements
 
 
@@ -169,8 +175,8 @@ def fuse(model: ModelT, *, inplace: bool = False) -> ModelT:
         a stock counterpart, its ``pretrained_cfg`` names that.
 
     Raises:
-        UserError: For layers with norms in their branches in training mode, or with a hook on their outputs, and for
-            sharded parameters. The model is then unchanged.
+        UserError: For layers with norms in their branches in training mode, or with a hook on their outputs, for
+            sharded parameters, and for layers that lie in a list or a bound method, too. The model is then unchanged.
     """
     model = unwrapped(model)
     check_whole(model)

@@ -3,7 +3,20 @@ import fnmatch
 import functools
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Callable, Collection, Dict, Iterable, Iterator, List, Mapping, Optional, Tuple, Union
+from typing import (
+    Any,
+    Callable,
+    Collection,
+    Dict,
+    FrozenSet,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Tuple,
+    Union,
+)
 
 import torch.nn as nn
 from timm.layers import BatchNormAct2d, SyncBatchNormAct, convert_sync_batchnorm
@@ -17,7 +30,7 @@ from .layers.normed import is_foldable_pair
 from .layers.norms import FOLDABLE, is_foldable
 from .layers.rep import Rep
 from .methods import Method, MethodLike, Place, Shares, as_method
-from .walk import ancestors_of, names_of, next_sibling, norm_behind, reads_between
+from .walk import SECOND_PLACE, ancestors_of, held_elsewhere, names_of, next_sibling, norm_behind, reads_between
 
 __all__ = ['KXK_CONV', 'Methods', 'Network', 'Select', 'assign', 'repvgg_blocks', 'what_is_left', 'why_nothing']
 
@@ -63,6 +76,11 @@ class Network:
     def flows(self) -> Flows:
         """What becomes of the convolutions' outputs; the model is run for it, once."""
         return flows_of(self.model)
+
+    @functools.cached_property
+    def held(self) -> FrozenSet[int]:
+        """Modules that other attributes hold too, by id: those would go on with what was swapped."""
+        return held_elsewhere(self.model)
 
     @functools.cached_property
     def shares(self) -> Shares:
@@ -139,12 +157,14 @@ class Network:
             return f'a {type(conv).__name__}, whose rule is not known'
         if type(conv) in HOSTS and any(isinstance(parent, RepVggBlock) for parent in ancestors_of(self.model, name)):
             return f'a {type(conv).__name__} in a RepVGG block'
+        if id(conv) in self.held:
+            return SECOND_PLACE
         if conv._buffers or not self._is_as_made(conv):
             return 'a kernel that is shared or computed, or hooks or parts that its class does not give it'
         return '' if conv.weight.is_floating_point() else f'kernels of {conv.weight.dtype}'
 
     def _is_norm_as_made(self, norm: nn.Module) -> bool:
-        return set(norm._buffers) <= NORM_BUFFERS and self._is_as_made(norm)
+        return set(norm._buffers) <= NORM_BUFFERS and id(norm) not in self.held and self._is_as_made(norm)
 
     def _is_as_made(self, module: nn.Module) -> bool:
         """Whether a module is no more than its class says.
@@ -252,6 +272,8 @@ def assign(network: Network, method: Methods, select: Select) -> Dict[str, Metho
         # the block's own branches are those of Rep; layers with norms in the KxK branch want the others annealed too
         own = patterns.get(_first_match(patterns, kxk))
         if block.reparam_conv is None and (isinstance(own, Rep) or (kxk in assigned and assigned[kxk].takes_norm)):
+            if id(block) in network.held:
+                raise UserError(f'{name} cannot be given an attach rate: it has {SECOND_PLACE}')
             assigned[name] = Rep()
     if isinstance(method, Mapping):
         _check_each_takes(network, patterns, assigned)

@@ -1,6 +1,7 @@
 """Finding things in a model: rep layers, what stands beside and around a module, its image channels."""
 import copy
-from typing import Any, Dict, Iterator, List, Optional, Set, Tuple, TypeVar
+import types
+from typing import Any, Dict, FrozenSet, Iterator, List, Optional, Set, Tuple, TypeVar
 
 import torch
 import torch.nn as nn
@@ -14,9 +15,9 @@ from .layers.annealed import check_attach_rate
 from .layers.norms import is_norm
 
 __all__ = [
-    'HOOKS', 'ModelT', 'ancestors_of', 'annealed_modules', 'conv_name', 'copied', 'folded_norms', 'image_channels',
-    'move_hooks', 'names_of', 'next_sibling', 'norm_behind', 'parent_of', 'reads_between', 'rep_layers',
-    'set_attach_rate', 'unwrapped',
+    'HOOKS', 'SECOND_PLACE', 'ModelT', 'ancestors_of', 'annealed_modules', 'conv_name', 'copied', 'folded_norms',
+    'held_elsewhere', 'image_channels', 'move_hooks', 'names_of', 'next_sibling', 'norm_behind', 'parent_of',
+    'reads_between', 'rep_layers', 'set_attach_rate', 'unwrapped',
 ]
 
 ModelT = TypeVar('ModelT', bound=nn.Module)
@@ -28,6 +29,9 @@ HOOKS = (
     '_forward_hooks', '_forward_hooks_with_kwargs', '_forward_hooks_always_called', '_forward_pre_hooks',
     '_forward_pre_hooks_with_kwargs', '_backward_hooks', '_backward_pre_hooks', '_is_full_backward_hook',
 )
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+MAX_DEPTH = 3  # of lists in lists
+SECOND_PLACE = 'a second place that is no registered module (a list, a bound method)'
 
 
 def unwrapped(model: Any) -> Any:
@@ -212,6 +216,28 @@ def folded_norms(model: nn.Module) -> Dict[str, Tuple[str, FoldedNorm]]:
             if isinstance(behind, FoldedNorm) and not behind.is_far:
                 found[name] = sibling, behind
     return found
+
+
+def held_elsewhere(model: nn.Module) -> FrozenSet[int]:
+    """Modules that lie in other attributes of a model's modules, by id: where they are swapped, those keep the old one.
+
+    Our own layers remember modules as well, but know what they are.
+    """
+    return frozenset(
+        id(held) for module in model.modules() if not isinstance(module, AnnealedModule)
+        for name, value in vars(module).items() if name not in OF_EVERY_MODULE
+        for held in _modules_in(value) if held is not module)
+
+
+def _modules_in(value: Any, depth: int = 0) -> Iterator[nn.Module]:
+    """Modules that an attribute holds: itself, in lists and dicts, or as what a method is bound to."""
+    if isinstance(value, nn.Module):
+        yield value
+    elif isinstance(value, types.MethodType):
+        yield from _modules_in(value.__self__, depth)
+    elif isinstance(value, (list, tuple, set, dict)) and depth < MAX_DEPTH:
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _modules_in(part, depth + 1)
 
 
 def names_of(model: nn.Module) -> Dict[int, List[str]]:

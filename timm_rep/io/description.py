@@ -85,7 +85,8 @@ def _structure(model: nn.Module) -> Dict[str, str]:
 def _architecture_of(model: Any) -> Dict[str, str]:
     """Metadata that say how timm builds the stock form; none, with a warning, if it would not be this model's."""
     cfg = model.pretrained_cfg
-    args = dict(getattr(model, '_model_args', {}))
+    args = getattr(model, '_model_args', {})
+    args = {key: value.name if isinstance(value, Method) else value for key, value in args.items()}
     if not args.get('features_only'):
         args.update(in_chans=image_channels(model))
         if isinstance(getattr(model, 'num_classes', None), int):

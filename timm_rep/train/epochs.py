@@ -201,6 +201,8 @@ class AnnealedEpochs:
 
 
 def _append_rows(path: Path, rows: Sequence[Dict[str, Any]]) -> None:
+    if not rows:
+        return
     new = not path.exists()
     with path.open('a', newline='') as file:
         writer = csv.DictWriter(file, list(rows[0]))

@@ -152,6 +152,19 @@ def test_files_say_what_was_expanded(cls, tmp_path):
     assert torch.equal(again(images()), rep(images()))
 
 
+@every_host
+def test_weights_in_stock_form_are_refused_as_those_of_other_layers(cls):
+    stock = stock_net(cls)
+    rep = expand(stock, select='*')
+    before = state_of(rep)
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match='The weights are in stock form') as error:
+            rep.load_state_dict(stock.state_dict(), strict=strict)
+        assert str(error.value).count('in stock form') == 1
+    rep.load_state_dict(before)
+    rep.load_state_dict({}, strict=False)
+
+
 def test_flags_hooks_and_attributes_move_along():
     model = stock_net(ScaledStdConv2dSame)
     model[0].gain.requires_grad_(False)

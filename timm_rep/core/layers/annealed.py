@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import UserError
 
-__all__ = ['AnnealedModule', 'OriginPart', 'check_attach_rate', 'check_kernel', 'is_channels_last']
+__all__ = ['STOCK_FORM', 'AnnealedModule', 'OriginPart', 'check_attach_rate', 'check_kernel', 'is_channels_last']
 
 # A parameter, and the index of what belongs to the origin branch: a row, slices, or ... for the whole.
 OriginPart = Tuple[nn.Parameter, Any]

@@ -1,6 +1,6 @@
 """Rep layers in the place of convolutions whose class pads the input or standardises the kernel itself."""
 import copy
-from typing import TYPE_CHECKING, Any, Dict, Optional, Type
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Type
 
 import torch
 import torch.nn as nn
@@ -10,6 +10,7 @@ from timm.models import register_notrace_module
 from torch import Tensor
 
 from ..errors import UserError
+from .annealed import STOCK_FORM
 from .base import GEOMETRY, LinearRepLayer
 
 __all__ = ['HOSTS', 'HostedConv2d', 'StandardizedConv2d', 'hosted']
@@ -63,6 +64,22 @@ class HostedConv2d(nn.Module):
     def bias(self) -> Optional[Tensor]:
         bias: Optional[Tensor] = self.layer.bias
         return bias
+
+    def _load_from_state_dict(  # torch's
+            self,
+            state_dict: Mapping[str, Tensor],
+            prefix: str,
+            local_metadata: Any,
+            strict: bool,
+            missing_keys: List[str],
+            unexpected_keys: List[str],
+            error_msgs: List[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        is_stock = f'{prefix}weight' in state_dict and f'{prefix}layer.attach_rate' not in state_dict
+        if is_stock and STOCK_FORM not in error_msgs:
+            error_msgs.append(STOCK_FORM)  # with strict=False, too, as of other rep layers
 
     def _padded(self, x: Tensor) -> Tensor:
         return pad_same(x, self.kernel_size, self.stride, self.dilation) if self.same_pad else x
