@@ -50,8 +50,8 @@ class _OwnGradients(torch.autograd.Function):
     def backward(ctx, *gradients):
         if ctx.versions != _versions(ctx.tensors):
             raise UserError(
-                'weights or attach rates were changed between forward and backward, and a captured composition keeps none of those '
-                'that the forward took; call backward before the step of the optimizer')
+                'weights or attach rates were changed between forward and backward, and a captured composition keeps '
+                'none of those that the forward took; call backward before the step of the optimizer')
         there = [gradient for gradient in gradients if gradient is not None]
         copies = iter(torch._foreach_mul(there, 1.0) if there else ())
         return (None, *(None if gradient is None else next(copies) for gradient in gradients))
@@ -200,8 +200,8 @@ def capture(model: nn.Module, *, graph: bool = True) -> Captured:
                         f'{", ".join(sorted(map(str, devices)))}; graph=False puts layers of one shape together only')
     exchanging = {layer._together for layer in layers if layer._together is not None and layer._together.exchange}
     if any(together.layers != tuple(layers) for together in exchanging):
-        raise UserError('RepDistributedDataParallel exchanges gradients of all kernels of the model in it; capture that '
-                        'model as a whole')
+        raise UserError('RepDistributedDataParallel exchanges gradients of all kernels of the model in it; capture '
+                        'that model as a whole')
     together = tie(layers)
     together.compose = _GraphedComposition(compose_side_by_side) if graph else compose_side_by_side
     return Captured(model, together)

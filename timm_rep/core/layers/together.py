@@ -120,26 +120,27 @@ class KernelsTogether:
             layer: One of the layers.
             channels_last: Memory format of the kernels, if they are not composed yet.
         """
+        in_backward = torch._C._current_graph_task_id() != -1  # a compiler, which traces no method of this object whole, breaks here
         grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-        if not grad or needs_plain_formula() or forward_ad._current_level >= 0:
-            if not _in_backward():
-                self._given.discard(layer)
+        plain = grad and not needs_plain_formula() and forward_ad._current_level < 0
+        if not in_backward:
+            (self._given.add if plain and self._in_forward else self._given.discard)(layer)
+        if not plain:
             return layer._compose(channels_last)  # type: ignore[no-any-return]
-        if not _in_backward():
-            (self._given.add if self._in_forward else self._given.discard)(layer)
+        if layer in self._given:
+            if not self._kernels:
+                self._compose_all(channels_last)
+            if layer in self._kernels:  # no replica (DataParallel)
+                return self._kernels[layer]
         with saved_tensors_hooks(_as_it_is, _as_it_is):
-            if layer in self._given:
-                if not self._kernels:
-                    self._compose_all(channels_last)
-                if layer in self._kernels:  # no replica (DataParallel)
-                    return self._kernels[layer]
             kernel: Tensor = layer._compose(channels_last)
-            return kernel if self.exchange is None or not _in_backward() else _NotExchanged.apply(kernel)
+        return kernel if self.exchange is None or not in_backward else _NotExchanged.apply(kernel)
 
     def _compose_all(self, channels_last: bool) -> None:
-        kernels = self.compose(self.layers, channels_last)
-        # one call makes all of them part of the graph, if one of them is trained
-        kernels = [k if _is_trained(layer) else k.detach() for layer, k in zip(self.layers, kernels)]
-        if self.exchange is not None:
-            kernels = self.exchange(kernels)
+        with saved_tensors_hooks(_as_it_is, _as_it_is):
+            kernels = self.compose(self.layers, channels_last)
+            # one call makes all of them part of the graph, if one of them is trained
+            kernels = [k if _is_trained(layer) else k.detach() for layer, k in zip(self.layers, kernels)]
+            if self.exchange is not None:
+                kernels = self.exchange(kernels)
         self._kernels = dict(zip(self.layers, kernels))
