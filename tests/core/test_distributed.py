@@ -167,8 +167,9 @@ def same_gradients(one, other, model=network):
     forms = one(model), other(twin)
     for form in forms:
         loss_of(form, 0, 0).backward()
-    for (name, one), other in zip(*(form.module.named_parameters() for form in forms)):
-        torch.testing.assert_close(one.grad, other.grad, rtol=1e-9, atol=1e-11, msg=name)
+    ours, theirs = (form.module for form in forms)
+    for (name, parameter), expected in zip(ours.named_parameters(), theirs.parameters()):
+        torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-9, atol=1e-11, msg=name)
 
 
 def copied():

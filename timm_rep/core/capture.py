@@ -163,8 +163,9 @@ def capture(model: nn.Module, *, graph: bool = True) -> Captured:
     Layers of one shape are composed in one call, and all calls replayed as one CUDA graph, forward and backward: for a
     GPU that waits for its host. Values and gradients are the same up to rounding. It concerns linear layers (OREPA).
     Changes of weights, attach rate, time step, dtype, device, or of what is trained are followed; where that moves a
-    tensor, the graph is captured anew. Compiled layers, copies of the model (EMA) and its stock form do without;
-    TorchScript wants it removed.
+    tensor, the graph is captured anew; off the GPU there is none. A graph has no second derivatives by weights, and the
+    backward comes before the next change of weights or attach rate. Compiled layers, copies of the model (EMA) and its
+    stock form do without; TorchScript wants it removed.
 
     >>> import timm, torch, timm_rep
     >>> model = timm.create_model('orepa_resnet18_cifar')

@@ -16,7 +16,7 @@ __all__ = ['RepDistributedDataParallel']
 
 
 class _Exchange:
-    """The gradients of one composition's kernels on their way to all processes, while the backward goes on."""
+    """The gradients of one composition's kernels on their way to all processes, all at once."""
 
     def __init__(self, group: Any) -> None:
         self.group = group
@@ -82,9 +82,9 @@ class RepDistributedDataParallel(DistributedDataParallel):
         **kwargs: Likewise; hooks on the communication see what is not exchanged here.
 
     Raises:
-        UserError: For a model without linear layers, and ``find_unused_parameters``. In a forward, for accumulation of
-            gradients by ``no_sync()`` without :func:`timm_rep.micro_batch`; in a backward, for layers that had no part
-            in the loss.
+        UserError: For a model without linear layers, ``find_unused_parameters``, and ``join()``. In a forward, for
+            accumulation of gradients by ``no_sync()`` without :func:`timm_rep.micro_batch`; in a backward, for layers
+            that had no part in the loss.
     """
 
     def __init__(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:

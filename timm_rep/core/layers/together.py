@@ -120,13 +120,13 @@ class KernelsTogether:
             layer: One of the layers.
             channels_last: Memory format of the kernels, if they are not composed yet.
         """
-        in_backward = torch._C._current_graph_task_id() != -1  # a compiler, which traces no method of this object whole, breaks here
+        in_backward = torch._C._current_graph_task_id() != -1  # asked as it is, so that a compiler breaks here
         grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         plain = grad and not needs_plain_formula() and forward_ad._current_level < 0
         if not in_backward:
             (self._given.add if plain and self._in_forward else self._given.discard)(layer)
         if not plain:
-            return layer._compose(channels_last)  # type: ignore[no-any-return]
+            return layer._compose(channels_last)
         if layer in self._given:
             if not self._kernels:
                 self._compose_all(channels_last)
