@@ -6,94 +6,16 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn as nn
+from graph_stand_in import GRAPHS, Net, assert_same_gradients, captured, images, loss_of, network
 from helpers import TINY_MODELS, assert_near, mixed_model, randn, randomize_
 from timm.utils import ModelEmaV3
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 import timm_rep
 from timm_rep import UserError, capture, micro_batch
-from timm_rep.core.capture import _GraphedComposition
-from timm_rep.core.expand import anneal_repvgg_blocks_
 from timm_rep.core.layers import OrepaConv2d
 from timm_rep.core.layers.together import KernelsTogether, compose_each, compose_side_by_side
-
-GRAPHS = pytest.mark.parametrize('graph', [False, True], ids=['calls', 'graph'])
-
-
-class Graphs:
-    """Stands for CUDA graphs: each is of the tensors that it was captured with, and always writes the same memory."""
-
-    def __init__(self):
-        self.captured = 0
-
-    def __call__(self, function, samples, allow_unused_input):
-        assert allow_unused_input
-        assert not torch.is_autocast_enabled('cuda')
-        self.captured += 1
-        static_kernels = [kernel.detach().clone() for kernel in function()]
-        taken = [sample for sample in samples if sample.requires_grad]
-        static_gradients = [torch.zeros_like(sample) for sample in taken]
-
-        class Graphed(torch.autograd.Function):
-
-            @staticmethod
-            def forward(ctx, *arguments):
-                assert all(sample.data_ptr() == argument.data_ptr() for sample, argument in zip(samples, arguments))
-                for memory, kernel in zip(static_kernels, function()):
-                    memory.data.copy_(kernel)
-                return tuple(memory.detach() for memory in static_kernels)
-
-            @staticmethod
-            @torch.autograd.function.once_differentiable
-            def backward(ctx, *gradients):
-                with torch.enable_grad():
-                    pairs = [pair for pair in zip(function(), gradients) if pair[0].requires_grad]
-                found = torch.autograd.grad(
-                    [kernel for kernel, _ in pairs], taken, [gradient for _, gradient in pairs], allow_unused=True)
-                for memory, gradient in zip(static_gradients, found):
-                    memory.data.copy_(gradient)
-                there = iter(static_gradients)
-                return tuple(next(there).detach() if sample.requires_grad else None for sample in samples)
-
-        return Graphed.apply
-
-
-@pytest.fixture
-def graphs(monkeypatch):
-    monkeypatch.setattr(torch.cuda, 'make_graphed_callables', Graphs())
-    monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: False)
-    return torch.cuda.make_graphed_callables
-
-
-def captured(model, graph):
-    handle = capture(model, graph=False)
-    if graph:
-        handle._together.compose = _GraphedComposition(compose_side_by_side)
-    return handle
-
-
-def network(kind='basic'):
-    torch.manual_seed(0)
-    model = randomize_(timm_rep.expand(TINY_MODELS[kind]().double()))
-    return anneal_repvgg_blocks_(model) if kind == 'repvgg' else model
-
-
-def images(count=2, size=32, seed=0):
-    return randn(count, 3, size, size, seed=seed)
-
-
-def loss_of(model, seed=0):
-    return model(images(seed=seed)).square().mean()
-
-
-def assert_same_gradients(model, twin, rtol=1e-10):
-    largest = max(p.grad.abs().max().item() for p in twin.parameters() if p.grad is not None)
-    for (name, one), other in zip(model.named_parameters(), twin.parameters()):
-        assert (one.grad is None) == (other.grad is None), name
-        if one.grad is not None:
-            assert (one.grad - other.grad).abs().max().item() <= rtol * largest, name
 
 
 class Operations(TorchDispatchMode):
@@ -254,24 +176,6 @@ def test_two_forwards_before_a_backward(graph, graphs):
     assert_same_gradients(model, twin)
 
 
-class Net(nn.Module):
-    """Layers of one shape, some of which are checkpointed."""
-
-    def __init__(self, checkpointing):
-        super().__init__()
-        self.body = nn.Sequential(*(nn.Conv2d(4, 4, 3, padding=1) for _ in range(4)))
-        self.checkpointing = checkpointing
-
-    def forward(self, x):
-        x = x.requires_grad_()
-        for number, part in enumerate((self.body[0], self.body[1], self.body[2:])):
-            if self.checkpointing is None or (self.checkpointing and number == 0):
-                x = part(x)
-            else:
-                x = checkpoint(part, x, use_reentrant=self.checkpointing)
-        return x
-
-
 @GRAPHS
 @pytest.mark.parametrize('checkpointing', [None, False, True])
 @pytest.mark.parametrize('shared', [False, True])
@@ -404,29 +308,6 @@ def test_an_error_in_a_forward():
     layer = next(layer for _, layer in timm_rep.rep_layers(model))
     layer(images()).sum().backward()
     layer(images()).sum().backward()  # by itself both times
-
-
-def test_changed_weights_between_forward_and_backward_are_refused(graphs):
-    model = network()
-    captured(model, graph=True)
-    loss = loss_of(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(0.9)
-    with pytest.raises(RuntimeError, match=r'changed between forward and backward|modified by an inplace operation'):
-        loss.backward()
-
-
-def test_gradients_are_nobody_elses_memory(graphs):
-    model = network()
-    captured(model, graph=True)
-    loss_of(model).backward()
-    kept = {name: p.grad for name, p in model.named_parameters()}
-    values = {name: gradient.clone() for name, gradient in kept.items()}
-    model.zero_grad()
-    loss_of(model, seed=3).backward()
-    for name, gradient in kept.items():
-        assert torch.equal(gradient, values[name]), name
 
 
 def test_autocast(graphs):

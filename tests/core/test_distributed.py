@@ -117,8 +117,11 @@ def messages_of(model):
         said[name] = str(error.value)
 
     refused('unused', lambda: RepDistributedDataParallel(model, find_unused_parameters=True))
+    refused('by_position', lambda: RepDistributedDataParallel(model, None, None, 0, True, True, None, None, True))
     refused('norms', lambda: RepDistributedDataParallel(timm_rep.expand(TINY_MODELS['basic'](), 'dbb')))
     parallel = RepDistributedDataParallel(model)
+    refused('join', lambda: parallel.join())
+    refused('part', lambda: capture(model.resnet, graph=False))
     with parallel.no_sync():
         refused('no_sync', lambda: loss_of(parallel, 0, 0))
     model.reentrant = True
@@ -157,6 +160,62 @@ def checkpointed(model):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-9, atol=1e-11, msg=name)
 
 
+def same_gradients(one, other, model=network):
+    """Whether two ways to wrap a model, and to go a step with it, give the same gradients."""
+    model = model()
+    twin = copy.deepcopy(model)
+    forms = one(model), other(twin)
+    for form in forms:
+        loss_of(form, 0, 0).backward()
+    ours, theirs = (form.module for form in forms)
+    for (name, parameter), expected in zip(ours.named_parameters(), theirs.parameters()):
+        torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-9, atol=1e-11, msg=name)
+
+
+def copied():
+    same_gradients(lambda model: copy.deepcopy(RepDistributedDataParallel(model)), DistributedDataParallel)
+
+
+def nothing_else_is_trained():
+    def convs():
+        torch.manual_seed(0)
+        block = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, bias=False))
+        block[1].requires_grad_(False)
+        return timm_rep.expand(block.double(), select='*')
+
+    same_gradients(RepDistributedDataParallel, DistributedDataParallel, convs)
+
+
+def of_one_process():
+    """A backward of the module itself, which the other process knows nothing of."""
+    def alone_first(model):
+        parallel = RepDistributedDataParallel(model)
+        capture(parallel, graph=False)
+        if dist.get_rank() == 0:
+            loss_of(model.eval(), 1, 0).backward()
+            model.zero_grad()
+        model.train()
+        return parallel
+
+    same_gradients(alone_first, DistributedDataParallel)
+
+
+def without_gradients_between():
+    def wrapped(wrapper):
+        def wrap(model):
+            model.reentrant = False
+            model.eval()
+            parallel = wrapper(model)
+            loss = loss_of(parallel, 0, 0)
+            with torch.no_grad():
+                loss_of(parallel, 1, 0)
+            loss.backward()
+            return parallel
+        return wrap
+
+    same_gradients(wrapped(RepDistributedDataParallel), wrapped(DistributedDataParallel))
+
+
 def process(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -169,6 +228,10 @@ def process(rank, folder):
     result['state'] = model.state_dict()
     checkpointed(network())
     compiled()
+    copied()
+    nothing_else_is_trained()
+    of_one_process()
+    without_gradients_between()
     result['messages'] = messages_of(network())
     torch.save(result, f'{folder}/{rank}.pth')
     dist.barrier()
@@ -193,6 +256,9 @@ def test_training_is_that_of_exchanging_all_gradients(tmp_path):
 
     for messages in (one['messages'], other['messages']):
         assert 'find_unused_parameters' in messages['unused']
+        assert 'find_unused_parameters' in messages['by_position']
+        assert 'join()' in messages['join']
+        assert 'capture that model as a whole' in messages['part']
         assert 'composed without norms' in messages['norms']
         assert 'micro_batch' in messages['no_sync']
         assert 'use_reentrant=True' in messages['reentrant']

@@ -1,6 +1,6 @@
 """Composing all kernels of a model in few launches: layers of one shape in one call, all calls in one CUDA graph."""
-from itertools import chain
-from typing import Any, List, Sequence
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -10,6 +10,7 @@ from .errors import UserError
 from .fuse import when_fused
 from .layers import LinearRepLayer
 from .layers.together import Composition, KernelsTogether, compose_each, compose_side_by_side
+from .precision import float32_products
 from .sharded import check_whole
 from .walk import rep_layers, unwrapped
 
@@ -31,29 +32,52 @@ def tie(layers: Sequence[LinearRepLayer]) -> KernelsTogether:
     return together
 
 
+def _versions(tensors: Sequence[Tensor]) -> List[int]:
+    return [tensor._version for tensor in tensors]
+
+
 class _OwnGradients(torch.autograd.Function):
     """Parameters as they are, whose gradients are copies: a graph writes its own at every replay."""
 
     @staticmethod
-    def forward(ctx, *parameters):
-        ctx.parameters = parameters
-        ctx.versions = [parameter._version for parameter in parameters]
+    def forward(ctx, buffers, *parameters):
+        ctx.tensors = (*parameters, *buffers)
+        ctx.versions = _versions(ctx.tensors)
         return tuple(parameter.view_as(parameter) for parameter in parameters)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients):
-        if ctx.versions != [parameter._version for parameter in ctx.parameters]:
+        if ctx.versions != _versions(ctx.tensors):
             raise UserError(
-                'weights were changed between forward and backward, and a captured composition keeps none of those '
-                'that the forward took; call backward before the step of the optimizer')
+                'weights or attach rates were changed between forward and backward, and a captured composition keeps '
+                'none of those that the forward took; call backward before the step of the optimizer')
         there = [gradient for gradient in gradients if gradient is not None]
         copies = iter(torch._foreach_mul(there, 1.0) if there else ())
-        return tuple(None if gradient is None else next(copies) for gradient in gradients)
+        return (None, *(None if gradient is None else next(copies) for gradient in gradients))
+
+
+@contextmanager
+def _in_place_of(parameters: Dict[int, Tensor], layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Put tensors in place of the parameters with these ids."""
+    modules = {module for layer in layers for module in layer.modules()}
+    places = [(m, name, p) for m in modules for name, p in m._parameters.items() if id(p) in parameters]
+    for module, name, parameter in places:
+        module._parameters[name] = parameters[id(parameter)]  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module, name, parameter in places:
+            module._parameters[name] = parameter
 
 
 class _GraphedComposition:
-    """A composition as a CUDA graph, captured anew when the graph would be of other tensors or flags."""
+    """A composition as a CUDA graph, captured anew when the graph would be of other tensors or flags.
+
+    Without a graph where none can be: off the GPU, and of tensors that are no parameters (functional_call).
+    """
+
+    device_type = 'cuda'
 
     def __init__(self, compose: Composition) -> None:
         self._compose = compose
@@ -61,29 +85,50 @@ class _GraphedComposition:
         self._captured: Any = None
 
     def __call__(self, layers: Sequence[Any], channels_last: bool) -> Sequence[Tensor]:
-        if torch.cuda.is_current_stream_capturing():  # into a graph of the whole step
+        of_layers = [p for layer in layers for p in layer.parameters() if p is not layer.bias]
+        parameters = list({id(p): p for p in of_layers}.values())  # layers may have some in common
+        buffers = [buffer for layer in layers for buffer in layer.buffers()]
+        if not self._can_be_graph(parameters, buffers):
             return self._compose(layers, channels_last)
-        parameters: List[Tensor] = [p for layer in layers for p in layer.parameters() if p is not layer.bias]
-        tensors = chain(parameters, *(layer.buffers() for layer in layers))
         of_now = (
-            [(tensor.data_ptr(), tensor.dtype, tensor.requires_grad) for tensor in tensors],
+            [(tensor.data_ptr(), tensor.dtype, tensor.requires_grad) for tensor in (*parameters, *buffers)],
             channels_last,
-            torch.get_float32_matmul_precision(),
+            float32_products(),
         )
         if of_now != self._captured:
             self._graph = self._captured = None  # its memory is free for the next one
-            with torch.autocast('cuda', enabled=False):
-                self._graph = torch.cuda.make_graphed_callables(
-                    lambda *_: tuple(self._compose(layers, channels_last)), tuple(parameters), allow_unused_input=True)
+            self._graph = self._new_graph(layers, channels_last, parameters)
             self._captured = of_now
-        kernels: Sequence[Tensor] = self._graph(*_OwnGradients.apply(*parameters))
+        kernels: Sequence[Tensor] = self._graph(*_OwnGradients.apply(buffers, *parameters))
         return kernels
+
+    def _can_be_graph(self, parameters: Sequence[Tensor], buffers: Sequence[Tensor]) -> bool:
+        devices = {tensor.device for tensor in (*parameters, *buffers)}
+        return (
+            len(devices) == 1 and next(iter(devices)).type == self.device_type
+            and all(isinstance(parameter, nn.Parameter) for parameter in parameters)
+            and not any(buffer.requires_grad for buffer in buffers)
+            and not torch.cuda.is_current_stream_capturing()  # into a graph of the whole step
+        )
+
+    def _new_graph(self, layers: Sequence[Any], channels_last: bool, parameters: Sequence[Tensor]) -> Any:
+        # without the hooks of the parameters, which would run in the graph and once more behind it
+        aliases = tuple(p.detach().requires_grad_(p.requires_grad) for p in parameters)
+        ids = [id(parameter) for parameter in parameters]
+
+        def compose(*tensors: Tensor) -> Tuple[Tensor, ...]:
+            with _in_place_of(dict(zip(ids, tensors)), layers):
+                return tuple(self._compose(layers, channels_last))
+
+        with torch.cuda.device(parameters[0].device), torch.autocast('cuda', enabled=False):
+            return torch.cuda.make_graphed_callables(compose, aliases, allow_unused_input=True)
 
 
 class Captured:
     """What :func:`capture` has done to a model."""
 
     def __init__(self, model: nn.Module, together: KernelsTogether) -> None:
+        self._model = model
         self._together = together
         self._handles = (
             model.register_forward_pre_hook(together.begin),
@@ -94,7 +139,10 @@ class Captured:
         """Undo it: each layer composes its own kernel again."""
         for handle in self._handles:
             handle.remove()
+        if any(getattr(hook, '__self__', None) is self._together for hook in self._model._forward_pre_hooks.values()):
+            return  # captured twice
         self._together.compose = compose_each
+        self._together.forget()
         for layer in self._together.layers:
             if layer._together is self._together and self._together.exchange is None:
                 layer._together = None
@@ -115,8 +163,9 @@ def capture(model: nn.Module, *, graph: bool = True) -> Captured:
     Layers of one shape are composed in one call, and all calls replayed as one CUDA graph, forward and backward: for a
     GPU that waits for its host. Values and gradients are the same up to rounding. It concerns linear layers (OREPA).
     Changes of weights, attach rate, time step, dtype, device, or of what is trained are followed; where that moves a
-    tensor, the graph is captured anew. Compiled layers, copies of the model (EMA) and its stock form do without;
-    TorchScript wants it removed.
+    tensor, the graph is captured anew; off the GPU there is none. A graph has no second derivatives by weights, and the
+    backward comes before the next change of weights or attach rate. Compiled layers, copies of the model (EMA) and its
+    stock form do without; TorchScript wants it removed.
 
     >>> import timm, torch, timm_rep
     >>> model = timm.create_model('orepa_resnet18_cifar')
@@ -150,6 +199,10 @@ def capture(model: nn.Module, *, graph: bool = True) -> Captured:
     if graph and (len(devices) > 1 or next(iter(devices)).type != 'cuda'):
         raise UserError('a CUDA graph is of kernels on one GPU, and the layers are on '
                         f'{", ".join(sorted(map(str, devices)))}; graph=False puts layers of one shape together only')
+    exchanging = {layer._together for layer in layers if layer._together is not None and layer._together.exchange}
+    if any(together.layers != tuple(layers) for together in exchanging):
+        raise UserError('RepDistributedDataParallel exchanges gradients of all kernels of the model in it; capture '
+                        'that model as a whole')
     together = tie(layers)
     together.compose = _GraphedComposition(compose_side_by_side) if graph else compose_side_by_side
     return Captured(model, together)

@@ -1,4 +1,5 @@
 """Data-parallel training that exchanges the gradients of kernels instead of those of their branches."""
+import inspect
 from typing import Any, List, Sequence
 
 import torch
@@ -9,12 +10,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .capture import linear_layers, tie
 from .errors import UserError
+from .layers import LinearRepLayer
 
 __all__ = ['RepDistributedDataParallel']
 
 
 class _Exchange:
-    """The gradients of one composition's kernels on their way to all processes, while the backward goes on."""
+    """The gradients of one composition's kernels on their way to all processes, all at once."""
 
     def __init__(self, group: Any) -> None:
         self.group = group
@@ -80,9 +82,9 @@ class RepDistributedDataParallel(DistributedDataParallel):
         **kwargs: Likewise; hooks on the communication see what is not exchanged here.
 
     Raises:
-        UserError: For a model without linear layers, and ``find_unused_parameters``. In a forward, for accumulation of
-            gradients by ``no_sync()`` without :func:`timm_rep.micro_batch`; in a backward, for layers that had no part
-            in the loss.
+        UserError: For a model without linear layers, ``find_unused_parameters``, and ``join()``. In a forward, for
+            accumulation of gradients by ``no_sync()`` without :func:`timm_rep.micro_batch`; in a backward, for layers
+            that had no part in the loss.
     """
 
     def __init__(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -90,9 +92,14 @@ class RepDistributedDataParallel(DistributedDataParallel):
         if not layers:
             raise UserError(f'{type(module).__name__} has no layers whose kernels are composed without norms; use '
                             'DistributedDataParallel')
-        if kwargs.get('find_unused_parameters'):
+        given = inspect.signature(super().__init__).bind(module, *args, **kwargs).arguments
+        if given.get('find_unused_parameters'):
             raise UserError('find_unused_parameters: all processes take all kernels; use DistributedDataParallel')
-        branches = {id(p) for layer in layers for p in layer.parameters() if p is not layer.bias}
+        of_layers = {id(p): p for layer in layers for p in layer.parameters() if p is not layer.bias}
+        branches = set(of_layers)
+        trained = [p for p in module.parameters() if p.requires_grad]
+        if trained and all(id(p) in branches for p in trained):  # DistributedDataParallel wants one at least
+            branches.remove(id(min(trained, key=torch.numel)))
         ignored = [name for name, p in module.named_parameters(remove_duplicate=False) if id(p) in branches]
         before = getattr(module, IGNORED, None)
         setattr(module, IGNORED, [*(before or []), *ignored])
@@ -100,14 +107,28 @@ class RepDistributedDataParallel(DistributedDataParallel):
             super().__init__(module, *args, **kwargs)
         finally:
             delattr(module, IGNORED) if before is None else setattr(module, IGNORED, before)
-        if kwargs.get('init_sync', True):
+        if given.get('init_sync', True):
             for parameter in module.parameters():
                 if id(parameter) in branches:
                     dist.broadcast(parameter.detach(), dist.get_global_rank(self.process_group, 0), self.process_group)
+        self._tie(layers)
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        self._tie(linear_layers(self.module))
+
+    def _tie(self, layers: Sequence[LinearRepLayer]) -> None:
         self._kernels = tie(layers)
         self._kernels.exchange = self._exchanged
+        self._in_forward = False
 
-    def _exchanged(self, kernels: Sequence[Tensor]) -> List[Tensor]:
+    def join_hook(self, **kwargs: Any) -> Any:
+        raise UserError('join(): processes with fewer batches exchange no gradients of kernels; give all the same '
+                        'number, or use DistributedDataParallel')
+
+    def _exchanged(self, kernels: Sequence[Tensor]) -> Sequence[Tensor]:
+        if not self._in_forward:  # of the module by itself, which other processes may not be in
+            return kernels
         exchange = _Exchange(self.process_group)
         trained = [kernel for kernel in kernels if kernel.requires_grad]
         sent = iter(_End.apply(exchange, *trained) if trained else ())
@@ -118,11 +139,13 @@ class RepDistributedDataParallel(DistributedDataParallel):
         if torch.is_grad_enabled() and not self.require_backward_grad_sync and layers[0]._update is None:
             raise UserError('no_sync() leaves gradients of kernels that are not exchanged; accumulate them with '
                             'timm_rep.micro_batch(model, last=...), which does without it')
+        self._in_forward = True
         self._kernels.begin()
         try:
             return super().forward(*args, **kwargs)
         finally:
             self._kernels.end()
+            self._in_forward = False
 
 
 # Where DistributedDataParallel looks for names of what it leaves alone.

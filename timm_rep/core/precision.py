@@ -6,7 +6,7 @@ from typing import Any, Callable, ContextManager, Iterator, List, Tuple
 import torch
 from torch import Tensor
 
-__all__ = ['full_float32', 'sheltered', 'without_autocast']
+__all__ = ['float32_products', 'full_float32', 'sheltered', 'without_autocast']
 
 
 def without_autocast(tensor: Tensor) -> torch.autocast:
@@ -57,6 +57,14 @@ def _highest_precision() -> Iterator[None]:
     finally:
         for put, value in older + newer:
             put(value)
+
+
+def float32_products() -> Any:
+    """What float32 products may be computed in now, by whichever of torch's settings."""
+    matmul: Any = torch.backends.cuda.matmul
+    if hasattr(matmul, 'fp32_precision'):  # torch 2.9 and newer, where the older question may be refused
+        return matmul.fp32_precision
+    return torch.get_float32_matmul_precision()
 
 
 def full_float32() -> ContextManager[None]:

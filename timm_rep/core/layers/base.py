@@ -331,8 +331,7 @@ class LinearRepLayer(RepLayer):
 
     def new_kernel(self, channels_last: bool) -> Tensor:
         """The kernel, composed now: alone, or together with those of all layers of a model."""
-        together = None if self._together is None else self._together.kernel(self, channels_last)
-        return self._compose(channels_last) if together is None else together
+        return self._compose(channels_last) if self._together is None else self._together.kernel(self, channels_last)
 
     def composed_like(self) -> Hashable:
         """What layers have in common whose kernels one call of :meth:`compose_side_by_side` can compose.

@@ -1,4 +1,5 @@
 """Kernels of all layers of a model, composed at once."""
+from itertools import chain
 from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
 
 import torch
@@ -42,7 +43,23 @@ def compose_side_by_side(layers: Sequence[Any], channels_last: bool) -> List[Ten
 
 
 def _is_trained(layer: Any) -> bool:
-    return any(p.requires_grad for p in layer.parameters() if p is not layer.bias)
+    return any(t.requires_grad for t in chain(layer.parameters(), layer.buffers()) if t is not layer.bias)
+
+
+def _in_backward() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class _NotExchanged(torch.autograd.Function):
+    """A kernel that a backward composes: as it is, but no gradient may come to it."""
+
+    @staticmethod
+    def forward(ctx, kernel):
+        return kernel.view_as(kernel)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise UserError('gradients of kernels cannot be exchanged under checkpointing with use_reentrant=True')
 
 
 class KernelsTogether:
@@ -65,21 +82,27 @@ class KernelsTogether:
         self.compose: Composition = compose_each
         self.exchange: Optional[Callable[[Sequence[Tensor]], Sequence[Tensor]]] = None
         self._kernels: Dict[Any, Tensor] = {}
-        self._given: Set[Any] = set()
+        self._given: Set[Any] = set()  # layers that one of these kernels was the last answer to
         self._in_forward = False
 
     def __reduce__(self) -> Any:
         return KernelsTogether, ((),)
 
     def begin(self, *_: Any) -> None:
-        """Begin a forward of the model."""
-        self._in_forward = True
+        """Begin a forward of the model, unless a checkpoint computes all of it again."""
+        if not _in_backward():
+            self.forget()
+            self._in_forward = True
+
+    def forget(self) -> None:
+        """Let go of the kernels."""
         self._kernels = {}
         self._given = set()
 
     def end(self, *_: Any) -> None:
         """End it. The kernels stay, for what checkpointing computes again, until the next one begins."""
-        self._in_forward = False
+        if not _in_backward():
+            self._in_forward = False
 
     def check_compiled(self) -> None:
         """Raise a UserError where a compiler would compose a kernel whose gradient is exchanged; it then leaves it."""
@@ -87,32 +110,37 @@ class KernelsTogether:
             raise UserError('RepDistributedDataParallel composes kernels outside of compiled graphs, so fullgraph=True '
                             'is not for it; use DistributedDataParallel')
 
-    def kernel(self, layer: Any, channels_last: bool) -> Optional[Tensor]:
+    def kernel(self, layer: Any, channels_last: bool) -> Tensor:
         """The kernel of a layer.
+
+        Outside of a forward, without gradients, and for derivatives other than plain autograd's, it is composed alone.
+        Checkpointing never sees what composing saves, so that it finds the same whichever way it computes again.
 
         Args:
             layer: One of the layers.
             channels_last: Memory format of the kernels, if they are not composed yet.
-
-        Returns:
-            The kernel, or None where the layer is to compose it alone: outside of a forward, without gradients, and for
-            derivatives other than plain autograd's.
         """
-        if torch._C._current_graph_task_id() != -1:  # a checkpoint computes again, inside a backward
-            if layer not in self._given and self.exchange is not None and torch.is_grad_enabled():
-                raise UserError('gradients of kernels cannot be exchanged under checkpointing with use_reentrant=True')
-            return self._kernels.get(layer) if layer in self._given else None
+        in_backward = torch._C._current_graph_task_id() != -1  # asked as it is, so that a compiler breaks here
         grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-        if not (self._in_forward and grad) or needs_plain_formula() or forward_ad._current_level >= 0:
-            return None
-        if not self._kernels:
-            # checkpointing would take what the composition saves for a part of what it computes again
-            with saved_tensors_hooks(_as_it_is, _as_it_is):
-                kernels = self.compose(self.layers, channels_last)
-                # one call makes all of them part of the graph, if one of them is trained
-                kernels = [k if _is_trained(layer) else k.detach() for layer, k in zip(self.layers, kernels)]
-                if self.exchange is not None:
-                    kernels = self.exchange(kernels)
-            self._kernels = dict(zip(self.layers, kernels))
-        self._given.add(layer)
-        return self._kernels.get(layer)  # None of a replica (DataParallel)
+        plain = grad and not needs_plain_formula() and forward_ad._current_level < 0
+        if not in_backward:
+            (self._given.add if plain and self._in_forward else self._given.discard)(layer)
+        if not plain:
+            return layer._compose(channels_last)
+        if layer in self._given:
+            if not self._kernels:
+                self._compose_all(channels_last)
+            if layer in self._kernels:  # no replica (DataParallel)
+                return self._kernels[layer]
+        with saved_tensors_hooks(_as_it_is, _as_it_is):
+            kernel: Tensor = layer._compose(channels_last)
+        return kernel if self.exchange is None or not in_backward else _NotExchanged.apply(kernel)
+
+    def _compose_all(self, channels_last: bool) -> None:
+        with saved_tensors_hooks(_as_it_is, _as_it_is):
+            kernels = self.compose(self.layers, channels_last)
+            # one call makes all of them part of the graph, if one of them is trained
+            kernels = [k if _is_trained(layer) else k.detach() for layer, k in zip(self.layers, kernels)]
+            if self.exchange is not None:
+                kernels = self.exchange(kernels)
+        self._kernels = dict(zip(self.layers, kernels))
