@@ -101,12 +101,15 @@ class RepDistributedDataParallel(DistributedDataParallel):
         if trained and all(id(p) in branches for p in trained):  # DistributedDataParallel wants one at least
             branches.remove(id(min(trained, key=torch.numel)))
         ignored = [name for name, p in module.named_parameters(remove_duplicate=False) if id(p) in branches]
-        before = getattr(module, IGNORED, None)
-        setattr(module, IGNORED, [*(before or []), *ignored])
+        own = vars(module)  # not those of a module that this one stands for (torch.compile)
+        before = own.get(IGNORED)
+        own[IGNORED] = [*getattr(module, IGNORED, ()), *ignored]
         try:
             super().__init__(module, *args, **kwargs)
         finally:
-            delattr(module, IGNORED) if before is None else setattr(module, IGNORED, before)
+            del own[IGNORED]
+            if before is not None:
+                own[IGNORED] = before
         if given.get('init_sync', True):
             for parameter in module.parameters():
                 if id(parameter) in branches:

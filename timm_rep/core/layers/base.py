@@ -319,9 +319,9 @@ class LinearRepLayer(RepLayer):
         """The composed kernel for an input, which the micro-batches of an update share."""
         if torch.jit.is_scripting():
             weight = self._compose(False)
+        elif self._together is not None and self._together.exchange is not None:
+            weight = self._together.exchanged_kernel(self, x)
         elif torch.compiler.is_compiling():  # before the others, so that no graph depends on them
-            if self._together is not None:
-                self._together.check_compiled()
             weight = self._compose(prefers_channels_last(x))
         elif self._update is not None:
             weight = self._update.kernel(self, x)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 
-from ..composition import needs_plain_formula
+from ..composition import needs_plain_formula, prefers_channels_last
 from ..errors import UserError
 
 __all__ = ['KernelsTogether', 'compose_each', 'compose_side_by_side']
@@ -104,11 +104,12 @@ class KernelsTogether:
         if not _in_backward():
             self._in_forward = False
 
-    def check_compiled(self) -> None:
-        """Raise a UserError where a compiler would compose a kernel whose gradient is exchanged; it then leaves it."""
-        if self.exchange is not None:
-            raise UserError('RepDistributedDataParallel composes kernels outside of compiled graphs, so fullgraph=True '
-                            'is not for it; use DistributedDataParallel')
+    @torch.compiler.disable
+    def exchanged_kernel(self, layer: Any, x: Tensor) -> Tensor:
+        """The kernel of a layer for an input, outside of compiled graphs, which would leave out the exchange."""
+        update = layer._update
+        kernel: Tensor = self.kernel(layer, prefers_channels_last(x)) if update is None else update.kernel(layer, x)
+        return kernel
 
     def kernel(self, layer: Any, channels_last: bool) -> Tensor:
         """The kernel of a layer.
