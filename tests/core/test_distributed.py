@@ -1,6 +1,8 @@
 """Data-parallel training that exchanges gradients of kernels, in two processes on one CPU."""
 import copy
 import datetime
+import inspect
+import itertools
 import sys
 from contextlib import nullcontext
 
@@ -117,7 +119,9 @@ def messages_of(model):
         said[name] = str(error.value)
 
     refused('unused', lambda: RepDistributedDataParallel(model, find_unused_parameters=True))
-    refused('by_position', lambda: RepDistributedDataParallel(model, None, None, 0, True, True, None, None, True))
+    options = list(inspect.signature(DistributedDataParallel).parameters.values())[1:]
+    before = [option.default for option in itertools.takewhile(lambda o: o.name != 'find_unused_parameters', options)]
+    refused('by_position', lambda: RepDistributedDataParallel(model, *before, True))
     refused('norms', lambda: RepDistributedDataParallel(timm_rep.expand(TINY_MODELS['basic'](), 'dbb')))
     parallel = RepDistributedDataParallel(model)
     refused('join', lambda: parallel.join())
