@@ -85,6 +85,7 @@ def process(rank, port, folder):
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='gloo shards parameters on Linux only')
+@pytest.mark.skipif(torch.__version__.startswith('2.6'), reason='fully_shard of torch 2.6 fails on a CPU')
 def test_sharded_training_is_that_of_one_process(tmp_path):
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
