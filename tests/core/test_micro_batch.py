@@ -404,12 +404,13 @@ def test_gradients_of_two_optimizers_are_cleared_one_by_one():
     assert_same_gradients(model, twin)
 
 
-def test_weights_written_inside_a_micro_batch():
+@pytest.mark.parametrize('written', ['branches', 'attach_rate'])
+def test_what_a_kernel_is_composed_of_written_inside_a_micro_batch(written):
     model, images = expanded(), batches()
     with micro_batch(model, last=False):
         loss_of(model, images[0]).backward()
         with torch.no_grad():
-            model.shared.branches.mul_(2)  # as sharpness-aware minimization
+            getattr(model.shared, written).mul_(2)  # as sharpness-aware minimization
         with pytest.raises(UserError, match='the weights were changed'):
             model(images[0])
 

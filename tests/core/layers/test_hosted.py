@@ -143,6 +143,17 @@ def test_copies_pickles_scripts_and_compiles(cls):
 
 @every_host
 @torch.no_grad()
+def test_the_layer_inside_is_called_with_its_hooks(cls):
+    rep = expand(stock_net(cls), 'orepa')
+    expected, called = rep(images()), []
+    for name, layer in rep_layers(rep):
+        layer.register_forward_hook(lambda *_, name=name: called.append(name))
+    assert torch.equal(rep(images()), expected)
+    assert called == ['0.layer', '3.layer', '5.layer']
+
+
+@every_host
+@torch.no_grad()
 def test_files_say_what_was_expanded(cls, tmp_path):
     rep = expand(stock_net(cls), 'orepa')
     assert list(expansion_of(rep).methods) == ['0', '3', '5']

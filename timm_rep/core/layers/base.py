@@ -60,6 +60,12 @@ def kaiming_uniform_(
         return tensor.copy_(drawn.uniform_(-bound, bound, generator=generator))
 
 
+def standardized(kernel: Tensor, gain: Optional[Tensor], eps: float) -> Tensor:
+    """A kernel ``(o, i, kh, kw)`` with mean 0 and variance 1 in each output channel, times its gain ``(o,)``."""
+    rows = kernel.reshape(1, kernel.shape[0], -1)
+    return F.batch_norm(rows, None, None, weight=gain, training=True, momentum=0., eps=eps).reshape(kernel.shape)
+
+
 def is_trainable(parameters: Iterable[Optional[Tensor]]) -> bool:
     """Whether any of these parameters is trained."""
     return any(parameter is not None and parameter.requires_grad for parameter in parameters)
@@ -279,7 +285,12 @@ class LinearRepLayer(RepLayer):
     in full float32; the forward composes in TF32 where that is allowed.
     """
 
+    __constants__ = [*RepLayer.__constants__, 'standardize_eps']
+
     bias: Optional[nn.Parameter]
+
+    # What is added to the kernel's variance where it is standardised (StandardizedConv2d); None where it is not.
+    standardize_eps: Optional[float] = None
 
     # Kernels that the micro-batches of an update share; none outside of an update.
     _update: Optional[UpdateKernels] = None
@@ -353,8 +364,17 @@ class LinearRepLayer(RepLayer):
         """
         raise NotImplementedError(f'{cls.__name__} composes each kernel by itself')
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.kernel_for(x), self.bias, self.stride, self.padding, self.dilation, self.groups)
+    def forward(self, x: Tensor, gain: Optional[Tensor] = None) -> Tensor:
+        """Convolve with the composed kernel, which is standardised first where the layer's place asks for that.
+
+        Args:
+            x: ``(n, i, h, w)``.
+            gain: ``(o,)``, what a standardised kernel is multiplied by.
+        """
+        kernel = self.kernel_for(x)
+        if self.standardize_eps is not None:
+            kernel = standardized(kernel, gain, self.standardize_eps)
+        return F.conv2d(x, kernel, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
     def set_exact_rate_(self, rate: float, compensate: bool) -> None:
         self.set_attach_rate_(rate)  # without norms, the origin branch can always make up for the others

@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Type
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.layers import Conv2dSame, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame, pad_same
 from timm.models import register_notrace_module
 from torch import Tensor
@@ -138,18 +137,14 @@ class StandardizedConv2d(HostedConv2d):
         super().__init__(conv, layer)
         gain: Any = getattr(conv, 'gain', None)
         self.scale = float(getattr(conv, 'scale', 1.0))
-        self.eps = float(conv.eps)  # type: ignore[arg-type]
+        layer.standardize_eps = float(conv.eps)  # type: ignore[arg-type]
         self.register_parameter(
             'gain', None if gain is None else nn.Parameter(gain.detach().clone(), gain.requires_grad))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self._padded(x)
-        kernel = self.layer.kernel_for(x)
         gain = None if self.gain is None else (self.gain * self.scale).view(-1)
-        standardized = F.batch_norm(
-            kernel.reshape(1, self.out_channels, -1), None, None, weight=gain, training=True, momentum=0., eps=self.eps)
-        kernel = standardized.reshape(kernel.shape)
-        return F.conv2d(x, kernel, self.layer.bias, self.stride, self.padding, self.dilation, self.groups)
+        out: Tensor = self.layer(self._padded(x), gain)
+        return out
 
 
 # What stands around a rep layer in the place of a convolution, by the convolution's class.

@@ -37,6 +37,7 @@ class _Shared:
     def __init__(self, layer: Any, channels_last: bool) -> None:
         self.parameters: Tuple[nn.Parameter, ...] = tuple(layer.parameters())
         self.trained = [p for p in self.parameters if p.requires_grad and p is not layer.bias]
+        self._read = (*self.parameters, layer.attach_rate)
         self.versions = self._versions()
         # checkpointing would take what the composition saves (parameters) for a part of this micro-batch
         with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):
@@ -57,7 +58,7 @@ class _Shared:
             self.kernel.register_hook(join)
 
     def _versions(self) -> List[int]:
-        return [parameter._version for parameter in self.parameters]
+        return [tensor._version for tensor in self._read]
 
     def _join(self, gradient: Tensor) -> Tensor:
         earlier = self.leaf.grad
@@ -78,7 +79,7 @@ class _Shared:
         return all(now is then for now, then in zip(layer.parameters(), self.parameters))
 
     def is_outdated(self) -> bool:
-        """Whether those parameters were written to since."""
+        """Whether those parameters, or the attach rate, were written to since."""
         return self._versions() != self.versions
 
     def is_cleared(self) -> bool:
