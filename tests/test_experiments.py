@@ -17,7 +17,7 @@ FAST = Path(timm_rep.__file__).parents[1] / 'experiments' / 'cifar10_fast'
 pytestmark = pytest.mark.skipif(not FAST.exists(), reason='the experiments are in a checkout only')
 FAST_MODULES = (
     'common', 'data', 'network', 'training', 'teacher', 'arms', 'run', 'table', 'anneal', 'table_anneal',
-    'table_teacher', 'figures')
+    'table_teacher', 'figures', 'similarity')
 FAST_SETTINGS = ['--epochs', '2', '--batch-size', '8', '--set-aside', '8', '--rates', '0.1', '0.2', '--few']
 
 
@@ -578,3 +578,17 @@ def test_gradients_of_the_figures(fast):
     assert [row['time_step'] for row in fast.figures.history(dict(run, arm='descent'), dict(epochs=1))] == [0, 0]
     styles = [fast.figures.style(arm)['linestyle'] for arm in ('authors', 'authors-frozen', 'authors-w0')]
     assert styles == ['-', '--', ':']
+
+
+def test_similarity_of_branches_is_that_of_the_runs_at_the_best_rate(fast, tmp_path):
+    layers = [dict(depth=0, mean=0.2), dict(depth=1, mean=None)]
+    runs = [fast_run('orepa', 70, grid=True), fast_run('orepa', 60, grid=True, lr=0.4), fast_run('orepa'),
+            fast_run('orepa', branch_similarity=layers), fast_run('orepa', seed=1, branch_similarity=layers[:1]),
+            fast_run('orepa', lr=0.4, branch_similarity=layers), fast_run('rep', grid=True)]
+    assert fast.similarity.by_depth(runs, 'orepa') == {0: [0.2, 0.2]}
+    for number, run in enumerate(runs):
+        (tmp_path / f'run{number}-seed0.json').write_text(json.dumps(run))
+    fast.similarity.main([str(tmp_path), 'orepa'])
+    assert (tmp_path / 'similarity.png').stat().st_size > 1000
+    with pytest.raises(SystemExit, match='no run of rep in .* noted'):
+        fast.similarity.main([str(tmp_path), 'orepa', 'rep'])

@@ -11,7 +11,6 @@ One file per run, written when it is done. The same command again does what is m
 `--teacher` all arms of a folder are trained by a wider network, too; the starts are not.
 """
 import argparse
-import itertools
 import json
 import math
 import statistics
@@ -173,7 +172,7 @@ def train_arm(run, start, settings, stem, train_images, eval_images, compiled=Fa
             break
     content = dict(result(run, trainer.model, fused, rows, settings, eval_images), start=start['kept'])
     if annealer.branch_rows:
-        content.update(branch_gradients=gradients(annealer.branch_rows), branch_similarity=similarities(trainer.model))
+        content.update(branch_gradients=gradients(annealer.branch_rows))
     return content
 
 
@@ -183,19 +182,6 @@ def gradients(branch_rows):
     for row in branch_rows:
         found.setdefault((row['depth'], row['branch']), []).append(float(f"{row['rms']:.4g}"))
     return [dict(depth=depth, branch=branch, rms=values) for (depth, branch), values in found.items()]
-
-
-@torch.no_grad()
-def similarities(model):
-    """Cosines between the kernels of each layer's branches, and their mean; kernels of zeros have none."""
-    found = []
-    for depth, (_, layer) in enumerate(timm_rep.rep_layers(model)):
-        kernels = {branch: kernel.flatten().double() for branch, kernel in layer.branch_kernels().items()}
-        pairs = {
-            f'{a} {b}': round(torch.cosine_similarity(kernels[a], kernels[b], 0).item(), 4)
-            for a, b in itertools.combinations([name for name, kernel in kernels.items() if kernel.any()], 2)}
-        found.append(dict(depth=depth, pairs=pairs, mean=round(statistics.fmean(pairs.values()), 4) if pairs else None))
-    return found
 
 
 # What to do

@@ -8,6 +8,8 @@ import timm_rep
 # Widths of the three groups; all have a stem of 24 filters.
 NETWORKS = dict(small=(16, 64, 64), medium=(32, 128, 128), speedrun=(64, 256, 256))
 PLAIN = 'plain'
+# Methods with other options than their own.
+VARIANTS = dict(orepa_unscaled=timm_rep.Orepa(scaling='none'))
 WHITENING_STEP = 10  # each tenth image tells enough; images come class by class
 WHITENING_EPS = 5e-4
 
@@ -15,7 +17,7 @@ WHITENING_EPS = 5e-4
 def forms():
     """Names of what a network can be trained as: plain, or with the layers of a method."""
     # those of large depthwise kernels have nothing to take here
-    return [PLAIN, *(name for name in timm_rep.methods.registered_methods() if name != 'dilated')]
+    return [PLAIN, *(name for name in timm_rep.methods.registered_methods() if name != 'dilated'), *VARIANTS]
 
 
 def whitening(pixels):
@@ -47,5 +49,5 @@ def build(network, form, seed, stem, num_classes):
         torch.manual_seed(seed)
         model = build_plain(network, stem.cpu(), num_classes)
     if form != PLAIN:
-        model = timm_rep.expand(model.eval(), form, generator=torch.Generator().manual_seed(seed))
+        model = timm_rep.expand(model.eval(), VARIANTS.get(form, form), generator=torch.Generator().manual_seed(seed))
     return model.to(memory_format=torch.channels_last)

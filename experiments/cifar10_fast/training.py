@@ -1,6 +1,8 @@
 """One run: a network in one form, trained from one seed at one learning rate."""
+import itertools
 import math
 import platform
+import statistics
 import time
 from typing import NamedTuple
 
@@ -140,13 +142,26 @@ def tell(name, where, row):
           f"{row['seconds']:.0f} s", flush=True)
 
 
+@torch.no_grad()
+def similarities(model):
+    """Cosines between the kernels of each layer's branches, and their mean; kernels of zeros have none."""
+    found = []
+    for depth, (_, layer) in enumerate(timm_rep.rep_layers(model)):
+        kernels = {branch: kernel.flatten().double() for branch, kernel in layer.branch_kernels().items()}
+        pairs = {
+            f'{a} {b}': round(torch.cosine_similarity(kernels[a], kernels[b], 0).item(), 4)
+            for a, b in itertools.combinations([name for name, kernel in kernels.items() if kernel.any()], 2)}
+        found.append(dict(depth=depth, pairs=pairs, mean=round(statistics.fmean(pairs.values()), 4) if pairs else None))
+    return found
+
+
 def result(run, model, fused, rows, settings, eval_images):
     """What every run's file holds."""
     return dict(
         run._asdict(), top1=rows[-1]['top1'], diverged=rows[-1]['train_loss'] is None, rows=rows,
         fused_difference=fused_difference(model, fused, eval_images.pixels[:EVAL_BATCH_SIZE]),
         parameters=sum(p.numel() for p in model.parameters()),
-        fused_parameters=sum(p.numel() for p in fused.parameters()),
+        fused_parameters=sum(p.numel() for p in fused.parameters()), branch_similarity=similarities(model),
         settings=settings, hardware=hardware_name(eval_images.pixels.device), versions=versions())
 
 
