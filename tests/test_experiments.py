@@ -250,20 +250,20 @@ def test_arms_go_on_from_one_start_and_repeat_exactly(fast, anneal, small_images
     output = tmp_path / 'results'
     arguments = [
         '--forms', 'rep', 'plain', '--seeds', '2', '--arms', 'descent', 'restarts', 'measured0', '--few-seeds', '1',
-        '--few-arms', 'authors-frozen', '--grid-arms', 'descent', 'restarts', '--rates', '0.1']
+        '--few-arms', 'authors-frozen', 'measured0-descent', '--grid-arms', 'descent', 'restarts', '--rates', '0.1']
     anneal(output, *arguments)
     runs = {path.stem: load(path) for path in output.glob('*-seed*.json')}
     starts = {name for name in runs if name.startswith('start-')}
     assert starts == {f'start-{name}' for form in ('rep', 'plain') for name in (
         f'grid-{form}-seed1000', f'{form}-seed0', f'{form}-seed1')}
     arms = {name: run for name, run in runs.items() if name not in starts}
-    assert len(arms) == 2 * 2 + 2 * 3 + 2 * 2 + 1  # grids, rep, plain, rep with few seeds
+    assert len(arms) == 2 * 2 + 2 * 3 + 2 * 2 + 2  # grids, rep, plain, rep with few seeds
     for name, run in arms.items():
-        rows, anneals = run['rows'], run['arm'] in ('measured0', 'authors-frozen')
+        rows, anneals = run['rows'], run['arm'] in ('measured0', 'authors-frozen', 'measured0-descent')
         assert [row['attach_rate'] for row in rows] == (2 * [0.5, 1.0] if anneals else 4 * [1.0])
         assert [len(row.get('first_losses', [])) for row in rows] == [2 if run['grid'] else 3, 0] * 2
         lrs = [row['first_lr'] for row in rows]
-        assert (lrs[:2] == lrs[2:]) == (run['arm'] != 'descent')
+        assert (lrs[:2] == lrs[2:]) == (not run['arm'].endswith('descent'))
         assert max(lrs[1:]) <= run['lr']
         assert lrs[-1] < 0.8 * run['lr']
         start = runs[f"start-{'grid-' if run['grid'] else ''}{run['form']}-seed{run['seed']}"]
@@ -412,7 +412,8 @@ def test_arms_that_cannot_be_are_refused(anneal, tmp_path, capsys, arguments, na
 
 def test_arms_by_name(fast):
     arms = fast.arms
-    for name in ('descent', 'measured0', 'authors-frozen', 'measured0-w0.33', 'keep_gain-frozen-w0'):
+    for name in ('descent', 'measured0', 'authors-frozen', 'measured0-w0.33', 'keep_gain-frozen-w0',
+                 'measured0-descent-frozen'):
         assert arms.arm_of(name).name == name
     shares = ('0', '0.17', '0.33', '0.5', '0.67')  # of 6 epochs
     assert [arms.arm_of(f'authors-w{share}').warmup_epochs(6, 0.5) for share in shares] == [0, 1, 2, 3, 4]
@@ -422,6 +423,11 @@ def test_arms_by_name(fast):
     assert arms.rate_source(frozen, {'measured0', 'restarts'}) == 'measured0'
     assert arms.rate_source(frozen, {'restarts', 'authors'}) == 'restarts'
     assert arms.rate_source(arms.arm_of('restarts'), {'descent'}) is None
+    through = arms.arm_of('measured0-descent-w0')
+    assert arms.rate_source(through, {'measured0', 'restarts', 'descent'}) == 'descent'
+    assert arms.rate_source(through, {'measured0', 'measured-descent', 'descent'}) == 'measured-descent'
+    once = [name for name in ('descent', 'measured0-descent', 'measured0') if arms.arm_of(name).descends_once]
+    assert once == ['descent', 'measured0-descent']
     fitting = {form: [name for name in ('restarts', 'authors-frozen', 'measured') if arms.fits(form, arms.arm_of(name))]
                for form in ('plain', 'orepa', 'dbb')}
     assert fitting == dict(plain=['restarts'], orepa=['restarts', 'authors-frozen'],
@@ -590,5 +596,5 @@ def test_similarity_of_branches_is_that_of_the_runs_at_the_best_rate(fast, tmp_p
         (tmp_path / f'run{number}-seed0.json').write_text(json.dumps(run))
     fast.similarity.main([str(tmp_path), 'orepa'])
     assert (tmp_path / 'similarity.png').stat().st_size > 1000
-    with pytest.raises(SystemExit, match='no run of rep in .* noted'):
+    with pytest.raises(SystemExit, match=r'no run of rep in .* noted'):
         fast.similarity.main([str(tmp_path), 'orepa', 'rep'])

@@ -144,7 +144,7 @@ def train_arm(run, start, settings, stem, train_images, eval_images, compiled=Fa
     trainer.model.load_state_dict(start['model'])
     annealer, offset = annealer_of(run, trainer, settings, images)
     epochs, per_epoch = settings['cycles'] * settings['epochs'], len(images.targets) // settings['batch_size']
-    steps = per_epoch * (epochs if run.arm == DESCENT else settings['epochs'])  # of one descent
+    steps = per_epoch * (epochs if arm_of(run.arm).descends_once else settings['epochs'])  # of one descent
     generator = torch.Generator().manual_seed(ORDER_SEED + run.seed)
     rows, fused = [], None
     for epoch in range(epochs):
@@ -303,7 +303,7 @@ def check_arms(parser, args):
         epochs = arm.warmup_epochs(args.epochs, args.warmup_share)
         if not 0 <= epochs < args.epochs:
             parser.error(f'{name} would warm up for {epochs} of the {args.epochs} epochs of a cycle')
-        twin = twins.setdefault((arm.base, arm.frozen, epochs), name)
+        twin = twins.setdefault((arm.base, arm.through, arm.frozen, epochs), name)
         if twin != name:
             parser.error(f'{twin} and {name} are the same: both warm up for {epochs} of {args.epochs} epochs')
 

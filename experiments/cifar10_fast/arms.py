@@ -15,7 +15,7 @@ TRANSITIONS = dict(
 )
 # Whose learning rate an arm takes that has no grid of its own.
 LIKE = dict(keep_gain='authors', authors=RESTARTS, measured=RESTARTS, measured0='measured', compensated='measured')
-NAME = re.compile(r'(?P<base>[a-z0-9_]+)(?P<frozen>-frozen)?(-w(?P<share>0|0?\.\d+))?')
+NAME = re.compile(r'(?P<base>[a-z0-9_]+)(?P<through>-descent)?(?P<frozen>-frozen)?(-w(?P<share>0|0?\.\d+))?')
 
 
 class Arm(NamedTuple):
@@ -23,17 +23,26 @@ class Arm(NamedTuple):
 
     Attributes:
         base: `descent`, `restarts`, or a transition.
+        through: Whether the learning rate descends through the cycles, once, and starts anew in none.
         frozen: Whether the origin stands still while the attach rate warms up.
         share: Of a cycle in which the attach rate warms up; None for the one of all arms.
     """
 
     base: str
+    through: bool = False
     frozen: bool = False
     share: Optional[str] = None
 
     @property
     def name(self):
-        return f"{self.base}{'-frozen' if self.frozen else ''}{'' if self.share is None else f'-w{self.share}'}"
+        parts = (
+            self.base, '-descent' if self.through else '', '-frozen' if self.frozen else '',
+            '' if self.share is None else f'-w{self.share}')
+        return ''.join(parts)
+
+    @property
+    def descends_once(self):
+        return self.through or self.base == DESCENT
 
     @property
     def anneals(self):
@@ -47,9 +56,10 @@ class Arm(NamedTuple):
 
     def rate_sources(self):
         """Names of the arms whose learning rate is the right one, the best first."""
-        arms = [self, self._replace(share=None), self._replace(frozen=False), Arm(self.base)]
+        arms = [self, self._replace(share=None), self._replace(frozen=False), Arm(self.base, self.through)]
         while arms[-1].base in LIKE:
-            arms.append(Arm(LIKE[arms[-1].base]))
+            base = LIKE[arms[-1].base]
+            arms.append(Arm(base, self.through) if base != RESTARTS else Arm(DESCENT if self.through else RESTARTS))
         return list(dict.fromkeys(arm.name for arm in arms))
 
 
@@ -60,11 +70,11 @@ def arm_of(name):
         ValueError: If there is none.
     """
     match = NAME.fullmatch(name)
-    arm = match and Arm(match['base'], bool(match['frozen']), match['share'])
+    arm = match and Arm(match['base'], bool(match['through']), bool(match['frozen']), match['share'])
     if not arm or arm.base not in (DESCENT, RESTARTS, *TRANSITIONS) or (not arm.anneals and arm != Arm(arm.base)):
         raise ValueError(
             f'there is no arm {name!r}; there are {DESCENT}, {RESTARTS}, and {", ".join(TRANSITIONS)}, these also with '
-            '-frozen, -w0.33 (share of a cycle in which the attach rate warms up), or -frozen-w0.33')
+            '-descent, -frozen, -w0.33 (share of a cycle in which the attach rate warms up), in this order')
     return arm
 
 

@@ -56,9 +56,9 @@ def means(run):
 
 
 def style(arm):
-    """Of a line: the colour says the base, broken lines a frozen origin, dots another warm-up."""
+    """Of a line: the colour says the base, broken lines a frozen origin, dots another warm-up, both one descent."""
     parts = arm_of(arm)
-    lines = '-' if parts == parts._replace(frozen=False, share=None) else '--' if parts.share is None else ':'
+    lines = ':' if parts.share else '--' if parts.frozen else '-.' if parts.through else '-'
     return dict(color=f'C{ORDER.index(parts.base)}', linestyle=lines, marker='.', label=arm)
 
 

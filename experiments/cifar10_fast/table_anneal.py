@@ -32,7 +32,7 @@ def sort_out(found):
 def place(form, arm):
     """Where an arm stands in the table."""
     forms, parts = list(TITLES), arm_of(arm)
-    return (forms.index(form) if form in forms else len(forms), ORDER.index(parts.base), parts.frozen,
+    return (forms.index(form) if form in forms else len(forms), ORDER.index(parts.base), parts.through, parts.frozen,
             float(parts.share or -1))
 
 
