@@ -220,6 +220,21 @@ def without_gradients_between():
     same_gradients(wrapped(RepDistributedDataParallel), wrapped(DistributedDataParallel))
 
 
+def sent_during_the_backward():
+    """What happens in a backward, in order: layers by number, and exchanges."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(timm_rep.OrepaConv2d(4, 4, 3) for _ in range(3)))
+    parallel = RepDistributedDataParallel(model)
+    happened = []
+    for number, layer in enumerate(model):
+        layer.register_full_backward_hook(lambda *_, number=number: happened.append(number))
+    with pytest.MonkeyPatch.context() as patch:
+        send = dist.all_reduce
+        patch.setattr(dist, 'all_reduce', lambda tensor, **kw: (happened.append('sent'), send(tensor, **kw))[1])
+        parallel(randn(2, 4, 9, 9, dtype=torch.float32).requires_grad_()).square().mean().backward()
+    return happened
+
+
 def process(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -236,6 +251,7 @@ def process(rank, folder):
     nothing_else_is_trained()
     of_one_process()
     without_gradients_between()
+    result['happened'] = sent_during_the_backward()
     result['messages'] = messages_of(network())
     torch.save(result, f'{folder}/{rank}.pth')
     dist.barrier()
@@ -257,6 +273,11 @@ def test_training_is_that_of_exchanging_all_gradients(tmp_path):
     for numbers in one['numbers']:
         assert numbers[0] == kernels  # once for an update
         assert numbers[2] - numbers[1] == branches > 2 * kernels
+
+    for result in (one, other):
+        happened = result['happened']
+        assert happened.count('sent') == 3
+        assert happened.index('sent') < happened.index(1) < happened.index(0)
 
     for messages in (one['messages'], other['messages']):
         assert 'find_unused_parameters' in messages['unused']

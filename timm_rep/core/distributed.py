@@ -1,6 +1,7 @@
 """Data-parallel training that exchanges the gradients of kernels instead of those of their branches."""
 import inspect
-from typing import Any, List, Sequence
+from functools import partial
+from typing import Any, Callable, Dict, List, Sequence
 
 import torch
 import torch.distributed as dist
@@ -16,18 +17,40 @@ __all__ = ['RepDistributedDataParallel']
 
 
 class _Exchange:
-    """The gradients of one composition's kernels on their way to all processes, all at once."""
+    """The gradients of one composition's kernels on their way to all processes.
 
-    def __init__(self, group: Any) -> None:
+    They go while the backward goes on, in one order, the last layer's first, so that processes never mix them up.
+
+    Args:
+        group: The processes.
+        count: How many kernels there are.
+    """
+
+    def __init__(self, group: Any, count: int) -> None:
         self.group = group
+        self.next = count - 1
+        self.waiting: Dict[int, Tensor] = {}
         self.works: List[Any] = []
 
-    def begin(self, gradient: Tensor) -> Tensor:
-        mean = gradient.contiguous() / dist.get_world_size(self.group)
-        self.works.append(dist.all_reduce(mean, group=self.group, async_op=True))
+    def begin(self, number: int, gradient: Tensor) -> Tensor:
+        """Send the gradient of a kernel, once those of all later ones are under way.
+
+        Returns:
+            Where the mean of all processes will be, after :meth:`end`.
+        """
+        mean = self.waiting[number] = gradient.contiguous() / dist.get_world_size(self.group)
+        while self.next in self.waiting:
+            self._send(self.next)
+            self.next -= 1
         return mean
 
+    def _send(self, number: int) -> None:
+        self.works.append(dist.all_reduce(self.waiting.pop(number), group=self.group, async_op=True))
+
     def end(self) -> None:
+        """Send what waits for kernels that will get no gradient, and wait for all."""
+        for number in sorted(self.waiting, reverse=True):
+            self._send(number)
         for work in self.works:
             work.wait()
         self.works.clear()
@@ -37,14 +60,14 @@ class _Begin(torch.autograd.Function):
     """A kernel as it is; its gradient is sent out."""
 
     @staticmethod
-    def forward(ctx, kernel, exchange):
-        ctx.exchange = exchange
+    def forward(ctx, kernel, exchange, number):
+        ctx.exchange, ctx.number = exchange, number
         return kernel.view_as(kernel)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
-        return ctx.exchange.begin(gradient), None
+        return ctx.exchange.begin(ctx.number, gradient), None, None
 
 
 class _End(torch.autograd.Function):
@@ -129,13 +152,14 @@ class RepDistributedDataParallel(DistributedDataParallel):
         raise UserError('join(): processes with fewer batches exchange no gradients of kernels; give all the same '
                         'number, or use DistributedDataParallel')
 
-    def _exchanged(self, kernels: Sequence[Tensor]) -> Sequence[Tensor]:
-        if not self._in_forward:  # of the module by itself, which other processes may not be in
-            return kernels
-        exchange = _Exchange(self.process_group)
-        trained = [kernel for kernel in kernels if kernel.requires_grad]
-        sent = iter(_End.apply(exchange, *trained) if trained else ())
-        return [_Begin.apply(next(sent), exchange) if kernel.requires_grad else kernel for kernel in kernels]
+    def _exchanged(self, kernels: Sequence[Tensor]) -> Dict[int, Callable[[], Tensor]]:
+        trained = {n: kernel for n, kernel in enumerate(kernels) if kernel.requires_grad}
+        if not trained or not self._in_forward:  # of the module by itself, which other processes may not be in
+            return {}
+        exchange = _Exchange(self.process_group, len(trained))
+        sent = _End.apply(exchange, *trained.values())
+        # begun when the layer asks: autograd then sends the gradient when the backward has come to the layer
+        return {n: partial(_Begin.apply, kernel, exchange, k) for k, (n, kernel) in enumerate(zip(trained, sent))}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         layers = self._kernels.layers

@@ -74,14 +74,16 @@ class KernelsTogether:
     Attributes:
         layers: The layers.
         compose: Composes the kernels of layers.
-        exchange: Given the kernels, returns tensors of the same values that the layers take instead, if set.
+        exchange: If set: given the kernels, returns functions by number that make what the layer takes instead, of the
+            same values, when it first asks for its own.
     """
 
     def __init__(self, layers: Sequence[Any]) -> None:
         self.layers: Tuple[Any, ...] = tuple(layers)
         self.compose: Composition = compose_each
-        self.exchange: Optional[Callable[[Sequence[Tensor]], Sequence[Tensor]]] = None
+        self.exchange: Optional[Callable[[Sequence[Tensor]], Dict[int, Callable[[], Tensor]]]] = None
         self._kernels: Dict[Any, Tensor] = {}
+        self._to_take: Dict[Any, Callable[[], Tensor]] = {}  # of layers that have not asked yet
         self._given: Set[Any] = set()  # layers that one of these kernels was the last answer to
         self._in_forward = False
 
@@ -96,7 +98,7 @@ class KernelsTogether:
 
     def forget(self) -> None:
         """Let go of the kernels."""
-        self._kernels = {}
+        self._kernels, self._to_take = {}, {}
         self._given = set()
 
     def end(self, *_: Any) -> None:
@@ -131,6 +133,8 @@ class KernelsTogether:
         if layer in self._given:
             if not self._kernels:
                 self._compose_all(channels_last)
+            if layer in self._to_take:
+                self._kernels[layer] = self._to_take.pop(layer)()
             if layer in self._kernels:  # no replica (DataParallel)
                 return self._kernels[layer]
         with saved_tensors_hooks(_as_it_is, _as_it_is):
@@ -143,5 +147,5 @@ class KernelsTogether:
             # one call makes all of them part of the graph, if one of them is trained
             kernels = [k if _is_trained(layer) else k.detach() for layer, k in zip(self.layers, kernels)]
             if self.exchange is not None:
-                kernels = self.exchange(kernels)
+                self._to_take = {self.layers[n]: take for n, take in self.exchange(kernels).items()}
         self._kernels = dict(zip(self.layers, kernels))
