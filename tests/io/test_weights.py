@@ -138,8 +138,10 @@ def test_wrappers_are_no_part_of_the_model(wrap, tmp_path):
     lambda model: setattr(model, 'act1', torch.nn.Hardswish()),
     lambda model: setattr(model, 'fc', torch.nn.Linear(96, 8)),
     lambda model: setattr(model.layer4[0].conv2, 'dilation', (2, 2)),
+    lambda model: setattr(model.conv1[0], 'padding_mode', 'reflect'),
+    lambda model: setattr(model.bn1, 'eps', 1e-3),
     lambda model: model._model_args.update(act_layer=torch.nn.GELU),
-], ids=['activation', 'classifier', 'geometry', 'argument'])
+], ids=['activation', 'classifier', 'geometry', 'padding', 'eps', 'argument'])
 def test_a_network_that_timm_would_build_otherwise_is_not_said_to_be_timms(change, tmp_path, caplog):
     model = of_timm()
     change(model)
