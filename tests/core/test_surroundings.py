@@ -7,9 +7,11 @@ import torchvision
 from helpers import MODEL_RTOL, assert_near, randn, randomize_, tiny_resnet, tree
 from timm.layers import (
     BatchNormAct2d,
+    Conv2dSame,
     GroupNormAct,
     LayerNorm2d,
     LayerNormAct2d,
+    StdConv2d,
     convert_splitbn_model,
     convert_sync_batchnorm,
     freeze_batch_norm_2d,
@@ -323,3 +325,43 @@ def test_weights_that_are_elsewhere_are_not_fused():
     model.layer1[0].conv1._hf_hook = object()  # accelerate's mark
     with pytest.raises(UserError, match=r'weights of layer1\.0\.conv1 are offloaded by accelerate'):
         fuse(model)
+
+
+@pytest.mark.parametrize('method', ['dbb', 'acb', 'rep'])
+def test_a_place_whose_layer_was_replaced_has_no_norm_and_is_not_fused(method):
+    model = expand(tiny_resnet().eval(), method)
+    part = nn.Sequential(nn.Sequential(model.layer1[0].conv1), nn.ReLU(), model.layer1[0].bn1)
+    with pytest.raises(UserError, match='2 holds the place of a batch norm that went into a rep layer'):
+        fuse(part)
+    model.layer1[0].conv2 = conv(8, 8)
+    before = tree(model)
+    with pytest.raises(UserError, match=r'layer1\.0\.bn2 holds the place of a batch norm'):
+        fuse(model, inplace=True)
+    assert tree(model) == before
+    model.layer1[0].bn2 = nn.BatchNorm2d(8).eval()
+    assert fuse(model).state_dict().keys() == tiny_resnet().state_dict().keys()
+
+
+@pytest.mark.parametrize(('method', 'make'), [
+    ('dbb', nn.Conv2d), ('acb', nn.Conv2d), ('rep', nn.Conv2d), ('orepa', Conv2dSame), ('orepa', StdConv2d)])
+def test_the_geometry_of_what_has_it_in_its_parts_cannot_be_changed(method, make):
+    stock = nn.Sequential(make(4, 4, 3, 2, padding=1, bias=False), nn.BatchNorm2d(4)).double().eval()
+    model = expand(stock, method)
+    model[0].stride = 2  # as it is
+    for name, value in [('stride', (1, 1)), ('padding', 3), ('dilation', (2, 2))]:
+        with pytest.raises(UserError, match=f'{name} of a .* cannot be changed, its branches were made with'):
+            setattr(model[0], name, value)
+    if make is nn.Conv2d:
+        with pytest.raises(UserError, match=r'bias of a \w+ cannot be changed'):
+            model[0].bias = nn.Parameter(torch.ones(4))
+    assert_near(fuse(model)(randn(2, 4, 8, 8)), stock(randn(2, 4, 8, 8)), 1e-5)
+
+
+def test_the_geometry_of_a_linear_layer_is_its_own():
+    stock = nn.Sequential(conv(4, 4, stride=2), nn.BatchNorm2d(4)).double().eval()
+    model = expand(stock, 'orepa')
+    x = randn(2, 4, 8, 8)
+    for form in (stock, model):
+        form[0].stride, form[0].dilation, form[0].padding = (1, 1), (2, 2), (2, 2)
+    assert_near(model(x), stock(x), 1e-5)
+    assert_near(fuse(model)(x), stock(x), 1e-5)
