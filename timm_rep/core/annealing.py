@@ -30,11 +30,12 @@ from typing import Any, Iterable, List, Optional
 
 import torch
 import torch.nn as nn
+from timm.optim import Adahessian
 from torch import Tensor
 
 from .errors import UserError
 from .layers import AnnealedModule
-from .layers.annealed import check_attach_rate
+from .layers.annealed import check_attach_rate, check_own_values
 from .measure import check_measurable, first_batches, measure_statistics, normed_modules
 from .micro_batch import check_no_update
 from .sharded import check_whole, reshard, whole_parameters
@@ -242,8 +243,8 @@ def set_time_step(model: nn.Module, number: int) -> None:
 def reset_optimizer(optimizer: Any) -> None:
     """Let an optimizer start anew with the parameters, learning rate and settings that it has.
 
-    More than ``optimizer.state.clear()``: some of timm's optimizers (LAMB, Adan) count their steps elsewhere, and its
-    Lookahead holds another optimizer.
+    More than ``optimizer.state.clear()``: some of timm's optimizers (LAMB, Adan) count their steps elsewhere,
+    AdaHessian cannot make its state anew, and Lookahead holds another optimizer.
 
     Args:
         optimizer: Any optimizer of torch or timm.
@@ -254,6 +255,11 @@ def reset_optimizer(optimizer: Any) -> None:
             group.pop('step', None)
             if 'lookahead_step' in group:
                 group['lookahead_step'] = 0
+        if isinstance(holder, Adahessian):  # its state begins in its constructor
+            holder.generator = torch.Generator().manual_seed(holder.seed)
+            for parameter in holder.get_params():
+                parameter.hess = 0.0
+                holder.state[parameter]['hessian step'] = 0
 
 
 def _share_from_first_rank(module: AnnealedModule) -> None:
@@ -315,13 +321,15 @@ def begin_time_step(
 
     Raises:
         UserError: If the model has no rep layers, for a rate outside [0, 1], an unknown restoration or a gain that is
-            not finite, if there are no batches to measure on, or the model does not run on them or is sharded, or in
-            the middle of an update of micro-batches. It is then unchanged.
+            not finite, if there are no batches to measure on, or the model does not run on them or is sharded, in
+            the middle of an update of micro-batches, or if values are computed (pruning). It is then unchanged.
     """
     time_step(model)  # raises unless it is the same everywhere
     check_attach_rate(attach_rate)
     check_restoration(restoration, side_gain)
     check_no_update(model)
+    for _, module in annealed_modules(model):
+        check_own_values(module)
     measured = first_batches(batches) if restoration == 'measured' else []
     reshard(model)
     if measured:
