@@ -179,6 +179,25 @@ def test_into_a_model_of_no_registry(tmp_path):
         load(tmp_path / 'x.pth', into=hand_made())
 
 
+class WithExtraState(torch.nn.Conv2d):
+    def get_extra_state(self):
+        return dict(seen=3)
+
+
+@pytest.mark.parametrize('write', [save, lambda model, path: save_weights(model, path.with_suffix('.pth'))])
+@pytest.mark.parametrize(('add', 'message'), [
+    (lambda model: model.add_module('more', WithExtraState(3, 3, 1)), 'more._extra_state is a dict, but files of'),
+    (lambda model: model.register_parameter('more', torch.nn.Parameter(torch.zeros(2, dtype=torch.complex64))),
+     r'more is torch\.complex64, but files that load\(\) reads hold real numbers only'),
+])
+def test_what_could_not_be_read_is_not_written(add, message, write, tmp_path):
+    model = expand(of_timm())
+    add(model)
+    with pytest.raises(UserError, match=message):
+        write(model, tmp_path / 'x.safetensors')
+    assert not list(tmp_path.iterdir())
+
+
 def test_files_without_a_description(tmp_path):
     model = create_model('orepa_resnet18_cifar')
     torch.save(dict(arch='orepa_resnet18_cifar', state_dict=model.state_dict()), tmp_path / 'last.pth.tar')
