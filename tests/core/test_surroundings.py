@@ -24,6 +24,7 @@ from timm_rep import UserError, expand, expansion_of, fuse
 from timm_rep.core.expand import expand_as_
 from timm_rep.core.expansion import methods_from_list
 from timm_rep.core.layers import AnnealedRepVggBlock
+from timm_rep.core.layers.dbb import NormPad2d
 from timm_rep.core.methods import as_method
 
 
@@ -365,3 +366,51 @@ def test_the_geometry_of_a_linear_layer_is_its_own():
         form[0].stride, form[0].dilation, form[0].padding = (1, 1), (2, 2), (2, 2)
     assert_near(model(x), stock(x), 1e-5)
     assert_near(fuse(model)(x), stock(x), 1e-5)
+
+
+def test_a_network_with_lazy_modules_is_run_first():
+    model = nn.Sequential(conv(3, 4), nn.BatchNorm2d(4), nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d())
+    with pytest.raises(UserError, match='Sequential has lazy modules, whose shapes are not known yet: run it once'):
+        expand(model)
+    model(torch.randn(2, 3, 8, 8))
+    assert sorted(expansion_of(expand(model)).methods) == ['0', '2']
+
+
+@pytest.mark.parametrize('method', ['dbb', 'acb', 'rep'])
+def test_gradients_of_each_image_with_norms_that_keep_no_statistics(method):
+    """torch's own way to have them of a network with batch norms: their functions of each image alone."""
+    stock = nn.Sequential(conv(3, 4), nn.BatchNorm2d(4), nn.ReLU(), conv(4, 4), nn.BatchNorm2d(4)).double()
+    model = torch.func.replace_all_batch_norm_modules_(expand(stock, method).train())
+    parameters = dict(model.named_parameters())
+    x = randn(3, 3, 8, 8)
+
+    def loss(parameters, image):
+        return torch.func.functional_call(model, parameters, (image[None],)).exp().sum()
+
+    found = torch.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    for image, part in enumerate(x):
+        expected = torch.autograd.grad(loss(parameters, part), list(parameters.values()))
+        assert_near(
+            torch.cat([gradients[image].flatten() for gradients in found.values()]),
+            torch.cat([gradient.flatten() for gradient in expected]), 1e-9)
+
+
+def test_the_border_of_a_norm_that_keeps_no_statistics_is_its_image_of_zero():
+    padded = NormPad2d(2, (1, 1)).double()
+    padded.norm.weight.data.copy_(torch.tensor([0.5, 2.0]))
+    x = randn(3, 2, 5, 5)
+    expected = padded(x)
+    torch.func.replace_all_batch_norm_modules_(padded)
+    found = padded(x)
+    assert_near(found[:, :, 1:-1, 1:-1], expected[:, :, 1:-1, 1:-1], 1e-12)
+    n = x.numel() // 2
+    mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3)) * (n - 1) / n
+    border = padded.norm.bias - mean * padded.norm.weight / torch.sqrt(var + padded.norm.eps)
+    assert_near(found[0, :, 0, 0], border, 1e-12)
+
+
+def test_a_sharded_network_is_not_expanded():
+    model = tiny_resnet()
+    model.fc.weight.full_tensor = None  # the mark of torch's DTensor
+    with pytest.raises(UserError, match=r'spread over processes \(fully_shard\)'):
+        expand(model)
