@@ -45,6 +45,8 @@ __all__ = [
     'check_restoration', 'reset_optimizer', 'set_attach_rate', 'set_time_step', 'time_step',
 ]
 
+# Optimizers that make their state when they are made, not in their first step.
+STATE_FROM_START = ('Adagrad', 'Adahessian')
 RESTORATIONS = ('authors', 'keep_gain', 'measured')
 
 
@@ -250,6 +252,9 @@ def reset_optimizer(optimizer: Any) -> None:
     """
     for holder in (optimizer, getattr(optimizer, '_base_optimizer', optimizer)):
         holder.state.clear()
+        if type(holder).__name__ in STATE_FROM_START:
+            new = type(holder)([dict(group) for group in holder.param_groups], **holder.defaults)
+            holder.state.update(new.state)
         for group in holder.param_groups:
             group.pop('step', None)
             if 'lookahead_step' in group:
