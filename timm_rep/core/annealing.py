@@ -26,7 +26,7 @@ import itertools
 import math
 import numbers
 from dataclasses import dataclass
-from typing import Any, Iterable, List, Optional
+from typing import Any, Dict, Iterable, List, Optional
 
 import torch
 import torch.nn as nn
@@ -42,7 +42,7 @@ from .walk import annealed_modules, set_attach_rate
 
 __all__ = [
     'RESTORATIONS', 'AnnealingSchedule', 'Position', 'attach_rate', 'begin_time_step', 'check_rep_layers',
-    'check_restoration', 'reset_optimizer', 'set_attach_rate', 'set_time_step', 'time_step',
+    'check_restoration', 'new_state', 'reset_optimizer', 'set_attach_rate', 'set_time_step', 'time_step',
 ]
 
 # Optimizers that make their state when they are made, not in their first step.
@@ -241,6 +241,13 @@ def set_time_step(model: nn.Module, number: int) -> None:
             module.set_time_step_(number)
 
 
+def new_state(optimizer: Any) -> Dict[Tensor, Any]:
+    """The state of a new optimizer of the same parameters, where it has one before its first step."""
+    if type(optimizer).__name__ not in STATE_FROM_START:
+        return {}
+    return dict(type(optimizer)([dict(group) for group in optimizer.param_groups], **optimizer.defaults).state)
+
+
 def reset_optimizer(optimizer: Any) -> None:
     """Let an optimizer start anew with the parameters, learning rate and settings that it has.
 
@@ -252,9 +259,7 @@ def reset_optimizer(optimizer: Any) -> None:
     """
     for holder in (optimizer, getattr(optimizer, '_base_optimizer', optimizer)):
         holder.state.clear()
-        if type(holder).__name__ in STATE_FROM_START:
-            new = type(holder)([dict(group) for group in holder.param_groups], **holder.defaults)
-            holder.state.update(new.state)
+        holder.state.update(new_state(holder))
         for group in holder.param_groups:
             group.pop('step', None)
             if 'lookahead_step' in group:
