@@ -257,11 +257,36 @@ def test_numpys_draws_are_not_moved():
     lambda m, x: m.norm(m.conv(x)) * float(x.sum()),  # needs data
     lambda m, x, y: m.norm(m.conv(x)) + y,
 ])
-def test_the_next_child_is_the_norm_of_a_model_that_does_not_run_without_data(run):
+def test_the_next_child_is_the_norm_of_a_model_that_does_not_run_without_data(run, caplog):
     model = reads(run)
     model.forward = None  # nothing of it can be called
     assert flows_of(model).convs == {}
+    caplog.clear()
     assert list(expansion_of(expand(reads(run), 'dbb')).methods) == ['conv']
+    (warned,) = [record.getMessage() for record in caplog.records if record.levelname == 'WARNING']
+    assert warned.startswith('Net does not run on images without data (')
+    assert 'Compare the outputs' in warned
+
+
+@pytest.mark.parametrize('run', [
+    lambda m, x: (lambda y: m.norm(y) * float(y.mean()))(m.conv(x)),
+    lambda m, x: (lambda y: (m.norm(y) + y).reshape(1, 17))(m.conv(x)),
+])
+def test_what_is_seen_before_a_model_fails_counts(run):
+    with pytest.raises(UserError, match='none that it takes unasked has a batch norm that alone reads its output'):
+        expand(reads(run), 'dbb')
+
+
+@pytest.mark.parametrize('size', [28, 32, 96])
+def test_networks_for_images_of_one_size_are_watched(size, caplog):
+    def run(m, x):
+        return m.head(m.norm(m.conv(x)).flatten(1))
+
+    model = reads(run)
+    model.head = nn.Linear(6 * size ** 2, 2)
+    model.pretrained_cfg = dict(input_size=(3, 224, 224))  # of the weights, not of this one
+    assert flows_of(model).convs == dict(conv=Flow('norm'))
+    assert not caplog.records
 
 
 def test_what_is_not_run_keeps_to_the_next_child_unless_that_norm_runs():

@@ -7,9 +7,11 @@ import torchvision
 from helpers import MODEL_RTOL, assert_near, randn, randomize_, tiny_resnet, tree
 from timm.layers import (
     BatchNormAct2d,
+    Conv2dSame,
     GroupNormAct,
     LayerNorm2d,
     LayerNormAct2d,
+    StdConv2d,
     convert_splitbn_model,
     convert_sync_batchnorm,
     freeze_batch_norm_2d,
@@ -22,6 +24,7 @@ from timm_rep import UserError, expand, expansion_of, fuse
 from timm_rep.core.expand import expand_as_
 from timm_rep.core.expansion import methods_from_list
 from timm_rep.core.layers import AnnealedRepVggBlock
+from timm_rep.core.layers.dbb import NormPad2d
 from timm_rep.core.methods import as_method
 
 
@@ -323,3 +326,91 @@ def test_weights_that_are_elsewhere_are_not_fused():
     model.layer1[0].conv1._hf_hook = object()  # accelerate's mark
     with pytest.raises(UserError, match=r'weights of layer1\.0\.conv1 are offloaded by accelerate'):
         fuse(model)
+
+
+@pytest.mark.parametrize('method', ['dbb', 'acb', 'rep'])
+def test_a_place_whose_layer_was_replaced_has_no_norm_and_is_not_fused(method):
+    model = expand(tiny_resnet().eval(), method)
+    part = nn.Sequential(nn.Sequential(model.layer1[0].conv1), nn.ReLU(), model.layer1[0].bn1)
+    with pytest.raises(UserError, match='2 holds the place of a batch norm that went into a rep layer'):
+        fuse(part)
+    model.layer1[0].conv2 = conv(8, 8)
+    before = tree(model)
+    with pytest.raises(UserError, match=r'layer1\.0\.bn2 holds the place of a batch norm'):
+        fuse(model, inplace=True)
+    assert tree(model) == before
+    model.layer1[0].bn2 = nn.BatchNorm2d(8).eval()
+    assert fuse(model).state_dict().keys() == tiny_resnet().state_dict().keys()
+
+
+@pytest.mark.parametrize(('method', 'make'), [
+    ('dbb', nn.Conv2d), ('acb', nn.Conv2d), ('rep', nn.Conv2d), ('orepa', Conv2dSame), ('orepa', StdConv2d)])
+def test_the_geometry_of_what_has_it_in_its_parts_cannot_be_changed(method, make):
+    stock = nn.Sequential(make(4, 4, 3, 2, padding=1, bias=False), nn.BatchNorm2d(4)).double().eval()
+    model = expand(stock, method)
+    model[0].stride = 2  # as it is
+    for name, value in [('stride', (1, 1)), ('padding', 3), ('dilation', (2, 2))]:
+        with pytest.raises(UserError, match=f'{name} of a .* cannot be changed, its branches were made with'):
+            setattr(model[0], name, value)
+    if make is nn.Conv2d:
+        with pytest.raises(UserError, match=r'bias of a \w+ cannot be changed'):
+            model[0].bias = nn.Parameter(torch.ones(4))
+    assert_near(fuse(model)(randn(2, 4, 8, 8)), stock(randn(2, 4, 8, 8)), 1e-5)
+
+
+def test_the_geometry_of_a_linear_layer_is_its_own():
+    stock = nn.Sequential(conv(4, 4, stride=2), nn.BatchNorm2d(4)).double().eval()
+    model = expand(stock, 'orepa')
+    x = randn(2, 4, 8, 8)
+    for form in (stock, model):
+        form[0].stride, form[0].dilation, form[0].padding = (1, 1), (2, 2), (2, 2)
+    assert_near(model(x), stock(x), 1e-5)
+    assert_near(fuse(model)(x), stock(x), 1e-5)
+
+
+def test_a_network_with_lazy_modules_is_run_first():
+    model = nn.Sequential(conv(3, 4), nn.BatchNorm2d(4), nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d())
+    with pytest.raises(UserError, match='Sequential has lazy modules, whose shapes are not known yet: run it once'):
+        expand(model)
+    model(torch.randn(2, 3, 8, 8))
+    assert sorted(expansion_of(expand(model)).methods) == ['0', '2']
+
+
+@pytest.mark.parametrize('method', ['dbb', 'acb', 'rep'])
+def test_gradients_of_each_image_with_norms_that_keep_no_statistics(method):
+    """torch's own way to have them of a network with batch norms: their functions of each image alone."""
+    stock = nn.Sequential(conv(3, 4), nn.BatchNorm2d(4), nn.ReLU(), conv(4, 4), nn.BatchNorm2d(4)).double()
+    model = torch.func.replace_all_batch_norm_modules_(expand(stock, method).train())
+    parameters = dict(model.named_parameters())
+    x = randn(3, 3, 8, 8)
+
+    def loss(parameters, image):
+        return torch.func.functional_call(model, parameters, (image[None],)).exp().sum()
+
+    found = torch.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    for image, part in enumerate(x):
+        expected = torch.autograd.grad(loss(parameters, part), list(parameters.values()))
+        assert_near(
+            torch.cat([gradients[image].flatten() for gradients in found.values()]),
+            torch.cat([gradient.flatten() for gradient in expected]), 1e-9)
+
+
+def test_the_border_of_a_norm_that_keeps_no_statistics_is_its_image_of_zero():
+    padded = NormPad2d(2, (1, 1)).double()
+    padded.norm.weight.data.copy_(torch.tensor([0.5, 2.0]))
+    x = randn(3, 2, 5, 5)
+    expected = padded(x)
+    torch.func.replace_all_batch_norm_modules_(padded)
+    found = padded(x)
+    assert_near(found[:, :, 1:-1, 1:-1], expected[:, :, 1:-1, 1:-1], 1e-12)
+    n = x.numel() // 2
+    mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3)) * (n - 1) / n
+    border = padded.norm.bias - mean * padded.norm.weight / torch.sqrt(var + padded.norm.eps)
+    assert_near(found[0, :, 0, 0], border, 1e-12)
+
+
+def test_a_sharded_network_is_not_expanded():
+    model = tiny_resnet()
+    model.fc.weight.full_tensor = None  # the mark of torch's DTensor
+    with pytest.raises(UserError, match=r'spread over processes \(fully_shard\)'):
+        expand(model)

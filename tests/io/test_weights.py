@@ -138,8 +138,10 @@ def test_wrappers_are_no_part_of_the_model(wrap, tmp_path):
     lambda model: setattr(model, 'act1', torch.nn.Hardswish()),
     lambda model: setattr(model, 'fc', torch.nn.Linear(96, 8)),
     lambda model: setattr(model.layer4[0].conv2, 'dilation', (2, 2)),
+    lambda model: setattr(model.conv1[0], 'padding_mode', 'reflect'),
+    lambda model: setattr(model.bn1, 'eps', 1e-3),
     lambda model: model._model_args.update(act_layer=torch.nn.GELU),
-], ids=['activation', 'classifier', 'geometry', 'argument'])
+], ids=['activation', 'classifier', 'geometry', 'padding', 'eps', 'argument'])
 def test_a_network_that_timm_would_build_otherwise_is_not_said_to_be_timms(change, tmp_path, caplog):
     model = of_timm()
     change(model)
@@ -175,6 +177,25 @@ def test_into_a_model_of_no_registry(tmp_path):
     torch.save(model.state_dict(), tmp_path / 'x.pth')
     with pytest.raises(UserError, match='does not say which layers were expanded'):
         load(tmp_path / 'x.pth', into=hand_made())
+
+
+class WithExtraState(torch.nn.Conv2d):
+    def get_extra_state(self):
+        return dict(seen=3)
+
+
+@pytest.mark.parametrize('write', [save, lambda model, path: save_weights(model, path.with_suffix('.pth'))])
+@pytest.mark.parametrize(('add', 'message'), [
+    (lambda model: model.add_module('more', WithExtraState(3, 3, 1)), 'more._extra_state is a dict, but files of'),
+    (lambda model: model.register_parameter('more', torch.nn.Parameter(torch.zeros(2, dtype=torch.complex64))),
+     r'more is torch\.complex64, but files that load\(\) reads hold real numbers only'),
+])
+def test_what_could_not_be_read_is_not_written(add, message, write, tmp_path):
+    model = expand(of_timm())
+    add(model)
+    with pytest.raises(UserError, match=message):
+        write(model, tmp_path / 'x.safetensors')
+    assert not list(tmp_path.iterdir())
 
 
 def test_files_without_a_description(tmp_path):

@@ -26,15 +26,16 @@ import itertools
 import math
 import numbers
 from dataclasses import dataclass
-from typing import Any, Dict, Iterable, List, Optional
+from typing import Any, Iterable, List, Optional
 
 import torch
 import torch.nn as nn
+from timm.optim import Adahessian
 from torch import Tensor
 
 from .errors import UserError
 from .layers import AnnealedModule
-from .layers.annealed import check_attach_rate
+from .layers.annealed import check_attach_rate, check_own_values
 from .measure import check_measurable, first_batches, measure_statistics, normed_modules
 from .micro_batch import check_no_update
 from .sharded import check_whole, reshard, whole_parameters
@@ -42,11 +43,9 @@ from .walk import annealed_modules, set_attach_rate
 
 __all__ = [
     'RESTORATIONS', 'AnnealingSchedule', 'Position', 'attach_rate', 'begin_time_step', 'check_rep_layers',
-    'check_restoration', 'new_state', 'reset_optimizer', 'set_attach_rate', 'set_time_step', 'time_step',
+    'check_restoration', 'reset_optimizer', 'set_attach_rate', 'set_time_step', 'time_step',
 ]
 
-# Optimizers that make their state when they are made, not in their first step.
-STATE_FROM_START = ('Adagrad', 'Adahessian')
 RESTORATIONS = ('authors', 'keep_gain', 'measured')
 
 
@@ -241,29 +240,26 @@ def set_time_step(model: nn.Module, number: int) -> None:
             module.set_time_step_(number)
 
 
-def new_state(optimizer: Any) -> Dict[Tensor, Any]:
-    """The state of a new optimizer of the same parameters, where it has one before its first step."""
-    if type(optimizer).__name__ not in STATE_FROM_START:
-        return {}
-    return dict(type(optimizer)([dict(group) for group in optimizer.param_groups], **optimizer.defaults).state)
-
-
 def reset_optimizer(optimizer: Any) -> None:
     """Let an optimizer start anew with the parameters, learning rate and settings that it has.
 
-    More than ``optimizer.state.clear()``: some of timm's optimizers (LAMB, Adan) count their steps elsewhere, and its
-    Lookahead holds another optimizer.
+    More than ``optimizer.state.clear()``: some of timm's optimizers (LAMB, Adan) count their steps elsewhere,
+    AdaHessian cannot make its state anew, and Lookahead holds another optimizer.
 
     Args:
         optimizer: Any optimizer of torch or timm.
     """
     for holder in (optimizer, getattr(optimizer, '_base_optimizer', optimizer)):
         holder.state.clear()
-        holder.state.update(new_state(holder))
         for group in holder.param_groups:
             group.pop('step', None)
             if 'lookahead_step' in group:
                 group['lookahead_step'] = 0
+        if isinstance(holder, Adahessian):  # its state begins in its constructor
+            holder.generator = torch.Generator().manual_seed(holder.seed)
+            for parameter in holder.get_params():
+                parameter.hess = 0.0
+                holder.state[parameter]['hessian step'] = 0
 
 
 def _share_from_first_rank(module: AnnealedModule) -> None:
@@ -325,13 +321,15 @@ def begin_time_step(
 
     Raises:
         UserError: If the model has no rep layers, for a rate outside [0, 1], an unknown restoration or a gain that is
-            not finite, if there are no batches to measure on, or the model does not run on them or is sharded, or in
-            the middle of an update of micro-batches. It is then unchanged.
+            not finite, if there are no batches to measure on, or the model does not run on them or is sharded, in
+            the middle of an update of micro-batches, or if values are computed (pruning). It is then unchanged.
     """
     time_step(model)  # raises unless it is the same everywhere
     check_attach_rate(attach_rate)
     check_restoration(restoration, side_gain)
     check_no_update(model)
+    for _, module in annealed_modules(model):
+        check_own_values(module)
     measured = first_batches(batches) if restoration == 'measured' else []
     reshard(model)
     if measured:

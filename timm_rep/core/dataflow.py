@@ -25,7 +25,7 @@ __all__ = ['Flow', 'Flows', 'flows_of']
 _logger = logging.getLogger(__name__)
 
 BATCH = 2  # with one image, norms of vectors refuse to train
-SIZES = (64, 224)  # of images, for models that do not say theirs
+SIZES = (64, 224, 32, 28, 96, 128, 256)  # of images, for models that do not say theirs or do not take it
 # What a model may be asked for besides its outputs, by the first of these: what a user reads, not only a norm reads.
 OTHER_WAYS = ('forward_intermediates', 'forward_features')
 # Hooks that see the inputs, or the outputs, of a module; those on gradients may see both.
@@ -130,6 +130,10 @@ class _Watch:
         for output in filter(None, map(self.find, tree_leaves(result))):
             output.hooked |= (name, 'out') in self.hooks
 
+    def read_elsewhere(self) -> Set[str]:
+        """Convolutions of whose outputs it is known already that something else than one norm reads them."""
+        return {o.conv for o in (*self.done, *self.outputs.values()) if o.reads > 1 or (o.reads == 1 and not o.norm)}
+
     def finish(self) -> List[_Output]:
         for output in self.outputs.values():
             output.is_kept = output.tensor() is not None
@@ -166,7 +170,7 @@ def _on_meta(model: nn.Module) -> nn.Module:
 def _image_sizes(model: nn.Module) -> List[Tuple[int, ...]]:
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     own = tuple(cfg.get('input_size') or ())[1:]
-    return [own] if own else [(size, size) for size in SIZES]
+    return [*([own] if own else []), *((size, size) for size in SIZES)]
 
 
 @contextlib.contextmanager
@@ -191,8 +195,9 @@ def _watched(
         originals: FrozenSet[int],
         way: str,
         images: Tensor,
+        failures: List[Tuple[Exception, Set[str]]],
 ) -> Optional[_Watch]:
-    """Run a model once, or None if it does not run so."""
+    """Run a model once, or None if it does not run so; then what it failed of is noted, and what was seen so far."""
     watch = _Watch(hooks, originals, {
         id(parameter): name for name, module in model.named_modules()
         if isinstance(module, nn.Conv2d) or is_foldable(module) for parameter in module.parameters()})
@@ -209,14 +214,14 @@ def _watched(
         del result
         return watch
     except Exception as e:  # whatever the model's own code does without data
-        _logger.debug('%s does not run on the meta device: %s', type(model).__name__, e)
+        failures.append((e, watch.read_elsewhere()))
         return None
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _passes(model: nn.Module) -> List[_Watch]:
+def _passes(model: nn.Module, failures: List[Tuple[Exception, Set[str]]]) -> List[_Watch]:
     """The model's ways to run, in eval mode and, where it can, in training mode; empty if it runs in none."""
     hooks = {
         (name, end) for name, module in model.named_modules()
@@ -226,11 +231,11 @@ def _passes(model: nn.Module) -> List[_Watch]:
     reference = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     for size in _image_sizes(model):
         images = torch.empty(BATCH, image_channels(model), *size, device='meta', dtype=reference.dtype)
-        first = _watched(twin, hooks, originals, '', images)
+        first = _watched(twin, hooks, originals, '', images, failures)
         if first is not None:
             ways = [way for way in OTHER_WAYS if inspect.ismethod(getattr(twin, way, None))][:1]
-            others = [_watched(twin, hooks, originals, way, images) for way in ways]
-            others.append(_watched(twin.train(), hooks, originals, '', images))
+            others = [_watched(twin, hooks, originals, way, images, failures) for way in ways]
+            others.append(_watched(twin.train(), hooks, originals, '', images, failures))
             return [first, *(watch for watch in others if watch is not None)]
     return []
 
@@ -245,15 +250,23 @@ def flows_of(model: nn.Module) -> Flows:
         model: Any model that takes images.
 
     Returns:
-        What was seen; nothing if the model does not run so.
+        What was seen. Of a model that does not run so, with a warning, no more than which outputs have no norm alone.
     """
     passes: List[_Watch] = []
+    failures: List[Tuple[Exception, Set[str]]] = []
     try:
         if any(map(is_foldable, model.modules())):
             with _drawing_nothing():
-                passes = _passes(model)
+                passes = _passes(model, failures)
     except Exception as e:  # a model that cannot be copied, has no parameters, or takes no images
-        _logger.debug('%s cannot be watched: %s', type(model).__name__, e)
+        failures.append((e, set()))
+    if failures and not passes:
+        why = failures[0][0]
+        _logger.warning(
+            '%s does not run on images without data (%s: %s), so it is not seen which norm acts on a convolution: the '
+            'next child of the same module is taken for it. Compare the outputs of the two networks',
+            type(model).__name__, type(why).__name__, str(why).partition('\n')[0])
+        return Flows({conv: Flow() for _, found in failures for conv in found}, frozenset())
     outputs: Dict[str, List[_Output]] = {}
     norms: Dict[str, Set[str]] = {}
     looked_at: Set[str] = set()

@@ -5,6 +5,7 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple
 import torch
 import torch.nn as nn
 from timm.models.byobnet import RepVggBlock
+from torch.nn.parameter import is_lazy
 
 from .errors import UserError
 from .expansion import expansion_of
@@ -15,6 +16,7 @@ from .layers.norms import is_foldable
 from .layers.rep import Rep
 from .methods import Method, MethodLike, Place
 from .selection import KXK_CONV, Methods, Network, Select, assign, repvgg_blocks, what_is_left, why_nothing
+from .sharded import check_whole
 from .walk import ModelT, copied, move_hooks, names_of, next_sibling, parent_of, unwrapped
 
 __all__ = ['Select', 'anneal_repvgg_blocks_', 'expand', 'expand_as_', 'expand_fresh_']
@@ -91,7 +93,8 @@ def expand(
 
     Raises:
         UserError: For an unknown method, a pattern that matches or decides nothing, or whose method takes nothing of
-            it, if nothing is selected, or if a selected convolution is not supported. The model is then unchanged.
+            it, if nothing is selected, if a selected convolution is not supported, or for a model that is sharded or
+            has lazy modules. The model is then unchanged.
     """
     left = what_is_left(Network.of(model))
     expanded = _swap(model, method, select, generator, inplace, same_function=True)
@@ -164,6 +167,10 @@ def _swap(
             f'expand the network before it is wrapped, got {type(model).__name__}: the wrapper goes on with the '
             'parameters and the graph that it knows'
         )
+    check_whole(model)
+    if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
+        raise UserError(
+            f'{type(model).__name__} has lazy modules, whose shapes are not known yet: run it once before expand')
     network = Network.of(model)
     assigned = assign(network, method, select)
     if not assigned:

@@ -3,10 +3,10 @@ from typing import Any, Dict, List, Tuple
 
 import torch
 import torch.nn as nn
-from timm.optim import RMSpropTF
+from timm.optim import Adahessian, RMSpropTF
 from torch import Tensor
 
-from .annealing import new_state, reset_optimizer
+from .annealing import reset_optimizer
 from .errors import UserError
 from .sharded import is_sharded
 from .walk import annealed_modules
@@ -67,11 +67,11 @@ class OriginFreeze:
             reset_optimizer(self._outer)
         if isinstance(self._optimizer, COUNT_WITHOUT_EFFECT):
             return
-        new = new_state(self._optimizer)
         for parameter, index in self._parts:
             if index is not ... and 'step' in self._optimizer.state.get(parameter, ()):
                 del self._optimizer.state[parameter]
-                self._optimizer.state.update({parameter: new[parameter]} if parameter in new else {})
+                if isinstance(self._optimizer, Adahessian):  # as it begins in its constructor
+                    self._optimizer.state[parameter]['hessian step'] = 0
 
     def _state_of(self, parameter: Tensor) -> Dict[str, Tensor]:
         """What the optimizer holds for each value of a parameter."""

@@ -135,6 +135,17 @@ def _stock_forms(model: nn.Module) -> Dict[str, nn.Module]:
     return replacements
 
 
+def _refuse_places_without_layer(model: nn.Module, replacements: Iterable[str]) -> None:
+    """Raise a UserError for what holds the place of a norm whose layer is gone: there is no norm any more."""
+    found = {id(part) for name in replacements for part in model.get_submodule(name).modules()}
+    for name, module in model.named_modules():
+        if isinstance(module, FoldedNorm) and id(module) not in found:
+            raise UserError(
+                f'{name or "the module"} holds the place of a batch norm that went into a rep layer, which is not in '
+                'front of it any more (replaced, moved, or fused alone). Fuse the whole network as it was expanded, or '
+                'put a norm there')
+
+
 def _refuse_offloaded(name: str, module: nn.Module) -> None:
     """Raise a UserError for weights that accelerate holds elsewhere between the forwards."""
     hooked = any(hasattr(part, '_hf_hook') for part in module.modules())
@@ -175,12 +186,14 @@ def fuse(model: ModelT, *, inplace: bool = False) -> ModelT:
         a stock counterpart, its ``pretrained_cfg`` names that.
 
     Raises:
-        UserError: For layers with norms in their branches in training mode, or with a hook on their outputs, for
-            sharded parameters, and for layers that lie in a list or a bound method, too. The model is then unchanged.
+        UserError: For layers with norms in their branches in training mode, or with a hook on their outputs, for norms
+            that such a layer has taken in and that has been replaced since, for sharded parameters, and for layers that
+            lie in a list or a bound method, too. The model is then unchanged.
     """
     model = unwrapped(model)
     check_whole(model)
     replacements = _stock_forms(model)
+    _refuse_places_without_layer(model, replacements)
     if not inplace:
         model = copied(model)
     _put_in_(model, replacements)

@@ -93,10 +93,12 @@ def check_values(model: nn.Module) -> None:
 
     Raises:
         VerificationError: If a value is not finite, or a running variance is negative.
-        UserError: If the model is sharded.
+        UserError: If the model is sharded, or its state holds something else than tensors.
     """
     check_whole(model)
     for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):  # of a module with get_extra_state()
+            raise UserError(f'{name} is a {type(tensor).__name__}, but files of weights hold tensors only')
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise VerificationError(f'{name} has values that are not finite')
         if name.endswith('running_var') and (tensor < 0).any():

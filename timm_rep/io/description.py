@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional
@@ -69,6 +70,12 @@ class Description:
         return model
 
 
+def _eps_of(module: nn.Module) -> str:
+    """What norms, and convolutions that standardise their kernel, need not say in their text."""
+    values = (getattr(module, name, None) for name in ('eps', 'scale'))
+    return ' '.join(str(value) for value in values if isinstance(value, float))
+
+
 def _structure(model: nn.Module) -> Dict[str, str]:
     """All that tells two networks apart, besides the values and the precision of their weights."""
     found = {key: str(tuple(value.shape)) for key, value in model.state_dict().items()}
@@ -76,7 +83,11 @@ def _structure(model: nn.Module) -> Dict[str, str]:
         kind = type(module).__name__
         if isinstance(module, (nn.Conv2d, RepLayer)):
             conv: Any = module
-            found[f'{name} (geometry)'] = f'{conv.stride} {conv.padding} {conv.dilation} {conv.groups}'
+            found[f'{name} (geometry)'] = (
+                f'{conv.stride} {conv.padding} {conv.dilation} {conv.groups} {conv.padding_mode} {_eps_of(conv)}')
+        elif any(module._parameters) or any(module._buffers):
+            settings = re.sub(r'momentum=[^,]*', '', module.extra_repr())  # momentum is no part of the function
+            found[f'{name} (settings)'] = f'{settings} {_eps_of(module)}'
         elif not (any(module.children()) or module.state_dict() or kind.startswith(NO_PART_OF_THE_FUNCTION)):
             found[name] = repr(module)
     return found

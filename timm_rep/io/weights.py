@@ -42,7 +42,11 @@ AS_DESCRIBED = 'the model that it describes'
 
 def _weights_of(model: nn.Module) -> Dict[str, Tensor]:
     """Copies of the weights on the CPU; safetensors refuses tensors that share memory."""
-    return {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
+    state = model.state_dict()
+    for key, value in state.items():
+        if value.is_complex():
+            raise UserError(f'{key} is {value.dtype}, but files that load() reads hold real numbers only')
+    return {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
 
 
 def _safetensors(weights: Dict[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -70,7 +74,7 @@ def save(model: nn.Module, file: PathLike, *, replace: bool = False) -> None:
         replace: Let it be a file that exists.
 
     Raises:
-        UserError: For another suffix.
+        UserError: For another suffix, or a model whose state is not all tensors of real numbers.
         FileExistsError: If the file exists. It then stays as it is.
         OSError: If it cannot be written. None is left then.
         VerificationError: If a value is not finite, or a running variance is negative.
@@ -91,7 +95,7 @@ def save_weights(model: nn.Module, path: PathLike) -> None:
         path: New file: ``.safetensors`` as :func:`save` writes it, or ``.pth`` for the weights alone.
 
     Raises:
-        UserError: For another suffix.
+        UserError: For another suffix, or a model whose state is not all tensors of real numbers.
         FileExistsError: If the file exists. It then stays as it is.
         OSError: If it cannot be written. None is left then.
         VerificationError: If a value is not finite, or a running variance is negative.

@@ -6,10 +6,17 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from ..errors import UserError
 
-__all__ = ['STOCK_FORM', 'AnnealedModule', 'OriginPart', 'check_attach_rate', 'check_kernel', 'is_channels_last']
+__all__ = [
+    'STOCK_FORM', 'AnnealedModule', 'OriginPart', 'check_attach_rate', 'check_kernel', 'check_own_values',
+    'is_channels_last',
+]
 
 # A parameter, and the index of what belongs to the origin branch: a row, slices, or ... for the whole.
 OriginPart = Tuple[nn.Parameter, Any]
@@ -21,6 +28,9 @@ STOCK_FORM = (
     'pretrained_cfg_overlay=dict(file=PATH, num_classes=N)) puts them into the branches, and so does timm_rep.expand '
     'with a stock model that holds them.'
 )
+
+# Hooks that put a computed tensor in the place of a parameter before each forward.
+COMPUTING = (BasePruningMethod, SpectralNorm, WeightNorm)
 
 # Averages (EMA) give a model at least this weight in an update.
 LEAST_WEIGHT = 1e-6
@@ -40,6 +50,15 @@ def check_kernel(module: nn.Module, shape: Sequence[int], weight: Tensor, bias: 
         raise UserError(f'{type(module).__name__} takes a kernel of shape {tuple(shape)}, got {tuple(weight.shape)}')
     if bias is not None and tuple(bias.shape) != (shape[0],):
         raise UserError(f'bias must have shape ({shape[0]},), got {tuple(bias.shape)}')
+
+
+def check_own_values(module: nn.Module) -> None:
+    """Raise a UserError if a parameter of a module is computed from others, so that writing to it would be in vain."""
+    for part in module.modules():
+        if parametrize.is_parametrized(part) or any(isinstance(h, COMPUTING) for h in part._forward_pre_hooks.values()):
+            raise UserError(
+                f'the values of a {type(module).__name__} cannot be written: a parametrization, or pruning, computes '
+                'them. Remove it first (torch.nn.utils.prune.remove, parametrize.remove_parametrizations)')
 
 
 def is_channels_last(kernel: Tensor) -> bool:
@@ -405,6 +424,7 @@ class AnnealedModule(nn.Module):
             side_gain: Gain of the last norms of the fresh side branches.
         """
         self._before_writing()
+        check_own_values(self)
         weight, bias = self.compose_weight_bias()
         self.redraw_side_branches_(generator)
         self.set_side_gain_(side_gain)

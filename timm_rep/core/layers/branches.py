@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import kernels
 from ..errors import UserError
 from ..precision import full_float32, without_autocast
-from .annealed import AnnealedModule, OriginPart, check_kernel
+from .annealed import AnnealedModule, OriginPart, check_kernel, check_own_values
 from .base import RepLayer, kaiming_uniform_
 from .norms import fold_batch_norm, is_frozen, kept_statistics
 
@@ -214,6 +214,7 @@ class NormedBranches(AnnealedModule):
         Raises:
             UserError: For another shape. The module is then unchanged.
         """
+        check_own_values(self)
         with without_autocast(next(self.parameters())), full_float32():
             side_kernel, side_bias = self._side_kernel_bias()
             check_kernel(self, side_kernel.shape, weight, bias)

@@ -45,6 +45,9 @@ class NormPad2d(nn.Module):
     def _normalize(self, x: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
         """The norm's outputs, and the statistics kept after them."""
         norm = self.norm
+        if norm.running_mean is None:  # torch.func's replace_all_batch_norm_modules_
+            var, mean = torch.var_mean(x.detach(), (0, 2, 3), correction=0)
+            return norm(x), mean, var
         traced = not isinstance(x, Tensor) or torch.compiler.is_compiling() or needs_plain_formula(x)
         if traced or not norm.training or is_frozen(norm):
             outputs = norm(x)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import UserError
 from .annealed import STOCK_FORM
 from .base import GEOMETRY, LinearRepLayer
+from .fixed import FixedGeometry
 
 __all__ = ['HOSTS', 'HostedConv2d', 'StandardizedConv2d', 'hosted']
 
@@ -18,7 +19,7 @@ PLAIN = nn.Conv2d(1, 1, 1, device='meta')
 
 
 @register_notrace_module
-class HostedConv2d(nn.Module):
+class HostedConv2d(FixedGeometry):
     """A rep layer in the place of a convolution that pads its input as TensorFlow does (timm's ``Conv2dSame``).
 
     The layer, ``layer``, stands for the convolution without the rule; the rule is applied around it. So annealing knows

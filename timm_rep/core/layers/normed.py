@@ -13,6 +13,7 @@ from ..methods import Method, Place
 from .annealed import check_kernel
 from .base import RepLayer, is_trainable, kaiming_uniform_
 from .branches import NormedBranches
+from .fixed import FixedGeometry
 from .norms import (
     FoldedNorm,
     fold_batch_norm,
@@ -31,7 +32,7 @@ MAX_KERNEL_SIZE = 5  # larger ones are left alone: the papers' networks have non
 NormedT = TypeVar('NormedT', bound='NormedRepLayer')
 
 
-class NormedRepLayer(NormedBranches, RepLayer):
+class NormedRepLayer(FixedGeometry, NormedBranches, RepLayer):
     """A rep layer with a batch norm in every branch: it stands for a convolution and the norm behind it.
 
     In training mode the fused layer is not the same function, so :meth:`fuse` refuses there.
