@@ -26,7 +26,7 @@ for option, default in dict(
     parser.add_argument(f'--{option.replace("_", "-")}', default=default)
 for option, default in dict(
         start_epoch=None, epochs=300, warmup_epochs=5, cooldown_epochs=0, lr_cycle_limit=1, seed=42, checkpoint_hist=10,
-        num_classes=5,
+        num_classes=5, patience_epochs=10,
 ).items():
     parser.add_argument(f'--{option.replace("_", "-")}', type=int, default=default)
 for option, default in dict(
@@ -97,7 +97,7 @@ def main():
                 epoch, train_metrics, eval_metrics, filename=os.path.join(output_dir, 'summary.csv'),
                 lr=optimizer.param_groups[0]['lr'], write_header=best_metric is None)
             best_metric, _ = saver.save_checkpoint(epoch, metric=eval_metrics['top1'])
-            scheduler.step(epoch + 1)
+            scheduler.step(epoch + 1, eval_metrics['top1'])
 
 
 def train_one_epoch(

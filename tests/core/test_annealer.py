@@ -391,6 +391,20 @@ def test_thawed_origins_step_as_with_a_new_optimizer(opt):
             assert torch.allclose(move, expected_move, rtol=1e-3, atol=1e-8)
 
 
+def test_thawed_origins_have_what_an_optimizer_makes_before_its_first_step():
+    """AdaHessian does not step without it."""
+    model = nn.Sequential(timm_rep.OrepaConv2d(3, 4, 3, padding=1), timm_rep.OrepaPointwiseConv2d(4, 4, 1))
+    optimizer = create_optimizer_v2(model, 'adahessian', lr=1e-3)
+    annealer = Annealer(model, optimizer, AnnealingSchedule(2, 2, 1), freeze_origin=True)
+    for epoch in range(4):
+        annealer.begin_epoch(epoch)
+        optimizer.zero_grad()
+        model(randn(2, 3, 8, 8, dtype=torch.float32)).square().sum().backward(create_graph=True)
+        optimizer.step()
+        annealer.end_epoch()
+    assert all('exp_hessian_diag_sq' in optimizer.state[parameter] for parameter in model.parameters())
+
+
 def test_thawed_origins_have_no_momentum_of_weight_decay():
     model, optimizer, _, _ = frozen_then_thawed('momentum', weight_decay=0.1)
     for _, module in annealed_modules(model):

@@ -314,3 +314,13 @@ def test_architecture_of_another_package(tmp_path, monkeypatch):
     assert 'import their_package  # registers' in card
     assert 'inference_mode' not in config_of(folder)['model_args']
     assert '--pretrained-path' not in card
+
+
+def test_an_export_for_gray_images_says_how_to_prepare_them(tmp_path):
+    model = timm.create_model('orepa_resnet18_cifar', in_chans=1, num_classes=3).eval()
+    assert len(model.pretrained_cfg['mean']) == 3
+    folder = timm_rep.export_folder(model, tmp_path / 'gray')
+    cfg = json.loads((folder / 'config.json').read_text())['pretrained_cfg']
+    assert (cfg['input_size'][0], len(cfg['mean']), len(cfg['std'])) == (1, 1, 1)
+    assert cfg['mean'][0] == pytest.approx(sum(model.pretrained_cfg['mean']) / 3)
+    assert "convert('L')" in (folder / 'README.md').read_text()

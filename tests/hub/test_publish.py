@@ -327,6 +327,15 @@ def test_bad_arguments(server, run_folder, kwargs, message):
     assert [path.name for path in Path().iterdir()] == []
 
 
+def test_the_tag_of_the_weights_that_come_with_the_package_is_not_one_of_timms(tmp_path):
+    """docs/publish.md publishes them by their name."""
+    model = timm.create_model('orepa_repvgg_a0_cifar', num_classes=10)
+    timm_rep.save(model, tmp_path / 'weights.safetensors')
+    published = timm_rep.publish(
+        tmp_path / 'weights.safetensors', REPO, tag='orepa_cifar10', dry_run=True, out=tmp_path / 'export')
+    assert json.loads((published.folder / 'config.json').read_text())['pretrained_cfg']['tag'] == 'orepa_cifar10'
+
+
 def test_metadata_of_another_run_is_refused(server, run_folder, model, tmp_path):
     folder = shutil.copytree(run_folder, tmp_path / 'mixed')
     (folder / 'args.yaml').write_text(yaml.safe_dump(dict(RUN_ARGS, seed=7)))

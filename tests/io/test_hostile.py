@@ -245,7 +245,7 @@ def test_weights_are_floating_point_numbers_of_16_bits_or_more(dtype, state, tmp
     weights = {**state, 'fc.weight': state['fc.weight'].to(dtype)}
     message = refusal(load_training_form, run_with(weights, tmp_path))
     assert f'fc.weight is {dtype}, allowed are torch.float16, torch.bfloat16, torch.float32, torch.f' in message
-    counter = {**state, 'bn1.num_batches_tracked': state['bn1.num_batches_tracked'].float()}
+    counter = {**state, 'bn1.num_batches_tracked': torch.tensor(float('nan'))}
     assert 'num_batches_tracked is torch.float32, allowed are torch.int64' in refusal(
         load_training_form, run_with(counter, tmp_path))
 

@@ -366,3 +366,12 @@ def test_a_model_of_several_precisions_keeps_them(tmp_path):
     for key, value in model.state_dict().items():
         assert loaded[key].dtype == value.dtype, key
         assert torch.equal(loaded[key], value), key
+
+
+def test_counts_that_were_averaged_with_the_weights_are_taken(tmp_path):
+    """As timm's avg_checkpoints.py writes them."""
+    model = timm.create_model('dbb_resnet18_cifar', num_classes=3)
+    torch.save({key: value.float() * 1.0 for key, value in model.state_dict().items()}, tmp_path / 'average.pth')
+    loaded = load_training_form(tmp_path / 'average.pth', 'dbb_resnet18_cifar')
+    assert all(value.dtype == loaded.state_dict()[key].dtype for key, value in model.state_dict().items())
+    assert_same_state(loaded.state_dict(), model.state_dict())

@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -166,3 +167,12 @@ def test_bad_input(run, images, tmp_path):
     out.write_text('mine')
     assert 'exists already; nothing was written' in ensemble(run, images, '--out', out, code=2)
     assert out.read_text() == 'mine'
+
+
+def test_snapshots_of_half_precision_are_evaluated_in_full(run, images, models, tmp_path):
+    (tmp_path / 'args.yaml').write_text(ARGS)
+    for number, model in enumerate(models[:2], 1):
+        save_weights(copy.deepcopy(model).bfloat16(), tmp_path / f'time_step-{number}-stock.safetensors')
+    result = evaluate_snapshots(tmp_path, images, device='cpu', output=tmp_path / 'average.safetensors')
+    assert len(result.snapshots) == 2
+    assert next(load(tmp_path / 'average.safetensors').parameters()).dtype == torch.float32

@@ -60,9 +60,18 @@ def test_images_go_through_what_the_model_was_trained_with(tmp_path):
 
 
 def test_gray_images_for_a_gray_model(tmp_path):
-    model = classifier(in_chans=1)
-    model.pretrained_cfg.update(mean=(0.5,), std=(0.5,))
-    assert compare(model, write_images(tmp_path)).images == 12
+    """Those of a model with the mean of each colour are averaged, as timm's loader does in training."""
+    folder, seen = write_images(tmp_path), []
+    for mean, std in (((0.5,), (0.4,)), ((0.4, 0.5, 0.6), (0.3, 0.4, 0.5))):
+        model = classifier(in_chans=1)
+        model.pretrained_cfg.update(mean=mean, std=std)
+        model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        assert compare_on_images(model, classifier(in_chans=1), folder).images == 12
+    assert torch.allclose(*seen, atol=1e-6)
+
+
+def test_images_of_the_mode_of_the_run(tmp_path):
+    assert compare(classifier(in_chans=4), write_images(tmp_path), img_mode='RGBA').images == 12
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])

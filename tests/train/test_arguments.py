@@ -408,3 +408,12 @@ def test_recipe_runs_on_a_few_images(timm_scripts, photos, tmp_path, recipe):
     code, log = run(tmp_path, argv)
     assert code == 0, log
     assert len(rows(tmp_path / 'output/train/run/summary.csv')) == steps
+
+
+@pytest.mark.parametrize('option', ['torchscript', 'split_bn'])
+def test_what_takes_rep_layers_apart_is_refused_without_time_steps_too(option):
+    args = argparse.Namespace(model='orepa_resnet18_cifar', log_branches=False, **{option: True})
+    schedule = timm_rep.AnnealingSchedule(1, 2)
+    with pytest.raises(timm_rep.UserError, match=f'--{option.replace("_", "-")} takes the rep layers apart'):
+        check_model(args, schedule)
+    check_model(argparse.Namespace(**dict(vars(args), model='resnet18')), schedule)

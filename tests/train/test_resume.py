@@ -9,14 +9,16 @@ import pytest
 import timm
 import torch
 from helpers import assert_same_state
-from interrupted_run import EPOCHS, TIME_STEPS, arguments, rows, run, states
+from interrupted_run import EPOCHS, MODEL, TIME_STEPS, arguments, rows, run, states
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 import timm_rep
 from timm_rep import UserError
 from timm_rep.io.checkpoint import read_checkpoint
 from timm_rep.io.runs import read_run_args
+from timm_rep.train import main
 from timm_rep.train.arguments import check_start_weights
-from timm_rep.train.resume import drop_rows, find_run, newest_checkpoint
+from timm_rep.train.resume import drop_rows, find_run, newest_checkpoint, replay_plateau
 from timm_rep.train.snapshots import save_snapshots
 
 KILLS = [
@@ -296,3 +298,61 @@ def test_nothing_stays_of_a_snapshot_that_was_interrupted(tmp_path):
     (tmp_path / '.0a1b2c3d.time_step-1.safetensors').write_bytes(b'half')
     save_snapshots(tmp_path, 0, {'': model}, argparse.Namespace())
     assert {path.name for path in tmp_path.iterdir()} == whole
+
+
+@pytest.mark.parametrize('options', [
+    {}, dict(warmup_epochs=2, warmup_lr=0.01), dict(lr_noise=[0.3, 0.8]), dict(val_split='', eval_metric='loss'),
+], ids=str)
+def test_a_plateau_goes_on_where_it_was(tmp_path, options):
+    """timm keeps neither the best figure nor the learning rate that it has come to."""
+    epochs, column = 9, 'eval_top1' if options.get('val_split', 'validation') else 'train_loss'
+    args = argparse.Namespace(**{**dict(
+        sched='plateau', epochs=epochs, lr=0.2, min_lr=0.0, warmup_lr=0.0, warmup_epochs=0, cooldown_epochs=0,
+        decay_rate=0.5, patience_epochs=1, eval_metric='top1', val_split='validation', seed=42,
+        resume=str(tmp_path / 'last.pth.tar')), **options})
+
+    def schedule():
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=args.lr)
+        return optimizer, create_scheduler_v2(optimizer, **scheduler_kwargs(args))[0]
+
+    figures = {0: 1 / 3, 1: 2 / 3, 2: 0.1, 4: 0.2, 5: 0.3, 6: 0.1, 7: 0.3, 8: 0.1}  # no validation after epoch 3
+    optimizer, scheduler = schedule()
+    rates, rows = [], [f'epoch,{column}']
+    for epoch in range(epochs):
+        rates.append(optimizer.param_groups[0]['lr'])
+        rows += [f'{epoch},{figures[epoch]!r}'] if epoch in figures else []
+        scheduler.step(epoch + 1, figures.get(epoch))
+    assert len(set(rates)) > 2
+    (tmp_path / 'summary.csv').write_text('\n'.join([*rows, '']))
+    for start in range(1, epochs):
+        optimizer, scheduler = schedule()
+        scheduler.step(start)  # as train.py does
+        replay_plateau(scheduler, args, start)
+        resumed = []
+        for epoch in range(start, epochs):
+            resumed.append(optimizer.param_groups[0]['lr'])
+            scheduler.step(epoch + 1, figures.get(epoch))
+        assert resumed == rates[start:]
+
+
+def test_a_run_on_a_plateau_ends_like_one_that_was_not_interrupted(scripts, tmp_path, monkeypatch):
+    def train(experiment, *more):
+        main([str(argument) for argument in (
+            '--timm-scripts', scripts, '--model', MODEL, '--epochs', 6, '--warmup-epochs', 0, '--sched', 'plateau',
+            '--patience-epochs', 0, '--checkpoint-hist', 20, '--experiment', experiment, *more)])
+
+    monkeypatch.chdir(tmp_path)
+    train('whole')
+    whole, half = tmp_path / 'output/train/whole', tmp_path / 'output/train/half'
+    shutil.copytree(whole, half)
+    for name in ('last', 'checkpoint-5', 'checkpoint-4', 'checkpoint-3'):
+        (half / f'{name}.pth.tar').unlink()
+    train('half', '--resume', 'auto')
+    assert rows(half / 'summary.csv') == rows(whole / 'summary.csv')
+    assert len({row['lr'] for row in rows(whole / 'summary.csv')}) > 1
+    weights = [read_checkpoint(folder / 'last.pth.tar').state_dict for folder in (whole, half)]
+    assert_same_state(*weights)
+
+    (half / 'summary.csv').unlink()
+    with pytest.raises(SystemExit):
+        train('half', '--resume', 'auto')

@@ -246,6 +246,18 @@ def test_random_numbers_follow_from_the_epoch():
     assert resumed.draws[3] == run_epochs.draws[3]
 
 
+def test_random_numbers_of_the_optimizer_follow_from_the_epoch():
+    """AdaHessian has a generator of its own, which no checkpoint holds."""
+    def draw(*epochs):
+        training = Epochs(timm.create_model('orepa_resnet18_cifar'))
+        training.optimizer = timm.optim.create_optimizer_v2(training.model, 'adahessian', lr=0.0)
+        for epoch in epochs:
+            training(epoch)
+        return torch.rand((), generator=training.optimizer.generator).item(), training.optimizer.seed
+
+    assert draw(0, 1) == draw(1) != draw(0)
+
+
 class RandomBatches:
     """A loader whose batches come from torch's random numbers."""
 

@@ -3,7 +3,7 @@ from typing import Any, Dict, List, Tuple
 
 import torch
 import torch.nn as nn
-from timm.optim import RMSpropTF
+from timm.optim import Adahessian, RMSpropTF
 from torch import Tensor
 
 from .annealing import reset_optimizer
@@ -70,6 +70,8 @@ class OriginFreeze:
         for parameter, index in self._parts:
             if index is not ... and 'step' in self._optimizer.state.get(parameter, ()):
                 del self._optimizer.state[parameter]
+                if isinstance(self._optimizer, Adahessian):  # as it begins in its constructor
+                    self._optimizer.state[parameter]['hessian step'] = 0
 
     def _state_of(self, parameter: Tensor) -> Dict[str, Tensor]:
         """What the optimizer holds for each value of a parameter."""

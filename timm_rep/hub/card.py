@@ -19,6 +19,7 @@ __all__ = ['TRAIN_REVISION', 'UNKNOWN_LICENSE', 'Expanding', 'is_generated', 'mo
 
 Expanding = Union[Method, Mapping[str, Method]]
 
+IMAGE_MODES = {1: 'L', 2: 'LA', 4: 'RGBA'}  # of PIL, by channels
 NOT_MEASURED = 'not measured'
 UNKNOWN_LICENSE = 'unknown'  # the Hub's own identifier
 TRAIN_REVISION = 'train'
@@ -126,7 +127,7 @@ timm-rep train --config args.yaml --data-dir IMAGES{start}
     return text
 
 
-def _usage(folder: str, repo: str, architecture: str, labelled: bool) -> str:
+def _usage(folder: str, repo: str, architecture: str, labelled: bool, channels: int) -> str:
     package = registering_package(architecture)
     needs = f"The weights are those of timm's own `{architecture}`: timm alone loads them."
     imports = 'import timm'
@@ -134,6 +135,7 @@ def _usage(folder: str, repo: str, architecture: str, labelled: bool) -> str:
         needs = f'timm has no `{architecture}`: install {package} and import it first, which registers it.'
         imports += f'\nimport {package}  # registers the architecture'
     label = "model.pretrained_cfg['label_names'][index]" if labelled else 'index'
+    mode = IMAGE_MODES.get(channels, 'RGB')
     return f"""{needs}
 
 Classify an image:
@@ -146,7 +148,7 @@ from PIL import Image
 model = timm.create_model('hf-hub:{repo}', pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
 with torch.inference_mode():
-    scores = model(transform(Image.open('image.jpg').convert('RGB')).unsqueeze(0)).softmax(-1)[0]
+    scores = model(transform(Image.open('image.jpg').convert('{mode}')).unsqueeze(0)).softmax(-1)[0]
 for index in scores.argsort(descending=True)[:5].tolist():
     print({label}, f'{{scores[index]:.1%}}')
 ```
@@ -308,7 +310,7 @@ re-parameterization trains with several branches for each convolution and folds 
 
 ## How to use it
 
-{_usage(folder, repo, architecture, labelled)}
+{_usage(folder, repo, architecture, labelled, cfg['input_size'][0])}
 timm_rep, wherever this card asks for it, is at {REPOSITORY}: `{install_command()}`.
 
 ## How to train it on

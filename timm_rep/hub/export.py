@@ -20,6 +20,7 @@ from ..core.expansion import Expansion, expansion_of
 from ..core.fuse import fuse
 from ..core.verify import check_values, verify
 from ..core.walk import annealed_modules, image_channels, unwrapped
+from ..io.architecture import per_channel
 from ..io.extras import has_packages
 from ..io.output import new_folder, written_whole
 from ..io.runs import Run, write_run
@@ -125,7 +126,9 @@ def _write_model(
     """Write weights, config.json and self-check, and see that timm rebuilds from the folder alone what was written."""
     cfg = {key: model.pretrained_cfg[key] for key in (*STRUCTURE_FIELDS, *DATA_FIELDS) if key in model.pretrained_cfg}
     cfg.update(own_fields)
-    cfg['input_size'] = (image_channels(model), *cfg['input_size'][1:])
+    channels = image_channels(model)
+    cfg['input_size'] = (channels, *cfg['input_size'][1:])
+    cfg.update({key: per_channel(cfg[key], channels) for key in ('mean', 'std') if key in cfg})
     model.pretrained_cfg = model.default_cfg = cfg
     config = dict(timm_rep=provenance, **({} if label_names is None else dict(label_names=list(label_names))))
     model.to(memory_format=torch.contiguous_format)  # safetensors takes no other tensors

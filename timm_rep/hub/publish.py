@@ -20,7 +20,7 @@ from ..io.hub_errors import without_tokens
 from ..io.output import PathLike, new_folder
 from ..io.runs import Run, read_run
 from ..io.weights import training_form
-from ..models.names import stock_architecture
+from ..models.names import stock_architecture, timm_has
 from ..report.cost import measure_costs
 from ..report.images import ImageCheck, compare_on_images
 from .card import TRAIN_REVISION, UNKNOWN_LICENSE
@@ -208,7 +208,7 @@ def publish(
     dataset = dataset or trained_on
     tag = tag or _default_tag(model, dataset)
     recipe = f'{stock_architecture(architecture)}.{tag}'
-    if timm.models.is_model_pretrained(recipe):
+    if timm_has(stock_architecture(architecture)) and timm.models.is_model_pretrained(recipe):
         raise UserError(f"tag {tag!r} claims {recipe}, a recipe of timm's; these weights are not of it")
     folder, training_folder = _new_folders(out, repo.partition('/')[2], include_training_form)
     revision = revision or MAIN_REVISION
@@ -220,8 +220,8 @@ def publish(
     if data is not None:
         split = split or str(checkpoint.args.get('val_split') or 'validation')
         images = compare_on_images(
-            model, fused, data, split=split, class_map=checkpoint.args.get('class_map'), max_images=max_images,
-            device=device, progress=progress)
+            model, fused, data, split=split, class_map=checkpoint.args.get('class_map'),
+            img_mode=checkpoint.args.get('input_img_mode'), max_images=max_images, device=device, progress=progress)
     costs = measure_costs(model, fused, model.pretrained_cfg['input_size'], device=device)
     # arguments that are given by hand may make it another model than the run measured
     metrics, metrics_source = _figures(None if model_kwargs else run, images, use_ema)

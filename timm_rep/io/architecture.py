@@ -2,17 +2,22 @@
 import inspect
 import reprlib
 from contextlib import contextmanager
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Any, Dict, Iterator, Mapping, Optional, Sequence, Tuple
 
 import timm
 import torch.nn as nn
+from timm.data import resolve_data_config
 from timm.models import build_model_with_cfg, parse_model_name
 from torch.nn.modules import module as torch_module
 
 from ..core.errors import UserError
+from ..core.walk import image_channels
 from .hub_errors import HubError, hub_message
 
-__all__ = ['FACTORY_ARGS', 'HUB_PREFIX', 'check_input_size', 'check_network_args', 'create_model', 'no_endless_network']
+__all__ = [
+    'FACTORY_ARGS', 'HUB_PREFIX', 'check_input_size', 'check_network_args', 'create_model', 'input_settings',
+    'no_endless_network', 'per_channel',
+]
 
 # Arguments of timm's factory, not of a network: where weights come from, and where to. No file may give them.
 FACTORY_ARGS = {'device', 'dtype', *(
@@ -65,6 +70,29 @@ def check_input_size(size: Sequence[Any]) -> None:
     known = isinstance(size, (list, tuple)) and len(size) == 3 and all(type(number) is int for number in size)
     if not known or not all(0 < number <= MAX_IMAGE_SIDE for number in size):
         raise UserError(f'input_size must be channels, height and width, at most {MAX_IMAGE_SIDE}, got {size!r}')
+
+
+def per_channel(values: Sequence[float], channels: int) -> Tuple[float, ...]:
+    """A mean or deviation for each channel: the average where there are others, as timm's loader trains with."""
+    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
+
+
+def input_settings(model: Any, args: Optional[Mapping[str, Any]] = None) -> Dict[str, Any]:
+    """What the images of a model go through.
+
+    Args:
+        model: CNN with a ``pretrained_cfg``.
+        args: Arguments of train.py that say otherwise.
+
+    Returns:
+        What ``timm.data.resolve_data_config`` gives, with means and deviations of the model's channels.
+
+    Raises:
+        AssertionError: Or a TypeError, for settings that timm does not understand.
+    """
+    config = resolve_data_config(dict(args or {}), model=model)
+    channels = image_channels(model)
+    return dict(config, **{key: per_channel(config[key], channels) for key in ('mean', 'std')})
 
 
 @contextmanager

@@ -10,7 +10,6 @@ import safetensors
 import timm
 import torch
 import torch.nn as nn
-from timm.data import resolve_data_config
 from timm.models import clean_state_dict, split_model_name_tag
 from torch import Tensor
 
@@ -18,7 +17,7 @@ from ..core.errors import UserError
 from ..core.layers import RepLayer
 from ..models.damage import check_records, check_sum
 from ..models.names import OWN_ARGS, TRAINING_PREFIXES, stock_architecture
-from .architecture import FACTORY_ARGS, check_input_size, create_model
+from .architecture import FACTORY_ARGS, check_input_size, create_model, input_settings
 from .description import Description, read_description
 from .output import PathLike
 from .pickles import check_pickles
@@ -297,7 +296,7 @@ def take_input_settings(model: Any, args: Mapping[str, Any], source: PathLike) -
     if not args.get('model') or (trained is not None and stock_architecture(trained) != stock_architecture(own)):
         return
     try:
-        config = resolve_data_config(dict(args), model=model)
+        config = input_settings(model, args)
         check_input_size(config['input_size'])
     except (AssertionError, TypeError, UserError) as e:
         raise UserError(

@@ -35,6 +35,7 @@ from .output import PathLike, new_output, written_whole
 
 __all__ = ['build_filled', 'load', 'load_strictly', 'load_training_form', 'save', 'save_weights', 'training_form']
 
+MAX_COUNT = 2 ** 31
 SUFFIX = '.safetensors'
 AS_DESCRIBED = 'the model that it describes'
 
@@ -111,6 +112,11 @@ def save_weights(model: nn.Module, path: PathLike) -> None:
         temporary.write_bytes(content.getvalue())
 
 
+def _is_mean_count(own: Tensor, given: Tensor) -> bool:
+    """Whether a number is what timm's avg_checkpoints.py makes of a count, such as that of a norm's batches."""
+    return own.dtype == torch.int64 and own.ndim == 0 and given.dtype in FLOATS and bool(0 <= given < MAX_COUNT)
+
+
 def _check_fit(model: nn.Module, state_dict: Mapping[str, Tensor], path: Path, form: str) -> None:
     """Raise a UserError if weights are not a model's, all of them and no more."""
     own = model.state_dict()
@@ -127,7 +133,7 @@ def _check_fit(model: nn.Module, state_dict: Mapping[str, Tensor], path: Path, f
                 f'{path} does not hold {form}: {key} has shape {tuple(state_dict[key].shape)}, the model takes '
                 f'{tuple(value.shape)}'
             )
-        if not dtype_fits(value.dtype, state_dict[key].dtype):
+        if not (dtype_fits(value.dtype, state_dict[key].dtype) or _is_mean_count(value, state_dict[key])):
             allowed = ', '.join(str(dtype) for dtype in (FLOATS if value.is_floating_point() else (value.dtype,)))
             raise UserError(
                 f'{path} does not hold {form}: {key} is {state_dict[key].dtype}, allowed are {allowed}')

@@ -143,7 +143,7 @@ def evaluate_snapshots(
     device = as_device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     snapshots = find_snapshots(run_dir, use_ema=use_ema)
     args = read_checkpoint(snapshots[0][1]).args
-    models: List[Any] = [load(path).to(device) for _, path in snapshots]
+    models: List[Any] = [load(path).to(device, torch.float32) for _, path in snapshots]
     average = AveragedModel(models[0]).eval()
     for model in models:
         average.update_parameters(model)

@@ -6,13 +6,14 @@ from typing import Any, Callable, Iterable, List, Optional, Sequence, Tuple, Uni
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.data import create_dataset, create_loader, resolve_data_config
+from timm.data import create_dataset, create_loader
 from torch import Tensor
 
 from ..core.errors import UserError
 from ..core.precision import full_float32
 from ..core.verify import DEFAULT_RTOL, VerificationError, compare_outputs
 from ..core.walk import image_channels
+from ..io.architecture import input_settings
 
 __all__ = [
     'ImageCheck', 'Score', 'as_device', 'compare_on_images', 'evaluate', 'open_images', 'with_progress',
@@ -143,7 +144,7 @@ def open_images(
         raise UserError(f'{reader.root} holds images of {classes} classes, the model knows {model.num_classes}')
     return create_loader(
         images, batch_size=batch_size, num_workers=workers, persistent_workers=False, use_prefetcher=False,
-        device=device, **resolve_data_config(model=model))
+        device=device, **input_settings(model))
 
 
 @torch.inference_mode()
@@ -192,6 +193,7 @@ def compare_on_images(
         *,
         split: str = 'validation',
         class_map: Optional[str] = None,
+        img_mode: Optional[str] = None,
         max_images: Optional[int] = None,
         device: Union[str, torch.device] = 'cpu',
         progress: bool = False,
@@ -204,6 +206,7 @@ def compare_on_images(
         folder: Folder with one folder of images for each class, or one that holds such a folder for the split.
         split: Name of that split, or what timm takes for the same (``val``, ``validation`` ...).
         class_map: Text file with the names of the classes in order, if they are not in that of their names.
+        img_mode: Mode of PIL; by default what the model's channels ask for.
         max_images: Take the first so many of a fixed shuffle instead of all.
         device: Where to run.
         progress: Show a progress bar.
@@ -218,7 +221,8 @@ def compare_on_images(
     """
     device, folder = as_device(device), Path(folder).absolute()
     loader = open_images(
-        folder, split, model, batch_size=IMAGE_BATCH, device=device, class_map=class_map, splits_only=False)
+        folder, split, model, batch_size=IMAGE_BATCH, device=device, class_map=class_map, img_mode=img_mode,
+        splits_only=False)
     reader = loader.dataset.reader
     index_of, samples, root = reader.class_to_idx, reader.samples, Path(reader.root)
     if len(index_of) != model.num_classes:

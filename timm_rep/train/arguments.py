@@ -238,13 +238,17 @@ def check_model(args: argparse.Namespace, schedule: AnnealingSchedule) -> None:
             to start from have no branches.
         HubError: If the model is on the Hub and its description cannot be had.
     """
-    if not schedule.anneals and not args.log_branches:
+    unfit = [option for option in UNFIT_OPTIONS if getattr(args, option, False)]
+    worked_with = schedule.anneals or args.log_branches
+    if not worked_with and not unfit:
         return  # timm's own training of any model
-    for option in UNFIT_OPTIONS:
-        if getattr(args, option, False):
-            raise UserError(f'--{option.replace("_", "-")} takes the rep layers apart; train without it')
     model = create_model(args.model, **(getattr(args, 'model_kwargs', None) or {}))
-    if not any(annealed_modules(model)):
+    has_branches = any(annealed_modules(model))
+    if unfit and has_branches:
+        raise UserError(f'--{unfit[0].replace("_", "-")} takes the rep layers apart; train without it')
+    if not worked_with:
+        return
+    if not has_branches:
         raise UserError(
             f'{args.model} has no rep layers, so there are no branches to anneal or to log; `timm-rep list` shows the '
             'models that have'

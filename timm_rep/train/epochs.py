@@ -20,7 +20,7 @@ from .accumulate import MicroBatches
 from .arguments import START_FILES, output_folder
 from .best import keep_resumed, take_best
 from .lock import RunLock
-from .resume import drop_rows, epoch_of, go_back, newest_checkpoint
+from .resume import drop_rows, epoch_of, go_back, newest_checkpoint, replay_plateau
 from .snapshots import save_snapshots
 
 __all__ = ['AnnealedEpochs']
@@ -141,6 +141,10 @@ class AnnealedEpochs:
         """Let all that is random in an epoch follow from its seed: a resumed run goes on as if never stopped."""
         random_seed(seed, getattr(self.args, 'rank', 0))
         _restart_workers(call['loader'])
+        generator = getattr(call['optimizer'], 'generator', None)  # of AdaHessian, the same on all processes
+        if isinstance(generator, torch.Generator):
+            call['optimizer'].seed = seed  # of the one that it makes where the parameters are
+            generator.manual_seed(seed)
 
     def _tidy(self, epoch: float = math.inf) -> None:
         """Take rows of an epoch and later ones out of the run's files, and what an interruption left."""
@@ -158,6 +162,8 @@ class AnnealedEpochs:
         if args.resume and recall_best is not None and saver.best_metric is None:
             if Path(args.resume).parent.samefile(saver.checkpoint_dir):
                 recall_best(Path(args.resume))
+        if args.resume:
+            replay_plateau(call.get('lr_scheduler'), args, epoch)
         if args.log_branches:
             self._branches = BranchLog(model, call['optimizer'])
         if not self.schedule.anneals:

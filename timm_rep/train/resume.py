@@ -14,11 +14,11 @@ from ..core.errors import UserError
 from ..io.checkpoint import read_checkpoint
 from ..io.output import written_whole
 from ..io.plain_data import plain
-from ..io.runs import DECIDED_LATER, MAY_CHANGE, args_in_effect, is_open, read_rows
+from ..io.runs import DECIDED_LATER, MAY_CHANGE, args_in_effect, is_open, read_rows, read_summary
 from .arguments import output_folder, output_root, without_time_steps
 from .lock import processes
 
-__all__ = ['drop_rows', 'epoch_of', 'find_run', 'go_back', 'newest_checkpoint']
+__all__ = ['drop_rows', 'epoch_of', 'find_run', 'go_back', 'newest_checkpoint', 'replay_plateau']
 
 _logger = logging.getLogger('train')  # timm's
 
@@ -171,6 +171,10 @@ def _check_checkpoint(args: argparse.Namespace, schedule: AnnealingSchedule, fol
         raise UserError(
             f'{path} does not say its epoch, so there is nothing to go on with; to start a new run from its weights, '
             'take --initial-checkpoint and another --experiment')
+    if args.sched == 'plateau' and not path.with_name('summary.csv').is_file():
+        raise UserError(
+            f'--sched plateau goes by the figures of all epochs, and there is no {path.with_name("summary.csv")} that '
+            'holds those before; to start a new run from the weights, take --initial-checkpoint')
     if schedule.anneals:
         time_step = max((int(v) for k, v in checkpoint.state_dict.items() if k.endswith('.time_step')), default=0)
         following = 0 if checkpoint.epoch is None else checkpoint.epoch + 1
@@ -221,6 +225,25 @@ def find_run(args: argparse.Namespace, schedule: AnnealingSchedule) -> None:
             )
     if args.resume:
         _check_checkpoint(args, schedule, folder)
+
+
+def replay_plateau(scheduler: Any, args: argparse.Namespace, epoch: int) -> None:
+    """Let a schedule that goes by the run's figures be where it was: timm keeps nothing of it.
+
+    Args:
+        scheduler: That of the learning rate; others follow from the epoch.
+        args: timm's arguments with the wrapper's; ``resume`` is the checkpoint that is gone on from.
+        epoch: The epoch to go on with.
+    """
+    if type(scheduler).__name__ != 'PlateauLRScheduler':  # later timm has none
+        return
+    column = f'eval_{args.eval_metric}' if args.val_split else 'train_loss'
+    rows = read_summary(Path(args.resume).with_name('summary.csv'))
+    figures = {int(row['epoch']): row[column] for row in rows if column in row}  # without those of --val-interval
+    scheduler.restore_lr = None
+    scheduler.update_groups(scheduler.warmup_lr_init if scheduler.warmup_t else scheduler.base_values)
+    for done in range(epoch):
+        scheduler.step(done + 1, figures.get(done))
 
 
 def drop_rows(path: Path, epoch: float = math.inf) -> None:
