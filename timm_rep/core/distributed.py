@@ -130,7 +130,7 @@ class RepDistributedDataParallel(DistributedDataParallel):
     The branches of a linear layer (OREPA) follow from its kernel's gradient, so each process works them out from the
     mean of that: a third of the bytes, and the same gradients up to rounding. All else is exchanged as ever. Processes
     stay equal as long as they compute alike, which takes devices of one kind, and all run the layers in the same order.
-    What reads ``layer.weight`` outside of the forward (a penalty) is not exchanged: it has to be the same on all processes.
+    What reads ``layer.weight`` outside of the forward (a penalty) has to be the same on all processes.
 
     Args:
         module: Model with linear rep layers.

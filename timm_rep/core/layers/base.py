@@ -167,12 +167,12 @@ class RepLayer(AnnealedModule):
         """The composed kernel, computed anew at every read; writing to it raises a UserError."""
         return composed_kernel(self._kernel_to_read())
 
-    def _kernel_to_read(self) -> Tensor:
-        return self.compose_weight()
-
     @weight.setter
     def weight(self, value: Any) -> None:
         refuse_writing()
+
+    def _kernel_to_read(self) -> Tensor:
+        return self.compose_weight()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == 'padding_mode' and value != 'zeros':
@@ -333,7 +333,7 @@ class LinearRepLayer(RepLayer):
 
     def _kernel_to_read(self) -> Tensor:
         exchanging = self._together is not None and self._together.is_exchanging()
-        return self.kernel_for(self._buffers['attach_rate']) if exchanging else self.compose_weight()
+        return self.kernel_for(self.attach_rate) if exchanging else self.compose_weight()
 
     def compose_weight_bias(self) -> Tuple[Tensor, Optional[Tensor]]:
         return self.compose_weight(), self.bias
