@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+import torch.nn.functional as F
 from helpers import TINY_MODELS, assert_same_state, randn, randomize_
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -39,6 +40,27 @@ class Net(nn.Module):
         if self.reentrant is None:
             return self.resnet(x) + self.repvgg(x)
         return self.resnet(x) + checkpoint(self.repvgg, x, use_reentrant=self.reentrant)
+
+
+class Tied(nn.Module):
+    """A decoder with the kernels of its encoder."""
+
+    def __init__(self, checkpointed=False):
+        super().__init__()
+        self.stem, self.conv = timm_rep.OrepaConv2d(3, 4, 3), timm_rep.OrepaConv2d(4, 4, 3)
+        self.checkpointed = checkpointed
+
+    def decode(self, x):
+        return F.conv_transpose2d(F.conv_transpose2d(x, self.conv.weight), self.stem.weight)
+
+    def forward(self, x):
+        x = self.conv(self.stem(x).relu()).relu()
+        return checkpoint(self.decode, x, use_reentrant=False) if self.checkpointed else self.decode(x)
+
+
+def tied(checkpointed=False):
+    torch.manual_seed(0)
+    return Tied(checkpointed).double()
 
 
 def network(seed=0):
@@ -133,6 +155,9 @@ def messages_of(model):
     model.reentrant, model.skip = None, True
     parallel = RepDistributedDataParallel(model)
     refused('skipped', lambda: loss_of(parallel, 0, 0).backward())
+    parallel = RepDistributedDataParallel(tied())
+    outputs = parallel(randn(2, 3, 8, 8))
+    refused('outside', lambda: (outputs.square().mean() + parallel.module.stem(outputs).square().mean()).backward())
     return said
 
 
@@ -235,6 +260,19 @@ def sent_during_the_backward():
     return happened
 
 
+def sent_with_a_layer_that_had_no_part():
+    """How many gradients are sent, of three layers, if the one in the middle gets none."""
+    model = nn.ModuleList(timm_rep.OrepaConv2d(4, 4, 3) for _ in range(3))
+    model.forward = lambda x: model[0](model[2](x))
+    parallel, sent = RepDistributedDataParallel(model), []
+    with pytest.MonkeyPatch.context() as patch:
+        send = dist.all_reduce
+        patch.setattr(dist, 'all_reduce', lambda tensor, **kw: (sent.append(tensor), send(tensor, **kw))[1])
+        with pytest.raises(UserError, match='had no part in the loss'):
+            parallel(randn(2, 4, 9, 9, dtype=torch.float32)).square().mean().backward()
+    return len(sent)
+
+
 def process(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -251,6 +289,9 @@ def process(rank, folder):
     nothing_else_is_trained()
     of_one_process()
     without_gradients_between()
+    same_gradients(RepDistributedDataParallel, DistributedDataParallel, tied)
+    same_gradients(RepDistributedDataParallel, DistributedDataParallel, lambda: tied(checkpointed=True))
+    result['sent'] = sent_with_a_layer_that_had_no_part()
     result['happened'] = sent_during_the_backward()
     result['messages'] = messages_of(network())
     torch.save(result, f'{folder}/{rank}.pth')
@@ -279,6 +320,8 @@ def test_training_is_that_of_exchanging_all_gradients(tmp_path):
         assert happened.count('sent') == 3
         assert happened.index('sent') < happened.index(1) < happened.index(0)
 
+        assert result['sent'] == 1  # the first one waits for the second
+
     for messages in (one['messages'], other['messages']):
         assert 'find_unused_parameters' in messages['unused']
         assert 'find_unused_parameters' in messages['by_position']
@@ -288,3 +331,4 @@ def test_training_is_that_of_exchanging_all_gradients(tmp_path):
         assert 'micro_batch' in messages['no_sync']
         assert 'use_reentrant=True' in messages['reentrant']
         assert 'had no part in the loss' in messages['skipped']
+        assert 'outside of the forward' in messages['outside']

@@ -349,9 +349,13 @@ def test_the_geometry_of_what_has_it_in_its_parts_cannot_be_changed(method, make
     stock = nn.Sequential(make(4, 4, 3, 2, padding=1, bias=False), nn.BatchNorm2d(4)).double().eval()
     model = expand(stock, method)
     model[0].stride = 2  # as it is
+    assert model[0].stride == (2, 2)
     for name, value in [('stride', (1, 1)), ('padding', 3), ('dilation', (2, 2))]:
         with pytest.raises(UserError, match=f'{name} of a .* cannot be changed, its branches were made with'):
             setattr(model[0], name, value)
+    if make is StdConv2d:
+        with pytest.raises(UserError, match='eps of a StandardizedConv2d cannot be changed'):
+            model[0].eps = 1e-2
     if make is nn.Conv2d:
         with pytest.raises(UserError, match=r'bias of a \w+ cannot be changed'):
             model[0].bias = nn.Parameter(torch.ones(4))
@@ -366,6 +370,8 @@ def test_the_geometry_of_a_linear_layer_is_its_own():
         form[0].stride, form[0].dilation, form[0].padding = (1, 1), (2, 2), (2, 2)
     assert_near(model(x), stock(x), 1e-5)
     assert_near(fuse(model)(x), stock(x), 1e-5)
+    with pytest.raises(UserError, match="a OrepaConv2d supports padding_mode 'zeros', got 'circular'"):
+        model[0].padding_mode = 'circular'
 
 
 def test_a_network_with_lazy_modules_is_run_first():

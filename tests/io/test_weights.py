@@ -3,6 +3,7 @@ import json
 import logging
 import stat
 import struct
+import types
 
 import pytest
 import safetensors.torch
@@ -10,6 +11,7 @@ import timm
 import tiny_architecture
 import torch
 from helpers import assert_same_state, randn, randomize_, state_of
+from timm.layers import ScaledStdConv2d
 from timm.models import ResNet
 from timm.models.resnet import BasicBlock
 
@@ -140,8 +142,10 @@ def test_wrappers_are_no_part_of_the_model(wrap, tmp_path):
     lambda model: setattr(model.layer4[0].conv2, 'dilation', (2, 2)),
     lambda model: setattr(model.conv1[0], 'padding_mode', 'reflect'),
     lambda model: setattr(model.bn1, 'eps', 1e-3),
+    lambda model: setattr(model.fc, 'alpha', 0.5),
+    lambda model: setattr(model, 'forward_head', lambda x, pre_logits=False: model.fc(x.amax((2, 3)))),
     lambda model: model._model_args.update(act_layer=torch.nn.GELU),
-], ids=['activation', 'classifier', 'geometry', 'padding', 'eps', 'argument'])
+], ids=['activation', 'classifier', 'geometry', 'padding', 'eps', 'number', 'method', 'argument'])
 def test_a_network_that_timm_would_build_otherwise_is_not_said_to_be_timms(change, tmp_path, caplog):
     model = of_timm()
     change(model)
@@ -150,6 +154,24 @@ def test_a_network_that_timm_would_build_otherwise_is_not_said_to_be_timms(chang
     assert 'which is not test_resnet as timm builds it' in caplog.text
     with pytest.raises(UserError, match=r'give its stock form: load\(file, into=stock_model\)'):
         load(tmp_path / 'x.safetensors')
+
+
+def test_the_eps_of_an_expanded_convolution_that_standardises_its_kernel_is_not_lost(tmp_path, caplog):
+    model = create_model('test_nfnet', num_classes=3)
+    for conv in model.modules():
+        if isinstance(conv, ScaledStdConv2d):
+            conv.eps = 1e-2
+    with caplog.at_level(logging.WARNING):
+        save(expand(model, select='stem.*'), tmp_path / 'x.safetensors')
+    assert 'which is not test_nfnet as timm builds it' in caplog.text
+
+
+def test_a_wrapper_of_the_forward_is_no_other_network(tmp_path):
+    model = expand(of_timm())
+    model.forward = types.MethodType(torch.autocast('cpu')(type(model).forward), model)  # as accelerate's
+    save(model, tmp_path / 'x.safetensors')
+    del model.forward
+    assert_same(load(tmp_path / 'x.safetensors'), model)
 
 
 def test_into_a_model_of_no_registry(tmp_path):

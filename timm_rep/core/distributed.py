@@ -16,18 +16,35 @@ from .layers import LinearRepLayer
 __all__ = ['RepDistributedDataParallel']
 
 
+class _Backwards:
+    """The last backwards that came to kernels whose gradients are exchanged (True), and to others (False)."""
+
+    def __init__(self) -> None:
+        self._last: Dict[bool, int] = {}
+
+    def note(self, exchanged: bool) -> None:
+        """Note the one that is running; it cannot be of both kinds."""
+        self._last[exchanged] = torch._C._current_graph_task_id()
+        if self._last[exchanged] == self._last.get(not exchanged):
+            raise UserError(
+                'a layer was called outside of the forward of RepDistributedDataParallel, where gradients of kernels '
+                'are not exchanged, and one backward goes through both; call it inside, or use DistributedDataParallel')
+
+
 class _Exchange:
     """The gradients of one composition's kernels on their way to all processes.
 
-    They go while the backward goes on, in one order, the last layer's first, so that processes never mix them up.
+    They go while the backward goes on, in one order, the last layer's first.
 
     Args:
         group: The processes.
         count: How many kernels there are.
+        backwards: Is told of the backward.
     """
 
-    def __init__(self, group: Any, count: int) -> None:
+    def __init__(self, group: Any, count: int, backwards: _Backwards) -> None:
         self.group = group
+        self.backwards = backwards
         self.next = count - 1
         self.waiting: Dict[int, Tensor] = {}
         self.works: List[Any] = []
@@ -38,6 +55,7 @@ class _Exchange:
         Returns:
             Where the mean of all processes will be, after :meth:`end`.
         """
+        self.backwards.note(True)
         mean = self.waiting[number] = gradient.contiguous() / dist.get_world_size(self.group)
         while self.next in self.waiting:
             self._send(self.next)
@@ -48,7 +66,7 @@ class _Exchange:
         self.works.append(dist.all_reduce(self.waiting.pop(number), group=self.group, async_op=True))
 
     def end(self) -> None:
-        """Send what waits for kernels that will get no gradient, and wait for all."""
+        """Send what waits, of a second backward, and wait for all."""
         for number in sorted(self.waiting, reverse=True):
             self._send(number)
         for work in self.works:
@@ -70,6 +88,20 @@ class _Begin(torch.autograd.Function):
         return ctx.exchange.begin(ctx.number, gradient), None, None
 
 
+class _Alone(torch.autograd.Function):
+    """A kernel as it is; its gradient is that of this process."""
+
+    @staticmethod
+    def forward(ctx, kernel, backwards):
+        ctx.backwards = backwards
+        return kernel.view_as(kernel)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.backwards.note(False)
+        return gradient, None
+
+
 class _End(torch.autograd.Function):
     """All kernels as they are; their gradients are those that have come back."""
 
@@ -82,11 +114,11 @@ class _End(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients):
-        ctx.exchange.end()
-        if any(gradient is None for gradient in gradients):
+        if any(gradient is None for gradient in gradients):  # before others are sent in the place of these
             raise UserError(
                 'some layers had no part in the loss, or in this part of it (checkpointing with use_reentrant=True), '
                 'so that processes might wait for each other; use DistributedDataParallel')
+        ctx.exchange.end()
         return (None, *gradients)
 
 
@@ -97,7 +129,8 @@ class RepDistributedDataParallel(DistributedDataParallel):
 
     The branches of a linear layer (OREPA) follow from its kernel's gradient, so each process works them out from the
     mean of that: a third of the bytes, and the same gradients up to rounding. All else is exchanged as ever. Processes
-    stay equal as long as they compute alike, which takes devices of one kind.
+    stay equal as long as they compute alike, which takes devices of one kind, and all run the layers in the same order.
+    What reads ``layer.weight`` outside of the forward (a penalty) has to be the same on all processes.
 
     Args:
         module: Model with linear rep layers.
@@ -107,7 +140,7 @@ class RepDistributedDataParallel(DistributedDataParallel):
     Raises:
         UserError: For a model without linear layers, ``find_unused_parameters``, and ``join()``. In a forward, for
             accumulation of gradients by ``no_sync()`` without :func:`timm_rep.micro_batch`; in a backward, for layers
-            that had no part in the loss.
+            that had no part in the loss, or that were also called outside of the forward.
     """
 
     def __init__(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -147,6 +180,7 @@ class RepDistributedDataParallel(DistributedDataParallel):
         self._kernels = tie(layers)
         self._kernels.exchange = self._exchanged
         self._in_forward = False
+        self._backwards = _Backwards()
 
     def join_hook(self, **kwargs: Any) -> Any:
         raise UserError('join(): processes with fewer batches exchange no gradients of kernels; give all the same '
@@ -154,9 +188,11 @@ class RepDistributedDataParallel(DistributedDataParallel):
 
     def _exchanged(self, kernels: Sequence[Tensor]) -> Dict[int, Callable[[], Tensor]]:
         trained = {n: kernel for n, kernel in enumerate(kernels) if kernel.requires_grad}
-        if not trained or not self._in_forward:  # of the module by itself, which other processes may not be in
+        if not trained:
             return {}
-        exchange = _Exchange(self.process_group, len(trained))
+        if not self._in_forward:  # of the module by itself, which other processes may not be in
+            return {n: partial(_Alone.apply, kernel, self._backwards) for n, kernel in trained.items()}
+        exchange = _Exchange(self.process_group, len(trained), self._backwards)
         sent = _End.apply(exchange, *trained.values())
         # begun when the layer asks: autograd then sends the gradient when the backward has come to the layer
         return {n: partial(_Begin.apply, kernel, exchange, k) for k, (n, kernel) in enumerate(zip(trained, sent))}

@@ -49,5 +49,5 @@ def prune_branches(model: ModelT, keep: float) -> ModelT:
         branches = [branch for _, of, branch in cut if of == name]
         if branches:
             layer.cut_branches_(branches)
-            layer.method = RepNas.of_layer(layer)  # type: ignore[assignment]
+            layer.method = RepNas.of_layer(layer)
     return model

@@ -1,5 +1,6 @@
 """What a model is, as plain data in the metadata of its file: architecture, arguments, expansion, input settings."""
 import dataclasses
+import inspect
 import json
 import logging
 import re
@@ -32,6 +33,7 @@ VERSION, ARCHITECTURE, MODEL_ARGS, EXPANSION, SETTINGS = (
 SETTINGS_FIELDS = ('input_size', 'pool_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
 # They do nothing, or nothing once trained.
 NO_PART_OF_THE_FUNCTION = ('Identity', 'Drop')
+TRAINING_NUMBERS = ('_', 'drop', 'momentum')
 
 
 @dataclass(frozen=True)
@@ -70,10 +72,18 @@ class Description:
         return model
 
 
-def _eps_of(module: nn.Module) -> str:
-    """What norms, and convolutions that standardise their kernel, need not say in their text."""
-    values = (getattr(module, name, None) for name in ('eps', 'scale'))
-    return ' '.join(str(value) for value in values if isinstance(value, float))
+def _unsaid(module: nn.Module) -> str:
+    """What modules need not say in their text: numbers, and methods that were put on the module itself."""
+    said = [
+        f'{name}={value}' for name, value in sorted(vars(module).items())
+        if isinstance(value, float) and not (name == 'p' or name.startswith(TRAINING_NUMBERS))]
+    for name, value in sorted(vars(module).items()):
+        method = getattr(type(module), name, None)
+        # a wrapper of the same method (accelerate's autocast) computes the same
+        if method is not None and inspect.isroutine(value) and (
+                inspect.unwrap(getattr(value, '__func__', value)) is not inspect.unwrap(method)):
+            said.append(f'another {name}')
+    return ' '.join(said)
 
 
 def _structure(model: nn.Module) -> Dict[str, str]:
@@ -81,13 +91,14 @@ def _structure(model: nn.Module) -> Dict[str, str]:
     found = {key: str(tuple(value.shape)) for key, value in model.state_dict().items()}
     for name, module in model.named_modules():
         kind = type(module).__name__
+        found[f'{name} (unsaid)'] = _unsaid(module)
         if isinstance(module, (nn.Conv2d, RepLayer)):
             conv: Any = module
             found[f'{name} (geometry)'] = (
-                f'{conv.stride} {conv.padding} {conv.dilation} {conv.groups} {conv.padding_mode} {_eps_of(conv)}')
+                f'{conv.stride} {conv.padding} {conv.dilation} {conv.groups} {conv.padding_mode}')
         elif any(module._parameters) or any(module._buffers):
             settings = re.sub(r'momentum=[^,]*', '', module.extra_repr())  # momentum is no part of the function
-            found[f'{name} (settings)'] = f'{settings} {_eps_of(module)}'
+            found[f'{name} (settings)'] = settings
         elif not (any(module.children()) or module.state_dict() or kind.startswith(NO_PART_OF_THE_FUNCTION)):
             found[name] = repr(module)
     return found

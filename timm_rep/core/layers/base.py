@@ -165,11 +165,19 @@ class RepLayer(AnnealedModule):
     @property
     def weight(self) -> Tensor:
         """The composed kernel, computed anew at every read; writing to it raises a UserError."""
-        return composed_kernel(self.compose_weight())
+        return composed_kernel(self._kernel_to_read())
 
     @weight.setter
     def weight(self, value: Any) -> None:
         refuse_writing()
+
+    def _kernel_to_read(self) -> Tensor:
+        return self.compose_weight()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == 'padding_mode' and value != 'zeros':
+            raise UserError(f"a {type(self).__name__} supports padding_mode 'zeros', got {value!r}")
+        super().__setattr__(name, value)
 
     def register_parameter(self, name: str, param: Optional[nn.Parameter]) -> None:
         if name in ('weight', 'weight_orig'):  # layer.weight = nn.Parameter(...); torch.nn.utils.prune
@@ -322,6 +330,10 @@ class LinearRepLayer(RepLayer):
     def compose_weight(self) -> Tensor:
         with full_float32():
             return self._compose(False)
+
+    def _kernel_to_read(self) -> Tensor:
+        exchanging = self._together is not None and self._together.is_exchanging()
+        return self.kernel_for(self.attach_rate) if exchanging else self.compose_weight()
 
     def compose_weight_bias(self) -> Tuple[Tensor, Optional[Tensor]]:
         return self.compose_weight(), self.bias

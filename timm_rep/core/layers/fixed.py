@@ -12,13 +12,17 @@ __all__ = ['FixedGeometry']
 class FixedGeometry(nn.Module):
     """A convolution look-alike whose parts have the geometry, which it only tells: writing another one is refused.
 
-    A plain convolution can be given another stride, padding or dilation, or a bias, at any time.
+    A plain convolution can be given another stride, padding or dilation, or a bias, at any time. Of a host,
+    the settings of its rule are told, too.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in (*GEOMETRY, 'bias') and name in vars(self):
-            own = vars(self)[name]
-            if (value, value) != own and (isinstance(value, nn.Parameter) or value != own):
+        told = vars(self) if name in (*GEOMETRY, 'bias') else vars(self).get('stock_settings', {})
+        if name in told:
+            own = told[name]
+            if (value, value) == own:
+                value = own
+            if isinstance(value, nn.Parameter) or value != own:
                 raise UserError(
                     f'{name} of a {type(self).__name__} cannot be changed, its branches were made with {own}: change '
                     'the plain convolution, before expand or after fuse')

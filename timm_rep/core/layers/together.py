@@ -106,6 +106,10 @@ class KernelsTogether:
         if not _in_backward():
             self._in_forward = False
 
+    def is_exchanging(self) -> bool:
+        """Whether gradients of kernels that are asked for now are exchanged."""
+        return self.exchange is not None and torch.is_grad_enabled() and (self._in_forward or _in_backward())
+
     @torch.compiler.disable
     def exchanged_kernel(self, layer: Any, x: Tensor) -> Tensor:
         """The kernel of a layer for an input, outside of compiled graphs, which would leave out the exchange."""
@@ -139,7 +143,12 @@ class KernelsTogether:
                 return self._kernels[layer]
         with saved_tensors_hooks(_as_it_is, _as_it_is):
             kernel: Tensor = layer._compose(channels_last)
-        return kernel if self.exchange is None or not in_backward else _NotExchanged.apply(kernel)
+        if self.exchange is None:
+            return kernel
+        if in_backward:
+            return _NotExchanged.apply(kernel)
+        takes = self.exchange([kernel])
+        return takes[0]() if takes else kernel
 
     def _compose_all(self, channels_last: bool) -> None:
         with saved_tensors_hooks(_as_it_is, _as_it_is):
