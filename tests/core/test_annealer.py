@@ -453,3 +453,20 @@ def test_a_resumed_loop_thaws_as_one_that_was_not_interrupted():
     annealer.begin_epoch(2)
     steps_of_origins(other, optimizer, range(6, 9))
     assert_same_state(other.state_dict(), model.state_dict())
+
+
+def test_several_optimizers_are_refused_before_anything_is_changed():
+    model = mixed_model()
+    optimizers = [torch.optim.SGD([parameter], lr=0.1) for parameter in model.parameters()]
+    with pytest.raises(timm_rep.UserError, match=r'takes one optimizer .* got a list; where there are several'):
+        Annealer(model, optimizers, SCHEDULE)
+
+
+def test_an_optimizer_without_the_origins_cannot_freeze_them():
+    model = mixed_model()
+    optimizer = torch.optim.SGD(list(model.parameters())[-2:], lr=0.1)  # the rest has one of its own
+    with pytest.raises(timm_rep.UserError, match='does not have all of them: another one would move them'):
+        Annealer(model, optimizer, SCHEDULE, freeze_origin=True)
+    for parameter in list(model.parameters())[:-2]:
+        parameter.requires_grad_(False)
+    Annealer(model, optimizer, SCHEDULE, freeze_origin=True)

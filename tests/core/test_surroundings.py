@@ -182,6 +182,15 @@ def test_norms_split_over_the_batch_are_refused_when_fusing(method):
         fuse(rep)
 
 
+@NORMED
+def test_norms_with_parts_are_refused_when_fusing(method):
+    rep = expand(two_pairs(*batch_norms(False, False)), method).eval()
+    for _, layer in timm_rep.rep_layers(rep):
+        layer.norm_kxk.add_module('activation_post_process', nn.BatchNorm2d(1))  # as prepare_qat does
+    with pytest.raises(UserError, match=r'or given parts \(prepare_qat\)'):
+        fuse(rep)
+
+
 @pytest.mark.parametrize('method', ['orepa', 'dbb', 'acb', 'rep'])
 @torch.no_grad()
 def test_a_convolution_with_bias_in_front_of_a_norm(method):

@@ -38,6 +38,15 @@ def another_classifier():
     return model
 
 
+class Cosine(torch.nn.Linear):
+    def forward(self, x):
+        return torch.nn.functional.linear(torch.nn.functional.normalize(x), self.weight)
+
+
+class Standardized(torch.nn.Conv2d):
+    pass
+
+
 def several():
     return expand(of_timm(in_chans=1), {'layer4.*': 'dbb', 'layer3.*': 'acb', 'layer2.*.conv2': 'rep', '*': 'orepa'})
 
@@ -144,8 +153,14 @@ def test_wrappers_are_no_part_of_the_model(wrap, tmp_path):
     lambda model: setattr(model.bn1, 'eps', 1e-3),
     lambda model: setattr(model.fc, 'alpha', 0.5),
     lambda model: setattr(model, 'forward_head', lambda x, pre_logits=False: model.fc(x.amax((2, 3)))),
+    lambda model: setattr(model, 'fc', Cosine(model.num_features, 3)),
+    lambda model: setattr(model.layer4[0].conv2, '__class__', Standardized),
+    lambda model: setattr(model.layer4[0], '__class__', type('BasicBlock', (type(model.layer4[0]),), {})),
+    lambda model: setattr(model, '__class__', type('ResNet', (ResNet,), {})),
     lambda model: model._model_args.update(act_layer=torch.nn.GELU),
-], ids=['activation', 'classifier', 'geometry', 'padding', 'eps', 'number', 'method', 'argument'])
+], ids=[
+    'activation', 'classifier', 'geometry', 'padding', 'eps', 'number', 'method', 'head class', 'convolution class',
+    'block class', 'class', 'argument'])
 def test_a_network_that_timm_would_build_otherwise_is_not_said_to_be_timms(change, tmp_path, caplog):
     model = of_timm()
     change(model)
@@ -164,6 +179,25 @@ def test_the_eps_of_an_expanded_convolution_that_standardises_its_kernel_is_not_
     with caplog.at_level(logging.WARNING):
         save(expand(model, select='stem.*'), tmp_path / 'x.safetensors')
     assert 'which is not test_nfnet as timm builds it' in caplog.text
+
+
+def test_a_setting_that_was_changed_after_creation_is_not_lost(tmp_path, caplog):
+    model = create_model('vit_tiny_r_s16_p8_224', num_classes=3)
+    model.reset_classifier(3, 'avg')
+    with caplog.at_level(logging.WARNING):
+        save(expand(model), tmp_path / 'x.safetensors')
+    assert "timm builds it (global_pool of the network is 'avg')" in caplog.text
+
+
+def test_how_a_network_is_trained_is_no_other_network(tmp_path, caplog):
+    model = expand(of_timm(), 'dbb')
+    model.set_grad_checkpointing(True)
+    model.note = 'of the user'
+    synchronized = timm.layers.convert_sync_batchnorm(model)
+    with caplog.at_level(logging.WARNING):
+        save(synchronized, tmp_path / 'x.safetensors')
+    assert not caplog.text
+    assert_same_state(load(tmp_path / 'x.safetensors').state_dict(), synchronized.state_dict())
 
 
 def test_a_wrapper_of_the_forward_is_no_other_network(tmp_path):

@@ -57,8 +57,8 @@ class Annealer:
         branch_rows: A dict for each epoch and branch, as :class:`~timm_rep.core.branch_log.BranchLog` gives it.
 
     Raises:
-        UserError: If the model or an averaged copy has no rep layers, for an unknown restoration or gain, or if there
-            are no batches to measure on.
+        UserError: If the model or an averaged copy has no rep layers, for anything but one optimizer, for an unknown
+            restoration or gain, or if there are no batches to measure on.
     """
 
     def __init__(
@@ -93,6 +93,11 @@ class Annealer:
         self._starts_trained = start_weights
         self._freeze: Optional[OriginFreeze] = None
         check_restoration(restoration, side_gain)
+        if not hasattr(optimizer, 'param_groups'):
+            raise UserError(
+                f'the annealer takes one optimizer of torch or timm, got a {type(optimizer).__name__}; where there are '
+                'several, give it one, and where begin_epoch() returns a position that begins a time step, call '
+                'timm_rep.core.annealing.reset_optimizer() with each of the others')
         if restoration == 'measured' and batches is None:
             raise UserError("restoration 'measured' needs batches of images, such as batches=train_loader")
         if schedule.anneals:

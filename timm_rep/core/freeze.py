@@ -38,7 +38,7 @@ class OriginFreeze:
 
     Raises:
         UserError: For torch's fused SGD with momentum, which cannot take parameters up later than others; for
-            parameters that are sharded; in a step with a closure.
+            parameters that are sharded, or that are trained by another optimizer; in a step with a closure.
     """
 
     def __init__(self, model: nn.Module, optimizer: Any) -> None:
@@ -53,6 +53,11 @@ class OriginFreeze:
         if isinstance(self._optimizer, torch.optim.SGD) and any(
                 group['fused'] and group['momentum'] for group in self._optimizer.param_groups):
             raise UserError('freeze_origin does not work with fused SGD with momentum; take SGD(..., fused=False)')
+        known = {id(parameter) for group in self._optimizer.param_groups for parameter in group['params']}
+        if any(parameter.requires_grad and id(parameter) not in known for parameter, _ in self._parts):
+            raise UserError(
+                'freeze_origin keeps one optimizer from the origin branches, and this one does not have all of them: '
+                'another one would move them. Give it all that is trained')
         self._optimizer.register_step_pre_hook(self._before)
         self._optimizer.register_step_post_hook(self._after)
 

@@ -11,12 +11,13 @@ from typing import Any, Dict, Mapping, Optional
 import timm
 import torch
 import torch.nn as nn
+from timm.layers import BatchNormAct2d, SyncBatchNormAct
 
 from .._version import __version__
 from ..core.errors import UserError
 from ..core.expand import expand_as_
 from ..core.expansion import expansion_of, methods_from_list, norms_from_list
-from ..core.layers import RepLayer
+from ..core.layers import AnnealedModule, RepLayer
 from ..core.methods import Method
 from ..core.walk import image_channels
 from ..models.names import OWN_ARGS, TRAINING_PREFIXES
@@ -34,6 +35,11 @@ SETTINGS_FIELDS = ('input_size', 'pool_size', 'interpolation', 'mean', 'std', 'c
 # They do nothing, or nothing once trained.
 NO_PART_OF_THE_FUNCTION = ('Identity', 'Drop')
 TRAINING_NUMBERS = ('_', 'drop', 'momentum')
+# How a network runs, and what its weights tell.
+NO_SETTINGS = ('training', 'p', 'inplace', 'grad_checkpointing', 'fused_attn', 'distilled_training', 'in_chans')
+# The same function in eval mode.
+ALIKE: Mapping[type, type] = {
+    nn.BatchNorm1d: nn.BatchNorm2d, nn.SyncBatchNorm: nn.BatchNorm2d, SyncBatchNormAct: BatchNormAct2d}
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,32 @@ def _structure(model: nn.Module) -> Dict[str, str]:
     return found
 
 
+def _is_setting(value: Any) -> bool:
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    return all(isinstance(part, (bool, int, float, str, type(None))) for part in parts)
+
+
+def _other_than(model: nn.Module, rebuilt: nn.Module) -> str:
+    """The first module of a network that has another class than in a network of the same structure, or other settings.
+
+    What only one of the two has besides is no setting of timm's.
+    """
+    twins = dict(rebuilt.named_modules())
+    for name, module in model.named_modules():
+        twin = twins.get(name)
+        kinds = [ALIKE.get(type(part), type(part)) for part in (module, twin)]
+        if twin is None or any(kind.__name__.startswith(NO_PART_OF_THE_FUNCTION) for kind in kinds):
+            continue
+        if len({f'{kind.__module__}.{kind.__qualname__}' for kind in kinds}) > 1:
+            return f'{name or "the network"} is a {kinds[0].__name__}'
+        for key, value in () if isinstance(module, AnnealedModule) else vars(twin).items():
+            own = vars(module).get(key, value)
+            known = not key.startswith(TRAINING_NUMBERS) and key not in NO_SETTINGS
+            if known and own is not value and _is_setting(own) and _is_setting(value) and own != value:
+                return f'{key} of {name or "the network"} is {own!r}'
+    return ''
+
+
 def _architecture_of(model: Any) -> Dict[str, str]:
     """Metadata that say how timm builds the stock form; none, with a warning, if it would not be this model's."""
     cfg = model.pretrained_cfg
@@ -123,9 +155,9 @@ def _architecture_of(model: Any) -> Dict[str, str]:
             expansion = expansion_of(model)
             rebuilt = dataclasses.replace(
                 _description(metadata), methods=expansion.methods, norms=expansion.norms).build()
-        if _structure(model) == _structure(rebuilt):
+        why = _other_than(model, rebuilt) if _structure(model) == _structure(rebuilt) else 'its modules are others'
+        if not why:
             return metadata
-        why = 'its modules are others'
     except (TypeError, UserError) as e:
         why = str(e)
     _logger.warning(

@@ -173,10 +173,11 @@ class NormedRepLayer(FixedGeometry, NormedBranches, RepLayer):
         """
         self._refuse_training()
         origin = self.norm_kxk
-        if not (is_foldable(origin) or is_frozen(origin)):
+        if not (is_foldable(origin) or is_frozen(origin)) or any(origin.children()):
             raise UserError(
-                f'cannot fuse {type(self).__name__}: its batch norms were replaced by {type(origin).__name__}, which '
-                'has more state than a batch norm. Fuse first, then replace the norms of the stock form'
+                f'cannot fuse {type(self).__name__}: its batch norms were replaced by {type(origin).__name__}, or '
+                'given parts (prepare_qat), which have more state than a batch norm. Fuse first, then change the norms '
+                'of the stock form'
             )
         kernel, bias = self._fold()
         mean, var = (value.to(origin.weight.dtype) for value in self._implied_statistics(bias))
