@@ -97,7 +97,7 @@ class Annealer:
             raise UserError(
                 f'the annealer takes one optimizer of torch or timm, got a {type(optimizer).__name__}; where there are '
                 'several, give it one, and where begin_epoch() returns a position that begins a time step, call '
-                'timm_rep.core.annealing.reset_optimizer() with each of the others')
+                'timm_rep.reset_optimizer() with each of the others')
         if restoration == 'measured' and batches is None:
             raise UserError("restoration 'measured' needs batches of images, such as batches=train_loader")
         if schedule.anneals:
