@@ -174,7 +174,7 @@ def _swap(
     network = Network.of(model)
     assigned = assign(network, method, select)
     if not assigned:
-        raise UserError(why_nothing(network, method))
+        raise UserError(why_nothing(network, method, select))
     return _expand_assigned(network, assigned, generator, inplace, same_function)
 
 
