@@ -191,7 +191,9 @@ def test_expand_keeps_the_outputs(layer, stock_name, name, kwargs, tmp_path):
 def test_expand_bad_input(checkpoint, stock_file, tmp_path):
     out = tmp_path / 'out.pth'
     assert 'neither a file nor a model' in call('expand', 'resnet999', out, code=2)
-    assert "layer 'orepa' stands for the stock models mobilenetv1_100, rep" in call('expand', 'vgg16', out, code=2)
+    other = call('expand', 'vgg16', out, code=2)
+    assert "layer 'orepa' stands for the stock models mobilenetv1_100, rep" in other
+    assert "timm_rep.expand(model, 'orepa') takes any CNN" in ' '.join(other.split())
     assert 'does not say which model' in call('expand', stock_file, out, code=2)
     assert 'in stock form' in call('expand', checkpoint, out, code=2)
     assert 'must end in .safetensors or .pth' in call('expand', stock_file, tmp_path / 'folder', code=2)

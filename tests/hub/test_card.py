@@ -77,6 +77,16 @@ def test_training_says_what_the_run_was(model):
     assert 'on 8 processes at once, each with batches of `batch_size` images' in text
 
 
+def test_training_names_the_teacher(model):
+    assert 'teacher' not in training_of(model)
+    text = training_of(model, teacher='local-dir:big net')
+    assert "--data-dir IMAGES --kd-model-name 'local-dir:big net'\n" in text
+    assert 'it learnt from, is `local-dir:big net`.' in text
+    text = training_of(model, args=dict(RUN.args, kd_model_name='resnet34'), teacher='resnet34')
+    assert '--data-dir IMAGES\n' in text  # args.yaml has it
+    assert 'is `resnet34`.' in text
+
+
 def test_training_on_goes_by_the_name_if_that_is_enough(model):
     assert '--model repan_mobilenetv1_100 --num-classes N' in text_of(model)
     text = text_of(model, built_by_name=False)

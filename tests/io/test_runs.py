@@ -80,6 +80,15 @@ def test_start_files_are_named_without_where_they_were(checkpoint, path, name):
     assert run.start_files == {'--initial-checkpoint': name}  # a resumed run is the same run
 
 
+@pytest.mark.parametrize(('given', 'name'), [
+    ('resnet34', 'resnet34'), ('local-dir:/home/joe/big', 'local-dir:big'), ('local-dir:big/', 'local-dir:big'),
+    ('local-dir:C:\\Users\\joe\\big', 'local-dir:big'), ('/home/joe/big', 'big'), (None, None), ('', None)])
+def test_the_teacher_is_named_without_where_it_was(checkpoint, given, name):
+    run = read_run(checkpoint, dict(ARGS, kd_model_name=given))
+    assert run.teacher == name
+    assert ('kd_model_name' in run.left_out) == bool(given and given != 'resnet34')
+
+
 def test_processes(checkpoint):
     (checkpoint.parent / 'args.yaml').write_text(yaml.safe_dump(ARGS))  # which train.py writes without them
     assert read_run(checkpoint, dict(ARGS, world_size=8)).processes == 8

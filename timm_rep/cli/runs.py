@@ -98,4 +98,4 @@ def ensemble(run_dir: str, data_dir: str, as_json: bool, **kwargs: Any) -> None:
         return
     say(f'on {result.images} images: top-1 (%), top-5 (%), loss')
     for score in (*result.snapshots, result.outputs, result.weights):
-        say(f'{score.name:20}{score.top1:8.2f}{score.top5:8.2f}{score.loss:9.4f}')
+        say(f'{score.name:20}{score.top1:8.2f}{score.top5:8.2f} {score.loss:8.4f}')

@@ -84,9 +84,10 @@ def verify(checkpoint: str, fused: Optional[str], as_json: bool, **kwargs: Any) 
 def expand(source: str, out: str, method: str, **kwargs: Any) -> None:
     """Put stock weights into the training form of the model with rep layers, with the same outputs.
 
-    MODEL_OR_CHECKPOINT is a timm model, whose pretrained weights timm downloads, or a file of weights. OUT ends in
-    .safetensors or .pth; train from it with `--model orepa_resnet50 --initial-checkpoint OUT`. Methods that have no
-    models of their name in front are those of the repan_ models: `--model repan_resnet50 --model-kwargs rep_layer=acb`.
+    MODEL_OR_CHECKPOINT is one of the stock models that `timm-rep list` shows, whose pretrained weights timm downloads,
+    or a file of its weights; other CNNs take timm_rep.expand in Python. OUT ends in .safetensors or .pth; train from it
+    with `--model orepa_resnet50 --initial-checkpoint OUT`. Methods that have no models of their name in front are those
+    of the repan_ models: `--model repan_resnet50 --model-kwargs rep_layer=acb`.
 
     \b
     Examples:

@@ -180,7 +180,7 @@ def _swap(
     network = Network.of(model, example_inputs)
     assigned = assign(network, method, select)
     if not assigned:
-        raise UserError(why_nothing(network, method))
+        raise UserError(why_nothing(network, method, select))
     return _expand_assigned(network, assigned, generator, inplace, same_function)
 
 

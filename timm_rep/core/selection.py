@@ -303,11 +303,17 @@ def _check_each_takes(
             f'{method.name!r} takes nothing of what the pattern {pattern!r} decides: {_listed(names)}; {reason}')
 
 
-def why_nothing(network: Network, method: Methods) -> str:
+def why_nothing(network: Network, method: Methods, select: Select) -> str:
     """Says that a method found nothing to take, and why."""
     wanted = method if isinstance(method, Mapping) else as_method(method).name
     text = f'no convolution of {type(network.model).__name__} to expand with {wanted!r}'
-    reason = '' if isinstance(method, Mapping) else _why_none(network, as_method(method))
+    reason = ''
+    if select is not None:
+        reason = 'select= takes none'
+    elif not isinstance(method, Mapping):
+        reason = _why_none(network, as_method(method))
+        if not reason and network.convs():
+            reason = 'its own choice leaves them all, select= takes more'
     return f'{text}; {reason}' if reason else text
 
 

@@ -110,6 +110,8 @@ def _training(run: Optional[Run]) -> str:
     if run is None or not run.args:
         return 'Not stated: the model was exported without the arguments of its training run.'
     start = ''.join(f' {option} {shlex.quote(name)}' for option, name in run.start_files.items())
+    if run.teacher and 'kd_model_name' not in run.args:  # a folder's path is not told
+        start += f' --kd-model-name {shlex.quote(run.teacher)}'
     text = f"""`args.yaml` holds the arguments of the run and names those left out. The same on your folder of images:
 
 ```sh
@@ -122,6 +124,8 @@ timm-rep train --config args.yaml --data-dir IMAGES{start}
     text += f'\n| Argument | Value |\n|---|---|\n{_rows(recipe)}\n'
     pretrained = 'the pretrained weights of that name' if run.args.get('pretrained') else 'random weights'
     text += f'\nStarted from {", ".join(run.start_files.values()) or pretrained}.'
+    if run.teacher:
+        text += f' The teacher, whose outputs it learnt from, is `{run.teacher}`.'
     if run.epoch is not None:
         text += f' The weights are those after epoch {run.epoch}, counted from 0 as in `summary.csv`.'
     return text

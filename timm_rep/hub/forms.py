@@ -123,7 +123,9 @@ def _training_architecture(name: str, layer: str) -> Tuple[str, Dict[str, Any]]:
     if timm.is_model(f'repan_{stock}'):
         return f'repan_{stock}', dict(rep_layer=layer)
     known = {model.partition('_')[2] for model in timm.list_models([f'{layer}_*', 'repan_*'])}
-    raise UserError(f'layer {layer!r} stands for the stock models {", ".join(sorted(known))}; got {name!r}')
+    raise UserError(
+        f'layer {layer!r} stands for the stock models {", ".join(sorted(known))}; got {name!r}. In Python '
+        f'timm_rep.expand(model, {layer!r}) takes any CNN, and timm_rep.save writes what it makes')
 
 
 def expand_checkpoint(

@@ -33,6 +33,7 @@ WORD_ARGS = frozenset("""
 # What train.py adds to its arguments for itself, once it runs.
 DERIVED_ARGS = frozenset(('distributed', 'local_rank', 'prefetcher', 'rank', 'world_size'))
 START_ARGS = ('initial_checkpoint', 'pretrained_path')
+FOLDER = 'local-dir:'
 SECRET_NAME = re.compile(r'token|secret|passw|credential|auth|key', re.IGNORECASE)
 # A path of a machine, an address, or what access keys begin with, anywhere in a text.
 PRIVATE_VALUE = re.compile(
@@ -70,6 +71,7 @@ class Run:
         epoch: Epoch of the checkpoint, counted from 0, if known.
         metrics: Figures of the checkpoint's weights that the run measured on its validation split: ``top1``, ``top5``
             in percent; only those that it did measure.
+        teacher: Name of the model that it learnt from, if any; a folder without where it is.
     """
 
     args: Dict[str, Any]
@@ -79,6 +81,7 @@ class Run:
     history: Tuple[Dict[str, float], ...]
     epoch: Optional[int]
     metrics: Dict[str, float]
+    teacher: Optional[str] = None
 
 
 def read_run_args(path: Path) -> Dict[str, Any]:
@@ -165,6 +168,11 @@ def _file_name(path: str) -> str:
     """The last part of a path of any system, or of an address."""
     name = PureWindowsPath(urlsplit(path).path if '://' in path else path).name
     return 'FILE' if _is_private(name) else name
+
+
+def _teacher(name: str) -> str:
+    path = name.removeprefix(FOLDER)
+    return FOLDER * (path != name) + _file_name(path.rstrip('/\\')) if _is_private(name) else name
 
 
 def _cells(line: str) -> List[str]:
@@ -354,6 +362,7 @@ def read_run(
         history,
         epoch,
         _metrics(row, args, use_ema),
+        _teacher(str(args['kd_model_name'])) if args.get('kd_model_name') else None,
     )
 
 
