@@ -265,7 +265,47 @@ def test_the_next_child_is_the_norm_of_a_model_that_does_not_run_without_data(ru
     assert list(expansion_of(expand(reads(run), 'dbb')).methods) == ['conv']
     (warned,) = [record.getMessage() for record in caplog.records if record.levelname == 'WARNING']
     assert warned.startswith('Net does not run on images without data (')
-    assert 'Compare the outputs' in warned
+    assert 'Give expand example_inputs=, or compare the outputs' in warned
+
+
+class Gated(nn.Module):
+    """Takes a batch of a loader, reads values, writes into its input, and declares norms in another order."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm_b, self.b, self.norm_a = conv(), norm(), conv(6, 6), norm()
+
+    def forward(self, batch, gain=1.):
+        image = batch['image'].sub_(0.5)
+        y = self.norm_b(self.b(F.relu(self.norm_a(self.a(image)))))
+        return dict(out=y * gain if y.detach().mean().item() > -1e9 else y)
+
+
+@NORMED
+@pytest.mark.parametrize('as_tuple', [False, True])
+def test_models_of_other_inputs_are_watched_on_an_example(method, as_tuple, caplog):
+    stock = randomize_(Gated().double())
+    batch = dict(image=torch.rand(2, 3, 8, 8).double())
+    image, before = batch['image'].clone(), state_of(stock)
+    rep = expand(stock, method, example_inputs=(batch, 2.) if as_tuple else batch)
+    assert not [record for record in caplog.records if record.levelname == 'WARNING']
+    assert sorted(expansion_of(rep).methods) == ['a', 'b']
+    assert torch.equal(batch['image'], image)
+    assert_same_state(state_of(stock), before)
+    expected, actual = (model.eval()(dict(image=image.clone()))['out'] for model in (stock, rep))
+    assert_near(actual, expected, MODEL_RTOL[torch.float64])
+
+
+def test_an_example_moves_no_draws():
+    model = reads(lambda m, x: F.dropout(m.norm(m.conv(x))))
+    drawn = torch.random.get_rng_state()
+    assert flows_of(model, (torch.ones(2, 3, 8, 8),)).convs == dict(conv=Flow('norm'))
+    assert torch.equal(torch.random.get_rng_state(), drawn)
+
+
+def test_an_example_that_a_model_does_not_run_on_is_refused():
+    with pytest.raises(UserError, match=r"^Gated does not run on the example_inputs \(KeyError: 'image'\)$"):
+        expand(Gated(), 'dbb', example_inputs=dict(picture=torch.rand(2, 3, 8, 8)))
 
 
 @pytest.mark.parametrize('run', [

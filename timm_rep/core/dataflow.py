@@ -15,10 +15,11 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .errors import UserError
 from .layers.norms import is_foldable
-from .walk import HOOKS, image_channels
+from .walk import HOOKS, copied, image_channels
 
 __all__ = ['Flow', 'Flows', 'flows_of']
 
@@ -141,30 +142,34 @@ class _Watch:
 
 
 class _Reads(TorchDispatchMode):
+    """Tells a watch what each operation reads."""
+
     def __init__(self, watch: _Watch) -> None:
         super().__init__()
         self.watch = watch
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.watch.read((args, kwargs))
-        if func is torch.ops.aten.native_batch_norm.default:  # nearly all of the time otherwise
+        if func is torch.ops.aten.native_batch_norm.default and args[0].is_meta:  # nearly all of the time otherwise
             return torch.empty_like(args[0]), *(args[0].new_empty(args[0].shape[1]) for _ in range(2))
         return func(*args, **(kwargs or {}))
 
 
 def _on_meta(model: nn.Module) -> nn.Module:
-    """A copy without values and without hooks; the model's own values are not copied on the way."""
+    """A copy without values; the model's own are not copied on the way."""
     memo: Dict[int, Any] = {}
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         empty = torch.empty_like(tensor, device='meta')
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    twin = copy.deepcopy(model, memo)
-    for module in twin.modules():
+    return copy.deepcopy(model, memo)
+
+
+def _drop_hooks_(model: nn.Module) -> None:
+    for module in model.modules():
         for name in HOOKS:
             hooks = getattr(module, name, None)
             if isinstance(hooks, dict):
                 setattr(module, name, type(hooks)())
-    return twin
 
 
 def _image_sizes(model: nn.Module) -> List[Tuple[int, ...]]:
@@ -174,12 +179,13 @@ def _image_sizes(model: nn.Module) -> List[Tuple[int, ...]]:
 
 
 @contextlib.contextmanager
-def _drawing_nothing() -> Iterator[None]:
+def _drawing_nothing(model: nn.Module) -> Iterator[None]:
     """Give the random generators back as they were, and keep what the model's code warns of for its own runs."""
+    gpus = sorted({parameter.device.index for parameter in model.parameters() if parameter.is_cuda})
     state, numpy = random.getstate(), sys.modules.get('numpy')
     numpy_state = None if numpy is None else numpy.random.get_state()
     try:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with torch.random.fork_rng(devices=gpus), warnings.catch_warnings():
             warnings.simplefilter('ignore')
             yield
     finally:
@@ -194,7 +200,7 @@ def _watched(
         hooks: Set[Tuple[str, str]],
         originals: FrozenSet[int],
         way: str,
-        images: Tensor,
+        inputs: Tuple[Any, ...],
         failures: List[Tuple[Exception, Set[str]]],
 ) -> Optional[_Watch]:
     """Run a model once, or None if it does not run so; then what it failed of is noted, and what was seen so far."""
@@ -207,9 +213,10 @@ def _watched(
             lambda own, args, kwargs, name=name: watch.into(name, own, (args, kwargs)), with_kwargs=True))
         handles.append(module.register_forward_hook(
             lambda own, args, result, name=name: watch.out_of(name, own, result)))
+    inputs = tree_map_only(Tensor, Tensor.clone, inputs)  # the model's code may write into them
     try:
         with _Reads(watch):
-            result = getattr(model, way)(images) if way else model(images)
+            result = getattr(model, way)(*inputs) if way else model(*inputs)
         watch.done = watch.finish()
         del result
         return watch
@@ -221,51 +228,68 @@ def _watched(
             handle.remove()
 
 
-def _passes(model: nn.Module, failures: List[Tuple[Exception, Set[str]]]) -> List[_Watch]:
+def _images(model: nn.Module) -> Iterator[Tuple[Tensor]]:
+    """Inputs without data that the model may take."""
+    reference = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    for size in _image_sizes(model):
+        yield torch.empty(BATCH, image_channels(model), *size, device='meta', dtype=reference.dtype),
+
+
+def _passes(
+        model: nn.Module,
+        example_inputs: Optional[Tuple[Any, ...]],
+        failures: List[Tuple[Exception, Set[str]]],
+) -> List[_Watch]:
     """The model's ways to run, in eval mode and, where it can, in training mode; empty if it runs in none."""
     hooks = {
         (name, end) for name, module in model.named_modules()
         for end, kinds in (('in', INPUT_HOOKS), ('out', OUTPUT_HOOKS)) if any(getattr(module, k) for k in kinds)}
     originals = frozenset(map(id, itertools.chain(model.parameters(), model.buffers())))
-    twin = _on_meta(model).eval()
-    reference = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
-    for size in _image_sizes(model):
-        images = torch.empty(BATCH, image_channels(model), *size, device='meta', dtype=reference.dtype)
-        first = _watched(twin, hooks, originals, '', images, failures)
+    twin = (_on_meta(model) if example_inputs is None else copied(model)).eval()
+    _drop_hooks_(twin)
+    for inputs in _images(model) if example_inputs is None else [example_inputs]:
+        first = _watched(twin, hooks, originals, '', inputs, failures)
         if first is not None:
             ways = [way for way in OTHER_WAYS if inspect.ismethod(getattr(twin, way, None))][:1]
-            others = [_watched(twin, hooks, originals, way, images, failures) for way in ways]
-            others.append(_watched(twin.train(), hooks, originals, '', images, failures))
+            others = [_watched(twin, hooks, originals, way, inputs, failures) for way in ways]
+            others.append(_watched(twin.train(), hooks, originals, '', inputs, failures))
             return [first, *(watch for watch in others if watch is not None)]
     return []
 
 
-def flows_of(model: nn.Module) -> Flows:
+def flows_of(model: nn.Module, example_inputs: Optional[Tuple[Any, ...]] = None) -> Flows:
     """What becomes of the outputs of the convolutions that a model runs.
 
     A copy without values runs on the meta device, which takes a moment and draws nothing; the model stays as it is. It
     does not run if there is no batch norm in it.
 
     Args:
-        model: Any model that takes images.
+        model: Any model.
+        example_inputs: Its arguments, for a copy with values; without them it is tried with images.
 
     Returns:
         What was seen. Of a model that does not run so, with a warning, no more than which outputs have no norm alone.
+
+    Raises:
+        UserError: If it does not run on the example.
     """
     passes: List[_Watch] = []
     failures: List[Tuple[Exception, Set[str]]] = []
     try:
         if any(map(is_foldable, model.modules())):
-            with _drawing_nothing():
-                passes = _passes(model, failures)
+            with _drawing_nothing(model):
+                passes = _passes(model, example_inputs, failures)
     except Exception as e:  # a model that cannot be copied, has no parameters, or takes no images
         failures.append((e, set()))
     if failures and not passes:
         why = failures[0][0]
+        because = f'{type(why).__name__}: ' + str(why).partition('\n')[0]
+        if example_inputs is not None:
+            raise UserError(f'{type(model).__name__} does not run on the example_inputs ({because})') from why
         _logger.warning(
-            '%s does not run on images without data (%s: %s), so it is not seen which norm acts on a convolution: the '
-            'next child of the same module is taken for it. Compare the outputs of the two networks',
-            type(model).__name__, type(why).__name__, str(why).partition('\n')[0])
+            '%s does not run on images without data (%s), so it is not seen which norm acts on a convolution: the next '
+            'child of the same module is taken for it. Give expand example_inputs=, or compare the outputs of the two '
+            'networks', type(model).__name__, because)
         return Flows({conv: Flow() for _, found in failures for conv in found}, frozenset())
     outputs: Dict[str, List[_Output]] = {}
     norms: Dict[str, Set[str]] = {}

@@ -59,6 +59,7 @@ def expand(
         method: Methods = 'orepa',
         *,
         select: Select = None,
+        example_inputs: Any = None,
         generator: Optional[torch.Generator] = None,
         inplace: bool = False,
 ) -> ModelT:
@@ -69,8 +70,8 @@ def expand(
 
     Methods with norms in their branches (``'dbb'``, ``'acb'``, ``'rep'``) stand for a convolution with the batch
     norm that reads its output, wherever that is declared, if nothing else reads the output. To see it, a copy of the
-    model is run without data, on the meta device; where it cannot be, the norm is the next child of the same module.
-    What is ``'orepa'``'s own choice goes by the next child, too.
+    model is run on images without data, on the meta device; where it cannot be, and no example is given, the norm is
+    the next child of the same module. What is ``'orepa'``'s own choice goes by the next child, too.
 
     Args:
         model: Any CNN.
@@ -85,6 +86,8 @@ def expand(
             KxK branch and not the shortcuts of a ResNet BasicBlock; in networks where those are less than half, all
             KxK, and all 1x1 if they are a quarter or more (of the parameters). For the others 3x3 and 5x5 with their
             batch norms.
+        example_inputs: What the model is called with, a tuple of arguments or the only one, for models that take
+            something else than images or decide by their values: a copy is run on it, on the model's device.
         generator: Source of the side branches' draw.
         inplace: Change the model itself instead of a copy.
 
@@ -93,11 +96,13 @@ def expand(
 
     Raises:
         UserError: For an unknown method, a pattern that matches or decides nothing, or whose method takes nothing of
-            it, if nothing is selected, if a selected convolution is not supported, or for a model that is sharded or
-            has lazy modules. The model is then unchanged.
+            it, if nothing is selected, if a selected convolution is not supported, if the model does not run on the
+            example, or for a model that is sharded or has lazy modules. The model is then unchanged.
     """
     left = what_is_left(Network.of(model))
-    expanded = _swap(model, method, select, generator, inplace, same_function=True)
+    if example_inputs is not None and not isinstance(example_inputs, tuple):
+        example_inputs = example_inputs,
+    expanded = _swap(model, method, select, generator, inplace, same_function=True, example_inputs=example_inputs)
     expansion = expansion_of(expanded)
     is_little = select is None and not isinstance(method, Mapping) and expansion.taken < LITTLE
     _logger.log(
@@ -161,6 +166,7 @@ def _swap(
         generator: Optional[torch.Generator],
         inplace: bool,
         same_function: bool,
+        example_inputs: Optional[Tuple[Any, ...]] = None,
 ) -> ModelT:
     if unwrapped(model) is not model:
         raise UserError(
@@ -171,7 +177,7 @@ def _swap(
     if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
         raise UserError(
             f'{type(model).__name__} has lazy modules, whose shapes are not known yet: run it once before expand')
-    network = Network.of(model)
+    network = Network.of(model, example_inputs)
     assigned = assign(network, method, select)
     if not assigned:
         raise UserError(why_nothing(network, method))

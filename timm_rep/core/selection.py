@@ -61,21 +61,25 @@ def repvgg_blocks(model: nn.Module) -> Iterator[Tuple[str, RepVggBlock]]:
 
 @dataclass(frozen=True)
 class Network:
-    """A model, with the names of all its modules, and how many modules have each of its parameters, by id."""
+    """A model, with the names of all its modules, and how many modules have each of its parameters, by id.
+
+    If what it is called with is known, it is watched running on that.
+    """
 
     model: nn.Module
     names: Mapping[int, List[str]]
     owners: Mapping[int, int]
+    example_inputs: Optional[Tuple[Any, ...]] = None
 
     @classmethod
-    def of(cls, model: nn.Module) -> 'Network':
+    def of(cls, model: nn.Module, example_inputs: Optional[Tuple[Any, ...]] = None) -> 'Network':
         parameters = (parameter for module in model.modules() for parameter in module._parameters.values())
-        return cls(model, names_of(model), Counter(map(id, parameters)))
+        return cls(model, names_of(model), Counter(map(id, parameters)), example_inputs)
 
     @functools.cached_property
     def flows(self) -> Flows:
         """What becomes of the convolutions' outputs; the model is run for it, once."""
-        return flows_of(self.model)
+        return flows_of(self.model, self.example_inputs)
 
     @functools.cached_property
     def held(self) -> FrozenSet[int]:
