@@ -15,6 +15,7 @@ from huggingface_hub.utils import _http
 import timm_rep
 from timm_rep.cli.main import main
 from timm_rep.core.walk import annealed_modules
+from timm_rep.hub import forms
 from timm_rep.io.checkpoint import read_checkpoint
 from timm_rep.io.weights import save_weights
 
@@ -186,6 +187,30 @@ def test_expand_keeps_the_outputs(layer, stock_name, name, kwargs, tmp_path):
     before = out.read_bytes()
     assert 'exists already' in call('expand', source, out, *options, code=2)
     assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize('kind', ['file', 'run', 'timm model'])
+def test_expand_keeps_the_input_settings(kind, tmp_path, monkeypatch):
+    stock = timm.create_model('resnet18', num_classes=4).eval()
+    settings = dict(input_size=(3, 64, 64), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), crop_pct=0.9)
+    source, out = tmp_path / 'stock.safetensors', tmp_path / 'training.safetensors'
+    if kind == 'file':
+        stock.pretrained_cfg = {**stock.pretrained_cfg, **settings}
+        timm_rep.save(stock, source)
+    elif kind == 'run':
+        source = tmp_path / 'last.pth.tar'
+        args = argparse.Namespace(model='resnet18', num_classes=4, **settings)
+        torch.save(dict(state_dict=stock.state_dict(), args=args), source)
+    else:
+        stock.pretrained_cfg = {**stock.pretrained_cfg, **settings}
+        create_model = forms.create_model
+        monkeypatch.setattr(
+            forms, 'create_model', lambda name, **kwargs: create_model(name, **kwargs) if 'rep' in name else stock)
+        source = 'resnet18'
+    call('expand', source, out, *(['--num-classes', 4] if kind == 'timm model' else []))
+    cfg = timm_rep.load(out).pretrained_cfg
+    assert {key: cfg[key] for key in settings} == settings
+    assert cfg['architecture'] == 'orepa_resnet18'
 
 
 def test_expand_bad_input(checkpoint, stock_file, tmp_path):

@@ -1,4 +1,5 @@
 """Weights that an overlay names bring the classes and input settings that are known of them."""
+import argparse
 import json
 
 import pytest
@@ -46,15 +47,29 @@ def test_a_file_is_of_the_classes_of_the_config_beside_it(model, folder):
     assert (other.num_classes, other.conv1.in_channels) == (3, 3)
 
 
-@pytest.mark.parametrize('write', [
-    lambda model, path: save(model, path),
-    lambda model, path: safetensors.torch.save_file(fuse(model).state_dict(), path),
-], ids=['training form', 'stock form'])
-def test_a_file_alone_tells_its_classes(write, model, tmp_path):
-    write(model, tmp_path / 'x.safetensors')
-    overlay = dict(file=tmp_path / 'x.safetensors', input_size=(1, 32, 32))
+@pytest.mark.parametrize(('name', 'write'), [
+    ('x.safetensors', save),
+    ('x.safetensors', lambda model, path: safetensors.torch.save_file(fuse(model).state_dict(), path)),
+    ('x.pth', lambda model, path: torch.save(fuse(model).state_dict(), path)),
+    ('x.pth', lambda model, path: torch.save(model.state_dict(), path, _use_new_zipfile_serialization=False)),
+    ('last.pth.tar', lambda model, path: torch.save(
+        dict(state_dict_ema=model.state_dict(), state_dict={}, args=argparse.Namespace()), path)),
+], ids=['training form', 'stock form', 'pickled', 'pickled in the older way', 'checkpoint'])
+def test_a_file_alone_tells_its_classes(name, write, model, tmp_path):
+    write(model, tmp_path / name)
+    overlay = dict(file=tmp_path / name, input_size=(1, 32, 32))
     assert_same_head(create(**overlay), model)
     assert create(kwargs=dict(num_classes=3), **overlay).num_classes == 3
+    (tmp_path / 'config.json').write_text('{"model_type": "another library\'s"}')
+    assert_same_head(create(**overlay), model)
+
+
+@pytest.mark.skipif(OLD_TIMM, reason='this timm adapts weights for 3 image channels only')
+def test_a_file_of_save_tells_its_input(model, tmp_path):
+    save(model, tmp_path / 'x.safetensors')
+    cfg = create(file=tmp_path / 'x.safetensors').pretrained_cfg
+    assert (cfg['input_size'], cfg['mean']) == ((1, 40, 40), (0.1,))
+    assert create(file=tmp_path / 'x.safetensors', mean=(0.2,)).pretrained_cfg['mean'] == (0.2,)
 
 
 @pytest.mark.parametrize('named', [

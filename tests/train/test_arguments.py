@@ -26,6 +26,7 @@ from timm_rep.train.arguments import (
     check_model,
     recipe_file,
     recipe_names,
+    take_start_settings,
     without_time_steps,
 )
 from timm_rep.train.resume import find_run
@@ -417,3 +418,22 @@ def test_what_takes_rep_layers_apart_is_refused_without_time_steps_too(option):
     with pytest.raises(timm_rep.UserError, match=f'--{option.replace("_", "-")} takes the rep layers apart'):
         check_model(args, schedule)
     check_model(argparse.Namespace(**dict(vars(args), model='resnet18')), schedule)
+
+
+@pytest.mark.parametrize(('given', 'expected'), [
+    ({}, dict(input_size=[3, 40, 40], mean=[0.1, 0.2, 0.3], interpolation='bicubic', crop_mode='squash')),
+    (dict(img_size=16, mean=[0.5]), dict(input_size=None, mean=[0.5], interpolation='bicubic', crop_mode='squash')),
+    (dict(in_chans=1), dict(input_size=[1, 40, 40], mean=[0.1, 0.2, 0.3])),
+    (dict(pretrained=False), dict(input_size=None, mean=None, interpolation='')),
+    (dict(model='resnet18'), dict(input_size=None, mean=None, interpolation='')),
+], ids=['all open', 'some given', 'channels given', 'not asked for', "timm's own network"])
+def test_arguments_say_what_input_the_weights_to_start_from_bring(given, expected, tmp_path):
+    model = timm.create_model('orepa_repvgg_a0_cifar')
+    settings = dict(input_size=(3, 40, 40), mean=(0.1, 0.2, 0.3), interpolation='bicubic', crop_mode='squash')
+    model.pretrained_cfg = {**model.pretrained_cfg, **settings}
+    timm_rep.save(model, tmp_path / 'start.safetensors')
+    args = argparse.Namespace(**{**dict(
+        model='orepa_repvgg_a0_cifar', pretrained=True, pretrained_path=str(tmp_path / 'start.safetensors'),
+        img_size=None, in_chans=None, input_size=None, mean=None, std=None, interpolation='', crop_pct=None), **given})
+    take_start_settings(args)
+    assert {key: getattr(args, key) for key in expected} == expected

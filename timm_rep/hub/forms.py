@@ -18,7 +18,7 @@ from ..io.weights import build_filled, load_strictly, load_training_form, save_w
 from ..models.checkpoint_filter import checkpoint_filter_fn
 from ..models.names import OWN_ARGS, TRAINING_PREFIXES, stock_architecture
 from .check import load_export
-from .export import export_folder
+from .export import DATA_FIELDS, export_folder
 
 __all__ = ['expand_checkpoint', 'fuse_checkpoint', 'verify_checkpoint']
 
@@ -181,8 +181,10 @@ def expand_checkpoint(
         args.update(layer_args)
     else:
         raise FileNotFoundError(f'{source} is neither a file nor a model of timm')
-    model = create_model(target, **args).eval()
+    model: Any = create_model(target, **args).eval()
     model.load_state_dict(checkpoint_filter_fn(stock.state_dict(), model))
+    settings = {key: stock.pretrained_cfg[key] for key in ('pool_size', *DATA_FIELDS) if key in stock.pretrained_cfg}
+    model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, **settings}
     report = verify(model, stock.eval())
     save_weights(model, output)
     return report

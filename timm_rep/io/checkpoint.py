@@ -25,7 +25,7 @@ from .plain_data import plain
 from .runs import read_run_args
 
 __all__ = [
-    'FLOATS', 'Checkpoint', 'dtype_fits', 'find_checkpoint', 'model_args_of', 'read_checkpoint',
+    'DATA_CONFIG_KEYS', 'FLOATS', 'Checkpoint', 'dtype_fits', 'find_checkpoint', 'model_args_of', 'read_checkpoint',
     'take_input_settings', 'trained_architecture',
 ]
 

@@ -72,10 +72,17 @@ class Description:
             args = dict({key: value for key, value in args.items() if key not in OWN_ARGS}, inference_mode=True)
         model: Any = expand_as_(create_model(self.architecture, **args), self.methods, self.norms)
         model._model_args = dict(self.model_args)
+        return model
+
+    def say_settings_(self, model: Any) -> None:
+        """Let a model's metadata say what it must be fed with.
+
+        Args:
+            model: A model of timm, in either form.
+        """
         if model.pretrained_cfg is not None and self.settings:
             settings = {key: tuple(value) if isinstance(value, list) else value for key, value in self.settings.items()}
             model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, 'pool_size': None, **settings}
-        return model
 
 
 def _unsaid(module: nn.Module) -> str:

@@ -167,7 +167,7 @@ def build_filled(checkpoint: Checkpoint, form: str, build: Callable[[], nn.Modul
         build: Builds the network.
 
     Returns:
-        The model with the weights, in eval mode. Its ``pretrained_cfg`` has the input settings of the run.
+        The model with the weights, in eval mode. Its ``pretrained_cfg`` has the input settings of the file or the run.
 
     Raises:
         UserError: If the weights are not those of the network, or the run had settings that timm does not understand.
@@ -177,6 +177,8 @@ def build_filled(checkpoint: Checkpoint, form: str, build: Callable[[], nn.Modul
     _check_fit(skeleton, checkpoint.state_dict, checkpoint.path, form)
     model = build()
     load_strictly(model, checkpoint.state_dict, checkpoint.path, form)
+    if checkpoint.description is not None:
+        checkpoint.description.say_settings_(model)
     take_input_settings(model, checkpoint.args, checkpoint.path)
     return model.eval()
 

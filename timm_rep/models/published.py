@@ -1,16 +1,24 @@
 """Published weights of our models: what ``pretrained=True`` finds, and what it says where there are none."""
+import argparse
 import json
 from pathlib import Path
 from typing import Any, Callable, Dict, Mapping, Optional, TypeVar
 
 import safetensors
+import torch
 import torch.nn as nn
-from timm.models import build_model_with_cfg, get_pretrained_cfg, load_model_config_from_hf, resolve_pretrained_cfg
+from timm.models import (
+    build_model_with_cfg,
+    get_pretrained_cfg,
+    load_model_config_from_hf,
+    load_state_dict,
+    resolve_pretrained_cfg,
+)
 
 from ..core.errors import UserError
 from .damage import check_file
 
-__all__ = ['build_model', 'published_weights', 'with_published']
+__all__ = ['build_model', 'described_weights', 'published_weights', 'with_published']
 
 REGISTRY = Path(__file__).with_name('published.json')
 
@@ -63,26 +71,43 @@ def with_published(cfgs: Cfgs, published: Optional[Cfgs] = None) -> Dict[str, An
     return result
 
 
-def _classes_of_file(path: Path, variant: str) -> Dict[str, Any]:
-    """Classes that the shape of the classifier in a file tells."""
+def _described_by_file(path: Path, variant: str) -> Dict[str, Any]:
+    """Classes that the shape of the classifier in a file tells, and what our own files say of their input."""
     cfg: Any = get_pretrained_cfg(variant)
     key = f'{cfg.classifier}.weight'
-    with safetensors.safe_open(path, 'pt') as file:
-        return dict(num_classes=file.get_slice(key).get_shape()[0]) if key in file.keys() else {}
+    if path.suffix == '.safetensors':
+        with safetensors.safe_open(path, 'pt') as file:
+            classes = file.get_slice(key).get_shape()[:1] if key in file.keys() else []
+            described = json.loads((file.metadata() or {}).get('pretrained_cfg', '{}'))
+    else:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # train.py puts its arguments into the checkpoint
+            state_dict = load_state_dict(str(path), device='meta', weights_only=True)
+        classes, described = list(state_dict[key].shape[:1]) if key in state_dict else [], {}
+    return {**described, **(dict(num_classes=classes[0]) if classes else {})}
 
 
-def _description_of(overlay: Mapping[str, Any], variant: str, cache_dir: Any) -> Dict[str, Any]:
-    """What the repository or file that an overlay takes weights from says of them; no more than there is."""
+def described_weights(overlay: Mapping[str, Any], variant: str, cache_dir: Any = None) -> Dict[str, Any]:
+    """What the repository or file that an overlay takes weights from says of them; no more than there is.
+
+    Args:
+        overlay: Fields of a ``pretrained_cfg``: ``hf_hub_id``, or ``file``.
+        variant: Name of the architecture.
+        cache_dir: Folder of fetched files.
+
+    Returns:
+        Fields of a ``pretrained_cfg``: classes and input settings.
+    """
     try:
         if overlay.get('hf_hub_id'):
             described = load_model_config_from_hf(overlay['hf_hub_id'], cache_dir=cache_dir)[0]
         else:
             file = Path(overlay['file'])
+            described = _described_by_file(file, variant)
             config_file = file.with_name('config.json')
-            if not config_file.is_file():
-                return _classes_of_file(file, variant)
-            config = json.loads(config_file.read_text())
-            described = {**config.get('pretrained_cfg', {}), **config}
+            if config_file.is_file():
+                config = json.loads(config_file.read_text())
+                beside = {**config.get('pretrained_cfg', {}), **config}
+                described.update({key: value for key, value in beside.items() if value is not None})
     except Exception:  # what is wrong with the weights timm says
         return {}
     return _with_tuples({key: described[key] for key in DESCRIBED if described.get(key) is not None})
@@ -107,7 +132,8 @@ def build_model(
     """Call timm's ``build_model_with_cfg``, which says more where ``pretrained=True`` finds no weights.
 
     Weights that the overlay names have the classes and input settings of the config.json beside them, as they have
-    where timm loads them by ``'hf-hub:ORG/NAME'``, unless the overlay says otherwise.
+    where timm loads them by ``'hf-hub:ORG/NAME'``, else those that the file itself tells, unless the overlay says
+    otherwise.
 
     Args:
         model_cls: Builds the model.
@@ -125,7 +151,7 @@ def build_model(
     """
     if pretrained:
         overlay = pretrained_cfg_overlay or {}
-        pretrained_cfg_overlay = {**_description_of(overlay, variant, kwargs.get('cache_dir')), **overlay}
+        pretrained_cfg_overlay = {**described_weights(overlay, variant, kwargs.get('cache_dir')), **overlay}
         cfg: Any = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
         if cfg.file:
             _check_weights(Path(cfg.file))

@@ -3,18 +3,24 @@ import argparse
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
+import timm
+from timm.models import split_model_name_tag
+
 from ..core.annealing import RESTORATIONS, AnnealingSchedule, check_restoration
 from ..core.errors import UserError
 from ..core.layers.dbb import NormPad2d
 from ..core.walk import annealed_modules
 from ..io.architecture import create_model
-from ..io.checkpoint import read_checkpoint
+from ..io.checkpoint import DATA_CONFIG_KEYS, read_checkpoint
 from ..io.plain_data import read_yaml
 from ..models.damage import check_file
+from ..models.names import is_training_form
+from ..models.published import described_weights
 
 __all__ = [
     'START_FILES', 'add_time_step_options', 'check_crops', 'check_model', 'check_start_weights', 'complete_schedule',
-    'output_folder', 'output_root', 'read_options', 'recipe_file', 'recipe_names', 'without_time_steps',
+    'output_folder', 'output_root', 'read_options', 'recipe_file', 'recipe_names', 'take_start_settings',
+    'without_time_steps',
 ]
 
 # Schedules of timm that start anew with --lr-cycle-limit.
@@ -224,6 +230,28 @@ def check_start_weights(args: argparse.Namespace) -> None:
         file = getattr(args, name, None)
         if file and Path(file).is_file():
             check_file(Path(file))
+
+
+def take_start_settings(args: argparse.Namespace) -> None:
+    """Note the input settings that a model of ours has from the file of ``--pretrained-path``, which timm trains with.
+
+    What reads the run goes by its arguments, and may not have the file.
+
+    Args:
+        args: timm's arguments; what is left open is filled in.
+    """
+    name, file = split_model_name_tag(args.model)[0], getattr(args, 'pretrained_path', None)
+    if not (args.pretrained and file and is_training_form(name) and timm.is_model(name)):
+        return
+    described = described_weights(dict(file=file), name)
+    if getattr(args, 'img_size', None) is not None:
+        described.pop('input_size', None)
+    if 'input_size' in described and getattr(args, 'in_chans', None) is not None:
+        described['input_size'] = (args.in_chans, *described['input_size'][1:])
+    for key in DATA_CONFIG_KEYS:
+        if key in described and not getattr(args, key, None):
+            value = described[key]
+            setattr(args, key, list(value) if isinstance(value, tuple) else value)
 
 
 def check_model(args: argparse.Namespace, schedule: AnnealingSchedule) -> None:

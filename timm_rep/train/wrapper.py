@@ -41,6 +41,7 @@ from .arguments import (
     read_options,
     recipe_file,
     recipe_names,
+    take_start_settings,
 )
 from .best import check_best
 from .epochs import AnnealedEpochs
@@ -104,6 +105,7 @@ def _train_in_time_steps(script: Any) -> None:
         folder = output_folder(args)
         if folder is not None:
             lock.take(folder, make=False)  # before its files are read
+        take_start_settings(args)
         find_run(args, schedule)
         check_crops(args)
         check_best(args, schedule)
