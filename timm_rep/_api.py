@@ -3,7 +3,7 @@ from . import models
 from ._version import __version__
 from .core import layers, methods
 from .core.annealer import Annealer
-from .core.annealing import AnnealingSchedule, attach_rate, begin_time_step, reset_optimizer
+from .core.annealing import AnnealingSchedule, attach_rate, begin_time_step
 from .core.capture import capture
 from .core.distributed import RepDistributedDataParallel
 from .core.errors import UserError
@@ -38,6 +38,7 @@ from .core.layers import (
 )
 from .core.methods import Method, register_method
 from .core.micro_batch import micro_batch
+from .core.optimizers import reset_optimizer
 from .core.prune import prune_branches
 from .core.verify import Report, VerificationError, verify
 from .core.walk import rep_layers, set_attach_rate

@@ -1,6 +1,7 @@
-"""The stand-in for CUDA graphs, as a fixture."""
+"""Surroundings of a training: the stand-in for CUDA graphs, a group of processes."""
 import pytest
 import torch
+import torch.distributed as dist
 from graph_stand_in import Graphs
 
 from timm_rep.core.capture import _GraphedComposition
@@ -13,3 +14,11 @@ def graphs(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'device', torch.device)
     monkeypatch.setattr(_GraphedComposition, 'device_type', 'cpu')
     return torch.cuda.make_graphed_callables
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    """A group of one process."""
+    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -17,6 +17,7 @@ from helpers import (
 )
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import timm_rep
 from timm_rep import Annealer, AnnealingSchedule, attach_rate
@@ -252,6 +253,25 @@ def origin_values(model):
     return [
         parameter[index].detach().clone()
         for _, module in annealed_modules(model) for parameter, index in module.origin_parameters()]
+
+
+def test_optimizers_that_hold_another_freeze_like_that(process_group):
+    def trained(wrap):
+        model = timm.create_model('repan_repvgg_a0_cifar', num_classes=5, rep_layer='orepa')
+        model.load_state_dict(started)
+        optimizer = wrap(model.parameters())
+        annealer = Annealer(model, optimizer, AnnealingSchedule(2, 3, warmup_epochs=2), freeze_origin=True)
+        for epoch in range(6):
+            annealer.begin_epoch(epoch)
+            optimizer.zero_grad()
+            model(randn(4, 3, 8, 8, seed=epoch, dtype=torch.float32)).square().mean().backward()
+            optimizer.step()
+        return model.state_dict()
+
+    started = timm.create_model('repan_repvgg_a0_cifar', num_classes=5, rep_layer='orepa').state_dict()
+    kwargs = dict(lr=0.01, weight_decay=0.1)
+    expected = trained(lambda parameters: torch.optim.AdamW(parameters, **kwargs))
+    assert_same_state(trained(lambda p: ZeroRedundancyOptimizer(p, torch.optim.AdamW, **kwargs)), expected)
 
 
 @pytest.mark.parametrize('optimizer', ['momentum', 'adamw', 'lookahead_momentum'])

@@ -26,6 +26,8 @@ from timm.layers import BatchNormAct2d
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch._dynamo.testing import CompileCounter
+from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer
 from torch.nn.utils import parametrize, prune, weight_norm
 
 import timm_rep
@@ -371,7 +373,7 @@ def test_all_processes_begin_a_time_step_with_the_same_weights(tmp_path):
 
 
 @pytest.fixture
-def process_group(tmp_path):
+def default_process_group(tmp_path):
     """A group of one process whose backends were left to torch, as `init_process_group()` does."""
     dist.init_process_group(init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
     yield
@@ -379,7 +381,7 @@ def process_group(tmp_path):
 
 
 @torch.no_grad()
-def test_backends_may_be_left_to_torch(process_group):
+def test_backends_may_be_left_to_torch(default_process_group):
     model = make('mixed').eval()
     expected = model(images())
     begin_time_step(model, seeded())
@@ -388,7 +390,7 @@ def test_backends_may_be_left_to_torch(process_group):
 
 
 @pytest.mark.filterwarnings('ignore:Casting complex values to real')
-def test_averaged_copy_on_the_cpu_is_shared_through_the_accelerator(process_group, monkeypatch):
+def test_averaged_copy_on_the_cpu_is_shared_through_the_accelerator(default_process_group, monkeypatch):
     """Where processes exchange tensors of GPUs only. Here another dtype stands for another device."""
     def broadcast(tensor, src):
         assert tensor.is_complex()
@@ -584,20 +586,48 @@ def test_computed_values_cannot_be_written(compute, name):
 # The optimizer
 
 
-@pytest.mark.parametrize('name', ['sgd', 'adamw', 'lamb', 'adan', 'lookahead_momentum', 'lookahead_lamb', 'adahessian'])
-def test_reset_optimizer_steps_like_a_new_one(name):
+class Sharpened(torch.optim.Optimizer):
+    """Steps by another optimizer, as those of SAM do."""
+
+    def __init__(self, parameters, **kwargs):
+        super().__init__(parameters, kwargs)
+        self.base_optimizer = torch.optim.Adam(self.param_groups, **kwargs)
+
+    def step(self):
+        self.base_optimizer.step()
+
+
+HOLDING = dict(
+    sharpened=Sharpened,
+    sharded=lambda parameters, **kwargs: ZeroRedundancyOptimizer(parameters, torch.optim.Adam, **kwargs),
+    averaged=lambda parameters, **kwargs: PostLocalSGDOptimizer(
+        torch.optim.Adam(parameters, **kwargs), PeriodicModelAverager(period=1, warmup_steps=0)),
+)
+
+
+@pytest.mark.parametrize('name', [
+    'sgd', 'adamw', 'lamb', 'adan', 'lookahead_momentum', 'lookahead_lamb', 'adahessian', *HOLDING])
+def test_reset_optimizer_steps_like_a_new_one(name, request):
     """After a reset the next updates are those of an optimizer that was never used."""
+    def make(model):
+        if name in HOLDING:
+            return HOLDING[name](model.parameters(), lr=0.01)
+        return create_optimizer_v2(model, opt=name, lr=0.01)
+
+    if name in HOLDING:
+        request.getfixturevalue('process_group')
+
     def step(model, optimizer, seed):
         optimizer.zero_grad()
         model(randn(4, 6, seed=seed)).pow(2).sum().backward(create_graph=name == 'adahessian')
         optimizer.step()
 
     used = nn.Linear(6, 3, dtype=torch.float64)
-    used_optimizer = create_optimizer_v2(used, opt=name, lr=0.01)
+    used_optimizer = make(used)
     for seed in range(5):
         step(used, used_optimizer, seed)
     new = copy.deepcopy(used)
-    new_optimizer = create_optimizer_v2(new, opt=name, lr=0.01)
+    new_optimizer = make(new)
     timm_rep.reset_optimizer(used_optimizer)
     for seed in range(8):
         step(used, used_optimizer, seed)

@@ -7,7 +7,6 @@ import weakref
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from helpers import LINEAR_RTOL, TINY_MODELS, assert_near, randn, randomize_
 from timm.utils import ModelEmaV3
@@ -505,14 +504,6 @@ def test_compiled_layers_compose_at_every_micro_batch_and_say_so():
             accumulate(compiled, batches(), once=True)
     assert any('compiled layers compose at every micro-batch' in str(warning.message) for warning in caught)
     assert_same_gradients(model, twin)
-
-
-@pytest.fixture
-def process_group(tmp_path):
-    """Of one process."""
-    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def test_a_module_that_holds_distributed_ones(process_group):

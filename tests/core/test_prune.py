@@ -85,17 +85,13 @@ def test_a_share_that_is_none_leaves_the_model_as_it_was(model, keep):
     assert_same_state(state_of(model), state)
 
 
-def test_a_model_in_a_wrapper_that_knows_its_parameters_is_refused(model, tmp_path):
-    torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
-    try:
-        parallel = nn.parallel.DistributedDataParallel(model)
-        before = state_of(model)
-        for wrapped in (parallel, torch.compile(parallel, backend='eager')):
-            with pytest.raises(UserError, match='prune the network inside DistributedDataParallel'):
-                prune_branches(wrapped, 0.5)
-        assert_same_state(state_of(model), before)
-    finally:
-        torch.distributed.destroy_process_group()
+def test_a_model_in_a_wrapper_that_knows_its_parameters_is_refused(model, process_group):
+    parallel = nn.parallel.DistributedDataParallel(model)
+    before = state_of(model)
+    for wrapped in (parallel, torch.compile(parallel, backend='eager')):
+        with pytest.raises(UserError, match='prune the network inside DistributedDataParallel'):
+            prune_branches(wrapped, 0.5)
+    assert_same_state(state_of(model), before)
 
 
 def test_what_has_no_importances_is_refused():

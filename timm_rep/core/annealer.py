@@ -10,7 +10,6 @@ from .annealing import (
     begin_time_step,
     check_rep_layers,
     check_restoration,
-    reset_optimizer,
     set_attach_rate,
     set_time_step,
     time_step,
@@ -19,6 +18,7 @@ from .branch_log import BranchLog
 from .errors import UserError
 from .freeze import OriginFreeze
 from .measure import first_batches
+from .optimizers import reset_optimizer
 
 __all__ = ['Annealer']
 

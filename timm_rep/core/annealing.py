@@ -30,7 +30,6 @@ from typing import Any, Iterable, List, Optional
 
 import torch
 import torch.nn as nn
-from timm.optim import Adahessian
 from torch import Tensor
 
 from .errors import UserError
@@ -43,7 +42,7 @@ from .walk import annealed_modules, set_attach_rate
 
 __all__ = [
     'RESTORATIONS', 'AnnealingSchedule', 'Position', 'attach_rate', 'begin_time_step', 'check_rep_layers',
-    'check_restoration', 'reset_optimizer', 'set_attach_rate', 'set_time_step', 'time_step',
+    'check_restoration', 'set_attach_rate', 'set_time_step', 'time_step',
 ]
 
 RESTORATIONS = ('authors', 'keep_gain', 'measured')
@@ -240,28 +239,6 @@ def set_time_step(model: nn.Module, number: int) -> None:
             module.set_time_step_(number)
 
 
-def reset_optimizer(optimizer: Any) -> None:
-    """Let an optimizer start anew with the parameters, learning rate and settings that it has.
-
-    More than ``optimizer.state.clear()``: some of timm's optimizers (LAMB, Adan) count their steps elsewhere,
-    AdaHessian cannot make its state anew, and Lookahead holds another optimizer.
-
-    Args:
-        optimizer: Any optimizer of torch or timm.
-    """
-    for holder in (optimizer, getattr(optimizer, '_base_optimizer', optimizer)):
-        holder.state.clear()
-        for group in holder.param_groups:
-            group.pop('step', None)
-            if 'lookahead_step' in group:
-                group['lookahead_step'] = 0
-        if isinstance(holder, Adahessian):  # its state begins in its constructor
-            holder.generator = torch.Generator().manual_seed(holder.seed)
-            for parameter in holder.get_params():
-                parameter.hess = 0.0
-                holder.state[parameter]['hessian step'] = 0
-
-
 def _share_from_first_rank(module: AnnealedModule) -> None:
     """Take over the state of the first process: kept statistics may differ, and then so do folded kernels."""
     backends = torch.distributed.get_backend_config()  # such as 'cpu:gloo,cuda:nccl'
@@ -288,8 +265,8 @@ def begin_time_step(
 
     Works in place, in training and eval mode: the same parameters, the same shapes, nothing to recompile. An
     :class:`~timm_rep.core.annealer.Annealer` calls it when it is due; who calls it by hand forgets the optimizer's
-    state afterwards (:func:`reset_optimizer`), and does the same, with a generator of the same seed, on an averaged
-    copy of the model (EMA). In a distributed training call it on every process: all end up with the first
+    state afterwards (:func:`timm_rep.reset_optimizer`), and does the same, with a generator of the same seed, on an
+    averaged copy of the model (EMA). In a distributed training call it on every process: all end up with the first
     one's weights. Parameters that ``fully_shard`` (FSDP2) has spread are whole for the time that their layer takes.
 
     Outputs in eval mode stay the same at every attach rate for linear (OREPA) layers, also inside RepVGG blocks. For

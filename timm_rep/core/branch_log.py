@@ -6,6 +6,7 @@ import torch.nn as nn
 from timm.utils import unwrap_model
 from torch import Tensor
 
+from .optimizers import optimizers_in
 from .walk import annealed_modules
 
 __all__ = ['BranchLog']
@@ -19,14 +20,14 @@ class BranchLog:
 
     Args:
         model: Model with rep layers, also in wrappers (DDP, torch.compile).
-        optimizer: Its optimizer; timm's Lookahead too.
+        optimizer: Its optimizer, also one that holds another (timm's Lookahead, torch's ZeroRedundancyOptimizer).
     """
 
     def __init__(self, model: nn.Module, optimizer: Any) -> None:
         self._modules = list(annealed_modules(unwrap_model(model)))
         self._sums: Dict[Tuple[int, str, str], Tensor] = {}
         self._updates = 0
-        getattr(optimizer, '_base_optimizer', optimizer).register_step_pre_hook(self._read)
+        optimizers_in(optimizer)[-1].register_step_pre_hook(self._read)
 
     @torch.no_grad()
     def _read(self, *_: Any) -> None:

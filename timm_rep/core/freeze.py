@@ -6,8 +6,8 @@ import torch.nn as nn
 from timm.optim import Adahessian, RMSpropTF
 from torch import Tensor
 
-from .annealing import reset_optimizer
 from .errors import UserError
+from .optimizers import optimizers_in, reset_optimizer
 from .sharded import is_sharded
 from .walk import annealed_modules
 
@@ -34,7 +34,7 @@ class OriginFreeze:
 
     Args:
         model: Model with rep layers, also in wrappers (DDP, torch.compile).
-        optimizer: Its optimizer; timm's Lookahead too.
+        optimizer: Its optimizer, also one that holds another (timm's Lookahead, torch's ZeroRedundancyOptimizer).
 
     Raises:
         UserError: For torch's fused SGD with momentum, which cannot take parameters up later than others; for
@@ -49,11 +49,11 @@ class OriginFreeze:
         # parts of parameters, whose rest is trained: their values, and those of the state
         self._kept: List[Tuple[Tensor, Any, Tensor, Dict[str, Tensor]]] = []
         self._outer = optimizer
-        self._optimizer = getattr(optimizer, '_base_optimizer', optimizer)
+        self._optimizer = optimizers_in(optimizer)[-1]
         if isinstance(self._optimizer, torch.optim.SGD) and any(
                 group['fused'] and group['momentum'] for group in self._optimizer.param_groups):
             raise UserError('freeze_origin does not work with fused SGD with momentum; take SGD(..., fused=False)')
-        known = {id(parameter) for group in self._optimizer.param_groups for parameter in group['params']}
+        known = {id(parameter) for group in optimizer.param_groups for parameter in group['params']}
         if any(parameter.requires_grad and id(parameter) not in known for parameter, _ in self._parts):
             raise UserError(
                 'freeze_origin keeps one optimizer from the origin branches, and this one does not have all of them: '
