@@ -80,6 +80,13 @@ def test_start_files_are_named_without_where_they_were(checkpoint, path, name):
     assert run.start_files == {'--initial-checkpoint': name}  # a resumed run is the same run
 
 
+def test_a_file_that_was_not_asked_for_is_no_start(checkpoint):
+    """By timm's rule; see `--pretrained-path`."""
+    args = dict(ARGS, pretrained_path='/home/joe/start.pth')
+    assert read_run(checkpoint, args).start_files == {}
+    assert read_run(checkpoint, dict(args, pretrained=True)).start_files == {'--pretrained-path': 'start.pth'}
+
+
 @pytest.mark.parametrize(('given', 'name'), [
     ('resnet34', 'resnet34'), ('local-dir:/home/joe/big', 'local-dir:big'), ('local-dir:big/', 'local-dir:big'),
     ('local-dir:C:\\Users\\joe\\big', 'local-dir:big'), ('/home/joe/big', 'big'), (None, None), ('', None)])

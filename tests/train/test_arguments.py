@@ -24,6 +24,7 @@ from timm_rep.train.arguments import (
     add_time_step_options,
     check_crops,
     check_model,
+    check_start_weights,
     recipe_file,
     recipe_names,
     take_start_settings,
@@ -409,6 +410,12 @@ def test_recipe_runs_on_a_few_images(timm_scripts, photos, tmp_path, recipe):
     code, log = run(tmp_path, argv)
     assert code == 0, log
     assert len(rows(tmp_path / 'output/train/run/summary.csv')) == steps
+
+
+def test_a_path_of_weights_that_timm_does_not_look_at_is_refused():
+    args = argparse.Namespace(pretrained=False, pretrained_path='start.safetensors')
+    with pytest.raises(timm_rep.UserError, match=r'start\.safetensors is read with --pretrained only'):
+        check_start_weights(args)
 
 
 @pytest.mark.parametrize('option', ['torchscript', 'split_bn'])

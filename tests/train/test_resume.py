@@ -287,7 +287,7 @@ def test_weights_to_start_from_are_whole(finished, tmp_path):
         check_start_weights(argparse.Namespace(initial_checkpoint=str(damaged)))
         turn_a_bit(damaged)
         with pytest.raises(UserError, match=r'is not loaded: .*damaged'):
-            check_start_weights(argparse.Namespace(pretrained_path=str(damaged)))
+            check_start_weights(argparse.Namespace(pretrained=True, pretrained_path=str(damaged)))
 
 
 def test_nothing_stays_of_a_snapshot_that_was_interrupted(tmp_path):

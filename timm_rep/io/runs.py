@@ -15,8 +15,8 @@ from .output import PathLike
 from .plain_data import plain, read_yaml
 
 __all__ = [
-    'DECIDED_LATER', 'MAY_CHANGE', 'Run', 'args_in_effect', 'complete_rows', 'is_open', 'read_rows', 'read_run',
-    'read_run_args', 'read_summary', 'to_number', 'write_run',
+    'DECIDED_LATER', 'MAY_CHANGE', 'START_ARGS', 'Run', 'args_in_effect', 'complete_rows', 'is_open', 'read_rows',
+    'read_run', 'read_run_args', 'read_summary', 'to_number', 'write_run',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ WORD_ARGS = frozenset("""
 """.split())
 # What train.py adds to its arguments for itself, once it runs.
 DERIVED_ARGS = frozenset(('distributed', 'local_rank', 'prefetcher', 'rank', 'world_size'))
-START_ARGS = ('initial_checkpoint', 'pretrained_path')
+START_ARGS = ('initial_checkpoint', 'pretrained_path')  # files of weights to start from
 FOLDER = 'local-dir:'
 SECRET_NAME = re.compile(r'token|secret|passw|credential|auth|key', re.IGNORECASE)
 # A path of a machine, an address, or what access keys begin with, anywhere in a text.
@@ -357,7 +357,8 @@ def read_run(
     return Run(
         shared,
         tuple(sorted(left_out)),
-        {f'--{key.replace("_", "-")}': _file_name(str(args[key])) for key in START_ARGS if args.get(key)},
+        {f'--{key.replace("_", "-")}': _file_name(str(args[key])) for key in START_ARGS
+         if args.get(key) and (key != 'pretrained_path' or args.get('pretrained'))},
         processes if isinstance(processes, int) else 1,
         history,
         epoch,

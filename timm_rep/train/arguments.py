@@ -13,14 +13,14 @@ from ..core.walk import annealed_modules
 from ..io.architecture import create_model
 from ..io.checkpoint import DATA_CONFIG_KEYS, read_checkpoint
 from ..io.plain_data import read_yaml
+from ..io.runs import START_ARGS
 from ..models.damage import check_file
 from ..models.names import is_training_form
 from ..models.published import described_weights
 
 __all__ = [
-    'START_FILES', 'add_time_step_options', 'check_crops', 'check_model', 'check_start_weights', 'complete_schedule',
-    'output_folder', 'output_root', 'read_options', 'recipe_file', 'recipe_names', 'take_start_settings',
-    'without_time_steps',
+    'add_time_step_options', 'check_crops', 'check_model', 'check_start_weights', 'complete_schedule', 'output_folder',
+    'output_root', 'read_options', 'recipe_file', 'recipe_names', 'take_start_settings', 'without_time_steps',
 ]
 
 # Schedules of timm that start anew with --lr-cycle-limit.
@@ -31,7 +31,6 @@ UNFIT_OPTIONS = ('torchscript', 'split_bn')
 OTHER_CROPS = dict(
     no_aug=False, train_crop_mode=None, scale=[0.08, 1.0], ratio=[3 / 4, 4 / 3], aug_splits=0, train_img_sizes=None,
     naflex_loader=False, use_multi_epochs_loader=False)
-START_FILES = ('initial_checkpoint', 'pretrained_path')  # that weights to start from may be in
 KINDS = (
     ('time_steps attach_warmup_epochs epochs start_epoch seed lr_cycle_limit', (int,), 'a whole number'),
     ('warmup_epochs cooldown_epochs lr_cycle_mul lr_cycle_decay side_gain', (int, float), 'a number'),
@@ -218,15 +217,20 @@ def check_crops(args: argparse.Namespace) -> None:
 
 
 def check_start_weights(args: argparse.Namespace) -> None:
-    """Refuse weights to start from that are damaged; timm would train on.
+    """Refuse weights to start from that are damaged, or that timm does not look at; it would train on.
 
     Args:
         args: timm's arguments.
 
     Raises:
-        UserError: If a file that they name is damaged.
+        UserError: If a file that they name is damaged, or for ``--pretrained-path`` alone.
     """
-    for name in START_FILES:
+    path = getattr(args, 'pretrained_path', None)
+    if path and not args.pretrained:
+        raise UserError(
+            f'--pretrained-path {path} is read with --pretrained only: without, timm starts from random weights. Add '
+            '--pretrained, or leave the path out')
+    for name in START_ARGS:
         file = getattr(args, name, None)
         if file and Path(file).is_file():
             check_file(Path(file))

@@ -17,7 +17,7 @@ from ..core.annealing import AnnealingSchedule, Position, time_step
 from ..core.branch_log import BranchLog
 from ..io.weights import load_training_form
 from .accumulate import MicroBatches
-from .arguments import START_FILES, output_folder
+from .arguments import output_folder
 from .best import keep_resumed, take_best
 from .lock import RunLock
 from .resume import drop_rows, epoch_of, go_back, newest_checkpoint, replay_plateau
@@ -27,8 +27,6 @@ __all__ = ['AnnealedEpochs']
 
 _logger = logging.getLogger('train')  # timm's
 
-# Arguments that give a model weights to start from.
-START_ARGS = ('pretrained', *START_FILES)
 BRANCH_FILE = 'branch_gradients.csv'
 ROW_FILES = ('summary.csv', BRANCH_FILE)
 # The epochs' seeds must not meet those of other ranks, which timm counts up from the run's.
@@ -168,7 +166,7 @@ class AnnealedEpochs:
             self._branches = BranchLog(model, call['optimizer'])
         if not self.schedule.anneals:
             return
-        trained = any(getattr(args, name, None) for name in START_ARGS)  # the weights that the run began with
+        trained = any(getattr(args, name, None) for name in ('pretrained', 'initial_checkpoint'))  # what it began with
         self._annealer = Annealer(
             model, call['optimizer'], self.schedule, averaged=averaged, seed=args.seed, compensate=args.compensate,
             restoration=args.restoration, side_gain=args.side_gain, batches=call['loader'],
