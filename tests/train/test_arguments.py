@@ -430,17 +430,24 @@ def test_what_takes_rep_layers_apart_is_refused_without_time_steps_too(option):
 @pytest.mark.parametrize(('given', 'expected'), [
     ({}, dict(input_size=[3, 40, 40], mean=[0.1, 0.2, 0.3], interpolation='bicubic', crop_mode='squash')),
     (dict(img_size=16, mean=[0.5]), dict(input_size=None, mean=[0.5], interpolation='bicubic', crop_mode='squash')),
-    (dict(in_chans=1), dict(input_size=[1, 40, 40], mean=[0.1, 0.2, 0.3])),
+    (dict(in_chans=1), dict(input_size=[1, 40, 40], mean=[0.2])),
+    (dict(in_chans=1, img_size=16), dict(input_size=None, mean=[0.2])),
+    (dict(input_size=[1, 32, 32]), dict(input_size=[1, 32, 32], mean=[0.2])),
     (dict(pretrained=False), dict(input_size=None, mean=None, interpolation='')),
     (dict(model='resnet18'), dict(input_size=None, mean=None, interpolation='')),
-], ids=['all open', 'some given', 'channels given', 'not asked for', "timm's own network"])
+], ids=[
+    'all open', 'some given', 'channels given', 'channels and size', 'input given', 'not asked for',
+    "timm's own network"])
 def test_arguments_say_what_input_the_weights_to_start_from_bring(given, expected, tmp_path):
     model = timm.create_model('orepa_repvgg_a0_cifar')
-    settings = dict(input_size=(3, 40, 40), mean=(0.1, 0.2, 0.3), interpolation='bicubic', crop_mode='squash')
+    settings = dict(
+        input_size=(3, 40, 40), mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7), interpolation='bicubic', crop_mode='squash')
     model.pretrained_cfg = {**model.pretrained_cfg, **settings}
     timm_rep.save(model, tmp_path / 'start.safetensors')
     args = argparse.Namespace(**{**dict(
         model='orepa_repvgg_a0_cifar', pretrained=True, pretrained_path=str(tmp_path / 'start.safetensors'),
         img_size=None, in_chans=None, input_size=None, mean=None, std=None, interpolation='', crop_pct=None), **given})
     take_start_settings(args)
-    assert {key: getattr(args, key) for key in expected} == expected
+    found = {key: getattr(args, key) for key in expected}
+    assert found == {**expected, 'mean': pytest.approx(expected['mean'])}
+    resolve_data_config(vars(args))  # of which timm asserts that they go together

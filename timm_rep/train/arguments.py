@@ -10,7 +10,7 @@ from ..core.annealing import RESTORATIONS, AnnealingSchedule, check_restoration
 from ..core.errors import UserError
 from ..core.layers.dbb import NormPad2d
 from ..core.walk import annealed_modules
-from ..io.architecture import create_model
+from ..io.architecture import create_model, per_channel
 from ..io.checkpoint import DATA_CONFIG_KEYS, read_checkpoint
 from ..io.plain_data import read_yaml
 from ..io.runs import START_ARGS
@@ -248,10 +248,13 @@ def take_start_settings(args: argparse.Namespace) -> None:
     if not (args.pretrained and file and is_training_form(name) and timm.is_model(name)):
         return
     described = described_weights(dict(file=file), name)
+    channels = (getattr(args, 'input_size', None) or [getattr(args, 'in_chans', None)])[0]
     if getattr(args, 'img_size', None) is not None:
         described.pop('input_size', None)
-    if 'input_size' in described and getattr(args, 'in_chans', None) is not None:
-        described['input_size'] = (args.in_chans, *described['input_size'][1:])
+    if 'input_size' in described:
+        described['input_size'] = (channels or described['input_size'][0], *described['input_size'][1:])
+    channels = channels or described.get('input_size', (3,))[0]  # as train.py has it
+    described.update({key: per_channel(described[key], channels) for key in ('mean', 'std') if key in described})
     for key in DATA_CONFIG_KEYS:
         if key in described and not getattr(args, key, None):
             value = described[key]
