@@ -1,5 +1,9 @@
 """Which convolutions a method takes unasked, and what is said where it takes little or nothing."""
+import collections
+import dataclasses
+import functools
 import logging
+import types
 
 import pytest
 import timm
@@ -54,9 +58,17 @@ def test_1x1_are_taken_where_they_carry_a_fair_share(width, with_pointwise):
     assert taken(model) == (['0', '1', '3'] if with_pointwise else ['0'])
 
 
+@dataclasses.dataclass
+class Parts:
+    conv: nn.Module
+
+
 @pytest.mark.parametrize('hold', [
     lambda m: setattr(m, 'others', [m[0]]), lambda m: setattr(m, 'others', dict(first=(m[0], 1))),
-    lambda m: setattr(m, 'run', m[0].forward)])
+    lambda m: setattr(m, 'run', m[0].forward), lambda m: setattr(m, 'run', functools.partial(print, m[0])),
+    lambda m: setattr(m, 'run', functools.partial(m[0], x=1)),
+    lambda m: setattr(m, 'others', collections.deque([m[0]])),
+    lambda m: setattr(m, 'parts', types.SimpleNamespace(conv=m[0])), lambda m: setattr(m, 'parts', Parts(m[0]))])
 @pytest.mark.parametrize('method', ['orepa', 'dbb'])
 def test_what_lies_in_another_attribute_too_is_left(hold, method):
     model = nn.Sequential(kxk(3, 4), nn.BatchNorm2d(4), kxk(4, 4), nn.BatchNorm2d(4))

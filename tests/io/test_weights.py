@@ -259,7 +259,7 @@ def test_files_without_a_description(tmp_path):
     torch.save(dict(arch='orepa_resnet18_cifar', state_dict=model.state_dict()), tmp_path / 'last.pth.tar')
     assert_same(load(tmp_path), model)
     safetensors.torch.save_file(model.state_dict(), tmp_path / 'x.safetensors')
-    with pytest.raises(UserError, match='does not say which model it is of'):
+    with pytest.raises(UserError, match='does not say which model it is of: build that and take its load_state_dict'):
         load(tmp_path / 'x.safetensors')
 
 

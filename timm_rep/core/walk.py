@@ -1,6 +1,9 @@
 """Finding things in a model: rep layers, what stands beside and around a module, its image channels."""
 import copy
+import dataclasses
+import functools
 import types
+from collections import deque
 from typing import Any, Dict, FrozenSet, Iterator, List, Optional, Set, Tuple, TypeVar
 
 import torch
@@ -31,7 +34,7 @@ HOOKS = (
 )
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 MAX_DEPTH = 3  # of lists in lists
-SECOND_PLACE = 'a second place that is no registered module (a list, a bound method)'
+SECOND_PLACE = 'a second place that is no registered module (a list, a bound method or the like)'
 
 
 def unwrapped(model: Any) -> Any:
@@ -230,12 +233,18 @@ def held_elsewhere(model: nn.Module) -> FrozenSet[int]:
 
 
 def _modules_in(value: Any, depth: int = 0) -> Iterator[nn.Module]:
-    """Modules that an attribute holds: itself, in lists and dicts, or as what a method is bound to."""
+    """Modules that an attribute holds: itself, in lists and the like, or as what a function is bound to."""
     if isinstance(value, nn.Module):
         yield value
     elif isinstance(value, types.MethodType):
         yield from _modules_in(value.__self__, depth)
-    elif isinstance(value, (list, tuple, set, dict)) and depth < MAX_DEPTH:
+    elif isinstance(value, functools.partial):
+        yield from _modules_in([value.func, *value.args, *value.keywords.values()], depth)
+    elif isinstance(value, types.SimpleNamespace):
+        yield from _modules_in(vars(value), depth)
+    elif dataclasses.is_dataclass(value):
+        yield from _modules_in([getattr(value, of.name, None) for of in dataclasses.fields(value)], depth)
+    elif isinstance(value, (list, tuple, set, frozenset, deque, dict)) and depth < MAX_DEPTH:
         for part in value.values() if isinstance(value, dict) else value:
             yield from _modules_in(part, depth + 1)
 

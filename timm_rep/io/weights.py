@@ -248,6 +248,10 @@ def load(file: PathLike, into: Optional[nn.Module] = None) -> nn.Module:
     if into is not None:
         _load_into_(into, checkpoint)
         return into
+    if checkpoint.description is None and checkpoint.architecture is None:
+        raise UserError(
+            f'{checkpoint.path} does not say which model it is of: build that and take its load_state_dict(). Files of '
+            'timm_rep.save and runs of train.py say it')
     return training_form(checkpoint) if checkpoint.description is None else _described_model(checkpoint)
 
 
