@@ -13,7 +13,7 @@ from timm.models import ByoBlockCfg, ByoModelCfg, EfficientNet, ResNet
 from timm.models._efficientnet_builder import decode_arch_def
 from timm.models.resnet import BasicBlock, Bottleneck
 
-from timm_rep import UserError, fuse, rep_layers, set_attach_rate
+from timm_rep import Orepa, UserError, fuse, rep_layers, set_attach_rate
 from timm_rep.core.expand import expand_fresh_
 from timm_rep.core.walk import annealed_modules
 from timm_rep.models.stock import build_repvgg
@@ -221,6 +221,8 @@ def test_what_is_missing_or_left_over_is_named(name, change, message):
     ('orepa_basic', lambda: expand_fresh_(tiny_resnet(BasicBlock, (4, 8, 8)), 'orepa'), r'missing: stage3\.0'),
     ('orepa_basic', lambda: expand_fresh_(tiny_resnet(BasicBlock, (4,)), 'orepa'), r'not expected: stage2\.0'),
     ('orepa_basic', lambda: expand_fresh_(tiny_resnet(BasicBlock, (4, 12)), 'orepa'), r'stage2.* has shape .* takes'),
+    ('orepa_basic', lambda: build('orepa_basic', layer=Orepa(scaling='scalar')), r"all branches.* scaling='scalar'"),
+    ('orepa_basic', lambda: build('orepa_basic', layer=Orepa(branches=('origin', 'prior'))), 'are origin, prior, scal'),
     ('orepa_repvgg', lambda: build('orepa_basic'), r'missing: .*; not expected: '),
     ('orepa_repvgg', lambda: build('orepa_repvgg', 'stock'), r'dense is a block of OrepaConv2d, .* has Conv2d'),
     ('repvgg', lambda: build('orepa_repvgg'), r'not expected: .*se\.'),

@@ -21,6 +21,11 @@ CONSTANTS: Dict[str, Any] = dict(device=torch.device('cpu'), dtype=torch.float64
 
 def fill_kxk(source: Source, prefix: str, layer: OrepaConv2d, mirrored: bool = False) -> None:
     """Fill a layer; ``mirrored`` gives it the authors' kernel mirrored in both axes."""
+    missing = [name for name in SCALE_ROWS if name not in (*layer.branch_names, 'conv_1x1')]
+    if missing or layer.scaling != 'vector':
+        raise source.refusal(
+            f"the authors' layers have all branches, with a scale for each output; the model's are "
+            f"{', '.join(layer.branch_names)}, scaling={layer.scaling!r}")
     in_repvgg = source.has(f'{prefix}.{REPVGG_KXK_START}')
     start = f'{prefix}.{REPVGG_KXK_START if in_repvgg else KXK_START}'
     out_channels, in_per_group = layer.weight_shape[:2]
