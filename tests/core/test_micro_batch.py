@@ -260,6 +260,24 @@ def test_a_layer_that_the_last_micro_batch_does_not_use():
         take_a_step_inside()
 
 
+@pytest.mark.parametrize('method', ['orepa', 'doconv'])
+def test_a_layer_that_no_loss_depends_on_has_no_gradient(method):
+    class Forked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.aux = (nn.Conv2d(2, 2, 3, padding=1) for _ in range(2))
+
+        def forward(self, x):
+            return self.one(x), self.aux(x)
+
+    model = timm_rep.expand(Forked().double(), method, select='*')
+    twin = copy.deepcopy(model)
+    for form, once in ((model, True), (twin, False)):
+        accumulate(form, randn(COUNT, 1, 2, 5, 5), once, lambda m, x: m(x)[0].square().mean())
+    assert all(parameter.grad is None for parameter in model.aux.parameters())
+    assert_same_gradients(model, twin)
+
+
 def test_cleared_gradients_begin_the_update_anew():
     model, images = expanded(), batches()
     with micro_batch(model, last=False):

@@ -127,3 +127,4 @@ def _finish(update: UpdateKernels, model: nn.Module) -> None:
             'before was lost: compose at every micro-batch, without this context')
     if owing:
         update.pay()
+    update.end()

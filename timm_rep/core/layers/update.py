@@ -45,8 +45,10 @@ class _Shared:
         self.leaf = self.kernel.detach().requires_grad_(self.kernel.requires_grad)
         self.is_joined = False
         self._witness = min(self.trained, key=torch.numel) if self.trained else None
+        self._placed: Optional[Tuple[Tensor, int]] = None
         if self._witness is not None and self._witness.grad is None:
             self._witness.grad = torch.zeros_like(self._witness)
+            self._placed = self._witness.grad, self._witness.grad._version
         self.note_gradient()
         if self.kernel.requires_grad:
             this = weakref.ref(self)  # a kernel that holds what holds it would never be freed
@@ -94,6 +96,14 @@ class _Shared:
         """Note the gradient that there is."""
         gradient = None if self._witness is None else self._witness.grad
         self._noted = (gradient, 0 if gradient is None else gradient._version)
+
+    def take_back(self) -> None:
+        """Leave the witness without a gradient, as the optimizer wants it, if none has come."""
+        if self._witness is None or self._placed is None:
+            return
+        gradient, version = self._placed
+        if self._witness.grad is gradient and gradient._version == version:
+            self._witness.grad = None
 
     def check_gradient(self, accumulated: bool) -> None:
         """Raise a UserError if the gradient is not what was noted, or what a backward has added to it."""
@@ -212,6 +222,11 @@ class UpdateKernels:
         for shared in self._shared.values():
             if shared.owes_gradient():
                 torch.autograd.backward(shared.kernel, torch.zeros_like(shared.kernel))
+
+    def end(self) -> None:
+        """End the update, once all gradients have arrived."""
+        for shared in self._shared.values():
+            shared.take_back()
 
     def forget(self, layer: nn.Module) -> None:
         """Forget the kernel of a layer that is about to be written to.
