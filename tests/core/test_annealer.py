@@ -322,6 +322,17 @@ def test_frozen_origins_and_an_optimizer_that_cannot_take_them_up_again():
         Annealer(model, optimizer, SCHEDULE, freeze_origin=True)
 
 
+def test_origins_are_frozen_for_one_optimizer_that_steps():
+    class Pair(torch.optim.Optimizer):
+        def __init__(self, parameters):
+            super().__init__(parameters, {})
+            self.parts = [torch.optim.SGD([p], lr=0.1) for p in self.param_groups[0]['params'][:2]]
+
+    model = timm.create_model('repan_repvgg_a0_cifar', num_classes=5)
+    with pytest.raises(timm_rep.UserError, match='Pair holds several'):
+        Annealer(model, Pair(model.parameters()), SCHEDULE, freeze_origin=True)
+
+
 def test_lookahead_does_not_pull_frozen_origins_to_zero():
     model = timm.create_model('repan_repvgg_a0_cifar', num_classes=5, rep_layer='orepa')
     optimizer = create_optimizer_v2(model, opt='lookahead_momentum', lr=0.01, weight_decay=0.1)

@@ -597,8 +597,23 @@ class Sharpened(torch.optim.Optimizer):
         self.base_optimizer.step()
 
 
+class Several(torch.optim.Optimizer):
+    """Steps by one optimizer for each parameter, as a pair of Muon and AdamW does."""
+
+    def __init__(self, parameters, **kwargs):
+        super().__init__(parameters, kwargs)
+        first, *others = self.param_groups[0]['params']
+        self.first = torch.optim.Adam([first], **kwargs)
+        self.others = [torch.optim.SGD([other], momentum=0.9, **kwargs) for other in others]
+
+    def step(self):
+        for optimizer in (self.first, *self.others):
+            optimizer.step()
+
+
 HOLDING = dict(
     sharpened=Sharpened,
+    several=Several,
     sharded=lambda parameters, **kwargs: ZeroRedundancyOptimizer(parameters, torch.optim.Adam, **kwargs),
     averaged=lambda parameters, **kwargs: PostLocalSGDOptimizer(
         torch.optim.Adam(parameters, **kwargs), PeriodicModelAverager(period=1, warmup_steps=0)),

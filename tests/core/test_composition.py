@@ -344,6 +344,18 @@ def test_full_float32_is_the_precision_inside_only(precision, allowed, convoluti
     assert older_precision() == before
 
 
+def test_full_float32_of_two_threads_ends_with_the_last_one(precision):
+    torch.set_float32_matmul_precision('high')
+    before = older_precision()
+    first, second = full_float32(), full_float32()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert older_precision() == ('highest', False, False)
+    second.__exit__(None, None, None)
+    assert older_precision() == before
+
+
 @pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, 'fp32_precision'), reason='torch 2.9 and newer')
 @pytest.mark.parametrize(('older', 'newer'), [('highest', 'tf32'), ('high', 'none'), ('high', 'ieee')])
 def test_full_float32_goes_with_both_ways_to_set_it(precision, older, newer):

@@ -6,7 +6,7 @@ import torch.nn as nn
 from timm.utils import unwrap_model
 from torch import Tensor
 
-from .optimizers import optimizers_in
+from .optimizers import optimizers_that_step
 from .walk import annealed_modules
 
 __all__ = ['BranchLog']
@@ -27,7 +27,7 @@ class BranchLog:
         self._modules = list(annealed_modules(unwrap_model(model)))
         self._sums: Dict[Tuple[int, str, str], Tensor] = {}
         self._updates = 0
-        optimizers_in(optimizer)[-1].register_step_pre_hook(self._read)
+        optimizers_that_step(optimizer)[0].register_step_pre_hook(self._read)
 
     @torch.no_grad()
     def _read(self, *_: Any) -> None:

@@ -7,7 +7,7 @@ from timm.optim import Adahessian, RMSpropTF
 from torch import Tensor
 
 from .errors import UserError
-from .optimizers import optimizers_in, reset_optimizer
+from .optimizers import optimizers_that_step, reset_optimizer
 from .sharded import is_sharded
 from .walk import annealed_modules
 
@@ -38,7 +38,7 @@ class OriginFreeze:
 
     Raises:
         UserError: For torch's fused SGD with momentum, which cannot take parameters up later than others; for
-            parameters that are sharded, or that are trained by another optimizer; in a step with a closure.
+            parameters that are sharded, or not all trained by this one; for several in one; in a step with a closure.
     """
 
     def __init__(self, model: nn.Module, optimizer: Any) -> None:
@@ -49,7 +49,11 @@ class OriginFreeze:
         # parts of parameters, whose rest is trained: their values, and those of the state
         self._kept: List[Tuple[Tensor, Any, Tensor, Dict[str, Tensor]]] = []
         self._outer = optimizer
-        self._optimizer = optimizers_in(optimizer)[-1]
+        self._optimizer, *others = optimizers_that_step(optimizer)
+        if others:
+            raise UserError(
+                f'freeze_origin keeps one optimizer from the origin branches, and {type(optimizer).__name__} holds '
+                'several')
         if isinstance(self._optimizer, torch.optim.SGD) and any(
                 group['fused'] and group['momentum'] for group in self._optimizer.param_groups):
             raise UserError('freeze_origin does not work with fused SGD with momentum; take SGD(..., fused=False)')

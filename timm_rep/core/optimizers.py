@@ -1,26 +1,37 @@
-"""Optimizers that begin anew, also those that hold another one."""
+"""Optimizers that begin anew, also those that hold others."""
+import itertools
 from typing import Any, List
 
 import torch
 from timm.optim import Adahessian
 
-__all__ = ['optimizers_in', 'reset_optimizer']
+__all__ = ['optimizers_in', 'optimizers_that_step', 'reset_optimizer']
+
+
+def _held_by(optimizer: Any) -> List[Any]:
+    values = getattr(optimizer, '__dict__', {}).values()
+    lists = [value if isinstance(value, (list, tuple)) else [value] for value in values]
+    return [part for part in itertools.chain(*lists) if isinstance(part, torch.optim.Optimizer)]
 
 
 def optimizers_in(optimizer: Any) -> List[Any]:
-    """An optimizer and the one that it holds, and so on; the last one makes the updates.
+    """An optimizer and those that it holds, and so on.
 
-    timm's Lookahead holds one, torch's ZeroRedundancyOptimizer and PostLocalSGDOptimizer do, and those of SAM.
+    timm's Lookahead holds one, torch's ZeroRedundancyOptimizer and PostLocalSGDOptimizer do, and those of SAM; one made
+    of several, such as Muon and AdamW, holds all of them.
 
     Args:
-        optimizer: Any optimizer of torch or timm, or a wrapper of one.
+        optimizer: Any optimizer of torch or timm, or a wrapper of some.
     """
     found = [optimizer]
-    while True:
-        held = [value for value in vars(found[-1]).values() if isinstance(value, torch.optim.Optimizer)]
-        if not held or held[0] in found:
-            return found
-        found.append(held[0])
+    for holder in found:
+        found += [held for held in _held_by(holder) if not any(held is known for known in found)]
+    return found
+
+
+def optimizers_that_step(optimizer: Any) -> List[Any]:
+    """Those of :func:`optimizers_in` that hold no other: they make the updates."""
+    return [one for one in optimizers_in(optimizer) if not _held_by(one)]
 
 
 def reset_optimizer(optimizer: Any) -> None:

@@ -1,4 +1,5 @@
 """Precision of composing: away from autocast, and in full float32 where training may use less."""
+import threading
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial, wraps
 from typing import Any, Callable, ContextManager, Iterator, List, Tuple
@@ -34,8 +35,34 @@ def sheltered(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
-@contextmanager
-def _highest_precision() -> Iterator[None]:
+class _HighestPrecision:
+    """The settings of the process, which are put back when the last of those inside leaves, in whichever thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before: List[Tuple[Callable[[Any], None], Any]] = []
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self._lock:
+            if not self._inside:
+                self._before = _switch_to_highest()
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                for put, value in () if self._inside else self._before:
+                    put(value)
+
+
+_highest_precision = _HighestPrecision()
+
+
+def _switch_to_highest() -> List[Tuple[Callable[[Any], None], Any]]:
+    """Allow float32 products in full float32 only; what puts the settings back."""
     backends: Any = torch.backends
     allow_conv_tf32 = partial(setattr, backends.cudnn, 'allow_tf32')
     older: List[Tuple[Callable[[Any], None], Any]] = []
@@ -52,11 +79,7 @@ def _highest_precision() -> Iterator[None]:
     allow_conv_tf32(False)
     for put, _ in newer:
         put('ieee')
-    try:
-        yield
-    finally:
-        for put, value in older + newer:
-            put(value)
+    return older + newer
 
 
 def float32_products() -> Any:
