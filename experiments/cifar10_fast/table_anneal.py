@@ -213,12 +213,14 @@ def draw(runs, path):
     arms = list(dict.fromkeys(arm for _, arm in sorted(by_group, key=lambda key: place(PLAIN, key[1]))))
     colours = {arm: f'C{index % 10}' for index, arm in enumerate(arms)}
     keys = {form: [key for key in by_group if key[0] == form] for form in forms}
+    known = [reference for reference in REFERENCES if any(against(by_group, key, reference) for key in by_group)]
+    references = known or REFERENCES[:1]
     figure, grid = plt.subplots(
-        len(forms), len(REFERENCES), squeeze=False, constrained_layout=True, sharex='col',
-        figsize=(12, 0.8 + sum(0.5 + 0.36 * len(of_form) for of_form in keys.values())),
+        len(forms), len(references), squeeze=False, constrained_layout=True, sharex='col',
+        figsize=(4 * len(references), 0.8 + sum(0.5 + 0.36 * len(of_form) for of_form in keys.values())),
         height_ratios=[0.5 + 0.36 * len(of_form) for of_form in keys.values()])
     for form, panels in zip(forms, grid):
-        for axes, reference in zip(panels, REFERENCES):
+        for axes, reference in zip(panels, references):
             draw_differences(axes, by_group, keys[form], reference, colours)
             axes.set_title(f'{title(form)}: minus {reference[2]}', fontsize=10)
             axes.label_outer()
