@@ -412,10 +412,12 @@ def test_recipe_runs_on_a_few_images(timm_scripts, photos, tmp_path, recipe):
     assert len(rows(tmp_path / 'output/train/run/summary.csv')) == steps
 
 
-def test_a_path_of_weights_that_timm_does_not_look_at_is_refused():
+def test_weights_to_start_from_that_are_missing_or_not_looked_at_are_refused():
     args = argparse.Namespace(pretrained=False, pretrained_path='start.safetensors')
     with pytest.raises(timm_rep.UserError, match=r'start\.safetensors is read with --pretrained only'):
         check_start_weights(args)
+    with pytest.raises(timm_rep.UserError, match=r'--initial-checkpoint start\.safetensors is not a file'):
+        check_start_weights(argparse.Namespace(initial_checkpoint='start.safetensors'))
 
 
 @pytest.mark.parametrize('option', ['torchscript', 'split_bn'])

@@ -217,13 +217,13 @@ def check_crops(args: argparse.Namespace) -> None:
 
 
 def check_start_weights(args: argparse.Namespace) -> None:
-    """Refuse weights to start from that are damaged, or that timm does not look at; it would train on.
+    """Refuse weights to start from that are missing or damaged, or that timm does not look at: it may train on.
 
     Args:
         args: timm's arguments.
 
     Raises:
-        UserError: If a file that they name is damaged, or for ``--pretrained-path`` alone.
+        UserError: If a file that they name is missing or damaged, or for ``--pretrained-path`` alone.
     """
     path = getattr(args, 'pretrained_path', None)
     if path and not args.pretrained:
@@ -232,7 +232,9 @@ def check_start_weights(args: argparse.Namespace) -> None:
             '--pretrained, or leave the path out')
     for name in START_ARGS:
         file = getattr(args, name, None)
-        if file and Path(file).is_file():
+        if file and not Path(file).is_file():
+            raise UserError(f'--{name.replace("_", "-")} {file} is not a file')
+        if file:
             check_file(Path(file))
 
 
