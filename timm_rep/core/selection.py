@@ -303,7 +303,7 @@ def _check_each_takes(
             f'{method.name!r} takes nothing of what the pattern {pattern!r} decides: {_listed(names)}; {reason}')
 
 
-def why_nothing(network: Network, method: Methods, select: Select) -> str:
+def why_nothing(network: Network, method: Methods, select: Select = None) -> str:
     """Says that a method found nothing to take, and why."""
     wanted = method if isinstance(method, Mapping) else as_method(method).name
     text = f'no convolution of {type(network.model).__name__} to expand with {wanted!r}'
