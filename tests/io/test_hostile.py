@@ -15,10 +15,11 @@ from helpers import randomize_
 
 import timm_rep
 from timm_rep import UserError, load
-from timm_rep.io import architecture, pickles, weights
+from timm_rep.io import architecture, weights
 from timm_rep.io.checkpoint import read_checkpoint
 from timm_rep.io.plain_data import plain, read_yaml
 from timm_rep.io.weights import load_training_form
+from timm_rep.models import pickles
 from timm_rep.models.damage import CHECKSUM
 from timm_rep.official.source import Source
 
@@ -169,6 +170,9 @@ def test_pickles_are_looked_through_first(name, wrap, tmp_path, monkeypatch):
 def test_what_torch_refuses_is_said_in_words_of_our_own(tmp_path):
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / 'script.pth')
     assert 'holds Python objects (__torch__' in refusal(read_checkpoint, tmp_path / 'script.pth')
+    (tmp_path / 'text.pth').write_text('weights of mine')
+    assert 'text.pth is not a PyTorch checkpoint' in refusal(
+        timm.create_model, NAME, pretrained=True, pretrained_cfg_overlay=dict(file=tmp_path / 'text.pth'))
     (tmp_path / 'legacy.pth').write_bytes(b'\x80\x02N.' * 5)
     assert 'is not a PyTorch checkpoint' in refusal(read_checkpoint, tmp_path / 'legacy.pth')
 
@@ -179,6 +183,9 @@ def test_no_file_ends_the_process(kind, tmp_path):
     data = b'}' + deep + b'Ns.' if kind == 'key' else b'c__builtin__\nset\n]' + deep + b'a\x85R.'
     (tmp_path / 'x.pth').write_bytes(zipped(b'\x80\x02' + data))
     assert 'deeper than 100 levels' in refusal(read_checkpoint, tmp_path / 'x.pth')
+    overlay = dict(file=tmp_path / 'x.pth')
+    assert 'deeper than 100 levels' in refusal(
+        timm.create_model, NAME, pretrained=True, pretrained_cfg_overlay=overlay)
 
 
 class Note:

@@ -1,12 +1,9 @@
 """Checkpoint files: read safely, with what they say of the model that they are of."""
 import argparse
-import pickle
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Tuple
+from typing import Any, Dict, Mapping, Optional
 
-import safetensors
 import timm
 import torch
 import torch.nn as nn
@@ -15,12 +12,11 @@ from torch import Tensor
 
 from ..core.errors import UserError
 from ..core.layers import RepLayer
-from ..models.damage import check_records, check_sum
+from ..models.files import read_file
 from ..models.names import OWN_ARGS, TRAINING_PREFIXES, stock_architecture
 from .architecture import FACTORY_ARGS, check_input_size, create_model, input_settings
 from .description import Description, read_description
 from .output import PathLike
-from .pickles import check_pickles
 from .plain_data import plain
 from .runs import read_run_args
 
@@ -95,36 +91,6 @@ def find_checkpoint(path: PathLike) -> Path:
         f'{path} is not the output folder of a run: it holds neither {" nor ".join(RUN_CHECKPOINTS)}')
 
 
-def _read_file(path: Path, allow_pickle: bool) -> Tuple[Any, Mapping[str, str]]:
-    """What a file holds, and the metadata beside it."""
-    try:
-        if path.suffix == '.safetensors':
-            with safetensors.safe_open(path, 'pt') as file:
-                content, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-            check_sum(path, metadata)
-            return content, metadata
-        # train.py puts its arguments into the checkpoint
-        with path.open('rb') as file, torch.serialization.safe_globals([argparse.Namespace]):
-            check_records(file)  # of the very file that is read: a run may replace it at any time
-            if not allow_pickle:
-                check_pickles(file)
-            return torch.load(file, map_location='cpu', weights_only=not allow_pickle), {}
-    except (PermissionError, ImportError):
-        raise
-    except Exception as e:  # a damaged file makes the readers raise almost anything
-        if isinstance(e, UserError):
-            raise UserError(f'{path} is not loaded: {e}') from e
-        kind = 'safetensors file' if path.suffix == '.safetensors' else 'PyTorch checkpoint'
-        raise UserError(f'{path} is not a {kind} ({_in_words(e)})') from e
-
-
-def _in_words(error: Exception) -> str:
-    """What a reader says, but what torch says of refused files, which is how to load them unsafely."""
-    text = str(error).partition('\n')[0]
-    unsafe = isinstance(error, pickle.UnpicklingError) or re.search('weights_only|safe_globals|pickle_module', text)
-    return type(error).__name__ if unsafe else f'{type(error).__name__}: {text}'
-
-
 def _check_tensors(weights: Mapping[str, Tensor], path: Path) -> None:
     """Refuse tensors that are no plain arrays of real numbers, or that take much more than the file holds."""
     total = 0
@@ -182,7 +148,7 @@ def read_checkpoint(path: PathLike, *, use_ema: bool = False, allow_pickle: bool
             no EMA weights to take.
     """
     path = find_checkpoint(path)
-    content, metadata = _read_file(path, allow_pickle)
+    content, metadata = read_file(path, allow_pickle)
     if not isinstance(content, dict):
         raise UserError(f'{path} holds a {type(content).__name__}, not weights')
     wanted = EMA_KEYS if use_ema else WEIGHTS_KEYS

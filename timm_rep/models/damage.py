@@ -6,11 +6,9 @@ import zlib
 from pathlib import Path
 from typing import Any, BinaryIO, Iterable, Mapping
 
-import safetensors
-
 from ..core.errors import UserError
 
-__all__ = ['CHECKSUM', 'ZIP_START', 'check_file', 'check_records', 'check_sum', 'checksum']
+__all__ = ['CHECKSUM', 'ZIP_START', 'check_records', 'check_sum', 'checksum']
 
 CHECKSUM = 'crc32'  # in the metadata of safetensors files of ours
 
@@ -83,27 +81,3 @@ def check_sum(path: Path, metadata: Mapping[str, str]) -> None:
         header = json.loads(file.read(struct.unpack('<Q', file.read(8))[0]))
         if checksum(header, iter(lambda: file.read(2 ** 24), b'')) != metadata[CHECKSUM]:
             raise UserError('it is damaged: it does not hold what was written')
-
-
-def check_file(path: Path) -> None:
-    """Refuse a damaged file of weights, as far as its own sums tell; of any other kind of file nothing is said.
-
-    Args:
-        path: The file.
-
-    Raises:
-        UserError: If it is damaged.
-        OSError: If it cannot be read.
-    """
-    try:
-        if path.suffix == '.safetensors':
-            with safetensors.safe_open(path, 'pt') as opened:
-                metadata = opened.metadata() or {}
-            check_sum(path, metadata)
-        elif path.suffix != '.npz':  # another kind of zip
-            with path.open('rb') as file:
-                check_records(file)
-    except OSError:
-        raise
-    except Exception as e:
-        raise UserError(f'{path} is not loaded: {e}') from e

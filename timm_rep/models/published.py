@@ -16,7 +16,7 @@ from timm.models import (
 )
 
 from ..core.errors import UserError
-from .damage import check_file
+from .files import check_file
 
 __all__ = ['build_model', 'described_weights', 'published_weights', 'with_published']
 
@@ -80,6 +80,7 @@ def _described_by_file(path: Path, variant: str) -> Dict[str, Any]:
             classes = file.get_slice(key).get_shape()[:1] if key in file.keys() else []
             described = json.loads((file.metadata() or {}).get('pretrained_cfg', '{}'))
     else:
+        check_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # train.py puts its arguments into the checkpoint
             state_dict = load_state_dict(str(path), device='meta', weights_only=True)
         classes, described = list(state_dict[key].shape[:1]) if key in state_dict else [], {}
@@ -114,7 +115,7 @@ def described_weights(overlay: Mapping[str, Any], variant: str, cache_dir: Any =
 
 
 def _check_weights(path: Path) -> None:
-    """Refuse a damaged file, or a folder (``'local-dir:...'``) with one that timm may take."""
+    """Refuse a file that is damaged or more than weights, or a folder (``'local-dir:...'``) with one timm may take."""
     suffixes = ('.safetensors', '.pth', '.pt', '.bin')
     for file in sorted(path.iterdir()) if path.is_dir() else (path,):
         if file.is_file() and (file is path or file.suffix in suffixes):
@@ -147,11 +148,11 @@ def build_model(
         The model.
 
     Raises:
-        UserError: If weights are asked for and none are published, or a file that they are to come from is damaged.
+        UserError: If weights are asked for and none are published, or a file that they are to come from is damaged or
+            holds more than weights.
     """
     if pretrained:
         overlay = pretrained_cfg_overlay or {}
-        pretrained_cfg_overlay = {**described_weights(overlay, variant, kwargs.get('cache_dir')), **overlay}
         cfg: Any = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
         if cfg.file:
             _check_weights(Path(cfg.file))
@@ -161,6 +162,7 @@ def build_model(
                 f'authors (`timm-rep import-official FILE --model {variant} --out DIR`), or train it; then pass '
                 'pretrained_cfg_overlay=dict(file=...), or dict(hf_hub_id=...) for weights on the Hub'
             )
+        pretrained_cfg_overlay = {**described_weights(overlay, variant, kwargs.get('cache_dir')), **overlay}
     return build_model_with_cfg(
         model_cls,
         variant,

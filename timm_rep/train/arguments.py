@@ -14,7 +14,7 @@ from ..io.architecture import create_model, per_channel
 from ..io.checkpoint import DATA_CONFIG_KEYS, read_checkpoint
 from ..io.plain_data import read_yaml
 from ..io.runs import START_ARGS
-from ..models.damage import check_file
+from ..models.files import check_file
 from ..models.names import is_training_form
 from ..models.published import described_weights
 
@@ -217,7 +217,7 @@ def check_crops(args: argparse.Namespace) -> None:
 
 
 def check_start_weights(args: argparse.Namespace) -> None:
-    """Refuse weights to start from that are missing or damaged, or that timm does not look at: it may train on.
+    """Refuse weights to start from that are missing, damaged or more than weights, or not looked at by timm.
 
     Args:
         args: timm's arguments.

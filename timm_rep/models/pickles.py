@@ -7,7 +7,7 @@ from typing import IO, Any, Dict, List, NamedTuple
 import torch
 
 from ..core.errors import UserError
-from ..models.damage import ZIP_START
+from .damage import ZIP_START
 
 __all__ = ['check_pickles']
 
