@@ -21,6 +21,7 @@ from timm_rep import (
     fuse,
     verify,
 )
+from timm_rep.core.layers.dbb import NormPad2d
 
 LAYERS = dict(dbb=DiverseBranchConv2d, acb=AsymmetricConv2d, rep=RepConv2d)
 GEOMETRIES = dict(
@@ -235,6 +236,22 @@ def test_identity_branch_where_the_shapes_allow_it():
 def test_depthwise_block_has_twice_the_inner_channels():
     assert make('dbb-kxk').seq_1x1.shape == (4, 4, 1, 1)
     assert make('dbb-depthwise').seq_1x1.shape == (12, 1, 1, 1)
+
+
+@pytest.mark.parametrize('padding', [(1, 1), (0, 2), (2, 0)])
+def test_inside_its_border_a_padding_norm_is_its_norm_to_the_bit(padding):
+    padded = NormPad2d(2, padding).bfloat16()
+    torch.nn.init.normal_(padded.norm.weight)
+    torch.nn.init.normal_(padded.norm.bias)
+    x = torch.randn(3, 2, 5, 6, dtype=torch.bfloat16, requires_grad=True)
+    expected, found = copy.deepcopy(padded.norm)(x), padded(x)
+    pad_h, pad_w = padding
+    assert torch.equal(found[:, :, pad_h:pad_h + 5, pad_w:pad_w + 6], expected)
+    gradient = torch.randn_like(found)
+    expected.backward(gradient[:, :, pad_h:pad_h + 5, pad_w:pad_w + 6].contiguous())
+    expected, x.grad = x.grad, None
+    found.backward(gradient)
+    assert torch.equal(x.grad, expected)
 
 
 # Fold

@@ -76,10 +76,16 @@ class NormPad2d(nn.Module):
         else:
             outputs, mean, var = self._normalize(x)
         zero = torch.zeros_like(norm.weight).reshape(1, -1, 1, 1)
-        border = F.batch_norm(zero, mean, var, norm.weight, norm.bias, False, 0.0, norm.eps)
-        border = border.detach().type_as(x)
+        border = F.batch_norm(zero, mean, var, norm.weight, norm.bias, False, 0.0, norm.eps).detach().type_as(x)
         pad_h, pad_w = self.padding
-        return F.pad(outputs - border, [pad_w, pad_w, pad_h, pad_h]) + border
+        padded = F.pad(outputs, [pad_w, pad_w, pad_h, pad_h])
+        height, width = padded.shape[2:]
+        with torch.no_grad():  # no gradient comes to the border: what it overwrites is no part of any
+            for strip in (
+                    padded[:, :, :pad_h], padded[:, :, height - pad_h:],
+                    padded[..., :pad_w], padded[..., width - pad_w:]):
+                strip.copy_(border.expand_as(strip))
+        return padded
 
 
 @register_notrace_module
