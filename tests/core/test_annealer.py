@@ -23,6 +23,7 @@ import timm_rep
 from timm_rep import Annealer, AnnealingSchedule, attach_rate
 from timm_rep.core.annealing import set_time_step, time_step
 from timm_rep.core.freeze import OriginFreeze
+from timm_rep.core.optimizers import optimizers_in
 from timm_rep.core.walk import annealed_modules
 
 SCHEDULE = AnnealingSchedule(time_steps=3, epochs=2, warmup_epochs=1)
@@ -322,15 +323,47 @@ def test_frozen_origins_and_an_optimizer_that_cannot_take_them_up_again():
         Annealer(model, optimizer, SCHEDULE, freeze_origin=True)
 
 
-def test_origins_are_frozen_for_one_optimizer_that_steps():
-    class Pair(torch.optim.Optimizer):
-        def __init__(self, parameters):
-            super().__init__(parameters, {})
-            self.parts = [torch.optim.SGD([p], lr=0.1) for p in self.param_groups[0]['params'][:2]]
+class Momentum(torch.optim.Optimizer):
+    """SGD with momentum for the first of its parameters, and another optimizer for the others, as many a Muon."""
 
-    model = timm.create_model('repan_repvgg_a0_cifar', num_classes=5)
-    with pytest.raises(timm_rep.UserError, match='Pair holds several'):
-        Annealer(model, Pair(model.parameters()), SCHEDULE, freeze_origin=True)
+    def __init__(self, parameters, hold):
+        first, *others = parameters
+        super().__init__([first], dict(lr=0.1))
+        self.held = hold(torch.optim.AdamW(others, lr=0.1))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        (parameter,) = self.param_groups[0]['params']
+        if parameter.grad is not None:
+            buffer = self.state[parameter].setdefault('momentum_buffer', torch.zeros_like(parameter))
+            parameter.sub_(buffer.mul_(0.9).add_(parameter.grad), alpha=0.1)
+        optimizers_in(self)[1].step()
+
+
+@pytest.mark.parametrize('hold', [lambda o: o, lambda o: [o], lambda o: dict(adamw=o)], ids=['itself', 'list', 'dict'])
+@pytest.mark.parametrize('rep_layer', ['rep', 'orepa'])
+def test_origins_are_frozen_whichever_of_several_optimizers_moves_them(rep_layer, hold):
+    model = timm.create_model('repan_repvgg_a0_cifar', num_classes=5, rep_layer=rep_layer)
+    (first, _), *_ = (part for _, module in annealed_modules(model) for part in module.origin_parameters())
+    optimizer = Momentum([first, *(p for p in model.parameters() if p is not first)], hold)
+    optimizer.itself = optimizer
+    annealer = Annealer(
+        model, optimizer, AnnealingSchedule(2, 3, warmup_epochs=2), freeze_origin=True, log_branches=True)
+    stood_still = []
+    for epoch in range(6):
+        annealer.begin_epoch(epoch)
+        if epoch == 3:
+            assert not any(one.state for one in optimizers_in(optimizer))
+        before = origin_values(model)
+        for seed in range(2):
+            for parameter in model.parameters():
+                parameter.grad = None
+            model(randn(4, 3, 8, 8, seed=seed, dtype=torch.float32)).square().mean().backward()
+            optimizer.step()
+        stood_still.append(all(map(torch.equal, origin_values(model), before)))
+        annealer.end_epoch()
+    assert stood_still == [False, False, False, True, True, False]
+    assert all(row['rms'] > 0 for row in annealer.branch_rows if row['branch'] == 'origin')
 
 
 def test_lookahead_does_not_pull_frozen_origins_to_zero():
@@ -361,16 +394,27 @@ def test_batches_may_come_from_a_loader_that_does_not_know_its_length():
     assert time_step(model) == 1
 
 
-def test_frozen_origins_and_closures():
-    model = timm.create_model('repan_repvgg_a0_cifar', num_classes=5)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+@pytest.mark.parametrize('rep_layer', ['rep', 'orepa'])
+@pytest.mark.parametrize('call', [
+    lambda optimizer, closure: optimizer.step(closure), lambda optimizer, closure: optimizer.step(closure=closure)])
+def test_closures_leave_frozen_origins_alone(call, rep_layer):
+    model = timm.create_model('repan_repvgg_a0_cifar', num_classes=5, rep_layer=rep_layer)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
     annealer = Annealer(model, optimizer, SCHEDULE, start_weights=True, freeze_origin=True)
     annealer.begin_epoch(0)
-    for call in (lambda closure: optimizer.step(closure), lambda closure: optimizer.step(closure=closure)):
-        with pytest.raises(timm_rep.UserError, match='Call it, then step'):
-            call(lambda: 0.0)
-    optimizer.step()
+    before, everything = origin_values(model), state_of(model)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(randn(4, 3, 8, 8, dtype=torch.float32)).square().mean()
+        loss.backward()
+        return loss
+
+    assert call(optimizer, closure) > 0
+    assert all(map(torch.equal, origin_values(model), before))
+    assert any(not torch.equal(model.state_dict()[name], value) for name, value in everything.items())
     optimizer.step(None)
+    assert all(map(torch.equal, origin_values(model), before))
 
 
 FROZEN_STEPS = 40

@@ -6,7 +6,7 @@ import torch.nn as nn
 from timm.utils import unwrap_model
 from torch import Tensor
 
-from .optimizers import optimizers_that_step
+from .optimizers import register_step_hooks
 from .walk import annealed_modules
 
 __all__ = ['BranchLog']
@@ -27,10 +27,20 @@ class BranchLog:
         self._modules = list(annealed_modules(unwrap_model(model)))
         self._sums: Dict[Tuple[int, str, str], Tensor] = {}
         self._updates = 0
-        optimizers_that_step(optimizer)[0].register_step_pre_hook(self._read)
+        self._updating: Any = None  # which optimizer is: those that it holds have the same gradients
+        register_step_hooks(optimizer, self._before, self._after)
+
+    def _before(self, optimizer: Any, *_: Any) -> None:
+        if self._updating in (None, optimizer):
+            self._updating = optimizer
+            self._read()
+
+    def _after(self, optimizer: Any, *_: Any) -> None:
+        if self._updating is optimizer:
+            self._updating = None
 
     @torch.no_grad()
-    def _read(self, *_: Any) -> None:
+    def _read(self) -> None:
         gradients = {
             (depth, name, branch): gradient
             for depth, (name, module) in enumerate(self._modules)

@@ -1,4 +1,5 @@
 """Origin branches that stand still while the side branches grow."""
+import functools
 from typing import Any, Dict, List, Tuple
 
 import torch
@@ -7,7 +8,7 @@ from timm.optim import Adahessian, RMSpropTF
 from torch import Tensor
 
 from .errors import UserError
-from .optimizers import optimizers_that_step, reset_optimizer
+from .optimizers import optimizers_in, register_step_hooks, reset_optimizer
 from .sharded import is_sharded
 from .walk import annealed_modules
 
@@ -16,6 +17,13 @@ __all__ = ['OriginFreeze']
 # They count steps, but what they do in one does not follow from how many there were.
 COUNT_WITHOUT_EFFECT = (
     torch.optim.Adadelta, torch.optim.Adagrad, torch.optim.ASGD, torch.optim.RMSprop, torch.optim.Rprop, RMSpropTF)
+
+
+def _state_of(optimizer: Any, parameter: Tensor) -> Dict[str, Tensor]:
+    """What an optimizer holds for each value of a parameter."""
+    state = optimizer.state.get(parameter, {})
+    return {
+        name: value for name, value in state.items() if isinstance(value, Tensor) and value.shape == parameter.shape}
 
 
 class OriginFreeze:
@@ -34,11 +42,12 @@ class OriginFreeze:
 
     Args:
         model: Model with rep layers, also in wrappers (DDP, torch.compile).
-        optimizer: Its optimizer, also one that holds another (timm's Lookahead, torch's ZeroRedundancyOptimizer).
+        optimizer: Its optimizer, also one that holds others (timm's Lookahead, torch's ZeroRedundancyOptimizer, Muon
+            and AdamW in one).
 
     Raises:
         UserError: For torch's fused SGD with momentum, which cannot take parameters up later than others; for
-            parameters that are sharded, or not all trained by this one; for several in one; in a step with a closure.
+            parameters that are sharded, or not all trained by this one.
     """
 
     def __init__(self, model: nn.Module, optimizer: Any) -> None:
@@ -46,24 +55,18 @@ class OriginFreeze:
             raise UserError('freeze_origin does not work with parameters that are spread over processes (fully_shard)')
         self.active = False
         self._parts = [part for _, module in annealed_modules(model) for part in module.origin_parameters()]
-        # parts of parameters, whose rest is trained: their values, and those of the state
-        self._kept: List[Tuple[Tensor, Any, Tensor, Dict[str, Tensor]]] = []
-        self._outer = optimizer
-        self._optimizer, *others = optimizers_that_step(optimizer)
-        if others:
-            raise UserError(
-                f'freeze_origin keeps one optimizer from the origin branches, and {type(optimizer).__name__} holds '
-                'several')
-        if isinstance(self._optimizer, torch.optim.SGD) and any(
-                group['fused'] and group['momentum'] for group in self._optimizer.param_groups):
+        # by optimizer, during an update, of parts of parameters, whose rest is trained: their values, and its state
+        self._kept: Dict[int, List[Tuple[Tensor, Any, Tensor, Dict[str, Tensor]]]] = {}
+        self._optimizer, self._optimizers = optimizer, optimizers_in(optimizer)
+        sgd_groups = [g for one in self._optimizers if isinstance(one, torch.optim.SGD) for g in one.param_groups]
+        if any(group['fused'] and group['momentum'] for group in sgd_groups):
             raise UserError('freeze_origin does not work with fused SGD with momentum; take SGD(..., fused=False)')
-        known = {id(parameter) for group in optimizer.param_groups for parameter in group['params']}
+        known = {id(p) for one in self._optimizers for group in one.param_groups for p in group['params']}
         if any(parameter.requires_grad and id(parameter) not in known for parameter, _ in self._parts):
             raise UserError(
                 'freeze_origin keeps one optimizer from the origin branches, and this one does not have all of them: '
                 'another one would move them. Give it all that is trained')
-        self._optimizer.register_step_pre_hook(self._before)
-        self._optimizer.register_step_post_hook(self._after)
+        register_step_hooks(optimizer, self._before, self._after)
 
     def thaw(self) -> None:
         """Let the optimizer take up the origin branches, which were frozen since it was new, as new parameters.
@@ -72,32 +75,18 @@ class OriginFreeze:
         the side branches in the same parameter. So it begins anew with such parameters, and, if it counts for all
         together (LAMB, Adan), with all of them.
         """
-        if any('step' in group for group in self._optimizer.param_groups):
-            reset_optimizer(self._outer)
-        if isinstance(self._optimizer, COUNT_WITHOUT_EFFECT):
-            return
-        for parameter, index in self._parts:
-            if index is not ... and 'step' in self._optimizer.state.get(parameter, ()):
-                del self._optimizer.state[parameter]
-                if isinstance(self._optimizer, Adahessian):  # as it begins in its constructor
-                    self._optimizer.state[parameter]['hessian step'] = 0
+        if any('step' in group for one in self._optimizers for group in one.param_groups):
+            reset_optimizer(self._optimizer)
+        for one in self._optimizers:
+            if isinstance(one, COUNT_WITHOUT_EFFECT):
+                continue
+            for parameter, index in self._parts:
+                if index is not ... and 'step' in one.state.get(parameter, ()):
+                    del one.state[parameter]
+                    if isinstance(one, Adahessian):  # as it begins in its constructor
+                        one.state[parameter]['hessian step'] = 0
 
-    def _state_of(self, parameter: Tensor) -> Dict[str, Tensor]:
-        """What the optimizer holds for each value of a parameter."""
-        state = self._optimizer.state.get(parameter, {})
-        return {
-            name: value for name, value in state.items()
-            if isinstance(value, Tensor) and value.shape == parameter.shape
-        }
-
-    @torch.no_grad()
-    def _before(self, _: Any, args: Any, kwargs: Any) -> None:
-        if not self.active:
-            return
-        if any(argument is not None for argument in (*args[1:], *kwargs.values())):
-            raise UserError(
-                'freeze_origin does not work with optimizer.step(closure): the closure makes gradients after they were '
-                'dropped. Call it, then step()')
+    def _drop_gradients(self) -> None:
         for parameter, index in self._parts:
             if parameter.grad is None:
                 continue
@@ -105,16 +94,38 @@ class OriginFreeze:
                 parameter.grad = None
             else:
                 parameter.grad[index] = 0.0
-                held = {name: value[index].clone() for name, value in self._state_of(parameter).items()}
-                self._kept.append((parameter, index, parameter[index].clone(), held))
+
+    def _without_gradients(self, argument: Any) -> Any:
+        """A closure that makes the gradients, and drops those of the origin branches; any other argument as it is."""
+        if not callable(argument):
+            return argument
+
+        @functools.wraps(argument)
+        def closure(*args: Any, **kwargs: Any) -> Any:
+            loss = argument(*args, **kwargs)
+            self._drop_gradients()
+            return loss
+
+        return closure
 
     @torch.no_grad()
-    def _after(self, *_: Any) -> None:
-        for parameter, index, values, held in self._kept:
+    def _before(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
+        if not self.active:
+            return None
+        self._drop_gradients()
+        self._kept[id(optimizer)] = [
+            (parameter, index, parameter[index].clone(), {
+                name: value[index].clone() for name, value in _state_of(optimizer, parameter).items()})
+            for parameter, index in self._parts if index is not ...]
+        return tuple(map(self._without_gradients, args)), {
+            name: self._without_gradients(value) for name, value in kwargs.items()}
+
+    @torch.no_grad()
+    def _after(self, optimizer: Any, *_: Any) -> None:
+        for parameter, index, values, held in self._kept.pop(id(optimizer), ()):
             parameter[index] = values
-            for name, state in self._state_of(parameter).items():
+            for name, state in _state_of(optimizer, parameter).items():
                 if name in held:
                     state[index] = held[name]
                 elif name == 'momentum_buffer':  # new, but for what weight decay has left
                     state[index] = 0.0
-        self._kept = []

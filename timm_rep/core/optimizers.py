@@ -1,17 +1,22 @@
-"""Optimizers that begin anew, also those that hold others."""
-import itertools
-from typing import Any, List
+"""Optimizers that begin anew and are watched, also those that hold others."""
+from collections.abc import Mapping
+from typing import Any, Callable, Iterator, List
 
 import torch
 from timm.optim import Adahessian
 
-__all__ = ['optimizers_in', 'optimizers_that_step', 'reset_optimizer']
+__all__ = ['optimizers_in', 'register_step_hooks', 'reset_optimizer']
 
 
-def _held_by(optimizer: Any) -> List[Any]:
-    values = getattr(optimizer, '__dict__', {}).values()
-    lists = [value if isinstance(value, (list, tuple)) else [value] for value in values]
-    return [part for part in itertools.chain(*lists) if isinstance(part, torch.optim.Optimizer)]
+def _optimizers_among(values: Any) -> Iterator[Any]:
+    """Optimizers among values, also in lists and dicts of them."""
+    for value in values:
+        if isinstance(value, torch.optim.Optimizer):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _optimizers_among(value)
+        elif isinstance(value, Mapping):
+            yield from _optimizers_among(value.values())
 
 
 def optimizers_in(optimizer: Any) -> List[Any]:
@@ -25,13 +30,26 @@ def optimizers_in(optimizer: Any) -> List[Any]:
     """
     found = [optimizer]
     for holder in found:
-        found += [held for held in _held_by(holder) if not any(held is known for known in found)]
+        attributes = (value for name, value in getattr(holder, '__dict__', {}).items() if name != 'state')
+        found += [held for held in _optimizers_among(attributes) if not any(held is known for known in found)]
     return found
 
 
-def optimizers_that_step(optimizer: Any) -> List[Any]:
-    """Those of :func:`optimizers_in` that hold no other: they make the updates."""
-    return [one for one in optimizers_in(optimizer) if not _held_by(one)]
+def register_step_hooks(
+        optimizer: Any, before: Callable[..., Any], after: Callable[..., Any]) -> None:
+    """Have functions called around each update of an optimizer and of those that it holds.
+
+    Which of them makes the update nobody can tell from outside: a wrapper may leave all of it to another one, or some.
+
+    Args:
+        optimizer: Any optimizer of torch or timm, or a wrapper of some.
+        before: Hook of torch's ``register_step_pre_hook``.
+        after: Hook of torch's ``register_step_post_hook``.
+    """
+    for one in optimizers_in(optimizer):
+        if hasattr(one, '_optimizer_step_pre_hooks'):  # a wrapper may do without
+            one.register_step_pre_hook(before)
+            one.register_step_post_hook(after)
 
 
 def reset_optimizer(optimizer: Any) -> None:
