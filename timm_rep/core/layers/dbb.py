@@ -12,7 +12,7 @@ from .. import kernels
 from ..composition import needs_plain_formula
 from ..errors import UserError
 from ..methods import register_method
-from .normed import NormedMethod, NormedRepLayer, crop
+from .normed import NormedMethod, NormedRepLayer
 from .norms import fold_batch_norm, is_frozen, kept_statistics
 
 __all__ = ['DBB', 'DiverseBranchConv2d', 'NormPad2d']
@@ -114,9 +114,7 @@ class DiverseBranchConv2d(NormedRepLayer):
         self.avg_conv: Optional[nn.Conv2d] = None
         self.avg_inner_norm: Optional[NormPad2d] = None
         if not depthwise:
-            off_h, off_w = self._centre_offset()
-            pointwise = dict(kernel_size=1, padding=(max(off_h, 0), max(off_w, 0)), dilation=1)
-            self.conv_1x1 = nn.Conv2d(**dict(self._geometry(), **pointwise), bias=False, **dd)
+            self.conv_1x1 = self._new_1x1(dd)
             self.norm_1x1 = nn.BatchNorm2d(out_channels, **norm_dd)
             self.avg_conv = nn.Conv2d(in_channels, out_channels, 1, groups=groups, bias=False, **dd)
             self.avg_inner_norm = NormPad2d(out_channels, self.padding, **norm_dd)
@@ -210,8 +208,7 @@ class DiverseBranchConv2d(NormedRepLayer):
         side = side + self.avg_norm(self._average(padded))
 
         if self.conv_1x1 is not None and self.norm_1x1 is not None:
-            off_h, off_w = self._centre_offset()
-            side = side + self.norm_1x1(self.conv_1x1(crop(x, max(-off_h, 0), max(-off_w, 0))))
+            side = side + self.norm_1x1(self.conv_1x1(self._under_centre(x)))
         return out + self.attach_rate.to(out.dtype) * side
 
 

@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..methods import Method, Place, register_method
 from ..precision import sheltered
 from .base import RepLayer, kaiming_uniform_
-from .normed import NormedRepLayer, crop, is_foldable_pair
+from .normed import NormedRepLayer, is_foldable_pair
 from .norms import fold_batch_norm
 from .scaled import ScaledRepLayer
 
@@ -189,15 +189,13 @@ class NormedMobileOneConv2d(NormedRepLayer):
         return dict(super()._own_kwargs(), copies=self.copies)
 
     def _add_side_branches(self, dd: Dict[str, Any], norm_dd: Dict[str, Any]) -> None:
-        off_h, off_w = self._centre_offset()
-        pointwise = dict(kernel_size=1, padding=(max(off_h, 0), max(off_w, 0)), dilation=1)
         beside = range(1, self.copies)
         self.copy_convs = nn.ModuleList([nn.Conv2d(**self._geometry(), bias=False, **dd) for _ in beside])
         self.copy_norms = nn.ModuleList([nn.BatchNorm2d(self.out_channels, **norm_dd) for _ in beside])
-        self.conv_1x1 = nn.Conv2d(**dict(self._geometry(), **pointwise), bias=False, **dd)
+        self.conv_1x1 = self._new_1x1(dd)
         self.norm_1x1 = nn.BatchNorm2d(self.out_channels, **norm_dd)
         self.norm_skip: Optional[nn.BatchNorm2d] = None
-        if self.in_channels == self.out_channels and self.stride == (1, 1) and (off_h, off_w) == (0, 0):
+        if self.in_channels == self.out_channels and self.stride == (1, 1) and self._centre_offset() == (0, 0):
             self.norm_skip = nn.BatchNorm2d(self.out_channels, **norm_dd)
 
     def _side_convs(self) -> Dict[str, Any]:
@@ -218,9 +216,8 @@ class NormedMobileOneConv2d(NormedRepLayer):
         return sides
 
     def forward(self, x: Tensor) -> Tensor:
-        off_h, off_w = self._centre_offset()
         out = self.norm_kxk(self.conv_kxk(x))
-        side = self.norm_1x1(self.conv_1x1(crop(x, max(-off_h, 0), max(-off_w, 0))))
+        side = self.norm_1x1(self.conv_1x1(self._under_centre(x)))
         for conv, norm in zip(self.copy_convs, self.copy_norms):
             side = side + norm(conv(x))
         if self.norm_skip is not None:

@@ -103,6 +103,17 @@ class NormedRepLayer(FixedGeometry, NormedBranches, RepLayer):
         pad, size, dilation = self.padding, self.kernel_size, self.dilation
         return pad[0] - dilation[0] * (size[0] // 2), pad[1] - dilation[1] * (size[1] // 2)
 
+    def _new_1x1(self, dd: Dict[str, Any]) -> nn.Conv2d:
+        """A 1x1 convolution of what :meth:`_under_centre` leaves of the input."""
+        off_h, off_w = self._centre_offset()
+        pointwise = dict(kernel_size=1, padding=(max(off_h, 0), max(off_w, 0)), dilation=1)
+        return nn.Conv2d(**dict(self._geometry(), **pointwise), bias=False, **dd)
+
+    def _under_centre(self, x: Tensor) -> Tensor:
+        """The input without the border that the centre of the KxK never sees."""
+        off_h, off_w = self._centre_offset()
+        return crop(x, max(-off_h, 0), max(-off_w, 0))
+
     def _add_side_branches(self, dd: Dict[str, Any], norm_dd: Dict[str, Any]) -> None:
         """Make the side branches, not initialised; the arguments are those of all modules and of all norms."""
         raise NotImplementedError(f'{type(self).__name__} must define _add_side_branches')

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..methods import Place, register_method
-from .normed import NormedMethod, NormedRepLayer, crop
+from .normed import NormedMethod, NormedRepLayer
 from .norms import fold_batch_norm
 from .repvgg import AnnealedRepVggBlock
 
@@ -28,12 +28,10 @@ class RepConv2d(NormedRepLayer):
     """
 
     def _add_side_branches(self, dd: Dict[str, Any], norm_dd: Dict[str, Any]) -> None:
-        off_h, off_w = self._centre_offset()
-        pointwise = dict(kernel_size=1, padding=(max(off_h, 0), max(off_w, 0)), dilation=1)
-        self.conv_1x1 = nn.Conv2d(**dict(self._geometry(), **pointwise), bias=False, **dd)
+        self.conv_1x1 = self._new_1x1(dd)
         self.norm_1x1 = nn.BatchNorm2d(self.out_channels, **norm_dd)
         self.norm_identity: Optional[nn.BatchNorm2d] = None
-        if self.in_channels == self.out_channels and self.stride == (1, 1) and (off_h, off_w) == (0, 0):
+        if self.in_channels == self.out_channels and self.stride == (1, 1) and self._centre_offset() == (0, 0):
             self.norm_identity = nn.BatchNorm2d(self.out_channels, **norm_dd)
 
     def _side_convs(self) -> Dict[str, nn.Conv2d]:
@@ -51,9 +49,8 @@ class RepConv2d(NormedRepLayer):
         return sides
 
     def forward(self, x: Tensor) -> Tensor:
-        off_h, off_w = self._centre_offset()
         out = self.norm_kxk(self.conv_kxk(x))
-        side = self.norm_1x1(self.conv_1x1(crop(x, max(-off_h, 0), max(-off_w, 0))))
+        side = self.norm_1x1(self.conv_1x1(self._under_centre(x)))
         if self.norm_identity is not None:
             side = side + self.norm_identity(x)
         return out + self.attach_rate.to(out.dtype) * side
