@@ -52,7 +52,7 @@ class AsymmetricConv2d(NormedRepLayer):
         out = self.norm_kxk(self.conv_kxk(x))
         side = self.norm_1xk(self.conv_1xk(crop(x, max(-off_h, 0), 0)))
         side = side + self.norm_kx1(self.conv_kx1(crop(x, 0, max(-off_w, 0))))
-        return out + self.attach_rate.to(out.dtype) * side
+        return self._attached(out, side)
 
 
 @register_method

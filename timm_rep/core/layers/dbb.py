@@ -209,7 +209,7 @@ class DiverseBranchConv2d(NormedRepLayer):
 
         if self.conv_1x1 is not None and self.norm_1x1 is not None:
             side = side + self.norm_1x1(self.conv_1x1(self._under_centre(x)))
-        return out + self.attach_rate.to(out.dtype) * side
+        return self._attached(out, side)
 
 
 @register_method

@@ -255,7 +255,7 @@ class NormedDilatedConv2d(NormedRepLayer):
         side = torch.zeros_like(out)
         for cut, conv, norm in zip(self.crops, self.side_convs, self.side_norms):
             side = side + norm(conv(cut(x)))
-        return out + self.attach_rate.to(out.dtype) * side
+        return self._attached(out, side)
 
 
 @register_method

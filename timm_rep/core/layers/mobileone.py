@@ -222,7 +222,7 @@ class NormedMobileOneConv2d(NormedRepLayer):
             side = side + norm(conv(x))
         if self.norm_skip is not None:
             side = side + self.norm_skip(x)
-        return out + self.attach_rate.to(out.dtype) * side
+        return self._attached(out, side)
 
 
 @register_method

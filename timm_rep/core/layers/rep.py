@@ -53,7 +53,7 @@ class RepConv2d(NormedRepLayer):
         side = self.norm_1x1(self.conv_1x1(self._under_centre(x)))
         if self.norm_identity is not None:
             side = side + self.norm_identity(x)
-        return out + self.attach_rate.to(out.dtype) * side
+        return self._attached(out, side)
 
 
 @register_method
