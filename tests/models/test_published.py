@@ -106,6 +106,25 @@ def test_a_repository_is_of_the_classes_of_its_config(model, folder, monkeypatch
     assert set(asked) == {'me/seven'}
 
 
+@pytest.mark.parametrize('settings', [
+    dict(num_classes=3, input_size=224, mean=0.5, std='abc', crop_pct=True, interpolation=3, pool_size=None),
+    dict(num_classes=10 ** 9, input_size=[], mean=[], std=['0.1'], crop_pct='1', crop_mode=[], label_names=5),
+    dict(num_classes='7', input_size=[3, 10 ** 9, 10 ** 9], mean=[float('nan')]),
+], ids=str)
+@pytest.mark.parametrize('beside', [True, False])
+def test_settings_that_timm_cannot_use_are_left_out(settings, beside, model, tmp_path):
+    """Such as those of another library, by the same names; the classes are those of the file."""
+    metadata = {} if beside else dict(pretrained_cfg=json.dumps(settings))
+    if beside:
+        (tmp_path / 'config.json').write_text(json.dumps(settings))
+    safetensors.torch.save_file(fuse(model).state_dict(), tmp_path / 'x.safetensors', metadata)
+    created = create(file=tmp_path / 'x.safetensors')
+    assert_same_head(created, model)
+    ours = timm.create_model(NAME).pretrained_cfg
+    kept = ('input_size', 'mean', 'std', 'crop_pct', 'crop_mode', 'interpolation', 'pool_size')
+    assert {key: created.pretrained_cfg.get(key) for key in kept} == {key: ours.get(key) for key in kept}
+
+
 @pytest.mark.parametrize('content', ['', '[', '[]', '{"pretrained_cfg": 5}', '{"num_classes": null}'])
 def test_what_says_nothing_of_the_weights_changes_nothing(content, tmp_path):
     model = timm.create_model(NAME)

@@ -16,12 +16,12 @@ from ..core.verify import DEFAULT_RTOL, Report, VerificationError, compare_outpu
 from ..io.architecture import (
     FACTORY_ARGS,
     HUB_PREFIX,
-    check_input_size,
     check_network_args,
     no_endless_network,
 )
 from ..io.checkpoint import dtype_fits
 from ..io.hub_errors import HubError, hub_errors
+from ..models.settings import check_input_size
 from .export import CONFIG_FILE, SELF_CHECK_FILE, SELF_CHECK_IMAGES, WEIGHTS_FILE
 
 __all__ = ['check_export', 'is_export', 'load_export']

@@ -15,7 +15,7 @@ from ..core.walk import image_channels
 from .hub_errors import HubError, hub_message
 
 __all__ = [
-    'FACTORY_ARGS', 'HUB_PREFIX', 'check_input_size', 'check_network_args', 'create_model', 'input_settings',
+    'FACTORY_ARGS', 'HUB_PREFIX', 'check_network_args', 'create_model', 'input_settings',
     'no_endless_network', 'per_channel',
 ]
 
@@ -30,7 +30,6 @@ MAX_NUMBER = 10 ** 4
 UNBOUNDED_ARGS = ('num_classes',)
 # Modules and parameters: three times those of HRNet-W64 with DBB layers, ten times those of timm's largest networks.
 MAX_PARTS = 30_000
-MAX_IMAGE_SIDE = 4096
 
 
 def _numbers(value: Any) -> Iterator[float]:
@@ -56,20 +55,6 @@ def check_network_args(args: Mapping[str, Any]) -> None:
     for name, value in args.items():
         if name not in UNBOUNDED_ARGS and any(abs(number) > MAX_NUMBER for number in _numbers(value)):
             raise UserError(f'{name} has numbers above {MAX_NUMBER}, more than any network is built of')
-
-
-def check_input_size(size: Sequence[Any]) -> None:
-    """Refuse what cannot be the size of images.
-
-    Args:
-        size: Channels, height and width.
-
-    Raises:
-        UserError: If it is none, or too large to compute anything with.
-    """
-    known = isinstance(size, (list, tuple)) and len(size) == 3 and all(type(number) is int for number in size)
-    if not known or not all(0 < number <= MAX_IMAGE_SIDE for number in size):
-        raise UserError(f'input_size must be channels, height and width, at most {MAX_IMAGE_SIDE}, got {size!r}')
 
 
 def per_channel(values: Sequence[float], channels: int) -> Tuple[float, ...]:

@@ -14,7 +14,8 @@ from ..core.errors import UserError
 from ..core.layers import RepLayer
 from ..models.files import read_file
 from ..models.names import OWN_ARGS, TRAINING_PREFIXES, stock_architecture
-from .architecture import FACTORY_ARGS, check_input_size, create_model, input_settings
+from ..models.settings import check_input_size
+from .architecture import FACTORY_ARGS, create_model, input_settings
 from .description import Description, read_description
 from .output import PathLike
 from .plain_data import plain

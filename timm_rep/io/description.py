@@ -21,7 +21,8 @@ from ..core.layers import AnnealedModule, RepLayer
 from ..core.methods import Method
 from ..core.walk import image_channels
 from ..models.names import OWN_ARGS, TRAINING_PREFIXES
-from .architecture import FACTORY_ARGS, check_input_size, create_model
+from ..models.settings import check_input_size
+from .architecture import FACTORY_ARGS, create_model
 
 __all__ = ['Description', 'describe', 'read_description']
 

@@ -17,15 +17,11 @@ from timm.models import (
 
 from ..core.errors import UserError
 from .files import check_file
+from .settings import usable_settings
 
 __all__ = ['build_model', 'described_weights', 'published_weights', 'with_published']
 
 REGISTRY = Path(__file__).with_name('published.json')
-
-# What a config.json says of the weights beside it, as timm takes it over for 'hf-hub:' models.
-DESCRIBED = (
-    'num_classes', 'label_names', 'label_descriptions', 'input_size', 'pool_size', 'interpolation', 'mean', 'std',
-    'crop_pct', 'crop_mode')
 
 ModelT = TypeVar('ModelT', bound=nn.Module)
 Cfgs = Dict[str, Dict[str, Any]]
@@ -71,20 +67,36 @@ def with_published(cfgs: Cfgs, published: Optional[Cfgs] = None) -> Dict[str, An
     return result
 
 
+def _json_object(text: str) -> Dict[str, Any]:
+    """What a text says; nothing if it is no JSON, or no object."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def _described_by_file(path: Path, variant: str) -> Dict[str, Any]:
-    """Classes that the shape of the classifier in a file tells, and what our own files say of their input."""
+    """Classes that the shape of the classifier in a file tells, and what our own files and the config.json beside one
+    say of their input.
+    """
     cfg: Any = get_pretrained_cfg(variant)
     key = f'{cfg.classifier}.weight'
     if path.suffix == '.safetensors':
         with safetensors.safe_open(path, 'pt') as file:
             classes = file.get_slice(key).get_shape()[:1] if key in file.keys() else []
-            described = json.loads((file.metadata() or {}).get('pretrained_cfg', '{}'))
+            described = _json_object((file.metadata() or {}).get('pretrained_cfg', ''))
     else:
         check_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # train.py puts its arguments into the checkpoint
             state_dict = load_state_dict(str(path), device='meta', weights_only=True)
         classes, described = list(state_dict[key].shape[:1]) if key in state_dict else [], {}
-    return {**described, **(dict(num_classes=classes[0]) if classes else {})}
+    config_file = path.with_name('config.json')
+    config = _json_object(config_file.read_text() if config_file.is_file() else '')
+    beside = config.get('pretrained_cfg')
+    given = [usable_settings(source) for source in (described, beside if isinstance(beside, dict) else {}, config)]
+    known = {key: value for settings in given for key, value in settings.items() if key != 'num_classes'}
+    return {**known, **(dict(num_classes=classes[0]) if classes else {})}
 
 
 def described_weights(overlay: Mapping[str, Any], variant: str, cache_dir: Any = None) -> Dict[str, Any]:
@@ -102,16 +114,10 @@ def described_weights(overlay: Mapping[str, Any], variant: str, cache_dir: Any =
         if overlay.get('hf_hub_id'):
             described = load_model_config_from_hf(overlay['hf_hub_id'], cache_dir=cache_dir)[0]
         else:
-            file = Path(overlay['file'])
-            described = _described_by_file(file, variant)
-            config_file = file.with_name('config.json')
-            if config_file.is_file():
-                config = json.loads(config_file.read_text())
-                beside = {**config.get('pretrained_cfg', {}), **config}
-                described.update({key: value for key, value in beside.items() if value is not None})
+            described = _described_by_file(Path(overlay['file']), variant)
     except Exception:  # what is wrong with the weights timm says
         return {}
-    return _with_tuples({key: described[key] for key in DESCRIBED if described.get(key) is not None})
+    return _with_tuples(usable_settings(described))
 
 
 def _check_weights(path: Path) -> None:

@@ -1,0 +1,67 @@
+"""What files say of a model's images and classes: only what timm can use."""
+import math
+from typing import Any, Callable, Dict, Mapping, Sequence
+
+from ..core.errors import UserError
+
+__all__ = ['check_input_size', 'usable_settings']
+
+MAX_IMAGE_SIDE = 4096
+
+
+def _is_size(value: Any, numbers: int) -> bool:
+    known = isinstance(value, (list, tuple)) and len(value) == numbers and all(type(n) is int for n in value)
+    return known and all(0 < number <= MAX_IMAGE_SIDE for number in value)
+
+
+def check_input_size(size: Sequence[Any]) -> None:
+    """Refuse what cannot be the size of images.
+
+    Args:
+        size: Channels, height and width.
+
+    Raises:
+        UserError: If it is none, or too large to compute anything with.
+    """
+    if not _is_size(size, 3):
+        raise UserError(f'input_size must be channels, height and width, at most {MAX_IMAGE_SIDE}, got {size!r}')
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _are_of_channels(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) > 0 and all(map(_is_number, value))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+USABLE: Dict[str, Callable[[Any], bool]] = dict(
+    num_classes=lambda value: type(value) is int and value >= 0,
+    label_names=lambda value: isinstance(value, (list, tuple)),
+    label_descriptions=lambda value: isinstance(value, (list, tuple, Mapping)),
+    input_size=lambda value: _is_size(value, 3),
+    pool_size=lambda value: _is_size(value, 2),
+    interpolation=_is_text,
+    mean=_are_of_channels,
+    std=_are_of_channels,
+    crop_pct=_is_number,
+    crop_mode=_is_text,
+)
+
+
+def usable_settings(given: Mapping[str, Any]) -> Dict[str, Any]:
+    """Classes and input settings that a file gives, as timm takes them over from a config.json of a repository.
+
+    Files of other libraries say other things by the same names.
+
+    Args:
+        given: Plain data by name.
+
+    Returns:
+        Fields of a ``pretrained_cfg``: those that are what timm expects.
+    """
+    return {key: given[key] for key, is_usable in USABLE.items() if key in given and is_usable(given[key])}
