@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import logging
 import types
+import weakref
 
 import pytest
 import timm
@@ -11,7 +12,7 @@ import torch
 import torch.nn as nn
 from helpers import MODEL_RTOL, TINY_MODELS, assert_near, randn, state_of, tiny_repvgg, tiny_resnet, tree
 
-from timm_rep import UserError, expand, expansion_of, fuse
+from timm_rep import Annealer, AnnealingSchedule, UserError, expand, expansion_of, fuse
 from timm_rep.core.methods import Shares
 from timm_rep.core.selection import Network
 
@@ -63,12 +64,22 @@ class Parts:
     conv: nn.Module
 
 
+class Slots:
+    __slots__ = ('conv',)
+
+    def __init__(self, conv):
+        self.conv = conv
+
+
 @pytest.mark.parametrize('hold', [
     lambda m: setattr(m, 'others', [m[0]]), lambda m: setattr(m, 'others', dict(first=(m[0], 1))),
     lambda m: setattr(m, 'run', m[0].forward), lambda m: setattr(m, 'run', functools.partial(print, m[0])),
     lambda m: setattr(m, 'run', functools.partial(m[0], x=1)),
     lambda m: setattr(m, 'others', collections.deque([m[0]])),
-    lambda m: setattr(m, 'parts', types.SimpleNamespace(conv=m[0])), lambda m: setattr(m, 'parts', Parts(m[0]))])
+    lambda m: setattr(m, 'parts', types.SimpleNamespace(conv=m[0])), lambda m: setattr(m, 'parts', Parts(m[0])),
+    lambda m: setattr(m, 'parts', [Slots(m[0])]), lambda m: setattr(m, 'run', weakref.ref(m[0])),
+    lambda m: setattr(m, 'run', (lambda conv: lambda x: conv(x))(m[0])), lambda m: setattr(m, 'parts', {m[0]: 1}),
+    lambda m: setattr(m, 'parts', collections.ChainMap(dict(conv=collections.UserList([m[0]]))))])
 @pytest.mark.parametrize('method', ['orepa', 'dbb'])
 def test_what_lies_in_another_attribute_too_is_left(hold, method):
     model = nn.Sequential(kxk(3, 4), nn.BatchNorm2d(4), kxk(4, 4), nn.BatchNorm2d(4))
@@ -87,6 +98,15 @@ def test_what_lies_in_another_attribute_too_is_not_fused(method):
         fuse(model, inplace=True)
     assert tree(model) == before
     model.first = [model[2]]
+    assert type(fuse(model)[0]) is nn.Conv2d
+
+
+def test_annealers_that_a_network_holds_are_in_nobodys_way():
+    model = expand(nn.Sequential(kxk(3, 4), nn.BatchNorm2d(4), nn.ReLU()), 'dbb').eval()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.annealer = Annealer(
+        model, optimizer, AnnealingSchedule(2, 2, warmup_epochs=1), freeze_origin=True, log_branches=True)
+    model.about = [model.annealer, optimizer]
     assert type(fuse(model)[0]) is nn.Conv2d
 
 

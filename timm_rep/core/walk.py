@@ -1,9 +1,8 @@
 """Finding things in a model: rep layers, what stands beside and around a module, its image channels."""
 import copy
-import dataclasses
-import functools
+import gc
 import types
-from collections import deque
+import weakref
 from typing import Any, Dict, FrozenSet, Iterator, List, Optional, Set, Tuple, TypeVar
 
 import torch
@@ -33,8 +32,12 @@ HOOKS = (
     '_forward_pre_hooks_with_kwargs', '_backward_hooks', '_backward_pre_hooks', '_is_full_backward_hook',
 )
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-MAX_DEPTH = 3  # of lists in lists
-SECOND_PLACE = 'a second place that is no registered module (a list, a bound method or the like)'
+OWN_PACKAGE = __name__.partition('.')[0]
+# An attribute may hold a data set, or all of a trainer.
+MAX_OBJECTS = 10_000
+WITHOUT_MODULES = (
+    str, bytes, int, float, complex, type(None), type, types.ModuleType, types.FrameType, types.CodeType, torch.Tensor)
+SECOND_PLACE = 'a second place that is no registered module (a list, an object, a bound method or the like)'
 
 
 def unwrapped(model: Any) -> Any:
@@ -224,7 +227,7 @@ def folded_norms(model: nn.Module) -> Dict[str, Tuple[str, FoldedNorm]]:
 def held_elsewhere(model: nn.Module) -> FrozenSet[int]:
     """Modules that lie in other attributes of a model's modules, by id: where they are swapped, those keep the old one.
 
-    Our own layers remember modules as well, but know what they are.
+    Our own layers and annealers remember modules as well, but know what they are.
     """
     return frozenset(
         id(held) for module in model.modules() if not isinstance(module, AnnealedModule)
@@ -232,21 +235,23 @@ def held_elsewhere(model: nn.Module) -> FrozenSet[int]:
         for held in _modules_in(value) if held is not module)
 
 
-def _modules_in(value: Any, depth: int = 0) -> Iterator[nn.Module]:
-    """Modules that an attribute holds: itself, in lists and the like, or as what a function is bound to."""
-    if isinstance(value, nn.Module):
-        yield value
-    elif isinstance(value, types.MethodType):
-        yield from _modules_in(value.__self__, depth)
-    elif isinstance(value, functools.partial):
-        yield from _modules_in([value.func, *value.args, *value.keywords.values()], depth)
-    elif isinstance(value, types.SimpleNamespace):
-        yield from _modules_in(vars(value), depth)
-    elif dataclasses.is_dataclass(value):
-        yield from _modules_in([getattr(value, of.name, None) for of in dataclasses.fields(value)], depth)
-    elif isinstance(value, (list, tuple, set, frozenset, deque, dict)) and depth < MAX_DEPTH:
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _modules_in(part, depth + 1)
+def _modules_in(value: Any) -> Iterator[nn.Module]:
+    """Modules that an attribute holds: itself, in lists, objects and the like, or as what a function is bound to."""
+    seen: Set[int] = set()
+    to_do = [value]
+    while to_do and len(seen) < MAX_OBJECTS:
+        value = to_do.pop()
+        if id(value) in seen or isinstance(value, WITHOUT_MODULES):
+            continue
+        seen.add(id(value))
+        if isinstance(value, nn.Module):
+            yield value
+        elif isinstance(value, weakref.ref):
+            to_do.append(value())
+        elif isinstance(value, types.FunctionType):  # beside them it refers to all of its file
+            to_do += [*(value.__closure__ or ()), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        elif type(value).__module__.partition('.')[0] != OWN_PACKAGE:
+            to_do += gc.get_referents(value)
 
 
 def names_of(model: nn.Module) -> Dict[int, List[str]]:
