@@ -109,7 +109,8 @@ def test_what_is_no_defect_is_one_line(error, code, monkeypatch):
     assert json.loads(result.output.splitlines()[0]) == dict(ok=False, error=message)
 
 
-@pytest.mark.parametrize('defect', [wrong_shapes, lambda: int('x'), lambda: raise_(ImportError('mine'))])
+@pytest.mark.parametrize('defect', [
+    wrong_shapes, lambda: int('x'), lambda: raise_(ImportError('mine')), lambda: raise_(AssertionError())])
 def test_a_defect_has_its_traceback_and_an_exit_code_of_its_own(defect, monkeypatch):
     monkeypatch.setattr(forms, 'verify_checkpoint', lambda *args, **kwargs: defect())
     result = CliRunner().invoke(main, ['verify', 'x.pth', '--json'])
@@ -118,6 +119,7 @@ def test_a_defect_has_its_traceback_and_an_exit_code_of_its_own(defect, monkeypa
     assert 'in verify\n' in result.output  # where it comes from
     line = next(line for line in result.output.splitlines() if line.startswith('{"ok": false'))
     assert f'Error: {json.loads(line)["error"]}\n' in result.output
+    assert 'interrupted' not in result.output
 
 
 # A terminal acts upon nothing that a name or a file says.

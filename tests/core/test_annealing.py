@@ -583,6 +583,23 @@ def test_computed_values_cannot_be_written(compute, name):
         assert torch.equal(model(images()), expected)
 
 
+@pytest.mark.parametrize('name', ['repvgg_dbb', 'mixed'])
+@pytest.mark.parametrize('other', [
+    lambda channels: nn.GroupNorm(1, channels), lambda channels: nn.BatchNorm2d(channels, affine=False),
+    lambda channels: nn.BatchNorm2d(channels, track_running_stats=False), lambda channels: nn.Identity()],
+    ids=['group', 'no gain', 'no statistics', 'identity'])
+def test_norms_of_branches_that_were_replaced_are_refused_before_anything_is_changed(other, name):
+    model = randomize_(MODELS[name]()).double().eval()
+    _, module = list(annealed_modules(model))[-1]
+    path = [path for path, part in module.named_modules() if isinstance(part, nn.BatchNorm2d)][-1]
+    module.set_submodule(path, other(module.get_submodule(path).num_features).double())
+    before = state_of(model)
+    for write in (lambda: begin_time_step(model, seeded()), lambda: timm_rep.fuse(model)):
+        with pytest.raises(UserError, match='a batch norm with gain, bias and running statistics is needed, got'):
+            write()
+        assert_same_state(state_of(model), before)
+
+
 # The optimizer
 
 

@@ -23,6 +23,7 @@ from timm_rep.train import main
 from timm_rep.train.arguments import (
     add_time_step_options,
     check_crops,
+    check_data,
     check_model,
     check_start_weights,
     recipe_file,
@@ -453,3 +454,11 @@ def test_arguments_say_what_input_the_weights_to_start_from_bring(given, expecte
     found = {key: getattr(args, key) for key in expected}
     assert found == {**expected, 'mean': pytest.approx(expected['mean'])}
     resolve_data_config(vars(args))  # of which timm asserts that they go together
+
+
+def test_images_that_are_not_there_are_refused(tmp_path):
+    check_data(argparse.Namespace(data_dir=str(tmp_path), dataset=''))
+    check_data(argparse.Namespace(data_dir=str(tmp_path / 'new'), dataset='torch/cifar10'))
+    for args in (dict(data_dir=str(tmp_path / 'typo')), dict(data_dir=None, data=str(tmp_path / 'typo'))):
+        with pytest.raises(timm_rep.UserError, match=r'no folder of images .*typo \(--data-dir\)'):
+            check_data(argparse.Namespace(**args))

@@ -65,10 +65,12 @@ class Command(click.Command):
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise  # click's own business
         except (Exception, KeyboardInterrupt) as e:
-            message, code = ' '.join(_shown(str(e)).split()) or 'interrupted', _exit_code_of(e)
+            message, code = ' '.join(_shown(str(e)).split()), _exit_code_of(e)
             if code == DEFECT:
                 say(_shown(traceback.format_exc()), err=True)
-                message = f'{type(e).__name__}: {message}'
+                message = f'{type(e).__name__}: {message}' if message else type(e).__name__
+            if code == INTERRUPTED:
+                message = 'interrupted'
             if context.params.get('as_json'):
                 print_json(dict(ok=False, error=message), indent=None)
             failure = click.ClickException(visible(message))

@@ -19,8 +19,9 @@ from ..models.names import is_training_form
 from ..models.published import described_weights
 
 __all__ = [
-    'add_time_step_options', 'check_crops', 'check_model', 'check_start_weights', 'complete_schedule', 'output_folder',
-    'output_root', 'read_options', 'recipe_file', 'recipe_names', 'take_start_settings', 'without_time_steps',
+    'add_time_step_options', 'check_crops', 'check_data', 'check_model', 'check_start_weights', 'complete_schedule',
+    'output_folder', 'output_root', 'read_options', 'recipe_file', 'recipe_names', 'take_start_settings',
+    'without_time_steps',
 ]
 
 # Schedules of timm that start anew with --lr-cycle-limit.
@@ -214,6 +215,20 @@ def check_crops(args: argparse.Namespace) -> None:
             raise UserError(
                 f'--crop-padding {args.crop_padding} crops in its own way: it goes without --{name.replace("_", "-")} '
                 f'{given}')
+
+
+def check_data(args: argparse.Namespace) -> None:
+    """Refuse a folder of images that is not there, which timm does without a word.
+
+    Args:
+        args: timm's arguments.
+
+    Raises:
+        UserError: If there is none; what a named ``--dataset`` makes of its folder is its own business.
+    """
+    folder = getattr(args, 'data_dir', None) or getattr(args, 'data', None)
+    if folder and not getattr(args, 'dataset', '') and not Path(folder).exists():
+        raise UserError(f'there is no folder of images {folder} (--data-dir)')
 
 
 def check_start_weights(args: argparse.Namespace) -> None:

@@ -34,6 +34,7 @@ from ..io.hub_errors import HubError
 from .arguments import (
     add_time_step_options,
     check_crops,
+    check_data,
     check_model,
     check_start_weights,
     complete_schedule,
@@ -109,6 +110,7 @@ def _train_in_time_steps(script: Any) -> None:
         find_run(args, schedule)
         check_crops(args)
         check_best(args, schedule)
+        check_data(args)
         check_start_weights(args)
         check_model(args, schedule)
         if folder is not None:

@@ -17,6 +17,7 @@ from timm_rep import (
     NormedDilatedConv2d,
     NormedMobileOneConv2d,
     RepConv2d,
+    UserError,
     expand,
     fuse,
     verify,
@@ -740,6 +741,18 @@ def test_asymmetric_layer_needs_two_sides():
 def test_norm_that_cannot_be_folded_raises(norm, message):
     with pytest.raises(ValueError, match=message):
         DiverseBranchConv2d.from_conv(nn.Conv2d(4, 4, 3), norm=nn.BatchNorm2d(4, **norm))
+
+
+@pytest.mark.parametrize('cls', [*LAYERS.values(), NormedDilatedConv2d, NormedMobileOneConv2d])
+def test_convolutions_of_branches_are_not_given_another_geometry(cls):
+    """As those do who walk over all convolutions of a network; folding would not know."""
+    layer = cls(4, 4, 5, padding=2)
+    convs = [module for module in layer.modules() if isinstance(module, nn.Conv2d)]
+    assert len(convs) == sum(parameter.dim() == 4 for parameter in layer.parameters()) - (cls is DiverseBranchConv2d)
+    for conv in convs:
+        for name, value in dict(padding_mode='circular', dilation=(7, 7), stride=(2, 2)).items():
+            with pytest.raises(UserError, match=f'{name} of a BranchConv2d cannot be changed'):
+                setattr(conv, name, value)
 
 
 @pytest.mark.parametrize(('layer', 'gain'), [('dbb', 1e-6), ('dbb', 0.0), ('acb', 1e-6), ('rep', 0.0)])

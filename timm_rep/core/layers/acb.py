@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..methods import register_method
+from .fixed import BranchConv2d
 from .normed import NormedMethod, NormedRepLayer, crop
 from .norms import fold_batch_norm
 
@@ -30,9 +31,9 @@ class AsymmetricConv2d(NormedRepLayer):
         off_h, off_w = self._centre_offset()
         row = dict(kernel_size=(1, width), padding=(max(off_h, 0), self.padding[1]))
         column = dict(kernel_size=(height, 1), padding=(self.padding[0], max(off_w, 0)))
-        self.conv_1xk = nn.Conv2d(**dict(self._geometry(), **row), bias=False, **dd)
+        self.conv_1xk = BranchConv2d(**dict(self._geometry(), **row), bias=False, **dd)
         self.norm_1xk = nn.BatchNorm2d(self.out_channels, **norm_dd)
-        self.conv_kx1 = nn.Conv2d(**dict(self._geometry(), **column), bias=False, **dd)
+        self.conv_kx1 = BranchConv2d(**dict(self._geometry(), **column), bias=False, **dd)
         self.norm_kx1 = nn.BatchNorm2d(self.out_channels, **norm_dd)
 
     def _side_convs(self) -> Dict[str, nn.Conv2d]:

@@ -403,6 +403,10 @@ class AnnealedModule(nn.Module):
         """Restore a folded kernel; where the origin branch has a norm, with the gain that it has, or with gain one."""
         self.restore_(weight, bias)
 
+    def check_parts(self) -> None:
+        """Raise a UserError if a part is not as it was made, so that nothing can be folded or written."""
+        check_own_values(self)
+
     @torch.no_grad()
     def begin_time_step_(
             self,
@@ -424,7 +428,7 @@ class AnnealedModule(nn.Module):
             side_gain: Gain of the last norms of the fresh side branches.
         """
         self._before_writing()
-        check_own_values(self)
+        self.check_parts()
         weight, bias = self.compose_weight_bias()
         self.redraw_side_branches_(generator)
         self.set_side_gain_(side_gain)

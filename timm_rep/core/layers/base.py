@@ -10,7 +10,7 @@ from torch import Tensor
 from ..composition import prefers_channels_last
 from ..errors import UserError
 from ..precision import full_float32
-from .annealed import AnnealedModule, check_kernel, check_own_values, is_channels_last
+from .annealed import AnnealedModule, check_kernel, is_channels_last
 from .composed import composed_kernel, refuse_writing
 from .together import KernelsTogether
 from .update import UpdateKernels
@@ -426,7 +426,7 @@ class LinearRepLayer(RepLayer):
         if bias is not None and self.bias is None:
             raise UserError(f'this {type(self).__name__} was built with bias=False, it cannot hold a bias')
         self._before_writing()
-        check_own_values(self)
+        self.check_parts()
         weight = weight.clone()  # it may be a parameter of the layer
         origin = self.clear_origin_()
         for _ in range(2):  # the second pass takes up the rounding of the first

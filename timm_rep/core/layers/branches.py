@@ -8,9 +8,9 @@ from torch import Tensor
 from .. import kernels
 from ..errors import UserError
 from ..precision import full_float32, without_autocast
-from .annealed import AnnealedModule, OriginPart, check_kernel, check_own_values
+from .annealed import AnnealedModule, OriginPart, check_kernel
 from .base import RepLayer, kaiming_uniform_
-from .norms import fold_batch_norm, is_frozen, kept_statistics
+from .norms import check_batch_norm, fold_batch_norm, is_frozen, kept_statistics
 
 __all__ = ['NormedBranches']
 
@@ -70,6 +70,12 @@ class NormedBranches(AnnealedModule):
             norm, inside = conv.norms_to_measure()
             sides = (*sides, *inside)
         return norm, sides
+
+    def check_parts(self) -> None:
+        super().check_parts()
+        norm, sides = self.norms_to_measure()
+        for part in (norm, *sides):
+            check_batch_norm(part)
 
     def origin_parameters(self) -> List[OriginPart]:
         conv, norm = self._origin()
@@ -214,7 +220,7 @@ class NormedBranches(AnnealedModule):
         Raises:
             UserError: For another shape. The module is then unchanged.
         """
-        check_own_values(self)
+        self.check_parts()
         with without_autocast(next(self.parameters())), full_float32():
             side_kernel, side_bias = self._side_kernel_bias()
             check_kernel(self, side_kernel.shape, weight, bias)

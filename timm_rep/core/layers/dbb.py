@@ -12,6 +12,7 @@ from .. import kernels
 from ..composition import needs_plain_formula
 from ..errors import UserError
 from ..methods import register_method
+from .fixed import BranchConv2d
 from .normed import NormedMethod, NormedRepLayer
 from .norms import fold_batch_norm, is_frozen, kept_statistics
 
@@ -116,13 +117,13 @@ class DiverseBranchConv2d(NormedRepLayer):
         if not depthwise:
             self.conv_1x1 = self._new_1x1(dd)
             self.norm_1x1 = nn.BatchNorm2d(out_channels, **norm_dd)
-            self.avg_conv = nn.Conv2d(in_channels, out_channels, 1, groups=groups, bias=False, **dd)
+            self.avg_conv = BranchConv2d(in_channels, out_channels, 1, groups=groups, bias=False, **dd)
             self.avg_inner_norm = NormPad2d(out_channels, self.padding, **norm_dd)
         self.avg_norm = nn.BatchNorm2d(out_channels, **norm_dd)
 
         self.seq_1x1 = nn.Parameter(torch.empty(inner, in_channels // groups, 1, 1, **dd))
         self.seq_inner_norm = NormPad2d(inner, self.padding, **norm_dd)
-        self.seq_kxk = nn.Conv2d(**dict(self._geometry(), in_channels=inner, padding=0), bias=False, **dd)
+        self.seq_kxk = BranchConv2d(**dict(self._geometry(), in_channels=inner, padding=0), bias=False, **dd)
         self.seq_norm = nn.BatchNorm2d(out_channels, **norm_dd)
         self.register_buffer('seq_identity', torch.empty(inner, in_channels // groups, 1, 1, **dd), persistent=False)
         self.init_non_persistent_buffers()

@@ -12,6 +12,7 @@ from ..errors import UserError
 from ..methods import Method, Place, register_method
 from ..precision import sheltered
 from .base import RepLayer, kaiming_uniform_
+from .fixed import BranchConv2d
 from .normed import NormedRepLayer, is_foldable_pair
 from .norms import fold_batch_norm
 from .scaled import ScaledRepLayer
@@ -232,7 +233,7 @@ class NormedDilatedConv2d(NormedRepLayer):
                 padding=(max(pad_h, 0), max(pad_w, 0)),
                 dilation=(spread * self.dilation[0], spread * self.dilation[1]),
             )
-            convs.append(nn.Conv2d(**dict(self._geometry(), **own), bias=False, **dd))
+            convs.append(BranchConv2d(**dict(self._geometry(), **own), bias=False, **dd))
         self.crops, self.side_convs = nn.ModuleList(crops), nn.ModuleList(convs)
         self.side_norms = nn.ModuleList([nn.BatchNorm2d(self.out_channels, **norm_dd) for _ in convs])
 

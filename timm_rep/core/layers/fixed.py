@@ -6,7 +6,7 @@ import torch.nn as nn
 from ..errors import UserError
 from .base import GEOMETRY
 
-__all__ = ['FixedGeometry']
+__all__ = ['BranchConv2d', 'FixedGeometry']
 
 
 class FixedGeometry(nn.Module):
@@ -24,6 +24,10 @@ class FixedGeometry(nn.Module):
                 value = own
             if isinstance(value, nn.Parameter) or value != own:
                 raise UserError(
-                    f'{name} of a {type(self).__name__} cannot be changed, its branches were made with {own}: change '
+                    f'{name} of a {type(self).__name__} cannot be changed, branches were made with {own}: change '
                     'the plain convolution, before expand or after fuse')
         super().__setattr__(name, value)
+
+
+class BranchConv2d(FixedGeometry, nn.Conv2d):
+    """A convolution that is a branch, or a part of one: it folds by the geometry that it was made with."""

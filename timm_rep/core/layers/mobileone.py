@@ -14,6 +14,7 @@ from ..errors import UserError
 from ..methods import Method, Place, register_method
 from ..precision import sheltered
 from .base import RepLayer, kaiming_uniform_
+from .fixed import BranchConv2d
 from .normed import NormedRepLayer, is_foldable_pair
 from .norms import fold_batch_norm
 from .scaled import ScaledRepLayer
@@ -190,7 +191,7 @@ class NormedMobileOneConv2d(NormedRepLayer):
 
     def _add_side_branches(self, dd: Dict[str, Any], norm_dd: Dict[str, Any]) -> None:
         beside = range(1, self.copies)
-        self.copy_convs = nn.ModuleList([nn.Conv2d(**self._geometry(), bias=False, **dd) for _ in beside])
+        self.copy_convs = nn.ModuleList([BranchConv2d(**self._geometry(), bias=False, **dd) for _ in beside])
         self.copy_norms = nn.ModuleList([nn.BatchNorm2d(self.out_channels, **norm_dd) for _ in beside])
         self.conv_1x1 = self._new_1x1(dd)
         self.norm_1x1 = nn.BatchNorm2d(self.out_channels, **norm_dd)

@@ -13,7 +13,7 @@ from ..methods import Method, Place
 from .annealed import check_kernel
 from .base import RepLayer, is_trainable, kaiming_uniform_
 from .branches import NormedBranches
-from .fixed import FixedGeometry
+from .fixed import BranchConv2d, FixedGeometry
 from .norms import (
     FoldedNorm,
     fold_batch_norm,
@@ -90,7 +90,7 @@ class NormedRepLayer(FixedGeometry, NormedBranches, RepLayer):
         self.far_norm: Optional[Tuple[FoldedNorm]] = None
         dd: Dict[str, Any] = dict(device=device, dtype=dtype)
         norm_dd: Dict[str, Any] = dict(eps=eps, momentum=momentum, **dd)
-        self.conv_kxk = nn.Conv2d(**self._geometry(), bias=False, **dd)
+        self.conv_kxk = BranchConv2d(**self._geometry(), bias=False, **dd)
         self.norm_kxk = nn.BatchNorm2d(out_channels, **norm_dd)
         self._add_side_branches(dd, norm_dd)
         self.reset_parameters(generator)
@@ -107,7 +107,7 @@ class NormedRepLayer(FixedGeometry, NormedBranches, RepLayer):
         """A 1x1 convolution of what :meth:`_under_centre` leaves of the input."""
         off_h, off_w = self._centre_offset()
         pointwise = dict(kernel_size=1, padding=(max(off_h, 0), max(off_w, 0)), dilation=1)
-        return nn.Conv2d(**dict(self._geometry(), **pointwise), bias=False, **dd)
+        return BranchConv2d(**dict(self._geometry(), **pointwise), bias=False, **dd)
 
     def _under_centre(self, x: Tensor) -> Tensor:
         """The input without the border that the centre of the KxK never sees."""

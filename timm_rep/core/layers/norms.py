@@ -17,7 +17,7 @@ NORM_STATE = ('weight', 'bias', 'running_mean', 'running_var', 'eps', 'num_featu
 FOLDABLE = (nn.BatchNorm2d, BatchNormAct2d, nn.SyncBatchNorm, SyncBatchNormAct)
 
 __all__ = [
-    'FoldedNorm', 'fold_batch_norm', 'is_foldable', 'is_frozen', 'is_norm', 'kept_statistics',
+    'FoldedNorm', 'check_batch_norm', 'fold_batch_norm', 'is_foldable', 'is_frozen', 'is_norm', 'kept_statistics',
     'plain_batch_norm', 'reset_norm_', 'synchronized_as',
 ]
 
@@ -58,6 +58,15 @@ def kept_statistics(norm: nn.BatchNorm2d) -> Tuple[Tensor, Tensor]:
     return norm.running_mean, norm.running_var
 
 
+def check_batch_norm(norm: nn.Module) -> None:
+    """Raise a UserError if a module, put in the place of a batch norm, cannot be folded."""
+    needed = ('weight', 'bias', 'running_mean', 'running_var', 'eps')
+    if any(getattr(norm, name, None) is None for name in needed):
+        raise UserError(
+            f'a batch norm with gain, bias and running statistics is needed, got {norm}: change the norms of the plain '
+            'network, before expand or after fuse')
+
+
 def fold_batch_norm(kernel: Tensor, bias: Optional[Tensor], norm: nn.BatchNorm2d) -> Tuple[Tensor, Tensor]:
     """:func:`timm_rep.kernels.fold_norm` with the values of a module, in float32 at least.
 
@@ -69,8 +78,7 @@ def fold_batch_norm(kernel: Tensor, bias: Optional[Tensor], norm: nn.BatchNorm2d
     Returns:
         Kernel and bias; float32 for half-precision values.
     """
-    if not hasattr(norm, 'eps'):
-        raise UserError(f'a {type(norm).__name__} cannot be folded: it does not say its eps')
+    check_batch_norm(norm)
     dtype = torch.float64 if kernel.dtype == torch.float64 else torch.float32
     mean, var, gamma, beta = (v.to(dtype) for v in (*kept_statistics(norm), norm.weight, norm.bias))
     return kernels.fold_norm(

@@ -12,7 +12,7 @@ from .. import kernels
 from ..errors import UserError
 from .base import RepLayer, is_trainable
 from .branches import NormedBranches
-from .norms import fold_batch_norm, plain_batch_norm
+from .norms import check_batch_norm, fold_batch_norm, plain_batch_norm
 
 __all__ = ['AnnealedRepVggBlock']
 
@@ -149,7 +149,8 @@ class AnnealedRepVggBlock(RepVggBlock, NormedBranches):
             Three branches with live norms; a rep layer in the KxK branch is fused.
 
         Raises:
-            UserError: In training mode, if the KxK branch holds a layer with norms in its branches.
+            UserError: In training mode, if the KxK branch holds a layer with norms in its branches; for a side branch
+                whose norm was replaced.
         """
         block: Any = _of_class(RepVggBlock, copy.deepcopy(self))
         conv = self.conv_kxk.conv
@@ -163,6 +164,7 @@ class AnnealedRepVggBlock(RepVggBlock, NormedBranches):
             vars(block).pop(name, None)
         for norm in (block.conv_1x1.bn, block.identity):
             if norm is not None:
+                check_batch_norm(norm)
                 norm.weight.mul_(self.attach_rate)
                 norm.bias.mul_(self.attach_rate)
         return block
