@@ -60,6 +60,14 @@ def test_right_fusion_passes_where_tf32_is_allowed(layer):
     assert report.model.relative <= 1e-5
 
 
+@pytest.mark.parametrize('layer', ['orepa', 'dbb'])
+def test_right_fusion_passes_inside_autocast(layer):
+    model, fused = pair(layer=layer)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert verify(model, fused, inputs=images()).model.relative < 1e-5
+        assert model(images()).dtype == torch.bfloat16
+
+
 def test_deploy_form_is_compared_end_to_end():
     model, fused = pair('repvgg')
     deploy = reparameterize_model(fused)

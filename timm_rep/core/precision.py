@@ -1,6 +1,6 @@
 """Precision of composing: away from autocast, and in full float32 where training may use less."""
 import threading
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial, wraps
 from typing import Any, Callable, ContextManager, Iterator, List, Tuple
 
@@ -90,9 +90,19 @@ def float32_products() -> Any:
     return torch.get_float32_matmul_precision()
 
 
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    accelerator = torch.accelerator.current_accelerator()
+    with ExitStack() as stack:
+        for kind in {'cpu', 'cpu' if accelerator is None else accelerator.type}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(_highest_precision())
+        yield
+
+
 def full_float32() -> ContextManager[None]:
-    """Context in which float32 is computed in full, whatever was allowed for training (TF32 or bfloat16 products).
+    """Context in which float32 is computed in full, whatever was allowed for training: autocast, or TF32 products.
 
     A compiled or exported graph cannot switch that, so there it does nothing.
     """
-    return nullcontext() if torch.compiler.is_compiling() else _highest_precision()
+    return nullcontext() if torch.compiler.is_compiling() else _full_float32()

@@ -196,7 +196,7 @@ def verify(
 ) -> Report:
     """Compare a rep model with its fused form, in eval mode, layer by layer and end to end.
 
-    Both compute in full float32 here, also where TF32 is allowed.
+    Both compute in full float32 here, also where TF32 is allowed, or inside autocast.
 
     Args:
         model: Model in training form, also in wrappers (DDP, torch.compile, averaged copies).
