@@ -68,6 +68,13 @@ def test_right_fusion_passes_inside_autocast(layer):
         assert model(images()).dtype == torch.bfloat16
 
 
+def test_the_default_device_of_new_tensors_does_not_matter():
+    model = timm.create_model('orepa_resnet18_cifar').eval()
+    fused = fuse(model)
+    with torch.device('meta'):
+        assert verify(model, fused).model.relative < 1e-5
+
+
 def test_deploy_form_is_compared_end_to_end():
     model, fused = pair('repvgg')
     deploy = reparameterize_model(fused)

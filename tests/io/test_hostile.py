@@ -170,6 +170,9 @@ def test_pickles_are_looked_through_first(name, wrap, tmp_path, monkeypatch):
 def test_what_torch_refuses_is_said_in_words_of_our_own(tmp_path):
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / 'script.pth')
     assert 'holds Python objects (__torch__' in refusal(read_checkpoint, tmp_path / 'script.pth')
+    overlay = dict(file=tmp_path / 'script.pth')
+    message = refusal(timm.create_model, NAME, pretrained=True, pretrained_cfg_overlay=overlay)
+    assert message.endswith('not only weights, which could run code')  # and there is no --allow-pickle
     (tmp_path / 'text.pth').write_text('weights of mine')
     assert 'text.pth is not a PyTorch checkpoint' in refusal(
         timm.create_model, NAME, pretrained=True, pretrained_cfg_overlay=dict(file=tmp_path / 'text.pth'))

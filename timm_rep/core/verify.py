@@ -180,7 +180,7 @@ def _counterparts(
 
 def _layer_input(layer: Any, generator: torch.Generator) -> Tensor:
     size = [max(16, d * (k - 1) + 1) for k, d in zip(layer.kernel_size, layer.dilation)]
-    x = torch.randn(2, layer.in_channels, *size, generator=generator)
+    x = torch.randn(2, layer.in_channels, *size, generator=generator, device='cpu')
     reference = next(layer.parameters())
     return x.to(device=reference.device, dtype=reference.dtype)
 
@@ -221,7 +221,7 @@ def verify(
         cfg = getattr(model, 'pretrained_cfg', None) or {}
         if 'input_size' not in cfg:
             raise UserError('verify: the model has no pretrained_cfg with an input_size; pass inputs')
-        inputs = torch.randn(2, image_channels(model), *cfg['input_size'][1:], generator=generator)
+        inputs = torch.randn(2, image_channels(model), *cfg['input_size'][1:], generator=generator, device='cpu')
         inputs = inputs.to(device=reference.device, dtype=reference.dtype)
 
     differences: List[Difference] = []

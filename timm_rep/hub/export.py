@@ -133,7 +133,7 @@ def _write_model(
     config = dict(timm_rep=provenance, **({} if label_names is None else dict(label_names=list(label_names))))
     model.to(memory_format=torch.contiguous_format)  # safetensors takes no other tensors
     dtype, size = next(model.parameters()).dtype, cfg['input_size']
-    inputs = torch.randn(SELF_CHECK_IMAGES, *size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    inputs = torch.randn(SELF_CHECK_IMAGES, *size, generator=torch.Generator().manual_seed(0), device='cpu').to(dtype)
     (folder / SELF_CHECK_FILE).parent.mkdir(parents=True)
     with torch.no_grad():
         tensors = dict(input=inputs, output=model(inputs).contiguous())

@@ -42,7 +42,7 @@ def _images(model: Any) -> List[torch.Tensor]:
         raise UserError('export: the model has no pretrained_cfg with an input_size')
     size = (image_channels(model), *cfg['input_size'][1:])
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(batch, *size, generator=generator) for batch in (TRACED_BATCH, *CHECKED_BATCHES)]
+    return [torch.randn(batch, *size, generator=generator, device='cpu') for batch in (TRACED_BATCH, *CHECKED_BATCHES)]
 
 
 @torch.inference_mode()

@@ -11,9 +11,11 @@ import torch
 
 from ..core.errors import UserError
 from .damage import check_records, check_sum
-from .pickles import check_pickles
+from .pickles import UnsafePickleError, check_pickles
 
 __all__ = ['check_file', 'read_file']
+
+ALLOW_PICKLE = ' (allow_pickle=True or --allow-pickle loads it all the same: only if you trust whoever made it)'
 
 
 def _in_words(error: Exception) -> str:
@@ -24,14 +26,14 @@ def _in_words(error: Exception) -> str:
 
 
 @contextmanager
-def _refusals(path: Path) -> Iterator[None]:
+def _refusals(path: Path, way_out: str = '') -> Iterator[None]:
     """Whatever a reader of a file raises, as UserErrors: damage makes the readers raise almost anything."""
     try:
         yield
     except (FileNotFoundError, PermissionError, ImportError):
         raise
     except UserError as e:
-        raise UserError(f'{path} is not loaded: {e}') from e
+        raise UserError(f'{path} is not loaded: {e}{way_out if isinstance(e, UnsafePickleError) else ""}') from e
     except Exception as e:
         kind = 'safetensors file' if path.suffix == '.safetensors' else 'PyTorch checkpoint'
         raise UserError(f'{path} is not a {kind} ({_in_words(e)})') from e
@@ -62,7 +64,7 @@ def read_file(path: Path, allow_pickle: bool) -> Tuple[Any, Mapping[str, str]]:
         UserError: If it is damaged, or holds more than weights and plain data.
         OSError: If it cannot be read.
     """
-    with _refusals(path):
+    with _refusals(path, ALLOW_PICKLE):
         if path.suffix == '.safetensors':
             with safetensors.safe_open(path, 'pt') as opened:
                 content, metadata = {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}

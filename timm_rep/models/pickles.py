@@ -9,7 +9,7 @@ import torch
 from ..core.errors import UserError
 from .damage import ZIP_START
 
-__all__ = ['check_pickles']
+__all__ = ['UnsafePickleError', 'check_pickles']
 
 LEGACY_PICKLES = 5  # that torch reads of its older files, before the numbers
 # What torch.save writes. A state dict with its averages and its optimizer takes some kilobytes for a layer.
@@ -39,9 +39,10 @@ OTHER_TENSORS = ('torch._utils._rebuild_', 'torch.serialization._get_layout')
 PROTOCOL = 2
 BYTES_CODEC = 'latin1'  # in which bytes are written; some codecs take for ever
 MARK = 'MARK'
-ADVICE = (
-    'which could run code (allow_pickle=True or --allow-pickle loads it all the same: only if you trust whoever made '
-    'it)')
+
+
+class UnsafePickleError(UserError):
+    """A pickle that is more than weights and plain data: reading it could run code."""
 
 
 class _Object(NamedTuple):
@@ -66,13 +67,13 @@ def _check_name(name: str, functions: frozenset) -> None:
     if name.startswith(OTHER_TENSORS):
         kind = name.rpartition('._')[2].removeprefix('rebuild_')
         raise UserError(f'it holds tensors of another kind ({kind}); weights are dense tensors of real numbers')
-    raise UserError(f'it holds Python objects ({name}), not only weights, {ADVICE}')
+    raise UnsafePickleError(f'it holds Python objects ({name}), not only weights, which could run code')
 
 
 def _check_call(arguments: _Object, function: _Object, functions: frozenset) -> None:
     known = function.name in functions
     if not known or (function.name == '_codecs.encode' and arguments.name != BYTES_CODEC):
-        raise UserError(f'its pickle calls {function.name or "what is no function"}, {ADVICE}')
+        raise UnsafePickleError(f'its pickle calls {function.name or "what is no function"}, which could run code')
 
 
 def _popped(stack: List[Any], before: List[Any]) -> List[_Object]:
@@ -97,7 +98,8 @@ def _scan(file: IO[bytes], functions: frozenset) -> None:
     for opcode, argument, position in pickletools.genops(file):
         total += 1
         if opcode.name not in OPCODES or (opcode.name == 'PROTO' and argument != PROTOCOL):
-            raise UserError(f'its pickle is not as torch.save writes it ({opcode.name} {argument}), {ADVICE}')
+            raise UnsafePickleError(
+                f'its pickle is not as torch.save writes it ({opcode.name} {argument}), which could run code')
         if opcode.name == 'MARK':
             stack.append(MARK)
         elif opcode.name == 'GLOBAL':
@@ -129,7 +131,8 @@ def check_pickles(file: IO[bytes]) -> None:
         file: The file; it is at its start again afterwards.
 
     Raises:
-        UserError: If it names other things, or would take any time or memory.
+        UnsafePickleError: If it names other things.
+        UserError: If it would take any time or memory.
         Exception: Whatever a damaged file leads to.
     """
     functions = _functions()

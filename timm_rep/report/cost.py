@@ -266,7 +266,8 @@ def measure_costs(
     device = as_device(device)
     forms = [form.to(device) for form in (model, fused)]
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch, *input_size, generator=generator).to(device, next(fused.parameters()).dtype)
+    images = torch.randn(batch, *input_size, generator=generator, device='cpu')
+    images = images.to(device, next(fused.parameters()).dtype)
     parameters, gmacs = zip(*((sum(p.numel() for p in form.parameters()), _gmacs(form, images[:1])) for form in forms))
     with full_float32():
         speeds = images_per_second(forms, images)
