@@ -51,6 +51,10 @@ class NormedBranches(AnnealedModule):
         """
         raise NotImplementedError(f'{type(self).__name__} must define _fold_sides')
 
+    def _attached(self, out: Tensor, side: Tensor) -> Tensor:
+        """Outputs of the origin branch with those of the side branches, at the attach rate."""
+        return torch.addcmul(out, self.attach_rate.to(out.dtype), side)
+
     def _fold_origin(self) -> Tuple[Tensor, Tensor]:
         conv, norm = self._origin()
         return conv.compose_weight_bias() if isinstance(conv, NormedBranches) else fold_batch_norm(

@@ -114,10 +114,6 @@ class NormedRepLayer(FixedGeometry, NormedBranches, RepLayer):
         off_h, off_w = self._centre_offset()
         return crop(x, max(-off_h, 0), max(-off_w, 0))
 
-    def _attached(self, out: Tensor, side: Tensor) -> Tensor:
-        """Outputs of the origin branch with those of the side branches, at the attach rate."""
-        return torch.addcmul(out, self.attach_rate.to(out.dtype), side)
-
     def _add_side_branches(self, dd: Dict[str, Any], norm_dd: Dict[str, Any]) -> None:
         """Make the side branches, not initialised; the arguments are those of all modules and of all norms."""
         raise NotImplementedError(f'{type(self).__name__} must define _add_side_branches')

@@ -79,11 +79,9 @@ class AnnealedRepVggBlock(RepVggBlock, NormedBranches):
         return self.conv_kxk.conv.dilation
 
     def forward(self, x: Tensor) -> Tensor:
-        rate = self.attach_rate.to(x.dtype)
-        out = self.conv_kxk(x) + rate * self.conv_1x1(x)
+        out = self._attached(self.conv_kxk(x), self.conv_1x1(x))
         if self.identity is not None:
-            out = self.drop_path(out)
-            out = out + rate * self.identity(x)
+            out = self._attached(self.drop_path(out), self.identity(x))
         return self.act(self.attn(out))
 
     def set_attach_rate_(self, rate: float) -> None:
