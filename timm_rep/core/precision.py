@@ -9,6 +9,8 @@ from torch import Tensor
 
 __all__ = ['float32_products', 'full_float32', 'sheltered', 'without_autocast']
 
+WITH_AUTOCAST = ('cpu', 'cuda', 'mps', 'xpu')
+
 
 def without_autocast(tensor: Tensor) -> torch.autocast:
     """Context in which products keep the dtype of their factors; the meta device has no autocast to switch off."""
@@ -92,9 +94,8 @@ def float32_products() -> Any:
 
 @contextmanager
 def _full_float32() -> Iterator[None]:
-    accelerator = torch.accelerator.current_accelerator()
     with ExitStack() as stack:
-        for kind in {'cpu', 'cpu' if accelerator is None else accelerator.type}:
+        for kind in filter(torch.is_autocast_enabled, WITH_AUTOCAST):
             stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(_highest_precision())
         yield
