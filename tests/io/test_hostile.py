@@ -3,6 +3,7 @@ import argparse
 import contextlib
 import io
 import pickle
+import struct
 import time
 import zipfile
 from _codecs import encode
@@ -189,6 +190,27 @@ def test_no_file_ends_the_process(kind, tmp_path):
     overlay = dict(file=tmp_path / 'x.pth')
     assert 'deeper than 100 levels' in refusal(
         timm.create_model, NAME, pretrained=True, pretrained_cfg_overlay=overlay)
+
+
+def with_two_directories(data):
+    end = len(data) - 22
+    length, start = struct.unpack('<2L', data[end + 12:end + 20])
+    assert start + length == end
+    return data[:end] + data[start:end] + data[end:]
+
+
+@pytest.mark.filterwarnings('ignore:Duplicate name')
+def test_what_another_reader_may_read_otherwise_is_refused(tmp_path):
+    """Python reads the last directory of a zip file, torch the one that the file's end tells."""
+    path = tmp_path / 'x.pth'
+    path.write_bytes(with_two_directories(zipped(b'\x80\x02}.')))
+    assert 'its directory is damaged' in refusal(read_checkpoint, path)
+    path.write_bytes(zipped(b'\x80\x02}.') + b' ' * 22)
+    assert 'its directory is damaged' in refusal(read_checkpoint, path)
+    path.write_bytes(zipped(b'\x80\x02}.'))
+    with zipfile.ZipFile(path, 'a') as archive:
+        archive.writestr('ARCHIVE/data.pkl', b'\x80\x02N.')
+    assert 'two of its records have one name' in refusal(read_checkpoint, path)
 
 
 class Note:

@@ -13,7 +13,25 @@ __all__ = ['CHECKSUM', 'ZIP_START', 'check_records', 'check_sum', 'checksum']
 CHECKSUM = 'crc32'  # in the metadata of safetensors files of ours
 
 ZIP_START = b'PK\x03\x04'  # by which torch.load tells what torch.save writes today from its older format
+# The records with which a zip file ends: of large ones, where that is, and of all.
+END_64, LOCATOR, END = struct.Struct('<4sQ2H2L4Q'), struct.Struct('<4sLQL'), struct.Struct('<4s4H2LH')
 FOLDER_FLAG = 0x10  # of MS-DOS, in the attributes of a record
+
+
+def _check_end(file: BinaryIO, size: int) -> None:
+    """Refuse a zip file that ends otherwise than torch.save writes it: two readers may find two directories in it."""
+    end = size - END.size
+    file.seek(end - LOCATOR.size)
+    mark, _, end_64, _ = LOCATOR.unpack(file.read(LOCATOR.size))
+    end_mark, *_, length, offset, comment = END.unpack(file.read(END.size))
+    whole = end_mark == b'PK\5\6' and not comment
+    if mark == b'PK\6\7':
+        end -= LOCATOR.size + END_64.size
+        file.seek(end)
+        mark, *_, length, offset = END_64.unpack(file.read(END_64.size))
+        whole = whole and mark == b'PK\6\6' and end_64 == end
+    if not whole or offset + length != end:
+        raise UserError('its directory is damaged')
 
 
 def check_records(file: BinaryIO) -> None:
@@ -32,8 +50,12 @@ def check_records(file: BinaryIO) -> None:
     is_zip = file.read(len(ZIP_START)) == ZIP_START
     size = file.seek(0, 2)
     if is_zip:
+        _check_end(file, size)
         with zipfile.ZipFile(file) as records:
             entries = records.infolist()
+            names = {record.orig_filename.lower() for record in entries}
+            if len(names) < len(entries):
+                raise UserError('two of its records have one name')
             unpacked = sum(record.file_size for record in entries)
             if unpacked > size:
                 raise UserError(f'its records take {unpacked} bytes, more than the file')

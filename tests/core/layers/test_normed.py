@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from helpers import LINEAR_RTOL, MODEL_RTOL, TINY_MODELS, assert_near, assert_same_state, randn, randomize_, state_of
-from timm.layers import freeze_batch_norm_2d
+from timm.layers import StdConv2d, freeze_batch_norm_2d
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
@@ -753,6 +753,21 @@ def test_convolutions_of_branches_are_not_given_another_geometry(cls):
         for name, value in dict(padding_mode='circular', dilation=(7, 7), stride=(2, 2)).items():
             with pytest.raises(UserError, match=f'{name} of a BranchConv2d cannot be changed'):
                 setattr(conv, name, value)
+
+
+@pytest.mark.parametrize('cls', LAYERS.values())
+def test_convolutions_of_branches_that_were_replaced_do_not_fold(cls):
+    for change in (
+            lambda conv: StdConv2d(4, 4, conv.kernel_size, padding=conv.padding),
+            lambda conv: setattr(conv, 'bias', nn.Parameter(torch.ones(4))) or conv):
+        layer = cls(4, 4, 3, padding=1).eval()
+        name = [name for name, part in layer.named_children() if isinstance(part, nn.Conv2d)][-1]
+        setattr(layer, name, change(getattr(layer, name)))
+        before = state_of(layer)
+        for fold in (layer.fuse, layer.begin_time_step_):
+            with pytest.raises(UserError, match=r'was replaced by .*Conv2d.*, which does not fold'):
+                fold()
+        assert_same_state(state_of(layer), before)
 
 
 @pytest.mark.parametrize(('layer', 'gain'), [('dbb', 1e-6), ('dbb', 0.0), ('acb', 1e-6), ('rep', 0.0)])

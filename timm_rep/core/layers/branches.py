@@ -75,11 +75,15 @@ class NormedBranches(AnnealedModule):
             sides = (*sides, *inside)
         return norm, sides
 
-    def check_parts(self) -> None:
-        super().check_parts()
+    def _check_branches(self) -> None:
+        """Raise a UserError if a part of a branch was replaced by one that does not fold."""
         norm, sides = self.norms_to_measure()
         for part in (norm, *sides):
             check_batch_norm(part)
+
+    def check_parts(self) -> None:
+        super().check_parts()
+        self._check_branches()
 
     def origin_parameters(self) -> List[OriginPart]:
         conv, norm = self._origin()
@@ -133,7 +137,11 @@ class NormedBranches(AnnealedModule):
 
         Returns:
             Kernel ``(o, i/g, kh, kw)`` and bias ``(o,)``, in the parameters' dtype; composed in float32 at least.
+
+        Raises:
+            UserError: If a part of a branch was replaced by one that does not fold.
         """
+        self._check_branches()
         dtype = next(self.parameters()).dtype
         kernel, bias = self._fold()
         return kernel.to(dtype), bias.to(dtype)

@@ -121,6 +121,14 @@ class NormedRepLayer(FixedGeometry, NormedBranches, RepLayer):
     def _origin(self) -> Tuple[nn.Conv2d, nn.BatchNorm2d]:
         return self.conv_kxk, self.norm_kxk
 
+    def _check_branches(self) -> None:
+        super()._check_branches()
+        for conv in (self.conv_kxk, *self._side_convs().values()):
+            if not isinstance(conv, BranchConv2d) or conv.bias is not None:
+                raise UserError(
+                    f'a branch of a {type(self).__name__} was replaced by {conv}, which does not fold: change the '
+                    'plain convolution, before expand or after fuse')
+
     @torch.no_grad()
     def reset_parameters(self, generator: Optional[torch.Generator] = None) -> None:
         """Draw all branches afresh with the initial values of ``nn.Conv2d``, and reset all norms.
