@@ -231,6 +231,31 @@ def test_branch_rows_are_the_root_mean_square_of_the_gradients(opt):
         assert list(rows[0]) == ['epoch', 'depth', 'layer', 'branch', 'rms']
 
 
+def test_gradients_of_closures_are_logged_in_their_own_update():
+    def rows(with_closure):
+        model = timm.create_model('repan_repvgg_a0_cifar', num_classes=5)
+        model.load_state_dict(started)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        annealer = Annealer(model, optimizer, SCHEDULE, log_branches=True, start_weights=True, freeze_origin=True)
+        for epoch in range(2):
+            annealer.begin_epoch(epoch)
+            for seed in range(2):
+                def closure(seed=seed):
+                    optimizer.zero_grad()
+                    model(randn(4, 3, 8, 8, seed=seed, dtype=torch.float32)).square().mean().backward()
+                if with_closure:
+                    optimizer.step(closure)
+                else:
+                    closure()
+                    optimizer.step()
+            annealer.end_epoch()
+        return annealer.branch_rows
+
+    started = timm.create_model('repan_repvgg_a0_cifar', num_classes=5).state_dict()
+    assert len(rows(True)) > 0
+    assert rows(True) == rows(False)
+
+
 # What a model says of itself
 
 

@@ -106,6 +106,15 @@ def test_a_repository_is_of_the_classes_of_its_config(model, folder, monkeypatch
     assert set(asked) == {'me/seven'}
 
 
+@pytest.mark.parametrize('encoding', ['utf-16', 'latin-1', 'utf-8'])
+def test_a_config_that_cannot_be_read_hides_no_classes(encoding, model, tmp_path):
+    (tmp_path / 'config.json').write_text('{"label_names": ["\xe4"]}', encoding)
+    save(model, tmp_path / 'x.safetensors')
+    created = create(file=tmp_path / 'x.safetensors', kwargs=dict(num_classes=7))
+    assert_same_head(created, model)
+    assert created.pretrained_cfg.get('label_names') == (('\xe4',) if encoding == 'utf-8' else None)
+
+
 @pytest.mark.parametrize('settings', [
     dict(num_classes=3, input_size=224, mean=0.5, std='abc', crop_pct=True, interpolation=3, pool_size=None),
     dict(num_classes=10 ** 9, input_size=[], mean=[], std=['0.1'], crop_pct='1', crop_mode=[], label_names=5),

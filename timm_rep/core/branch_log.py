@@ -6,7 +6,7 @@ import torch.nn as nn
 from timm.utils import unwrap_model
 from torch import Tensor
 
-from .optimizers import register_step_hooks
+from .optimizers import has_closure, register_step_hooks, with_closure_then
 from .walk import annealed_modules
 
 __all__ = ['BranchLog']
@@ -15,8 +15,8 @@ __all__ = ['BranchLog']
 class BranchLog:
     """Gradient magnitudes of all branches, averaged over the updates since the last :meth:`take_rows`.
 
-    They are read before each update of the optimizer: averaged over ranks, clipped, unscaled (but by optimizers that
-    are fused with the scaling of float16 AMP).
+    They are read before each update of the optimizer, or whenever its closure has made them: averaged over ranks,
+    clipped, unscaled (but by optimizers that are fused with the scaling of float16 AMP).
 
     Args:
         model: Model with rep layers, also in wrappers (DDP, torch.compile).
@@ -30,10 +30,14 @@ class BranchLog:
         self._updating: Any = None  # which optimizer is: those that it holds have the same gradients
         register_step_hooks(optimizer, self._before, self._after)
 
-    def _before(self, optimizer: Any, *_: Any) -> None:
-        if self._updating in (None, optimizer):
-            self._updating = optimizer
-            self._read()
+    def _before(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
+        if self._updating not in (None, optimizer):
+            return None
+        self._updating = optimizer
+        if has_closure(args, kwargs):
+            return with_closure_then(self._read, args, kwargs)
+        self._read()
+        return None
 
     def _after(self, optimizer: Any, *_: Any) -> None:
         if self._updating is optimizer:

@@ -1,5 +1,4 @@
 """Origin branches that stand still while the side branches grow."""
-import functools
 from typing import Any, Dict, List, Tuple
 
 import torch
@@ -8,7 +7,7 @@ from timm.optim import Adahessian, RMSpropTF
 from torch import Tensor
 
 from .errors import UserError
-from .optimizers import optimizers_in, register_step_hooks, reset_optimizer
+from .optimizers import optimizers_in, register_step_hooks, reset_optimizer, with_closure_then
 from .sharded import is_sharded
 from .walk import annealed_modules
 
@@ -95,19 +94,6 @@ class OriginFreeze:
             else:
                 parameter.grad[index] = 0.0
 
-    def _without_gradients(self, argument: Any) -> Any:
-        """A closure that makes the gradients, and drops those of the origin branches; any other argument as it is."""
-        if not callable(argument):
-            return argument
-
-        @functools.wraps(argument)
-        def closure(*args: Any, **kwargs: Any) -> Any:
-            loss = argument(*args, **kwargs)
-            self._drop_gradients()
-            return loss
-
-        return closure
-
     @torch.no_grad()
     def _before(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
         if not self.active:
@@ -117,8 +103,7 @@ class OriginFreeze:
             (parameter, index, parameter[index].clone(), {
                 name: value[index].clone() for name, value in _state_of(optimizer, parameter).items()})
             for parameter, index in self._parts if index is not ...]
-        return tuple(map(self._without_gradients, args)), {
-            name: self._without_gradients(value) for name, value in kwargs.items()}
+        return with_closure_then(self._drop_gradients, args, kwargs)
 
     @torch.no_grad()
     def _after(self, optimizer: Any, *_: Any) -> None:

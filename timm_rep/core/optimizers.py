@@ -1,11 +1,12 @@
 """Optimizers that begin anew and are watched, also those that hold others."""
+import functools
 from collections.abc import Mapping
-from typing import Any, Callable, Iterator, List
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import torch
 from timm.optim import Adahessian
 
-__all__ = ['optimizers_in', 'register_step_hooks', 'reset_optimizer']
+__all__ = ['has_closure', 'optimizers_in', 'register_step_hooks', 'reset_optimizer', 'with_closure_then']
 
 
 def _optimizers_among(values: Any) -> Iterator[Any]:
@@ -50,6 +51,30 @@ def register_step_hooks(
         if hasattr(one, '_optimizer_step_pre_hooks'):  # a wrapper may do without
             one.register_step_pre_hook(before)
             one.register_step_post_hook(after)
+
+
+def has_closure(args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> bool:
+    """Whether an update makes its gradients itself, going by the arguments of ``step``."""
+    return any(map(callable, (*args, *kwargs.values())))
+
+
+def with_closure_then(
+        function: Callable[[], Any], args: Tuple[Any, ...], kwargs: Dict[str, Any],
+) -> Tuple[Tuple[Any, ...], Dict[str, Any]]:
+    """Arguments of ``step`` whose closure, if there is one, calls a function when it has made the gradients."""
+    def followed(argument: Any) -> Any:
+        if not callable(argument):
+            return argument
+
+        @functools.wraps(argument)
+        def closure(*args: Any, **kwargs: Any) -> Any:
+            loss = argument(*args, **kwargs)
+            function()
+            return loss
+
+        return closure
+
+    return tuple(map(followed, args)), {name: followed(value) for name, value in kwargs.items()}
 
 
 def reset_optimizer(optimizer: Any) -> None:

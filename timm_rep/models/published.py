@@ -2,7 +2,7 @@
 import argparse
 import json
 from pathlib import Path
-from typing import Any, Callable, Dict, Mapping, Optional, TypeVar
+from typing import Any, Callable, Dict, Mapping, Optional, TypeVar, Union
 
 import safetensors
 import torch
@@ -67,11 +67,11 @@ def with_published(cfgs: Cfgs, published: Optional[Cfgs] = None) -> Dict[str, An
     return result
 
 
-def _json_object(text: str) -> Dict[str, Any]:
-    """What a text says; nothing if it is no JSON, or no object."""
+def _json_object(source: Union[str, Path]) -> Dict[str, Any]:
+    """What a text or file says; nothing if it cannot be read, or is no JSON object."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        value = json.loads(source.read_text('utf-8') if isinstance(source, Path) else source)
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -91,8 +91,7 @@ def _described_by_file(path: Path, variant: str) -> Dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):  # train.py puts its arguments into the checkpoint
             state_dict = load_state_dict(str(path), device='meta', weights_only=True)
         classes, described = list(state_dict[key].shape[:1]) if key in state_dict else [], {}
-    config_file = path.with_name('config.json')
-    config = _json_object(config_file.read_text() if config_file.is_file() else '')
+    config = _json_object(path.with_name('config.json'))
     beside = config.get('pretrained_cfg')
     given = [usable_settings(source) for source in (described, beside if isinstance(beside, dict) else {}, config)]
     known = {key: value for settings in given for key, value in settings.items() if key != 'num_classes'}
