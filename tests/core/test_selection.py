@@ -101,6 +101,33 @@ def test_what_lies_in_another_attribute_too_is_not_fused(method):
     assert type(fuse(model)[0]) is nn.Conv2d
 
 
+def twice(module, name):
+    """Put a method on a module that gives twice what its class's gives."""
+    setattr(module, name, types.MethodType(lambda self, *args: 2 * getattr(type(self), name)(self, *args), module))
+
+
+@pytest.mark.parametrize('name', ['forward', '_conv_forward'])
+@pytest.mark.parametrize('method', ['orepa', 'dbb'])
+def test_what_has_a_method_of_its_own_is_left_and_does_not_fold(name, method):
+    model = nn.Sequential(kxk(3, 4), nn.BatchNorm2d(4), kxk(4, 4), nn.BatchNorm2d(4))
+    twice(model[0], name)
+    assert taken(model, method) == ['2']
+    model = expand(nn.Sequential(kxk(3, 4), nn.BatchNorm2d(4)), 'dbb').eval()
+    twice(model[0].seq_kxk, name)
+    with pytest.raises(UserError, match=f'seq_kxk of a DiverseBranchConv2d does not fold: {name} was put on it'):
+        fuse(model)
+
+
+@pytest.mark.parametrize('part', ['', 'conv_1x1', 'conv_1x1.conv', 'identity'])
+def test_blocks_with_a_method_of_their_own_have_no_attach_rate(part):
+    model = tiny_repvgg()
+    block = model.get_submodule('stages.0.1')
+    twice(block.get_submodule(part), 'forward')
+    with pytest.raises(UserError, match=r'stages\.0\.1 cannot be given an attach rate: methods were put on it'):
+        expand(model, 'rep')
+    assert taken(model)
+
+
 def test_annealers_that_a_network_holds_are_in_nobodys_way():
     model = expand(nn.Sequential(kxk(3, 4), nn.BatchNorm2d(4), nn.ReLU()), 'dbb').eval()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

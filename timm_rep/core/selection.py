@@ -25,6 +25,7 @@ from timm.models.byobnet import RepVggBlock
 from .dataflow import Flows, flows_of
 from .errors import UserError
 from .layers import RepLayer
+from .layers.annealed import own_methods
 from .layers.hosted import HOSTS, StandardizedConv2d
 from .layers.normed import is_foldable_pair
 from .layers.norms import FOLDABLE, is_foldable
@@ -174,7 +175,7 @@ class Network:
         """Whether a module is no more than its class says.
 
         It has weight and bias, not computed of others (weight norm, pruning), in no other module, and without hooks on
-        their gradients; its forward is its class's, and so are its parts, its attributes, and what it writes to a
+        their gradients; its methods are its class's, and so are its parts, its attributes, and what it writes to a
         state_dict.
         """
         parameters = {'weight', 'bias'}
@@ -189,7 +190,7 @@ class Network:
             if parameter is not None:
                 hooks += [parameter._backward_hooks, getattr(parameter, '_post_accumulate_grad_hooks', None)]
                 hooks += [self.owners[id(parameter)] > 1]
-        return set(module._parameters) == parameters and 'forward' not in vars(module) and not any(hooks)
+        return set(module._parameters) == parameters and not own_methods(module) and not any(hooks)
 
 
 def _has_a_centre(conv: nn.Conv2d) -> bool:
@@ -278,6 +279,8 @@ def assign(network: Network, method: Methods, select: Select) -> Dict[str, Metho
         if block.reparam_conv is None and (isinstance(own, Rep) or (kxk in assigned and assigned[kxk].takes_norm)):
             if id(block) in network.held:
                 raise UserError(f'{name} cannot be given an attach rate: it has {SECOND_PLACE}')
+            if any(map(own_methods, block.modules())):
+                raise UserError(f'{name} cannot be given an attach rate: methods were put on it, or on a part of it')
             assigned[name] = Rep()
     if isinstance(method, Mapping):
         _check_each_takes(network, patterns, assigned)

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import kernels
 from ..errors import UserError
 from ..precision import full_float32, without_autocast
-from .annealed import AnnealedModule, OriginPart, check_kernel
+from .annealed import AnnealedModule, OriginPart, check_kernel, own_methods
 from .base import RepLayer, kaiming_uniform_
 from .norms import check_batch_norm, fold_batch_norm, is_frozen, kept_statistics
 
@@ -80,6 +80,10 @@ class NormedBranches(AnnealedModule):
         norm, sides = self.norms_to_measure()
         for part in (norm, *sides):
             check_batch_norm(part)
+        for name, part in self.named_modules():
+            if part is not self and own_methods(part):
+                raise UserError(
+                    f'{name} of a {type(self).__name__} does not fold: {", ".join(own_methods(part))} was put on it')
 
     def check_parts(self) -> None:
         super().check_parts()
@@ -141,12 +145,12 @@ class NormedBranches(AnnealedModule):
         Raises:
             UserError: If a part of a branch was replaced by one that does not fold.
         """
-        self._check_branches()
         dtype = next(self.parameters()).dtype
         kernel, bias = self._fold()
         return kernel.to(dtype), bias.to(dtype)
 
     def _fold(self) -> Tuple[Tensor, Tensor]:
+        self._check_branches()
         with without_autocast(next(self.parameters())), full_float32():
             kernel, bias = self._fold_origin()
             side_kernel, side_bias = self._side_kernel_bias()
