@@ -37,7 +37,7 @@ from timm_rep import (
 )
 from timm_rep.core.expand import anneal_repvgg_blocks_
 from timm_rep.core.layers import AnnealedRepVggBlock
-from timm_rep.core.walk import annealed_modules
+from timm_rep.core.walk import annealed_modules, image_channels
 
 # Every method in every tiny model; one of each kind of module tree.
 TINY = [(name, layer) for layer in ('orepa', 'dbb', 'acb', 'rep') for name in TINY_MODELS]
@@ -423,3 +423,15 @@ def test_setting_the_attach_rate_reaches_every_layer():
     set_attach_rate(other, 1.0)
     other.load_state_dict(model.state_dict())
     assert {layer.attach_rate.item() for _, layer in timm_rep.rep_layers(other)} == {0.25}
+
+
+@pytest.mark.parametrize('name', ['tresnet_m', 'csatv2'])
+def test_channels_of_images_are_not_those_that_space_was_folded_into(name):
+    if not timm.is_model(name):
+        pytest.skip(f'this timm has no {name}')
+    with torch.device('meta'):
+        model = timm.create_model(name)
+        other = nn.Sequential(nn.ReLU(), nn.Conv2d(5, 4, 3))
+    assert image_channels(model) == 3
+    assert image_channels(expand(model, 'orepa')) == 3
+    assert image_channels(other) == 5

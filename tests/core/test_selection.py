@@ -118,6 +118,22 @@ def test_what_has_a_method_of_its_own_is_left_and_does_not_fold(name, method):
         fuse(model)
 
 
+def test_wrappers_of_a_method_are_that_method():
+    """As accelerate puts on all modules with weights of a network that it spreads over devices."""
+    model = expand(nn.Sequential(kxk(3, 4), nn.BatchNorm2d(4)), 'dbb').eval()
+    for part in (model[0].conv_kxk, model[0].norm_kxk):
+        part.forward = functools.update_wrapper(functools.partial(type(part).forward, part), part.forward)
+    assert type(fuse(model)[0]) is nn.Conv2d
+
+
+@pytest.mark.parametrize('first', ['orepa', 'doconv'])
+def test_blocks_around_layers_have_an_attach_rate_afterwards_too(first):
+    model = tiny_repvgg().eval()
+    once = expand(model, first)
+    x = randn(2, 3, 32, 32, dtype=torch.float32)
+    assert_near(expand(once, 'rep')(x), model(x), 1e-5)
+
+
 @pytest.mark.parametrize('part', ['', 'conv_1x1', 'conv_1x1.conv', 'identity'])
 def test_blocks_with_a_method_of_their_own_have_no_attach_rate(part):
     model = tiny_repvgg()

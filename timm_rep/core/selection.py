@@ -25,7 +25,7 @@ from timm.models.byobnet import RepVggBlock
 from .dataflow import Flows, flows_of
 from .errors import UserError
 from .layers import RepLayer
-from .layers.annealed import own_methods
+from .layers.fixed import own_methods
 from .layers.hosted import HOSTS, StandardizedConv2d
 from .layers.normed import is_foldable_pair
 from .layers.norms import FOLDABLE, is_foldable
@@ -190,7 +190,8 @@ class Network:
             if parameter is not None:
                 hooks += [parameter._backward_hooks, getattr(parameter, '_post_accumulate_grad_hooks', None)]
                 hooks += [self.owners[id(parameter)] > 1]
-        return set(module._parameters) == parameters and not own_methods(module) and not any(hooks)
+        as_of_class = 'forward' not in vars(module) and not own_methods(module)
+        return set(module._parameters) == parameters and as_of_class and not any(hooks)
 
 
 def _has_a_centre(conv: nn.Conv2d) -> bool:

@@ -157,7 +157,8 @@ def set_attach_rate(model: nn.Module, rate: float) -> None:
 def image_channels(model: nn.Module) -> int:
     """Channels of the images that a CNN takes: the input channels of its first convolution.
 
-    Older timm does not keep them on the model.
+    Where something stands before that (TResNet folds space into channels), those that the model says. Elsewhere what it
+    says may be out of date, and older timm does not keep them on the model.
 
     Args:
         model: CNN in training or stock form.
@@ -165,9 +166,12 @@ def image_channels(model: nn.Module) -> int:
     Returns:
         Number of channels.
     """
+    before = False
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, RepLayer)):
-            return module.in_channels
+            said = getattr(model, 'in_chans', None)
+            return said if before and isinstance(said, int) else module.in_channels
+        before = before or not any(module.children())
     raise UserError(f'{type(model).__name__} has no convolution that could take images')
 
 

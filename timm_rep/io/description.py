@@ -1,6 +1,5 @@
 """What a model is, as plain data in the metadata of its file: architecture, arguments, expansion, input settings."""
 import dataclasses
-import inspect
 import json
 import logging
 import re
@@ -18,6 +17,7 @@ from ..core.errors import UserError
 from ..core.expand import expand_as_
 from ..core.expansion import expansion_of, methods_from_list, norms_from_list
 from ..core.layers import AnnealedModule, RepLayer
+from ..core.layers.fixed import own_methods
 from ..core.methods import Method
 from ..core.walk import image_channels
 from ..models.names import OWN_ARGS, TRAINING_PREFIXES
@@ -91,12 +91,7 @@ def _unsaid(module: nn.Module) -> str:
     said = [
         f'{name}={value}' for name, value in sorted(vars(module).items())
         if isinstance(value, float) and not (name == 'p' or name.startswith(TRAINING_NUMBERS))]
-    for name, value in sorted(vars(module).items()):
-        method = getattr(type(module), name, None)
-        # a wrapper of the same method (accelerate's autocast) computes the same
-        if method is not None and inspect.isroutine(value) and (
-                inspect.unwrap(getattr(value, '__func__', value)) is not inspect.unwrap(method)):
-            said.append(f'another {name}')
+    said += [f'another {name}' for name in sorted(own_methods(module))]
     return ' '.join(said)
 
 

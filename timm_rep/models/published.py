@@ -91,7 +91,8 @@ def _described_by_file(path: Path, variant: str) -> Dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):  # train.py puts its arguments into the checkpoint
             state_dict = load_state_dict(str(path), device='meta', weights_only=True)
         classes, described = list(state_dict[key].shape[:1]) if key in state_dict else [], {}
-    config = _json_object(path.with_name('config.json'))
+    config_file = path.with_name('config.json')
+    config = _json_object(config_file) if config_file.is_file() else {}
     beside = config.get('pretrained_cfg')
     given = [usable_settings(source) for source in (described, beside if isinstance(beside, dict) else {}, config)]
     known = {key: value for settings in given for key, value in settings.items() if key != 'num_classes'}

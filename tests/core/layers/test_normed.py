@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from helpers import LINEAR_RTOL, MODEL_RTOL, TINY_MODELS, assert_near, assert_same_state, randn, randomize_, state_of
-from timm.layers import StdConv2d, freeze_batch_norm_2d
+from timm.layers import BatchNormAct2d, StdConv2d, freeze_batch_norm_2d
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
@@ -23,6 +23,8 @@ from timm_rep import (
     verify,
 )
 from timm_rep.core.layers.dbb import NormPad2d
+from timm_rep.core.layers.normed import NormedRepLayer
+from timm_rep.core.layers.norms import fold_batch_norm
 
 LAYERS = dict(dbb=DiverseBranchConv2d, acb=AsymmetricConv2d, rep=RepConv2d)
 GEOMETRIES = dict(
@@ -753,6 +755,45 @@ def test_convolutions_of_branches_are_not_given_another_geometry(cls):
         for name, value in dict(padding_mode='circular', dilation=(7, 7), stride=(2, 2)).items():
             with pytest.raises(UserError, match=f'{name} of a BranchConv2d cannot be changed'):
                 setattr(conv, name, value)
+
+
+class PlainBranch(NormedRepLayer):
+    """A 1x1 beside the KxK, made as the tutorials make it."""
+
+    def _add_side_branches(self, dd, norm_dd):
+        self.conv_1x1 = nn.Conv2d(self.in_channels, self.out_channels, 1, bias=False, **dd)
+        self.norm_1x1 = nn.BatchNorm2d(self.out_channels, **norm_dd)
+
+    def _side_convs(self):
+        return dict(conv_1x1=self.conv_1x1)
+
+    def _side_norms(self):
+        return (self.norm_1x1,)
+
+    def _fold_sides(self):
+        return dict(conv_1x1=fold_batch_norm(self.conv_1x1.weight, None, self.norm_1x1))
+
+    def forward(self, x):
+        return self._attached(self.norm_kxk(self.conv_kxk(x)), self.norm_1x1(self.conv_1x1(x)))
+
+
+def test_branches_of_methods_of_ones_own_may_be_plain_convolutions():
+    layer = randomize_(PlainBranch(4, 4, 3, padding=1)).eval()
+    x = randn(2, 4, 8, 8, dtype=torch.float32)
+    assert_near(layer.fuse()(x), layer(x), 1e-5)
+
+
+@pytest.mark.parametrize('cls', LAYERS.values())
+def test_norms_of_branches_that_do_more_do_not_fold(cls):
+    class Doubled(nn.BatchNorm2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    for norm in (BatchNormAct2d(4), Doubled(4)):
+        layer = cls(4, 4, 3, padding=1).eval()
+        layer.norm_kxk = norm.eval()
+        with pytest.raises(UserError, match='a batch norm with gain, bias and running statistics is needed'):
+            layer.fuse()
 
 
 @pytest.mark.parametrize('cls', LAYERS.values())

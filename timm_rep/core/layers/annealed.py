@@ -15,7 +15,7 @@ from ..errors import UserError
 
 __all__ = [
     'STOCK_FORM', 'AnnealedModule', 'OriginPart', 'check_attach_rate', 'check_kernel', 'check_own_values',
-    'is_channels_last', 'own_methods',
+    'is_channels_last',
 ]
 
 # A parameter, and the index of what belongs to the origin branch: a row, slices, or ... for the whole.
@@ -59,12 +59,6 @@ def check_own_values(module: nn.Module) -> None:
             raise UserError(
                 f'the values of a {type(module).__name__} cannot be written: a parametrization, or pruning, computes '
                 'them. Remove it first (torch.nn.utils.prune.remove, parametrize.remove_parametrizations)')
-
-
-def own_methods(module: nn.Module) -> List[str]:
-    """Names of the methods that were put on a module itself, in place of those of its class."""
-    of_class = type(module)
-    return [name for name, value in vars(module).items() if callable(value) and callable(getattr(of_class, name, None))]
 
 
 def is_channels_last(kernel: Tensor) -> bool:

@@ -8,8 +8,9 @@ from torch import Tensor
 from .. import kernels
 from ..errors import UserError
 from ..precision import full_float32, without_autocast
-from .annealed import AnnealedModule, OriginPart, check_kernel, own_methods
+from .annealed import AnnealedModule, OriginPart, check_kernel
 from .base import RepLayer, kaiming_uniform_
+from .fixed import own_methods
 from .norms import check_batch_norm, fold_batch_norm, is_frozen, kept_statistics
 
 __all__ = ['NormedBranches']
@@ -79,7 +80,7 @@ class NormedBranches(AnnealedModule):
         """Raise a UserError if a part of a branch was replaced by one that does not fold."""
         norm, sides = self.norms_to_measure()
         for part in (norm, *sides):
-            check_batch_norm(part)
+            check_batch_norm(part, alone=True)
         for name, part in self.named_modules():
             if part is not self and own_methods(part):
                 raise UserError(

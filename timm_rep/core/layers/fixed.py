@@ -1,12 +1,27 @@
-"""Modules whose parts were made for one geometry, so that it cannot be changed on the module."""
-from typing import Any
+"""Modules whose parts were made for one geometry, so that it cannot be changed on the module; what was put on one."""
+import inspect
+from typing import Any, List
 
 import torch.nn as nn
 
 from ..errors import UserError
 from .base import GEOMETRY
 
-__all__ = ['BranchConv2d', 'FixedGeometry']
+__all__ = ['BranchConv2d', 'FixedGeometry', 'own_methods']
+
+OWN_PACKAGE = __name__.partition('.')[0] + '.'
+
+
+def own_methods(module: nn.Module) -> List[str]:
+    """Names of the methods that others were put in place of on a module itself; a wrapper of the same is the same."""
+    found = []
+    for name, value in vars(module).items():
+        method = getattr(type(module), name, None)
+        if callable(value) and callable(method) and not type(value).__module__.startswith(OWN_PACKAGE):
+            wrapped = inspect.unwrap(value)
+            if getattr(wrapped, '__func__', wrapped) is not inspect.unwrap(method):
+                found.append(name)
+    return found
 
 
 class FixedGeometry(nn.Module):

@@ -124,7 +124,7 @@ class NormedRepLayer(FixedGeometry, NormedBranches, RepLayer):
     def _check_branches(self) -> None:
         super()._check_branches()
         for conv in (self.conv_kxk, *self._side_convs().values()):
-            if not isinstance(conv, BranchConv2d) or conv.bias is not None:
+            if not _is_plain(conv):
                 raise UserError(
                     f'a branch of a {type(self).__name__} was replaced by {conv}, which does not fold: change the '
                     'plain convolution, before expand or after fuse')
@@ -333,6 +333,13 @@ class NormedRepLayer(FixedGeometry, NormedBranches, RepLayer):
             layer.norm_kxk.load_state_dict(values)
             layer.absorb_norm_(conv.weight, conv.bias)
         return layer
+
+
+def _is_plain(conv: nn.Module) -> bool:
+    """Whether a module computes what a plain convolution of its kernel does, its values computed or not."""
+    plain, found = nn.Conv2d, type(conv)
+    same = found.forward is plain.forward and getattr(found, '_conv_forward', None) is plain._conv_forward
+    return same and conv.bias is None and conv.padding_mode == 'zeros'
 
 
 def crop(x: Tensor, height: int, width: int) -> Tensor:

@@ -15,6 +15,7 @@ from ..errors import UserError
 NORM_STATE = ('weight', 'bias', 'running_mean', 'running_var', 'eps', 'num_features', 'momentum')
 
 FOLDABLE = (nn.BatchNorm2d, BatchNormAct2d, nn.SyncBatchNorm, SyncBatchNormAct)
+FORWARDS = {cls.forward for cls in FOLDABLE}
 
 __all__ = [
     'FoldedNorm', 'check_batch_norm', 'fold_batch_norm', 'is_foldable', 'is_frozen', 'is_norm', 'kept_statistics',
@@ -58,10 +59,18 @@ def kept_statistics(norm: nn.BatchNorm2d) -> Tuple[Tensor, Tensor]:
     return norm.running_mean, norm.running_var
 
 
-def check_batch_norm(norm: nn.Module) -> None:
-    """Raise a UserError if a module, put in the place of a batch norm, cannot be folded."""
+def check_batch_norm(norm: nn.Module, alone: bool = False) -> None:
+    """Raise a UserError if a module, put in the place of a batch norm, cannot be folded.
+
+    Args:
+        norm: The module.
+        alone: Whether it is nothing else (an activation, a forward of its own), and what it is folds all of it.
+    """
     needed = ('weight', 'bias', 'running_mean', 'running_var', 'eps')
-    if any(getattr(norm, name, None) is None for name in needed):
+    more = alone and (
+        any(not isinstance(part, nn.Identity) for name, part in norm.named_children() if name != 'parametrizations')
+        or (not is_frozen(norm) and type(norm).forward not in FORWARDS))
+    if more or any(getattr(norm, name, None) is None for name in needed):
         raise UserError(
             f'a batch norm with gain, bias and running statistics is needed, got {norm}: change the norms of the plain '
             'network, before expand or after fuse')
