@@ -37,7 +37,7 @@ from timm_rep import (
 )
 from timm_rep.core.expand import anneal_repvgg_blocks_
 from timm_rep.core.layers import AnnealedRepVggBlock
-from timm_rep.core.walk import annealed_modules, image_channels
+from timm_rep.core.walk import annealed_modules, image_channels, image_shape
 
 # Every method in every tiny model; one of each kind of module tree.
 TINY = [(name, layer) for layer in ('orepa', 'dbb', 'acb', 'rep') for name in TINY_MODELS]
@@ -435,3 +435,12 @@ def test_channels_of_images_are_not_those_that_space_was_folded_into(name):
     assert image_channels(model) == 3
     assert image_channels(expand(model, 'orepa')) == 3
     assert image_channels(other) == 5
+
+
+def test_images_of_a_network_that_was_built_for_another_size():
+    with torch.device('meta'):
+        model = timm.create_model('visformer_tiny', img_size=64)
+    if not hasattr(model, '_model_args'):
+        pytest.skip('this timm does not keep the arguments of a model')
+    assert image_shape(model) == image_shape(expand(model, 'orepa')) == (3, 64, 64)
+    assert image_shape(nn.Sequential(nn.Conv2d(5, 4, 3))) is None

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .errors import UserError
 from .layers.norms import is_foldable
-from .walk import HOOKS, copied, image_channels
+from .walk import HOOKS, copied, image_channels, image_shape
 
 __all__ = ['Flow', 'Flows', 'flows_of']
 
@@ -173,9 +173,8 @@ def _drop_hooks_(model: nn.Module) -> None:
 
 
 def _image_sizes(model: nn.Module) -> List[Tuple[int, ...]]:
-    cfg = getattr(model, 'pretrained_cfg', None) or {}
-    own = tuple(cfg.get('input_size') or ())[1:]
-    return [*([own] if own else []), *((size, size) for size in SIZES)]
+    own = image_shape(model)
+    return [*([own[1:]] if own else []), *((size, size) for size in SIZES)]
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from .errors import UserError
 from .layers import FoldedNorm
 from .precision import full_float32
 from .sharded import check_whole
-from .walk import annealed_modules, conv_name, folded_norms, image_channels, unwrapped
+from .walk import annealed_modules, conv_name, folded_norms, image_shape, unwrapped
 
 __all__ = ['DEFAULT_RTOL', 'Difference', 'Report', 'VerificationError', 'check_values', 'compare_outputs', 'verify']
 
@@ -218,10 +218,10 @@ def verify(
         rtol = DEFAULT_RTOL.get(reference.dtype, DEFAULT_RTOL[torch.float32])
     generator = torch.Generator().manual_seed(0)
     if inputs is None:
-        cfg = getattr(model, 'pretrained_cfg', None) or {}
-        if 'input_size' not in cfg:
+        shape = image_shape(model)
+        if shape is None:
             raise UserError('verify: the model has no pretrained_cfg with an input_size; pass inputs')
-        inputs = torch.randn(2, image_channels(model), *cfg['input_size'][1:], generator=generator, device='cpu')
+        inputs = torch.randn(2, *shape, generator=generator, device='cpu')
         inputs = inputs.to(device=reference.device, dtype=reference.dtype)
 
     differences: List[Difference] = []

@@ -18,8 +18,8 @@ from .layers.norms import is_norm
 
 __all__ = [
     'HOOKS', 'SECOND_PLACE', 'ModelT', 'ancestors_of', 'annealed_modules', 'conv_name', 'copied', 'folded_norms',
-    'held_elsewhere', 'image_channels', 'move_hooks', 'names_of', 'next_sibling', 'norm_behind', 'parent_of',
-    'reads_between', 'rep_layers', 'set_attach_rate', 'unwrapped',
+    'held_elsewhere', 'image_channels', 'image_shape', 'move_hooks', 'names_of', 'next_sibling', 'norm_behind',
+    'parent_of', 'reads_between', 'rep_layers', 'set_attach_rate', 'unwrapped',
 ]
 
 ModelT = TypeVar('ModelT', bound=nn.Module)
@@ -173,6 +173,22 @@ def image_channels(model: nn.Module) -> int:
             return said if before and isinstance(said, int) else module.in_channels
         before = before or not any(module.children())
     raise UserError(f'{type(model).__name__} has no convolution that could take images')
+
+
+def image_shape(model: nn.Module) -> Optional[Tuple[int, int, int]]:
+    """Channels, height and width of the images that a model of timm was made for; None if it does not say them.
+
+    Of one that was built with another ``img_size`` that, which timm leaves out of its ``pretrained_cfg``.
+
+    Args:
+        model: CNN in training or stock form.
+    """
+    cfg: Any = getattr(model, 'pretrained_cfg', None) or {}
+    if 'input_size' not in cfg:
+        return None
+    built: Any = getattr(model, '_model_args', {}).get('img_size')
+    height, width = cfg['input_size'][1:] if built is None else (built, built) if isinstance(built, int) else built
+    return image_channels(model), height, width
 
 
 def parent_of(model: nn.Module, name: str) -> Tuple[nn.Module, str]:

@@ -19,7 +19,7 @@ from ..core.expand import expand
 from ..core.expansion import Expansion, expansion_of
 from ..core.fuse import fuse
 from ..core.verify import check_values, verify
-from ..core.walk import annealed_modules, image_channels, unwrapped
+from ..core.walk import annealed_modules, image_channels, image_shape, unwrapped
 from ..io.architecture import per_channel
 from ..io.extras import has_packages
 from ..io.output import new_folder, written_whole
@@ -127,7 +127,8 @@ def _write_model(
     cfg = {key: model.pretrained_cfg[key] for key in (*STRUCTURE_FIELDS, *DATA_FIELDS) if key in model.pretrained_cfg}
     cfg.update(own_fields)
     channels = image_channels(model)
-    cfg['input_size'] = (channels, *cfg['input_size'][1:])
+    size = own_fields.get('input_size') or image_shape(model) or cfg['input_size']
+    cfg['input_size'] = (channels, *size[1:])
     cfg.update({key: per_channel(cfg[key], channels) for key in ('mean', 'std') if key in cfg})
     model.pretrained_cfg = model.default_cfg = cfg
     config = dict(timm_rep=provenance, **({} if label_names is None else dict(label_names=list(label_names))))

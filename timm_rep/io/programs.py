@@ -12,7 +12,7 @@ from timm.utils import reparameterize_model
 from ..core.errors import UserError
 from ..core.fuse import fuse
 from ..core.verify import Difference, compare_outputs
-from ..core.walk import image_channels, unwrapped
+from ..core.walk import image_shape, unwrapped
 from .extras import require_extra
 from .output import new_output, written_whole
 
@@ -37,10 +37,9 @@ def _deploy_form(model: nn.Module) -> nn.Module:
 
 
 def _images(model: Any) -> List[torch.Tensor]:
-    cfg = getattr(model, 'pretrained_cfg', None) or {}
-    if 'input_size' not in cfg:
+    size = image_shape(model)
+    if size is None:
         raise UserError('export: the model has no pretrained_cfg with an input_size')
-    size = (image_channels(model), *cfg['input_size'][1:])
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(batch, *size, generator=generator, device='cpu') for batch in (TRACED_BATCH, *CHECKED_BATCHES)]
 
