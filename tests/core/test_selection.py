@@ -118,11 +118,15 @@ def test_what_has_a_method_of_its_own_is_left_and_does_not_fold(name, method):
         fuse(model)
 
 
-def test_wrappers_of_a_method_are_that_method():
-    """As accelerate puts on all modules with weights of a network that it spreads over devices."""
+def test_only_wrappers_of_accelerate_are_the_method_that_they_wrap():
+    """It puts them on all modules with weights of a network that it spreads over devices."""
     model = expand(nn.Sequential(kxk(3, 4), nn.BatchNorm2d(4)), 'dbb').eval()
     for part in (model[0].conv_kxk, model[0].norm_kxk):
         part.forward = functools.update_wrapper(functools.partial(type(part).forward, part), part.forward)
+    with pytest.raises(UserError, match='conv_kxk of a DiverseBranchConv2d does not fold: forward was put on it'):
+        fuse(model)
+    for part in (model[0].conv_kxk, model[0].norm_kxk):
+        part._hf_hook = None
     assert type(fuse(model)[0]) is nn.Conv2d
 
 

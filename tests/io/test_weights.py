@@ -202,7 +202,8 @@ def test_how_a_network_is_trained_is_no_other_network(tmp_path, caplog):
 
 def test_a_wrapper_of_the_forward_is_no_other_network(tmp_path):
     model = expand(of_timm())
-    model.forward = types.MethodType(torch.autocast('cpu')(type(model).forward), model)  # as accelerate's
+    model._original_forward = model.forward  # as accelerate does
+    model.forward = types.MethodType(torch.autocast('cpu')(type(model).forward), model)
     save(model, tmp_path / 'x.safetensors')
     del model.forward
     assert_same(load(tmp_path / 'x.safetensors'), model)

@@ -9,16 +9,21 @@ from .base import GEOMETRY
 
 __all__ = ['BranchConv2d', 'FixedGeometry', 'own_methods']
 
+# What accelerate leaves on a module whose forward it has wrapped: to move it between devices, or for autocast.
+ACCELERATE = {'_hf_hook', '_original_forward'}
 OWN_PACKAGE = __name__.partition('.')[0] + '.'
 
 
 def own_methods(module: nn.Module) -> List[str]:
-    """Names of the methods that others were put in place of on a module itself; a wrapper of the same is the same."""
+    """Names of the methods of its class that others were put in place of on a module itself.
+
+    Not those that this package puts there, nor a forward that accelerate has wrapped: it computes the same.
+    """
     found = []
     for name, value in vars(module).items():
         method = getattr(type(module), name, None)
         if callable(value) and callable(method) and not type(value).__module__.startswith(OWN_PACKAGE):
-            wrapped = inspect.unwrap(value)
+            wrapped = inspect.unwrap(value) if ACCELERATE & vars(module).keys() else value
             if getattr(wrapped, '__func__', wrapped) is not inspect.unwrap(method):
                 found.append(name)
     return found
