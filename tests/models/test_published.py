@@ -127,7 +127,7 @@ def test_settings_that_timm_cannot_use_are_left_out(settings, beside, model, tmp
     if beside:
         (tmp_path / 'config.json').write_text(json.dumps(settings))
     safetensors.torch.save_file(fuse(model).state_dict(), tmp_path / 'x.safetensors', metadata)
-    created = create(file=tmp_path / 'x.safetensors')
+    created = create(file=tmp_path / 'x.safetensors', kwargs=dict(in_chans=1))
     assert_same_head(created, model)
     ours = timm.create_model(NAME).pretrained_cfg
     kept = ('input_size', 'mean', 'std', 'crop_pct', 'crop_mode', 'interpolation', 'pool_size')
