@@ -5,10 +5,11 @@
 #
 # OUT is a new or an empty folder. What is not there is left out: DATA, a folder (or a tar.xz of one) with train/CLASS/*
 # and test/CLASS/*; PEER, a clone of the authors' code; TIMM_SCRIPTS. Each part has a time limit of its own, so that the
-# next one runs whatever becomes of it. No network is needed. TOY=1 DEVICE=cpu tries it on a CPU.
+# next one runs whatever becomes of it; PARTS="checks profile" runs these alone. No network is needed.
+# TOY=1 DEVICE=cpu tries it on a CPU.
 set -u
 cd "$(dirname "$0")/.."
-: "${OUT:?names no folder}" "${DEVICE:=cuda}" "${TOY:=}" "${DATA:=}" "${PEER:=}" "${PYTHON:=python3}"
+: "${OUT:?names no folder}" "${DEVICE:=cuda}" "${TOY:=}" "${DATA:=}" "${PEER:=}" "${PYTHON:=python3}" "${PARTS:=}"
 mkdir -p "$OUT"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 started=$SECONDS
@@ -18,6 +19,7 @@ printf '| part | outcome | seconds |\n|---|---|--:|\n' > "$report"
 part() {  # NAME SECONDS COMMAND...
     local name=$1 limit=$2 begun=$SECONDS outcome
     shift 2
+    [[ -z "$PARTS" || " $PARTS " == *" $name "* ]] || return 0
     echo "== $name: $*"
     timeout --kill-after=5 "$limit" "$@" > "$OUT/$name.log" 2>&1
     case $? in 0) outcome=ok;; 124|137) outcome="stopped after $limit s";; *) outcome=failed;; esac
@@ -29,11 +31,12 @@ cost() {  # NAME SECONDS ARGUMENTS...
     local name=$1 limit=$2
     shift 2
     part "$name" "$limit" "$PYTHON" benchmarks/train_cost.py --device "$DEVICE" --dtype bf16 --channels-last \
-        ${PEER:+--peer "$PEER"} --out "$OUT/$name" "$@"
+        --out "$OUT/$name" "$@"
 }
 
+export CHECKED_NETWORK=resnet18
 if [ -n "$TOY" ]; then
-    export CHECKED_NETWORK=test_resnet
+    CHECKED_NETWORK=test_resnet
     large=(--batch 2 --size 32 --rounds 2 --warmup 1)
     small=("${large[@]}")
 else
@@ -41,13 +44,17 @@ else
     small=(--batch 64 --rounds 7 --steps 10)
 fi
 
-part checks 90 "$PYTHON" benchmarks/gpu_checks.py --device "$DEVICE" --out "$OUT"
+part checks 180 "$PYTHON" benchmarks/gpu_checks.py --device "$DEVICE" --out "$OUT"
 together=(together captured)
-[ "$DEVICE" = cpu ] && together=(together)  # graphs are a GPU's
-cost resnet50_b64 90 --models resnet50 --forms plain branched orepa "${together[@]}" compiled "${small[@]}"
-cost resnet50_b256 75 --models resnet50 --forms plain branched orepa "${together[@]}" compiled "${large[@]}"
-cost resnet18_b256 45 --models resnet18 --forms plain branched orepa "${together[@]}" "${large[@]}"
-cost repvgg_a0_b256 45 --models repvgg_a0 --forms plain branched orepa "${large[@]}"
+graphed=(--execution graphed)
+[ "$DEVICE" = cpu ] && together=(together) graphed=()  # graphs are a GPU's
+eager=(--forms plain branched orepa)
+authors=(${PEER:+--peer "$PEER"})
+cost resnet50_b64 75 --models resnet50 "${eager[@]}" "${together[@]}" "${authors[@]}" "${small[@]}"
+cost resnet50_b256 75 --models resnet50 "${eager[@]}" "${together[@]}" "${authors[@]}" "${large[@]}"
+cost resnet18_b256 45 --models resnet18 "${eager[@]}" "${together[@]}" "${authors[@]}" "${large[@]}"
+cost repvgg_a0_b256 45 --models repvgg_a0 "${eager[@]}" "${authors[@]}" "${large[@]}"
+cost resnet50_b64_compiled 100 --models resnet50 --forms plain compiled "${small[@]}"
 part profile 40 "$PYTHON" benchmarks/gpu_profile.py --device "$DEVICE" --out "$OUT" ${TOY:+--batch 2 --size 32}
 if [ -n "$DATA" ]; then
     if [ -f "$DATA" ]; then
@@ -57,7 +64,7 @@ if [ -n "$DATA" ]; then
     fi
     left=$((530 - SECONDS + started))
     part experiment "$((left > 30 ? left : 30))" "$PYTHON" experiments/cifar10_fast/run.py --data "$DATA" \
-        --output "$OUT/speedrun" --network speedrun --device "$DEVICE" --seeds 50
+        --output "$OUT/speedrun" --network speedrun --device "$DEVICE" --seeds 50 "${graphed[@]}"
     part table 20 "$PYTHON" experiments/cifar10_fast/table.py "$OUT/speedrun"
     tar -czf "$OUT/speedrun.tar.gz" -C "$OUT" speedrun
 fi

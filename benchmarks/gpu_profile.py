@@ -12,7 +12,7 @@ import timm
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-import timm_rep  # noqa: F401  registers the models
+import timm_rep
 from timm_rep.report.cost import TrainingStep, hardware_name
 
 STEPS = 3
@@ -48,6 +48,7 @@ def main(argv=None):
     parser.add_argument('--batch', type=int, default=64)
     parser.add_argument('--size', type=int, default=224)
     parser.add_argument('--device', default='cuda')
+    parser.add_argument('--captured', action='store_true', help='with the composition as one CUDA graph')
     parser.add_argument('--top', type=int, default=20)
     parser.add_argument('--out', type=Path, required=True, metavar='DIR')
     args = parser.parse_args(argv)
@@ -55,6 +56,8 @@ def main(argv=None):
     device = torch.device(args.device)
     images = torch.randn(args.batch, 3, args.size, args.size, device=device).to(memory_format=torch.channels_last)
     model = timm.create_model(args.model).to(device, memory_format=torch.channels_last)
+    if args.captured:
+        timm_rep.capture(model)
     step = TrainingStep(model, images, torch.zeros(args.batch, dtype=torch.long, device=device), torch.bfloat16)
     for _ in range(STEPS):
         step()
@@ -65,11 +68,13 @@ def main(argv=None):
         if device.type == 'cuda':
             torch.cuda.synchronize()
     result = dict(
-        model=args.model, batch=args.batch, size=args.size, hardware=hardware_name(device), torch=torch.__version__,
+        model=args.model, captured=args.captured, batch=args.batch, size=args.size, hardware=hardware_name(device),
+        torch=torch.__version__,
         **summary(kernels_of(profiler, device), args.top))
     (args.out / 'profile.json').write_text(json.dumps(result, indent=1) + '\n')
+    name = f'{args.model}, captured' if args.captured else args.model
     lines = [
-        f'{args.model}, batch {args.batch}, {result["hardware"]}: {result["launches"]:.0f} launches a step, '
+        f'{name}, batch {args.batch}, {result["hardware"]}: {result["launches"]:.0f} launches a step, '
         f'{result["busy_ms"]:.2f} ms at work of {result["total_ms"]:.2f} ms', '',
         '| kernel | ms a step | launches |', '|---|--:|--:|']
     lines += [f'| {row["name"][:90]} | {row["ms"]:.3f} | {row["launches"]:.0f} |' for row in result['kernels']]

@@ -57,7 +57,8 @@ NOTES = """\
 - An update of several micro-batches takes forward and backward of each before it; OREPA composes once for all of them,
   but where it says so, and so do other linear methods.
 - Peak memory is what a step allocates above what is live before it (parameters, momentum, input): activations,
-  temporaries and gradients. On a CPU the sizes that the allocator hands out, on a GPU `max_memory_allocated`.
+  temporaries and gradients. On a CPU the sizes that the allocator hands out, on a GPU `max_memory_allocated`, and what
+  a captured graph reserves.
 - Operations are the ATen operations that an eager step dispatches; "net" leaves out views and uninitialised
   allocations. Those of a compiled step are not counted.
 - Composition counts what composing all kernels of linear layers dispatches, forward and backward.
@@ -212,6 +213,17 @@ def peak_memory(step):
     return peak_of_allocations(sorted(memory, key=lambda event: event['ts']))
 
 
+def graph_bytes(handle):
+    """What a captured composition keeps in the memory of its graph; the composition is not captured any more then."""
+    sizes = []
+    for _ in range(2):
+        gc.collect()
+        torch.cuda.empty_cache()
+        sizes.append(torch.cuda.memory_reserved())
+        handle.remove()
+    return max(0, sizes[0] - sizes[1])
+
+
 def ratio(times, base):
     return dict(zip(('of_medians', 'min', 'max'), ratios(times, base)))
 
@@ -229,9 +241,9 @@ def measure(name, args):
             **OPTIMIZERS[args.optimizer])
         for form, model in build_models(name, args.forms, args.peer, args.accum).items()
     }
-    for form in ('together', 'captured'):
-        if form in steps:
-            timm_rep.capture(steps[form].model, graph=form == 'captured')
+    handles = {
+        form: timm_rep.capture(steps[form].model, graph=form == 'captured')
+        for form in ('together', 'captured') if form in steps}
     print(f'{name}: {args.rounds} rounds of {", ".join(steps)}', file=sys.stderr)
     seconds = dict(zip(steps, seconds_in_turns(
         list(steps.values()), rounds=args.rounds, warmup=args.warmup, repeats=args.steps)))
@@ -247,6 +259,8 @@ def measure(name, args):
             median_seconds=statistics.median(seconds[form]),
             to_plain=ratio(seconds[form], seconds['plain']),
         )
+        if form == 'captured':
+            forms[form]['peak_bytes'] += graph_bytes(handles[form])
         forms[form]['memory_to_plain'] = forms[form]['peak_bytes'] / forms['plain']['peak_bytes']
         if 'plain_compiled' in seconds:
             forms[form]['to_plain_compiled'] = ratio(seconds[form], seconds['plain_compiled'])

@@ -1,4 +1,6 @@
 """What stands for CUDA graphs where there is no GPU, and networks whose composition is captured."""
+import math
+
 import pytest
 import torch
 import torch.nn as nn
@@ -15,41 +17,45 @@ GRAPHS = pytest.mark.parametrize('graph', [False, True], ids=['calls', 'graph'])
 
 
 class Graphs:
-    """Stands for CUDA graphs: each is of the tensors that it was captured with, and always writes the same memory."""
+    """Stands for CUDA graphs: of the tensors that they were captured with; they always write the same memory, and the
+    backward also that of what the forward has kept for it."""
 
-    def __init__(self):
-        self.captured = 0
+    captured = 0
 
-    def __call__(self, function, samples, allow_unused_input):
-        assert allow_unused_input
+    def __init__(self, function, parameters, memory_format):
         assert not torch.is_autocast_enabled('cuda')
-        self.captured += 1
-        static_kernels = [kernel.detach().clone() for kernel in function(*samples)]
-        taken = [sample for sample in samples if sample.requires_grad]
-        static_gradients = [torch.zeros_like(sample) for sample in taken]
+        type(self).captured += 1
+        self._function, self._parameters = function, parameters
+        self.is_spent = True
+        self._addresses = [parameter.data_ptr() for parameter in parameters]
+        results = function(*parameters)
+        self.results = [torch.full_like(result, math.nan, requires_grad=False) for result in results]
+        self.result_gradients = [
+            torch.full_like(result, math.nan, memory_format=memory_format, requires_grad=False) for result in results]
+        found = self._differentiate()
+        self.gradients = [
+            None if gradient is None else torch.full_like(gradient, math.nan) for gradient in found]
 
-        class Graphed(torch.autograd.Function):
+    def _differentiate(self):
+        assert [parameter.data_ptr() for parameter in self._parameters] == self._addresses
+        trained = [parameter for parameter in self._parameters if parameter.requires_grad]
+        with torch.enable_grad():
+            pairs = [pair for pair in zip(self._function(*self._parameters), self.result_gradients)
+                     if pair[0].requires_grad]
+        found = iter(torch.autograd.grad(
+            [result for result, _ in pairs], trained, [gradient for _, gradient in pairs], allow_unused=True))
+        return [next(found) if parameter.requires_grad else None for parameter in self._parameters]
 
-            @staticmethod
-            def forward(ctx, *arguments):
-                assert all(sample.data_ptr() == argument.data_ptr() for sample, argument in zip(samples, arguments))
-                for memory, kernel in zip(static_kernels, function(*samples)):
-                    memory.data.copy_(kernel)
-                return tuple(memory.detach() for memory in static_kernels)
+    def forward(self):
+        for memory, result in zip(self.results, self._function(*self._parameters)):
+            memory.data.copy_(result)
+        self.is_spent = False
 
-            @staticmethod
-            @torch.autograd.function.once_differentiable
-            def backward(ctx, *gradients):
-                with torch.enable_grad():
-                    pairs = [pair for pair in zip(function(*samples), gradients) if pair[0].requires_grad]
-                found = torch.autograd.grad(
-                    [kernel for kernel, _ in pairs], taken, [gradient for _, gradient in pairs], allow_unused=True)
-                for memory, gradient in zip(static_gradients, found):
-                    memory.data.copy_(gradient)
-                there = iter(static_gradients)
-                return tuple(next(there).detach() if sample.requires_grad else None for sample in samples)
-
-        return Graphed.apply
+    def backward(self):
+        for memory, gradient in zip(self.gradients, self._differentiate()):
+            if memory is not None:
+                memory.data.copy_(torch.full_like(gradient, math.nan) if self.is_spent else gradient)
+        self.is_spent = True
 
 
 def captured(model, graph):

@@ -126,7 +126,7 @@ def played(fast, start, monkeypatch):
     """Start the experiment with runs that cost nothing; the runs that were done, with the images they saw."""
     done = []
 
-    def train(run, settings, stem, train_images, eval_images, compiled):
+    def train(run, settings, stem, train_images, eval_images, execution):
         done.append((run, len(train_images.targets), len(eval_images.targets)))
         return dict(run._asdict(), top1=run.lr, diverged=run.form == 'rep' and run.lr == 0.2)
 
@@ -347,7 +347,7 @@ def arms_played(fast, anneal, monkeypatch):
         fast.common.hidden_folder(args.output, '.starts')
         torch.save({}, args.output / start.file)
 
-    def train_arm(run, start, settings, stem, train_images, eval_images, compiled, distillation):
+    def train_arm(run, start, settings, stem, train_images, eval_images, execution, distillation):
         done.append((run, len(train_images.targets), len(eval_images.targets)))
         return dict(run._asdict(), top1=run.lr, diverged=run.arm == 'authors' and run.lr == 0.2)
 

@@ -99,7 +99,7 @@ def mean_loss(losses):
 
 def make_start(start, settings, stem, train_images, eval_images, args):
     """Train a start; what its files hold."""
-    trainer = Trainer(start, settings, stem, train_images.pixels.device, args.compile)
+    trainer = Trainer(start, settings, stem, train_images.pixels.device, args.execution)
     rows, fused, losses = descend(
         start.name, trainer, settings, settings['start_epochs'], padded(train_images), eval_images,
         torch.Generator().manual_seed(start.seed))
@@ -137,10 +137,10 @@ def annealer_of(run, trainer, settings, images):
         batches=Sample(images, settings['batch_size'], SAMPLE_SEED + run.seed), **TRANSITIONS[arm.base], **log), epochs
 
 
-def train_arm(run, start, settings, stem, train_images, eval_images, compiled=False, distillation=None):
+def train_arm(run, start, settings, stem, train_images, eval_images, execution='eager', distillation=None):
     """Go on from a start; what the run's file holds."""
     device, images = train_images.pixels.device, padded(train_images)
-    trainer = Trainer(run, settings, stem, device, compiled, distillation)
+    trainer = Trainer(run, settings, stem, device, execution, distillation)
     trainer.model.load_state_dict(start['model'])
     annealer, offset = annealer_of(run, trainer, settings, images)
     epochs, per_epoch = settings['cycles'] * settings['epochs'], len(images.targets) // settings['batch_size']
@@ -236,9 +236,9 @@ def work(args, settings, train_images, test_images, stem):
             make(run, settings, stem, *images, args)
             return
         *teachers, start = (args.output / need.file for need in needs(args, run))
-        distillation = distillation_of(*teachers, settings, stem, args.compile) if teachers else None
+        distillation = distillation_of(*teachers, settings, stem, args.execution) if teachers else None
         start = torch.load(start, map_location=args.device)
-        write(args.output / run.file, train_arm(run, start, settings, stem, *images, args.compile, distillation))
+        write(args.output / run.file, train_arm(run, start, settings, stem, *images, args.execution, distillation))
 
     share_out(args.output, lambda: plan(args), do)
 

@@ -12,7 +12,8 @@ import torch
 
 SET_ASIDE = 5000
 GRID_SEED = 1000  # of the choice of learning rates; not among the seeds of a comparison
-WAIT_SECONDS = 20
+WAIT_SECONDS = 3
+EXECUTIONS = ('eager', 'compiled', 'graphed')
 SETTINGS = ('network', 'batch_size', 'momentum', 'weight_decay', 'warmup', 'amp', 'set_aside')
 
 
@@ -30,7 +31,7 @@ def add_arguments(parser, networks):
     parser.add_argument('--amp', action=argparse.BooleanOptionalAction, default=True, help='bfloat16')
     parser.add_argument('--set-aside', type=int, default=SET_ASIDE, help='training images to choose the rate by')
     parser.add_argument('--device', default='cpu')
-    parser.add_argument('--compile', action='store_true')
+    parser.add_argument('--execution', choices=EXECUTIONS, default='eager', help='of a step; graphed is a CUDA graph')
     parser.add_argument('--threads', type=int, default=1)
 
 

@@ -91,7 +91,7 @@ def work(args, settings, train_images, test_images, stem):
 
     def do(run):
         images = (part, aside) if run.grid else (train_images, test_images)
-        write(args.output / run.file, train(run, settings, stem, *images, args.compile))
+        write(args.output / run.file, train(run, settings, stem, *images, args.execution))
 
     share_out(args.output, lambda: plan(args), do)
 
@@ -108,12 +108,12 @@ def main(argv=None):
     stem = whitening(train_images.pixels)
     if args.timing:
         seconds = time_forms([PLAIN, *(form for form in args.forms if form != PLAIN)], settings, stem, train_images,
-                             args.timing)
+                             args.timing, args.execution)
         ratios = {form: round(statistics.median(a / b for a, b in zip(times, seconds[PLAIN])), 4)
                   for form, times in seconds.items()}
         write(args.output / 'timing.json', dict(
             ratios=ratios, seconds={form: [round(value, 5) for value in times] for form, times in seconds.items()},
-            batch_size=args.batch_size, hardware=hardware_name(device), versions=versions()))
+            batch_size=args.batch_size, execution=args.execution, hardware=hardware_name(device), versions=versions()))
         print(ratios)
     else:
         work(args, settings, train_images, test_images, stem)

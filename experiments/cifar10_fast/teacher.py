@@ -63,7 +63,7 @@ def teacher_settings(args):
 def make_teacher(teacher, settings, stem, train_images, eval_images, args):
     """Train a teacher; what its files hold."""
     wider = dict(settings, network=teacher.network)
-    trainer = Trainer(teacher, wider, stem, train_images.pixels.device, args.compile)
+    trainer = Trainer(teacher, wider, stem, train_images.pixels.device, args.execution)
     rows, fused, _ = descend(
         teacher.name, trainer, wider, teacher.epochs, padded(train_images), eval_images,
         torch.Generator().manual_seed(teacher.seed))
@@ -93,9 +93,10 @@ class Distillation:
         return self.alpha * self.temperature ** 2 * divergence + (1 - self.alpha) * cross_entropy
 
 
-def distillation_of(path, settings, stem, compiled=False):
+def distillation_of(path, settings, stem, execution='eager'):
     """The loss with the teacher that a file holds, as the settings of a folder say."""
     said = settings['teacher']
     teacher = build(said['network'], PLAIN, TEACHER_SEED, stem, settings['data']['classes']).to(stem.device).eval()
     teacher.load_state_dict(torch.load(path, map_location=stem.device))
-    return Distillation(torch.compile(teacher) if compiled else teacher, said['alpha'], said['temperature'])
+    teacher = torch.compile(teacher) if execution == 'compiled' else teacher
+    return Distillation(teacher, said['alpha'], said['temperature'])

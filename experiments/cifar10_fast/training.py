@@ -72,6 +72,45 @@ def fused_difference(model, fused, pixels):
     return ((fused.eval()(x) - expected).abs().max() / expected.abs().max()).item()
 
 
+class GraphedGradients:
+    """What makes gradients, as a CUDA graph: captured at the second step after :meth:`forget`, replayed from then on.
+
+    Args:
+        make: Makes gradients of batches of one size, where there are none, and returns a loss.
+        model: Whose parameters have them.
+    """
+
+    def __init__(self, make, model):
+        self.make, self.parameters = make, list(model.parameters())
+        self.stream = torch.cuda.Stream()
+        self.forget()
+
+    def forget(self):
+        """Let go of the graph: modules or what they do may have changed."""
+        self.warm, self.graph = False, None
+
+    def __call__(self, *batch):
+        if not self.warm:
+            self.warm = True
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                loss = self.make(*batch)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return loss
+        if self.graph is None:
+            self.batch = [tensor.clone() for tensor in batch]
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.loss = self.make(*self.batch)
+            self.made = [parameter.grad for parameter in self.parameters]
+        for tensor, new in zip(self.batch, batch):
+            tensor.copy_(new)
+        for parameter, gradient in zip(self.parameters, self.made):  # a hook may have dropped some
+            parameter.grad = gradient
+        self.graph.replay()
+        return self.loss.clone()
+
+
 class Trainer:
     """A network in one form with its optimizer; `step` is one step.
 
@@ -79,25 +118,31 @@ class Trainer:
         distillation: Makes the loss of images, output and cross entropy, with a teacher; None: the cross entropy is it.
     """
 
-    def __init__(self, run, settings, stem, device, compiled=False, distillation=None):
+    def __init__(self, run, settings, stem, device, execution='eager', distillation=None):
         self.model = build(settings['network'], run.form, run.seed, stem, settings['data']['classes']).to(device)
-        self.forward = torch.compile(self.model) if compiled else self.model
+        self.forward = torch.compile(self.model) if execution == 'compiled' else self.model
         self.optimizer = create_optimizer_v2(
             self.model, opt='sgd', lr=run.lr, momentum=settings['momentum'], weight_decay=settings['weight_decay'])
         self.lr, self.amp, self.distillation = run.lr, settings['amp'], distillation
+        self.graphed = GraphedGradients(self.gradients, self.model) if execution == 'graphed' else None
+
+    def gradients(self, x, targets):
+        """Make the gradients of a step; its cross entropy."""
+        self.optimizer.zero_grad()
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
+            output = self.forward(x)
+            cross_entropy = F.cross_entropy(output, targets)
+            loss = self.distillation(x, output, cross_entropy) if self.distillation else cross_entropy
+        loss.backward()
+        return cross_entropy.detach()
 
     def step(self, x, targets, factor):
         """A step at a share of the highest learning rate; its cross entropy, which does not wait for the device."""
         for group in self.optimizer.param_groups:
             group['lr'] = self.lr * factor
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
-            output = self.forward(x)
-            cross_entropy = F.cross_entropy(output, targets)
-            loss = self.distillation(x, output, cross_entropy) if self.distillation else cross_entropy
-        self.optimizer.zero_grad()
-        loss.backward()
+        cross_entropy = (self.graphed or self.gradients)(x, targets)
         self.optimizer.step()
-        return cross_entropy.detach()
+        return cross_entropy
 
     def epoch(self, batches, factors, eval_images):
         """A step with each batch, as long as there are factors, and what the fused network then does.
@@ -108,6 +153,8 @@ class Trainer:
         device = eval_images.pixels.device
         used, wall = seconds_used(device), time.perf_counter()
         self.model.train()
+        if self.graphed:
+            self.graphed.forget()
         losses = torch.stack([self.step(x, targets, factor) for factor, (x, targets) in zip(factors, batches)])
         train_loss = losses.mean().item()  # waits for the device
         used, wall = seconds_used(device) - used, time.perf_counter() - wall
@@ -165,9 +212,9 @@ def result(run, model, fused, rows, settings, eval_images):
         settings=settings, hardware=hardware_name(eval_images.pixels.device), versions=versions())
 
 
-def train(run, settings, stem, train_images, eval_images, compiled=False):
+def train(run, settings, stem, train_images, eval_images, execution='eager'):
     """Train, and measure the fused network after every epoch; what the run's file holds."""
-    trainer = Trainer(run, settings, stem, train_images.pixels.device, compiled)
+    trainer = Trainer(run, settings, stem, train_images.pixels.device, execution)
     rows, fused, _ = descend(
         run.name, trainer, settings, run.epochs, padded(train_images), eval_images,
         torch.Generator().manual_seed(run.seed))
@@ -179,10 +226,10 @@ def versions():
         python=platform.python_version(), torch=torch.__version__, timm=timm.__version__, timm_rep=timm_rep.__version__)
 
 
-def time_forms(forms, settings, stem, images, rounds):
+def time_forms(forms, settings, stem, images, rounds, execution='eager'):
     """Seconds of a training step of each form, taken in turns: a list for each."""
     device = images.pixels.device
-    trainers = {form: Trainer(Run(form, 0.01, 1, 0), settings, stem, device) for form in forms}
+    trainers = {form: Trainer(Run(form, 0.01, 1, 0), settings, stem, device, execution) for form in forms}
     x, targets = next(train_batches(padded(images), settings['batch_size'], torch.Generator().manual_seed(0)))
     seconds = {form: [] for form in forms}
     for turn in range(rounds + 2):

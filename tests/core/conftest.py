@@ -4,16 +4,17 @@ import torch
 import torch.distributed as dist
 from graph_stand_in import Graphs
 
-from timm_rep.core.capture import _GraphedComposition
+from timm_rep.core import capture
 
 
 @pytest.fixture
 def graphs(monkeypatch):
-    monkeypatch.setattr(torch.cuda, 'make_graphed_callables', Graphs())
+    stand_in = type('Graphs', (Graphs,), {})  # that counts from zero
+    monkeypatch.setattr(capture, 'CudaGraphs', stand_in)
     monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: False)
     monkeypatch.setattr(torch.cuda, 'device', torch.device)
-    monkeypatch.setattr(_GraphedComposition, 'device_type', 'cpu')
-    return torch.cuda.make_graphed_callables
+    monkeypatch.setattr(capture._GraphedComposition, 'device_type', 'cpu')
+    return stand_in
 
 
 @pytest.fixture

@@ -106,8 +106,8 @@ def test_crops_of_two_kinds(timm_scripts, more):
 
 def test_dbb_is_not_both_compiled_and_checkpointed():
     args = argparse.Namespace(
-        model='repan_resnet18_cifar', model_kwargs=dict(rep_layer='dbb'), log_branches=True, torchcompile='inductor',
-        grad_checkpointing=True)
+        model='repan_resnet18_cifar', model_kwargs=dict(rep_layer='dbb'), log_branches=True, capture=None,
+        torchcompile='inductor', grad_checkpointing=True)
     with pytest.raises(timm_rep.UserError, match='wrong gradients of the DBB layers of repan_resnet18_cifar'):
         check_model(args, timm_rep.AnnealingSchedule(1, 2))
     for changed in (dict(torchcompile=None), dict(grad_checkpointing=False), dict(model_kwargs=dict(rep_layer='acb'))):
@@ -423,7 +423,7 @@ def test_weights_to_start_from_that_are_missing_or_not_looked_at_are_refused():
 
 @pytest.mark.parametrize('option', ['torchscript', 'split_bn'])
 def test_what_takes_rep_layers_apart_is_refused_without_time_steps_too(option):
-    args = argparse.Namespace(model='orepa_resnet18_cifar', log_branches=False, **{option: True})
+    args = argparse.Namespace(model='orepa_resnet18_cifar', log_branches=False, capture=None, **{option: True})
     schedule = timm_rep.AnnealingSchedule(1, 2)
     with pytest.raises(timm_rep.UserError, match=f'--{option.replace("_", "-")} takes the rep layers apart'):
         check_model(args, schedule)

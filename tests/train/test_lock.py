@@ -69,7 +69,7 @@ def test_what_was_killed_holds_nothing_though_its_workers_live(tmp_path):
 def test_a_folder_that_timm_names_is_locked_before_anything_happens_in_it(tmp_path):
     """Two runs that start in the same second without --experiment get one folder."""
     model = timm.create_model('orepa_resnet18_cifar')
-    args = argparse.Namespace(seed=42, rank=0, log_branches=False, resume='', output='', experiment='')
+    args = argparse.Namespace(seed=42, rank=0, log_branches=False, capture=None, resume='', output='', experiment='')
 
     def train_one_epoch(epoch, model, loader, optimizer, args, output_dir=None, model_ema=None):
         raise AssertionError('it trains')

@@ -140,7 +140,7 @@ class Epochs:
         self.model, self.averaged, self.folder, self.loader = model, averaged, folder, loader
         self.draws = {}
         defaults = dict(
-            seed=42, rank=0, log_branches=False, resume='', initial_checkpoint='', compensate=False,
+            seed=42, rank=0, log_branches=False, capture=None, resume='', initial_checkpoint='', compensate=False,
             restoration='authors', side_gain=1.0, freeze_origin=False, start_from_best=False, output='', experiment='')
         self.args = argparse.Namespace(**dict(defaults, **args))
         self.epochs = AnnealedEpochs(self.args, timm_rep.AnnealingSchedule(2, 2, 1))

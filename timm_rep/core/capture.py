@@ -1,6 +1,6 @@
 """Composing all kernels of a model in few launches: layers of one shape in one call, all calls in one CUDA graph."""
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 import torch
 import torch.nn as nn
@@ -8,8 +8,9 @@ from torch import Tensor
 
 from .errors import UserError
 from .fuse import when_fused
+from .graphs import CudaGraphs
 from .layers import LinearRepLayer
-from .layers.together import Composition, KernelsTogether, compose_each, compose_side_by_side
+from .layers.together import Composition, KernelsTogether, compose_each, compose_side_by_side, composed_of
 from .precision import float32_products
 from .sharded import check_whole
 from .walk import rep_layers, unwrapped
@@ -36,25 +37,37 @@ def _versions(tensors: Sequence[Tensor]) -> List[int]:
     return [tensor._version for tensor in tensors]
 
 
-class _OwnGradients(torch.autograd.Function):
-    """Parameters as they are, whose gradients are copies: a graph writes its own at every replay."""
+class _Replay(torch.autograd.Function):
+    """The results of graphs, with gradients that are copies: the graphs write their own at every replay."""
 
     @staticmethod
-    def forward(ctx, buffers, *parameters):
-        ctx.tensors = (*parameters, *buffers)
+    def forward(ctx, graphs, buffers, *parameters):
+        ctx.set_materialize_grads(False)
+        ctx.graphs, ctx.tensors = graphs, (*parameters, *buffers)
         ctx.versions = _versions(ctx.tensors)
-        return tuple(parameter.view_as(parameter) for parameter in parameters)
+        graphs.forward()
+        return tuple(result.detach() for result in graphs.results)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, *gradients):
+    def backward(ctx, *result_gradients):
         if ctx.versions != _versions(ctx.tensors):
             raise UserError(
                 'weights or attach rates were changed between forward and backward, and a captured composition keeps '
                 'none of those that the forward took; call backward before the step of the optimizer')
-        there = [gradient for gradient in gradients if gradient is not None]
+        pairs = list(zip(ctx.graphs.result_gradients, result_gradients))
+        missing = [memory for memory, gradient in pairs if gradient is None]
+        if missing:
+            torch._foreach_zero_(missing)
+        written = [memory for memory, gradient in pairs if gradient is not None]
+        if written:
+            torch._foreach_copy_(written, [gradient for gradient in result_gradients if gradient is not None])
+        if ctx.graphs.is_spent:  # by the backward of another forward of the same weights
+            ctx.graphs.forward()
+        ctx.graphs.backward()
+        there = [gradient for gradient in ctx.graphs.gradients if gradient is not None]
         copies = iter(torch._foreach_mul(there, 1.0) if there else ())
-        return (None, *(None if gradient is None else next(copies) for gradient in gradients))
+        return (None, None, *(None if gradient is None else next(copies) for gradient in ctx.graphs.gradients))
 
 
 @contextmanager
@@ -81,13 +94,11 @@ class _GraphedComposition:
 
     def __init__(self, compose: Composition) -> None:
         self._compose = compose
-        self._graph: Any = None
+        self._graphs: Optional[CudaGraphs] = None
         self._captured: Any = None
 
     def __call__(self, layers: Sequence[Any], channels_last: bool) -> Sequence[Tensor]:
-        of_layers = [p for layer in layers for p in layer.parameters() if p is not layer.bias]
-        parameters = list({id(p): p for p in of_layers}.values())  # layers may have some in common
-        buffers = [buffer for layer in layers for buffer in layer.buffers()]
+        parameters, buffers = composed_of(layers)
         if not self._can_be_graph(parameters, buffers):
             return self._compose(layers, channels_last)
         of_now = (
@@ -96,10 +107,10 @@ class _GraphedComposition:
             float32_products(),
         )
         if of_now != self._captured:
-            self._graph = self._captured = None  # its memory is free for the next one
-            self._graph = self._new_graph(layers, channels_last, parameters)
+            self._graphs = self._captured = None  # its memory is free for the next one
+            self._graphs = self._new_graphs(layers, channels_last, parameters)
             self._captured = of_now
-        kernels: Sequence[Tensor] = self._graph(*_OwnGradients.apply(buffers, *parameters))
+        kernels: Sequence[Tensor] = _Replay.apply(self._graphs, buffers, *parameters)
         return kernels
 
     def _can_be_graph(self, parameters: Sequence[Tensor], buffers: Sequence[Tensor]) -> bool:
@@ -111,17 +122,18 @@ class _GraphedComposition:
             and not torch.cuda.is_current_stream_capturing()  # into a graph of the whole step
         )
 
-    def _new_graph(self, layers: Sequence[Any], channels_last: bool, parameters: Sequence[Tensor]) -> Any:
+    def _new_graphs(self, layers: Sequence[Any], channels_last: bool, parameters: Sequence[Tensor]) -> CudaGraphs:
         # without the hooks of the parameters, which would run in the graph and once more behind it
-        aliases = tuple(p.detach().requires_grad_(p.requires_grad) for p in parameters)
+        aliases = [p.detach().requires_grad_(p.requires_grad) for p in parameters]
         ids = [id(parameter) for parameter in parameters]
 
-        def compose(*tensors: Tensor) -> Tuple[Tensor, ...]:
+        def compose(*tensors: Tensor) -> Sequence[Tensor]:
             with _in_place_of(dict(zip(ids, tensors)), layers):
-                return tuple(self._compose(layers, channels_last))
+                return self._compose(layers, channels_last)
 
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
         with torch.cuda.device(parameters[0].device), torch.autocast('cuda', enabled=False):
-            return torch.cuda.make_graphed_callables(compose, aliases, allow_unused_input=True)
+            return CudaGraphs(compose, aliases, memory_format)
 
 
 class Captured:

@@ -119,6 +119,9 @@ def add_time_step_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--crop-padding', type=int, default=0, metavar='N',
                        help='Train on random crops of the image size from images with a black border of N pixels, in '
                             "place of timm's random resized crops.")
+    group.add_argument('--capture', action=argparse.BooleanOptionalAction, default=None,
+                       help='Compose all kernels of layers without norms (OREPA) at once, as a CUDA graph, as '
+                            'timm_rep.capture does (default: on one GPU, unless the model is compiled).')
     group.add_argument('--log-branches', action='store_true', default=False,
                        help='Write the gradient magnitude of every branch to branch_gradients.csv.')
 
@@ -286,10 +289,12 @@ def check_model(args: argparse.Namespace, schedule: AnnealingSchedule) -> None:
         schedule: The time steps.
 
     Raises:
-        UserError: If the model is not known or has no rep layers, an option of timm's takes them apart, or the weights
-            to start from have no branches.
+        UserError: If the model is not known or has no rep layers, an option of timm's takes them apart, the weights
+            to start from have no branches, or for ``--capture`` of a compiled model.
         HubError: If the model is on the Hub and its description cannot be had.
     """
+    if args.capture and getattr(args, 'torchcompile', None) is not None:
+        raise UserError('--capture and --torchcompile both make graphs of the kernels; train with one of the two')
     unfit = [option for option in UNFIT_OPTIONS if getattr(args, option, False)]
     worked_with = schedule.anneals or args.log_branches
     if not worked_with and not unfit:

@@ -15,6 +15,7 @@ from timm.utils import is_primary, random_seed, unwrap_model
 from ..core.annealer import Annealer
 from ..core.annealing import AnnealingSchedule, Position, time_step
 from ..core.branch_log import BranchLog
+from ..core.capture import capture, linear_layers
 from ..io.weights import load_training_form
 from .accumulate import MicroBatches
 from .arguments import output_folder
@@ -39,6 +40,19 @@ def _restart_workers(loader: Any) -> None:
     loader = getattr(loader, 'loader', loader)  # inside timm's prefetcher
     if isinstance(loader, torch.utils.data.DataLoader) and loader.persistent_workers:
         loader._iterator = None
+
+
+def _is_captured(args: argparse.Namespace, model: nn.Module, optimizer: Any) -> bool:
+    """Whether the composition of a model becomes a CUDA graph: as asked for, else where that was measured to win."""
+    if args.capture is not None:
+        return bool(args.capture)
+    return (
+        next(model.parameters()).device.type == 'cuda'
+        and not getattr(args, 'distributed', False)
+        and getattr(args, 'torchcompile', None) is None
+        and not getattr(optimizer, 'is_second_order', False)
+        and bool(linear_layers(model))
+    )
 
 
 def _models(call: Dict[str, Any]) -> Dict[str, nn.Module]:
@@ -162,6 +176,8 @@ class AnnealedEpochs:
                 recall_best(Path(args.resume))
         if args.resume:
             replay_plateau(call.get('lr_scheduler'), args, epoch)
+        if _is_captured(args, model, call['optimizer']):
+            capture(model)
         if args.log_branches:
             self._branches = BranchLog(model, call['optimizer'])
         if not self.schedule.anneals:
