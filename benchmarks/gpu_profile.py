@@ -53,6 +53,7 @@ def main(argv=None):
     parser.add_argument('--out', type=Path, required=True, metavar='DIR')
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
+    torch.backends.cudnn.benchmark = torch.backends.cuda.matmul.allow_tf32 = True  # as timm's train.py does
     device = torch.device(args.device)
     images = torch.randn(args.batch, 3, args.size, args.size, device=device).to(memory_format=torch.channels_last)
     model = timm.create_model(args.model).to(device, memory_format=torch.channels_last)

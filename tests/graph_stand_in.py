@@ -11,7 +11,6 @@ import timm_rep
 from timm_rep import capture
 from timm_rep.core.capture import _GraphedComposition
 from timm_rep.core.expand import anneal_repvgg_blocks_
-from timm_rep.core.layers.together import compose_side_by_side
 
 GRAPHS = pytest.mark.parametrize('graph', [False, True], ids=['calls', 'graph'])
 
@@ -61,7 +60,7 @@ class Graphs:
 def captured(model, graph):
     handle = capture(model, graph=False)
     if graph:
-        handle._together.compose = _GraphedComposition(compose_side_by_side)
+        handle._together.compose = _GraphedComposition()
     return handle
 
 

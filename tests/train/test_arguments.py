@@ -421,6 +421,12 @@ def test_weights_to_start_from_that_are_missing_or_not_looked_at_are_refused():
         check_start_weights(argparse.Namespace(initial_checkpoint='start.safetensors'))
 
 
+def test_captured_and_compiled_models_are_refused():
+    args = argparse.Namespace(model='orepa_resnet18_cifar', log_branches=False, capture=True, torchcompile='inductor')
+    with pytest.raises(timm_rep.UserError, match='--capture and --torchcompile both make graphs'):
+        check_model(args, timm_rep.AnnealingSchedule(1, 2))
+
+
 @pytest.mark.parametrize('option', ['torchscript', 'split_bn'])
 def test_what_takes_rep_layers_apart_is_refused_without_time_steps_too(option):
     args = argparse.Namespace(model='orepa_resnet18_cifar', log_branches=False, capture=None, **{option: True})

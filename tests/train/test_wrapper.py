@@ -17,7 +17,7 @@ import timm_rep
 from timm_rep.core.walk import annealed_modules
 from timm_rep.io.checkpoint import read_checkpoint
 from timm_rep.io.weights import load_training_form
-from timm_rep.train.epochs import AnnealedEpochs
+from timm_rep.train.epochs import AnnealedEpochs, _is_captured
 
 
 def weights_of(path):
@@ -162,6 +162,44 @@ def two_forms():
     for seed, model in enumerate(models):
         randomize_(model, seed).eval()
     return models
+
+
+class OnGpu(torch.nn.Module):
+    """A model that says its parameters were on a GPU."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def parameters(self, recurse=True):
+        return iter([argparse.Namespace(device=torch.device('cuda'))])
+
+
+@pytest.mark.parametrize(('model', 'settings', 'expected'), [
+    ('orepa_resnet18_cifar', {}, True),
+    ('orepa_resnet18_cifar', dict(distributed=True), False),
+    ('orepa_resnet18_cifar', dict(torchcompile='inductor'), False),
+    ('orepa_resnet18_cifar', dict(capture=False), False),
+    ('dbb_resnet18_cifar', {}, False),
+    ('dbb_resnet18_cifar', dict(capture=True), True),  # and capture() says why not
+])
+def test_compositions_are_captured_where_that_wins(model, settings, expected):
+    args = argparse.Namespace(**dict(dict(capture=None, distributed=False, torchcompile=None), **settings))
+    model = timm.create_model(model)
+    assert _is_captured(args, OnGpu(model), None) is expected
+    if args.capture is None:
+        assert not _is_captured(args, model, None)
+        assert not _is_captured(args, OnGpu(model), argparse.Namespace(is_second_order=True))
+
+
+def test_kernels_that_are_captured_are_those_of_the_run(monkeypatch, tmp_path):
+    captured = []
+    monkeypatch.setattr('timm_rep.train.epochs.capture', captured.append)
+    model = timm.create_model(MODEL, num_classes=5)
+    epochs = Epochs(model, capture=True, folder=tmp_path)
+    epochs(0)
+    epochs(1)
+    assert captured == [model]
 
 
 @pytest.mark.parametrize(('start', 'epoch'), [('pretrained', 0), ('initial_checkpoint', 2)])

@@ -1,4 +1,4 @@
-"""Composing all kernels of a model in few launches: layers of one shape in one call, all calls in one CUDA graph."""
+"""Composing all kernels of a model in few launches: as one CUDA graph, or layers of one shape in one call."""
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 
@@ -10,7 +10,7 @@ from .errors import UserError
 from .fuse import when_fused
 from .graphs import CudaGraphs
 from .layers import LinearRepLayer
-from .layers.together import Composition, KernelsTogether, compose_each, compose_side_by_side, composed_of
+from .layers.together import KernelsTogether, compose_each, compose_side_by_side, composed_of
 from .precision import float32_products
 from .sharded import check_whole
 from .walk import rep_layers, unwrapped
@@ -85,22 +85,22 @@ def _in_place_of(parameters: Dict[int, Tensor], layers: Sequence[nn.Module]) -> 
 
 
 class _GraphedComposition:
-    """A composition as a CUDA graph, captured anew when the graph would be of other tensors or flags.
+    """The composition of all kernels as a CUDA graph, captured anew when that would be of other tensors or flags.
 
+    One call for each layer: in a graph their number costs little, and putting tensors side by side takes memory.
     Without a graph where none can be: off the GPU, and of tensors that are no parameters (functional_call).
     """
 
     device_type = 'cuda'
 
-    def __init__(self, compose: Composition) -> None:
-        self._compose = compose
+    def __init__(self) -> None:
         self._graphs: Optional[CudaGraphs] = None
         self._captured: Any = None
 
     def __call__(self, layers: Sequence[Any], channels_last: bool) -> Sequence[Tensor]:
         parameters, buffers = composed_of(layers)
         if not self._can_be_graph(parameters, buffers):
-            return self._compose(layers, channels_last)
+            return compose_each(layers, channels_last)
         of_now = (
             [(tensor.data_ptr(), tensor.dtype, tensor.requires_grad) for tensor in (*parameters, *buffers)],
             channels_last,
@@ -129,7 +129,7 @@ class _GraphedComposition:
 
         def compose(*tensors: Tensor) -> Sequence[Tensor]:
             with _in_place_of(dict(zip(ids, tensors)), layers):
-                return self._compose(layers, channels_last)
+                return compose_each(layers, channels_last)
 
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
         with torch.cuda.device(parameters[0].device), torch.autocast('cuda', enabled=False):
@@ -172,8 +172,8 @@ def _untie(part: nn.Module) -> None:
 def capture(model: nn.Module, *, graph: bool = True) -> Captured:
     """Let all kernels of a model be composed at once, at the start of every forward with gradients, in few launches.
 
-    Layers of one shape are composed in one call, and all calls replayed as one CUDA graph, forward and backward: for a
-    GPU that waits for its host. Values and gradients are the same up to rounding. It concerns linear layers (OREPA).
+    On a GPU, which waits for its host otherwise: all calls are replayed as one CUDA graph, forward and backward. Values
+    and gradients are the same. It concerns linear layers (OREPA).
     A layer that a forward does not run has gradients of zero then, not none: weight decay moves it. Freeze such a one.
     Changes of weights, attach rate, time step, dtype, device, or of what is trained are followed; where that moves a
     tensor, the graph is captured anew; off the GPU there is none. A graph has no second derivatives by weights, and the
@@ -188,7 +188,8 @@ def capture(model: nn.Module, *, graph: bool = True) -> Captured:
 
     Args:
         model: Model on a GPU, also in DistributedDataParallel.
-        graph: Replay a CUDA graph. Without, only layers of one shape are put together, which a CPU does not like.
+        graph: Replay a CUDA graph. Without, layers of one shape are composed in one call, to the same values up to
+            rounding: fewer launches on a GPU where no graph can be; a CPU does not like it.
 
     Returns:
         A handle whose ``remove()`` undoes it.
@@ -217,5 +218,5 @@ def capture(model: nn.Module, *, graph: bool = True) -> Captured:
         raise UserError('RepDistributedDataParallel exchanges gradients of all kernels of the model in it; capture '
                         'that model as a whole')
     together = tie(layers)
-    together.compose = _GraphedComposition(compose_side_by_side) if graph else compose_side_by_side
+    together.compose = _GraphedComposition() if graph else compose_side_by_side
     return Captured(model, together)

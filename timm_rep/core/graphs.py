@@ -51,7 +51,8 @@ class CudaGraphs:
         with torch.cuda.graph(self._forward, **options):
             results = function(*parameters)
         with torch.cuda.graph(self._backward, pool=self._forward.pool(), **options):
-            found = iter(self._differentiate(results, trained))
+            # dense, so that one launch copies all of them
+            found = iter([g if g is None else g.contiguous() for g in self._differentiate(results, trained)])
         self.is_spent = True
         self.results = [result.detach() for result in results]
         self.gradients = [next(found) if parameter.requires_grad else None for parameter in parameters]
