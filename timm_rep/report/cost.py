@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.utils.benchmark import timer  # waits for the GPU
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..core.capture import capture, linear_layers
 from ..core.micro_batch import micro_batch
 from ..core.precision import full_float32
 from ..io.architecture import create_model
@@ -186,6 +187,8 @@ def bench_models(
 ) -> Dict[str, Any]:
     """Time a training step of models against the stock form of the first, in turns, on random images.
 
+    On a GPU the kernels of linear layers are composed as one CUDA graph, as ``timm-rep train`` does it.
+
     Args:
         architectures: Names of the models; a first one that is not ours is the baseline as it is.
         model_kwargs: Arguments of all of them.
@@ -220,10 +223,11 @@ def bench_models(
     layout = torch.channels_last if channels_last else torch.contiguous_format
     images = torch.randn(batch, *input_size).to(device, memory_format=layout)
     targets = torch.randint(baseline.num_classes, (batch,), device=device)
-    steps = [
-        TrainingStep(model.to(device, memory_format=layout), images, targets, torch.bfloat16 if amp else None)
-        for model in models.values()
-    ]
+    for model in models.values():
+        model.to(device, memory_format=layout)
+        if device.type == 'cuda' and linear_layers(model):
+            capture(model)
+    steps = [TrainingStep(model, images, targets, torch.bfloat16 if amp else None) for model in models.values()]
     seconds = seconds_in_turns(steps, rounds=rounds, warmup=WARMUP_STEPS, repeats=repeats)
     rows = []
     for (name, model), own_seconds in zip(models.items(), seconds):
