@@ -84,6 +84,16 @@ def test_forms_of_a_seed_start_from_one_function_and_end_as_one_network(fast):
     assert (patches @ patches.T / patches.shape[1] - torch.eye(12)).abs().max() < 0.01
 
 
+def test_registered_networks_are_expanded_from_one_function(fast):
+    plain, rep = (fast.network.build('resnet18_cifar', form, 3, torch.zeros(24, 3, 2, 2), 5).eval()
+                  for form in ('plain', 'rep'))
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert (rep(x) - plain(x)).abs().max() < 1e-6
+    assert str(timm_rep.fuse(rep)) == str(plain)
+    assert len(list(timm_rep.rep_layers(rep))) == len([m for m in plain.modules() if isinstance(m, torch.nn.Conv2d)]) - 3
+
+
 def test_fast_runs_are_done_once_and_repeat_exactly(fast, small_images, start, tmp_path, capsys):
     output = tmp_path / 'results'
     forms = ['--forms', 'plain', 'rep', '--seeds', '2']

@@ -1,4 +1,5 @@
 """The networks, and the forms in which they are trained."""
+import timm
 import torch
 import torch.nn as nn
 from data import normalized
@@ -6,7 +7,8 @@ from data import normalized
 import timm_rep
 
 # Widths of the three groups; all have a stem of 24 filters.
-NETWORKS = dict(small=(16, 64, 64), medium=(32, 128, 128), speedrun=(64, 256, 256))
+WIDTHS = dict(small=(16, 64, 64), medium=(32, 128, 128), speedrun=(64, 256, 256))
+NETWORKS = (*WIDTHS, 'resnet18_cifar')
 PLAIN = 'plain'
 # Methods with other options than their own.
 VARIANTS = dict(orepa_unscaled=timm_rep.Orepa(scaling='none'))
@@ -33,11 +35,16 @@ def conv_norm(channels, width):
 
 
 def build_plain(network, stem, num_classes):
-    """The plain network: a stem that whitens and stands still, three groups, a linear classifier; for 32x32 images."""
+    """The plain network: a stem that whitens and stands still, three groups, a linear classifier; for 32x32 images.
+
+    Or a registered one, which has no such stem.
+    """
+    if network not in WIDTHS:
+        return timm.create_model(f'orepa_{network}', inference_mode=True, num_classes=num_classes)
     layers = [nn.Conv2d(3, len(stem), 2, bias=False), nn.GELU()]
     layers[0].weight = nn.Parameter(stem.clone(), requires_grad=False)
     channels = len(stem)
-    for width in NETWORKS[network]:
+    for width in WIDTHS[network]:
         layers += [*conv_norm(channels, width), nn.MaxPool2d(2), nn.GELU(), *conv_norm(width, width), nn.GELU()]
         channels = width
     return nn.Sequential(*layers, nn.MaxPool2d(3), nn.Flatten(), nn.Linear(channels, num_classes))
