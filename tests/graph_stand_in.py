@@ -23,6 +23,7 @@ class Graphs:
 
     def __init__(self, function, parameters, memory_format):
         assert not torch.is_autocast_enabled('cuda')
+        assert not torch.is_anomaly_enabled()
         type(self).captured += 1
         self._function, self._parameters = function, parameters
         self.is_spent = True

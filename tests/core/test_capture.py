@@ -320,6 +320,17 @@ def test_autocast(graphs):
     assert model.conv1.weight.dtype == torch.float32
 
 
+def test_where_nan_is_looked_for(graphs):
+    model = network()
+    twin = copy.deepcopy(model)
+    captured(model, graph=True)
+    with torch.autograd.set_detect_anomaly(True):
+        loss_of(model).backward()
+        assert torch.is_anomaly_enabled()
+    loss_of(twin).backward()
+    assert_same_gradients(model, twin)
+
+
 def test_what_cannot_be_captured():
     with pytest.raises(UserError, match='cpu; graph=False'):
         capture(network())

@@ -132,7 +132,9 @@ class _GraphedComposition:
                 return compose_each(layers, channels_last)
 
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        with torch.cuda.device(parameters[0].device), torch.autocast('cuda', enabled=False):
+        device, no_autocast = torch.cuda.device(parameters[0].device), torch.autocast('cuda', enabled=False)
+        # looking for NaN waits for the GPU, which no graph can
+        with device, no_autocast, torch.autograd.set_detect_anomaly(False):
             return CudaGraphs(compose, aliases, memory_format)
 
 
