@@ -5,7 +5,7 @@
 #
 # OUT is a new or an empty folder. What is not there is left out: DATA, a folder (or a tar.xz of one) with train/CLASS/*
 # and test/CLASS/*; PEER, a clone of the authors' code; TIMM_SCRIPTS. Each part has a time limit of its own, so that the
-# next one runs whatever becomes of it; PARTS="checks profile" runs these alone. No network is needed.
+# next one runs whatever becomes of it; PARTS="checks profile" runs these alone, and "anneal" only so. No network is needed.
 # TOY=1 DEVICE=cpu tries it on a CPU.
 set -u
 cd "$(dirname "$0")/.."
@@ -32,6 +32,15 @@ cost() {  # NAME SECONDS ARGUMENTS...
     shift 2
     part "$name" "$limit" "$PYTHON" benchmarks/train_cost.py --device "$DEVICE" --dtype bf16 --channels-last \
         --out "$OUT/$name" "$@"
+}
+
+shared_out() {  # NAME FOLDER SCRIPT ARGUMENTS...: the time that is left, for several processes: one leaves the GPU waiting
+    local name=$1 folder=$2 script=$3 left=$((530 - SECONDS + started))
+    shift 3
+    part "$name" "$((left > 30 ? left : 30))" bash -c 'for _ in 1 2 3 4; do "$@" & done; wait' several \
+        "$PYTHON" "experiments/cifar10_fast/$script" --data "$DATA" --output "$OUT/$folder" --device "$DEVICE" \
+        "${graphed[@]}" "$@"
+    [ ! -d "$OUT/$folder" ] || tar -czf "$OUT/$folder.tar.gz" -C "$OUT" "$folder"
 }
 
 export CHECKED_NETWORK=resnet18
@@ -63,13 +72,13 @@ if [ -n "$DATA" ]; then
         tar -xf "$DATA" -C "$unpacked"
         DATA=$(dirname "$(find "$unpacked" -maxdepth 2 -name train -type d | head -n 1)")
     fi
-    left=$((530 - SECONDS + started))
-    # Several processes share the runs out: one leaves the GPU waiting.
-    part experiment "$((left > 30 ? left : 30))" bash -c 'for _ in 1 2 3 4; do "$@" & done; wait' several \
-        "$PYTHON" experiments/cifar10_fast/run.py --data "$DATA" --output "$OUT/speedrun" --network speedrun \
-        --device "$DEVICE" --seeds 50 "${graphed[@]}"
+    results=experiments/results/cifar10_fast
+    shared_out experiment speedrun run.py --network speedrun --seeds 50
     part table 20 "$PYTHON" experiments/cifar10_fast/table.py "$OUT/speedrun"
-    tar -czf "$OUT/speedrun.tar.gz" -C "$OUT" speedrun
+    if [[ " $PARTS " == *" anneal "* ]]; then  # there is time for one of the two
+        shared_out anneal anneal_speedrun anneal.py --network speedrun --rates-from "$results/speedrun" --forms rep orepa \
+            --arms descent restarts measured0 --few-arms authors --rates 0.4 0.2 0.8
+    fi
 fi
 echo
 cat "$report" "$OUT"/checks.md "$OUT"/res*.md "$OUT"/rep*.md "$OUT"/profile.md 2> "$OUT/missing.log"

@@ -222,6 +222,16 @@ def test_the_script_for_gpus_calls_what_there_is(commands, train_cost, tmp_path,
     assert (args.network, args.seeds) == ('speedrun', 50)
 
 
+def test_the_script_for_gpus_runs_parts_alone(commands, tmp_path, monkeypatch):
+    for split in ('train', 'test'):
+        (tmp_path / 'images' / split).mkdir(parents=True)
+    called = commands(PARTS='checks anneal', DATA=str(tmp_path / 'images'))
+    assert [Path(command[0]).stem for command in called] == ['gpu_checks', *['anneal'] * 4]
+    monkeypatch.syspath_prepend(SCRIPT.parents[1] / 'experiments' / 'cifar10_fast')
+    args = importlib.import_module('anneal').parse(called[-1][1:])
+    assert (SCRIPT.parents[1] / args.rates_from / 'settings.json').is_file()
+
+
 def test_checks_for_gpus_run_on_a_cpu(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv('CHECKED_NETWORK', 'test_resnet')
     monkeypatch.delenv('TIMM_SCRIPTS', raising=False)
