@@ -39,6 +39,8 @@ class Graphs:
     def _differentiate(self):
         assert [parameter.data_ptr() for parameter in self._parameters] == self._addresses
         trained = [parameter for parameter in self._parameters if parameter.requires_grad]
+        if not trained:
+            return [None] * len(self._parameters)
         with torch.enable_grad():
             pairs = [pair for pair in zip(self._function(*self._parameters), self.result_gradients)
                      if pair[0].requires_grad]

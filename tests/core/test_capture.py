@@ -320,6 +320,16 @@ def test_autocast(graphs):
     assert model.conv1.weight.dtype == torch.float32
 
 
+def test_gradients_of_images_where_nothing_is_trained(graphs):
+    model = network().requires_grad_(False).eval()
+    captured(model, graph=True)
+    x = images().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(x).sum(), x)
+    (expected,) = torch.autograd.grad(timm_rep.fuse(model)(x).sum(), x)
+    assert graphs.captured == 1
+    assert_near(gradient, expected, 1e-9)
+
+
 def test_where_nan_is_looked_for(graphs):
     model = network()
     twin = copy.deepcopy(model)

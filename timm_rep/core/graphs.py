@@ -1,5 +1,5 @@
 """A function of parameters and its gradients as CUDA graphs."""
-from typing import Any, Callable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Iterator, List, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -41,7 +41,8 @@ class CudaGraphs:
             for _ in range(WARMUP_CALLS):
                 results = function(*parameters)
                 self.result_gradients = [torch.zeros_like(r, memory_format=memory_format) for r in results]
-                self._differentiate(results, trained)
+                if trained:
+                    self._differentiate(results, trained)
                 del results
         torch.cuda.current_stream().wait_stream(stream)
 
@@ -50,20 +51,19 @@ class CudaGraphs:
         options: Any = dict(stream=stream, capture_error_mode='thread_local')
         with torch.cuda.graph(self._forward, **options):
             results = function(*parameters)
-        with torch.cuda.graph(self._backward, pool=self._forward.pool(), **options):
-            # dense, so that one launch copies all of them
-            found = iter([g if g is None else g.contiguous() for g in self._differentiate(results, trained)])
+        found: Iterator[Optional[Tensor]] = iter(())
+        if trained:
+            with torch.cuda.graph(self._backward, pool=self._forward.pool(), **options):
+                # dense, so that one launch copies all of them
+                found = iter([g if g is None else g.contiguous() for g in self._differentiate(results, trained)])
         self.is_spent = True
         self.results = [result.detach() for result in results]
         self.gradients = [next(found) if parameter.requires_grad else None for parameter in parameters]
 
     def _differentiate(self, results: Sequence[Tensor], trained: List[Tensor]) -> Sequence[Optional[Tensor]]:
         pairs = [(r, gradient) for r, gradient in zip(results, self.result_gradients) if r.requires_grad]
-        if not pairs:
-            return [None] * len(trained)
         differentiable, gradients = zip(*pairs)
-        found: Tuple[Optional[Tensor], ...] = torch.autograd.grad(
-            differentiable, trained, gradients, allow_unused=True)
+        found: Sequence[Optional[Tensor]] = torch.autograd.grad(differentiable, trained, gradients, allow_unused=True)
         return found
 
     def forward(self) -> None:
