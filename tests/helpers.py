@@ -58,6 +58,11 @@ def assert_same_state(actual, expected):
         assert torch.equal(actual[name], expected[name]), name
 
 
+def own_records(caplog):
+    """What timm_rep and timm have logged; libraries speak of the machine when they are first loaded."""
+    return [record for record in caplog.records if record.name.partition('.')[0] in ('timm_rep', 'timm', 'train')]
+
+
 def tree(model):
     """Names and classes of all modules."""
     return [(name, type(module)) for name, module in model.named_modules()]

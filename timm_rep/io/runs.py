@@ -44,7 +44,7 @@ MAY_CHANGE = frozenset("""
     checkpoint_hist data data_dir dataset_download dataset_trust_remote_code experiment local_rank log_branches
     log_interval log_wandb no_resume_opt output pin_mem recovery_interval resume save_images start_epoch
     synchronize_step validation_batch_size wandb_project wandb_resume_id wandb_tags
-    channels_last device device_modules fuser torchcompile torchcompile_mode
+    capture channels_last device device_modules fuser torchcompile torchcompile_mode
 """.split())
 # May differ between the arguments inside a checkpoint and those in the args.yaml beside it: train.py allows any when it
 # resumes.
