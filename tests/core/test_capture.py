@@ -330,6 +330,20 @@ def test_gradients_of_images_where_nothing_is_trained(graphs):
     assert_near(gradient, expected, 1e-9)
 
 
+def test_a_model_that_is_trained_in_turns(graphs):
+    model = network()
+    twin = copy.deepcopy(model)
+    captured(model, graph=True)
+    for step in range(3):
+        for form in (model, twin):
+            for trained in (True, False):
+                form.requires_grad_(trained)
+                x = images(seed=step).requires_grad_()
+                form(x).square().mean().backward()
+    assert graphs.captured == 2
+    assert_same_gradients(model, twin)
+
+
 def test_where_nan_is_looked_for(graphs):
     model = network()
     twin = copy.deepcopy(model)

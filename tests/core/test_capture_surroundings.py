@@ -46,6 +46,18 @@ def test_attach_rate_changed_between_forward_and_backward_is_refused(graphs):
         loss.backward()
 
 
+def test_kernels_that_stand_still_are_not_overwritten_unseen(graphs):
+    model = network().requires_grad_(False)
+    captured(model, graph=True)
+    x = images().requires_grad_()
+    output = model(x).square().mean()
+    model(x)  # the same kernels
+    timm_rep.set_attach_rate(model, 0.3)
+    model(x)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        output.backward()
+
+
 @GRAPHS
 def test_hooks_of_parameters_run_once_and_tied_ones_count_once(graph, graphs):
     model = randomize_(timm_rep.expand(Net(None).double(), select='*'))

@@ -16,6 +16,7 @@ from timm_rep import (
     OrepaConv2d,
     OrepaPointwiseConv2d,
     RepConv2d,
+    UserError,
     fuse,
     rep_layers,
     set_attach_rate,
@@ -208,6 +209,15 @@ def test_residual_block_starts_as_its_shortcut(name, kwargs):
     assert torch.equal(block(x), x.relu())
     block = timm.create_model(name, zero_init_last=False).layer1[0].eval()
     assert not torch.allclose(block(x), x.relu(), atol=0.1)
+
+
+@pytest.mark.parametrize('name', ['orepa_resnet18_cifar', 'orepa_wide_resnet18_2'])
+@torch.no_grad()
+def test_norms_of_any_kind(name):
+    model, x = timm.create_model(name, norm_layer='groupnorm', num_classes=3).eval(), randn(1, 3, 32, 32).float()
+    assert_near(fuse(model)(x), model(x), 1e-5)
+    with pytest.raises(UserError, match='GroupNorm'):
+        timm.create_model('repan_resnet18_cifar', norm_layer='groupnorm')
 
 
 def test_stock_form_starts_as_timms():

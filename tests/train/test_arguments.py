@@ -117,6 +117,7 @@ def test_dbb_is_not_both_compiled_and_checkpointed():
 @pytest.mark.parametrize(('content', 'message'), [
     ('time_steps: 2.5\n', '--time-steps takes a whole number, got 2.5'),
     ('experiment: 5\n', '--experiment takes a text, got 5'),
+    ('capture: "no"\n', "--capture takes yes or no, got 'no'"),
     ('model: [a]\n', "--model takes a text, got ['a']"),
     ('initial_checkpoint: {a: 1}\n', "--initial-checkpoint takes a text, got {'a': 1}"),
     ('warmup_epochs: [1]\n', '--warmup-epochs takes a number, got [1]'),
@@ -421,10 +422,17 @@ def test_weights_to_start_from_that_are_missing_or_not_looked_at_are_refused():
         check_start_weights(argparse.Namespace(initial_checkpoint='start.safetensors'))
 
 
-def test_captured_and_compiled_models_are_refused():
-    args = argparse.Namespace(model='orepa_resnet18_cifar', log_branches=False, capture=True, torchcompile='inductor')
-    with pytest.raises(timm_rep.UserError, match='--capture and --torchcompile both make graphs'):
-        check_model(args, timm_rep.AnnealingSchedule(1, 2))
+@pytest.mark.parametrize(('given', 'said'), [
+    (dict(torchcompile='inductor'), '--capture and --torchcompile both make graphs'),
+    (dict(device='cpu'), 'a CUDA graph, which --device cpu cannot have'),
+    (dict(model='resnet18'), 'resnet18 has no layers whose kernels are composed without norms'),
+    (dict(model='dbb_resnet18_cifar'), 'dbb_resnet18_cifar has no layers whose kernels'),
+])
+def test_graphs_that_cannot_be_are_refused(given, said):
+    args = dict(model='orepa_resnet18_cifar', log_branches=False, capture=True, device='cuda:0')
+    check_model(argparse.Namespace(**args), timm_rep.AnnealingSchedule(1, 2))
+    with pytest.raises(timm_rep.UserError, match=said):
+        check_model(argparse.Namespace(**dict(args, **given)), timm_rep.AnnealingSchedule(1, 2))
 
 
 @pytest.mark.parametrize('option', ['torchscript', 'split_bn'])

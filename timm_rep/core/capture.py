@@ -1,6 +1,7 @@
 """Composing all kernels of a model in few launches: as one CUDA graph, or layers of one shape in one call."""
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, Optional, Sequence
+from dataclasses import dataclass
+from typing import Any, Dict, Iterator, List, Sequence
 
 import torch
 import torch.nn as nn
@@ -16,6 +17,8 @@ from .sharded import check_whole
 from .walk import rep_layers, unwrapped
 
 __all__ = ['Captured', 'capture', 'linear_layers', 'tie']
+
+MOST_GRAPHS = 2
 
 
 def linear_layers(model: nn.Module) -> List[LinearRepLayer]:
@@ -84,8 +87,19 @@ def _in_place_of(parameters: Dict[int, Tensor], layers: Sequence[nn.Module]) -> 
             module._parameters[name] = parameter
 
 
+@dataclass
+class _Kept:
+    """Graphs, and the versions of the tensors that their results are of."""
+
+    graphs: CudaGraphs
+    versions: Sequence[int] = ()
+
+
 class _GraphedComposition:
     """The composition of all kernels as a CUDA graph, captured anew when that would be of other tensors or flags.
+
+    Of the same tensors two graphs are kept: a discriminator is trained in one half of a step and stands still in the
+    other.
 
     One call for each layer: in a graph their number costs little, and putting tensors side by side takes memory.
     Without a graph where none can be: off the GPU, and of tensors that are no parameters (functional_call).
@@ -94,23 +108,30 @@ class _GraphedComposition:
     device_type = 'cuda'
 
     def __init__(self) -> None:
-        self._graphs: Optional[CudaGraphs] = None
-        self._captured: Any = None
+        self._addresses: Any = None
+        self._kept: Dict[Any, _Kept] = {}
 
     def __call__(self, layers: Sequence[Any], channels_last: bool) -> Sequence[Tensor]:
         parameters, buffers = composed_of(layers)
         if not self._can_be_graph(parameters, buffers):
             return compose_each(layers, channels_last)
-        of_now = (
-            [(tensor.data_ptr(), tensor.dtype, tensor.requires_grad) for tensor in (*parameters, *buffers)],
-            channels_last,
-            float32_products(),
-        )
-        if of_now != self._captured:
-            self._graphs = self._captured = None  # its memory is free for the next one
-            self._graphs = self._new_graphs(layers, channels_last, parameters)
-            self._captured = of_now
-        kernels: Sequence[Tensor] = _Replay.apply(self._graphs, buffers, *parameters)
+        tensors = (*parameters, *buffers)
+        addresses = [(tensor.data_ptr(), tensor.dtype) for tensor in tensors]
+        if addresses != self._addresses:
+            self._kept.clear()
+            self._addresses = addresses
+        flags = (tuple(parameter.requires_grad for parameter in parameters), channels_last, float32_products())
+        kept = self._kept.get(flags)
+        if kept is None:
+            if len(self._kept) == MOST_GRAPHS:
+                del self._kept[next(iter(self._kept))]
+            kept = self._kept[flags] = _Kept(self._new_graphs(layers, channels_last, parameters))
+        versions = _versions(tensors)
+        if versions != kept.versions:
+            # a backward that goes by the kernels that are about to be overwritten ends in torch's error
+            torch.autograd.graph.increment_version(kept.graphs.results)
+            kept.versions = versions
+        kernels: Sequence[Tensor] = _Replay.apply(kept.graphs, buffers, *parameters)
         return kernels
 
     def _can_be_graph(self, parameters: Sequence[Tensor], buffers: Sequence[Tensor]) -> bool:

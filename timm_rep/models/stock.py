@@ -77,11 +77,11 @@ def build_resnet(width_factor: int = 1, small_images: bool = False, **kwargs: An
         first.drop_path = model.layer1[0].drop_path
         model.layer1[0] = first
         model.bn1 = copy.deepcopy(first.bn1)
-        width = model.bn1.num_features
+        width = first.conv1.out_channels
         model.conv1 = nn.Conv2d(in_chans, width, kernel_size=7, stride=2, padding=3, bias=False, **dd)
         model.feature_info[0]['num_chs'] = width
     if small_images:
-        model.conv1 = nn.Conv2d(in_chans, model.bn1.num_features, kernel_size=3, padding=1, bias=False, **dd)
+        model.conv1 = nn.Conv2d(in_chans, model.conv1.out_channels, kernel_size=3, padding=1, bias=False, **dd)
         model.maxpool = nn.Identity()
         for info in model.feature_info:
             info['reduction'] = max(info['reduction'] // 4, 1)

@@ -4,9 +4,12 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import timm
+import torch
+import torch.nn as nn
 from timm.models import split_model_name_tag
 
 from ..core.annealing import RESTORATIONS, AnnealingSchedule, check_restoration
+from ..core.capture import linear_layers
 from ..core.errors import UserError
 from ..core.layers.dbb import NormPad2d
 from ..core.walk import annealed_modules
@@ -37,6 +40,7 @@ KINDS = (
     ('warmup_epochs cooldown_epochs lr_cycle_mul lr_cycle_decay side_gain', (int, float), 'a number'),
     ('model experiment output resume sched initial_checkpoint pretrained_path', (str,), 'a text'),
     ('model_kwargs', (dict,), 'names and values'),
+    ('compensate freeze_origin start_from_best no_decay_classifier capture log_branches', (bool,), 'yes or no'),
 )
 DEFAULT_OUTPUT = './output/train'  # timm's
 RECIPES = Path(__file__).with_name('recipes')
@@ -290,16 +294,16 @@ def check_model(args: argparse.Namespace, schedule: AnnealingSchedule) -> None:
 
     Raises:
         UserError: If the model is not known or has no rep layers, an option of timm's takes them apart, the weights
-            to start from have no branches, or for ``--capture`` of a compiled model.
+            to start from have no branches, or for ``--capture`` where there can be no graph.
         HubError: If the model is on the Hub and its description cannot be had.
     """
-    if args.capture and getattr(args, 'torchcompile', None) is not None:
-        raise UserError('--capture and --torchcompile both make graphs of the kernels; train with one of the two')
     unfit = [option for option in UNFIT_OPTIONS if getattr(args, option, False)]
     worked_with = schedule.anneals or args.log_branches
-    if not worked_with and not unfit:
+    if not worked_with and not unfit and not args.capture:
         return  # timm's own training of any model
     model = create_model(args.model, **(getattr(args, 'model_kwargs', None) or {}))
+    if args.capture:
+        _check_capture(args, model)
     has_branches = any(annealed_modules(model))
     if unfit and has_branches:
         raise UserError(f'--{unfit[0].replace("_", "-")} takes the rep layers apart; train without it')
@@ -316,6 +320,18 @@ def check_model(args: argparse.Namespace, schedule: AnnealingSchedule) -> None:
         raise UserError(
             f'--torchcompile together with --grad-checkpointing gives wrong gradients of the DBB layers of '
             f'{args.model}; train with one of the two')
+
+
+def _check_capture(args: argparse.Namespace, model: nn.Module) -> None:
+    """Refuse a CUDA graph where there can be none."""
+    if getattr(args, 'torchcompile', None) is not None:
+        raise UserError('--capture and --torchcompile both make graphs of the kernels; train with one of the two')
+    if torch.device(args.device).type != 'cuda':
+        raise UserError(f'--capture makes a CUDA graph, which --device {args.device} cannot have; train without it')
+    if not linear_layers(model):
+        raise UserError(
+            f'{args.model} has no layers whose kernels are composed without norms, such as those of orepa, so there is '
+            'nothing to --capture')
 
 
 def _check_form(args: argparse.Namespace) -> None:
