@@ -62,7 +62,7 @@ authors=(${PEER:+--peer "$PEER"})
 cost resnet50_b64 75 --models resnet50 "${eager[@]}" "${together[@]}" "${authors[@]}" "${small[@]}"
 cost resnet50_b256 75 --models resnet50 "${eager[@]}" "${together[@]}" "${authors[@]}" "${large[@]}"
 cost resnet18_b256 45 --models resnet18 "${eager[@]}" "${together[@]}" "${authors[@]}" "${large[@]}"
-cost repvgg_a0_b256 45 --models repvgg_a0 "${eager[@]}" "${authors[@]}" "${large[@]}"
+cost repvgg_a0_b256 45 --models repvgg_a0 "${eager[@]}" "${together[@]}" "${authors[@]}" "${large[@]}"
 cost resnet18_b256_compiled 100 --models resnet18 --forms plain compiled "${large[@]}"
 part profile 40 "$PYTHON" benchmarks/gpu_profile.py --device "$DEVICE" --top 60 --out "$OUT" \
     "${captured[@]}" ${TOY:+--batch 2 --size 32}
