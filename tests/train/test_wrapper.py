@@ -183,13 +183,16 @@ class OnGpu(torch.nn.Module):
     ('dbb_resnet18_cifar', {}, False),
     ('dbb_resnet18_cifar', dict(capture=True), True),  # and capture() says why not
 ])
-def test_compositions_are_captured_where_that_wins(model, settings, expected):
+def test_compositions_are_captured_where_that_wins(model, settings, expected, monkeypatch):
+    monkeypatch.setattr(torch.version, 'hip', None)
     args = argparse.Namespace(**dict(dict(capture=None, distributed=False, torchcompile=None), **settings))
     model = timm.create_model(model)
     assert _is_captured(args, OnGpu(model), None) is expected
     if args.capture is None:
         assert not _is_captured(args, model, None)
         assert not _is_captured(args, OnGpu(model), argparse.Namespace(is_second_order=True))
+        monkeypatch.setattr(torch.version, 'hip', '7.0')
+        assert not _is_captured(args, OnGpu(model), None)
 
 
 def test_kernels_that_are_captured_are_those_of_the_run(monkeypatch, tmp_path):

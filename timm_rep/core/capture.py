@@ -199,9 +199,9 @@ def capture(model: nn.Module, *, graph: bool = True) -> Captured:
     and gradients are the same. It concerns linear layers (OREPA).
     A layer that a forward does not run has gradients of zero then, not none: weight decay moves it. Freeze such a one.
     Changes of weights, attach rate, time step, dtype, device, or of what is trained are followed; where that moves a
-    tensor, or is new, the graph is captured anew; off the GPU there is none. A graph has no second derivatives by weights, and the
-    backward comes before the next change of weights or attach rate. Compiled layers, copies of the model (EMA) and its
-    stock form do without; TorchScript wants it removed.
+    tensor, or is new, the graph is captured anew; off the GPU there is none. A graph has no second derivatives by
+    weights, and the backward comes before the next change of weights or attach rate. Compiled layers, copies of the
+    model (EMA) and its stock form do without; TorchScript wants it removed.
 
     >>> import timm, torch, timm_rep
     >>> model = timm.create_model('orepa_resnet18_cifar')

@@ -125,7 +125,7 @@ def add_time_step_options(parser: argparse.ArgumentParser) -> None:
                             "place of timm's random resized crops.")
     group.add_argument('--capture', action=argparse.BooleanOptionalAction, default=None,
                        help='Compose all kernels of layers without norms (OREPA) at once, as a CUDA graph, as '
-                            'timm_rep.capture does (default: on one GPU, unless the model is compiled).')
+                            'timm_rep.capture does (default: on one NVIDIA GPU, unless the model is compiled).')
     group.add_argument('--log-branches', action='store_true', default=False,
                        help='Write the gradient magnitude of every branch to branch_gradients.csv.')
 

@@ -48,6 +48,7 @@ def _is_captured(args: argparse.Namespace, model: nn.Module, optimizer: Any) -> 
         return bool(args.capture)
     return (
         next(model.parameters()).device.type == 'cuda'
+        and torch.version.hip is None  # nobody has measured it there
         and not getattr(args, 'distributed', False)
         and getattr(args, 'torchcompile', None) is None
         and not getattr(optimizer, 'is_second_order', False)
