@@ -53,18 +53,18 @@ else
     small=(--batch 64 --rounds 7 --steps 10)
 fi
 
-part checks 180 "$PYTHON" benchmarks/gpu_checks.py --device "$DEVICE" --out "$OUT"
+part checks 160 "$PYTHON" benchmarks/gpu_checks.py --device "$DEVICE" --out "$OUT"
 together=(together captured)
 graphed=(--execution graphed) captured=(--captured)
 [ "$DEVICE" = cpu ] && together=(together) graphed=() captured=()  # graphs are a GPU's
 eager=(--forms plain branched orepa)
 authors=(${PEER:+--peer "$PEER"})
 cost resnet50_b64 75 --models resnet50 "${eager[@]}" "${together[@]}" "${authors[@]}" "${small[@]}"
-cost resnet50_b256 75 --models resnet50 "${eager[@]}" "${together[@]}" "${authors[@]}" "${large[@]}"
-cost resnet18_b256 45 --models resnet18 "${eager[@]}" "${together[@]}" "${authors[@]}" "${large[@]}"
-cost repvgg_a0_b256 45 --models repvgg_a0 "${eager[@]}" "${together[@]}" "${authors[@]}" "${large[@]}"
-cost resnet18_b256_compiled 100 --models resnet18 --forms plain compiled "${large[@]}"
-part profile 40 "$PYTHON" benchmarks/gpu_profile.py --device "$DEVICE" --top 60 --out "$OUT" \
+cost resnet50_b256 60 --models resnet50 "${eager[@]}" "${together[@]}" "${authors[@]}" "${large[@]}"
+cost resnet18_b256 40 --models resnet18 "${eager[@]}" "${together[@]}" "${authors[@]}" "${large[@]}"
+cost repvgg_a0_b256 40 --models repvgg_a0 "${eager[@]}" "${together[@]}" "${authors[@]}" "${large[@]}"
+cost resnet18_b256_compiled 75 --models resnet18 --forms plain compiled "${large[@]}"
+part profile 30 "$PYTHON" benchmarks/gpu_profile.py --device "$DEVICE" --top 60 --out "$OUT" \
     "${captured[@]}" ${TOY:+--batch 2 --size 32}
 if [ -n "$DATA" ]; then
     if [ -f "$DATA" ]; then
