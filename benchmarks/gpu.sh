@@ -5,7 +5,7 @@
 #
 # OUT is a new or an empty folder. What is not there is left out: DATA, a folder (or a tar.xz of one) with train/CLASS/*
 # and test/CLASS/*; PEER, a clone of the authors' code; TIMM_SCRIPTS. Each part has a time limit of its own, so that the
-# next one runs whatever becomes of it; PARTS="checks profile" runs these alone, and "anneal" only so. No network is needed.
+# next one runs whatever becomes of it; PARTS="checks profile" runs these alone, and some only so. No network is needed.
 # TOY=1 DEVICE=cpu tries it on a CPU.
 set -u
 cd "$(dirname "$0")/.."
@@ -34,10 +34,11 @@ cost() {  # NAME SECONDS ARGUMENTS...
         --out "$OUT/$name" "$@"
 }
 
-shared_out() {  # NAME FOLDER SCRIPT ARGUMENTS...: the time that is left, for several processes: one leaves the GPU waiting
-    local name=$1 folder=$2 script=$3 left=$((530 - SECONDS + started))
-    shift 3
-    part "$name" "$((left > 30 ? left : 30))" bash -c 'for _ in 1 2 3 4; do "$@" & done; wait' several \
+shared_out() {  # NAME SECONDS FOLDER SCRIPT ARGUMENTS...: for several processes, as one leaves the GPU waiting
+    local name=$1 limit=$2 folder=$3 script=$4 left=$((530 - SECONDS + started))
+    shift 4
+    [ "$left" -lt 30 ] && left=30
+    part "$name" "$((left < limit ? left : limit))" bash -c 'for _ in 1 2 3 4; do "$@" & done; wait' several \
         "$PYTHON" "experiments/cifar10_fast/$script" --data "$DATA" --output "$OUT/$folder" --device "$DEVICE" \
         "${graphed[@]}" "$@"
     [ ! -d "$OUT/$folder" ] || tar -czf "$OUT/$folder.tar.gz" -C "$OUT" "$folder"
@@ -72,12 +73,18 @@ if [ -n "$DATA" ]; then
         tar -xf "$DATA" -C "$unpacked"
         DATA=$(dirname "$(find "$unpacked" -maxdepth 2 -name train -type d | head -n 1)")
     fi
-    results=experiments/results/cifar10_fast
-    shared_out experiment speedrun run.py --network speedrun --seeds 50
+    shared_out experiment 530 speedrun run.py --network speedrun --seeds 50
     part table 20 "$PYTHON" experiments/cifar10_fast/table.py "$OUT/speedrun"
-    if [[ " $PARTS " == *" anneal "* ]]; then  # there is time for one of the two
-        shared_out anneal anneal_speedrun anneal.py --network speedrun --rates-from "$results/speedrun" --forms rep orepa \
-            --arms descent restarts measured0 --few-arms authors --rates 0.4 0.2 0.8
+    if [ -n "$PARTS" ]; then  # these run only where they are named: there is no time for all
+        rates=(--rates 0.4 0.8 0.2)
+        start=(--start-rates plain=0.4 orepa=0.4 rep=0.4 dbb=0.4)
+        shared_out forms_dbb 120 small_gpu run.py "${rates[@]}" --forms plain dbb --few --seeds 12
+        shared_out anneal_dbb 400 anneal_small_gpu anneal.py "${rates[@]}" "${start[@]}" --forms dbb --seeds 4
+        shared_out anneal_teacher 400 anneal_small_gpu_teacher anneal.py "${rates[@]}" "${start[@]}" --forms rep plain \
+            --arms descent restarts measured0 --few-arms authors --seeds 12 --teacher medium --teacher-lr 0.4
+        shared_out anneal_warmup 160 anneal_small_gpu_warmup anneal.py "${rates[@]}" "${start[@]}" --forms rep --seeds 6 \
+            --epochs 6 --arms measured0-w0 measured0-w0.17 measured0-w0.33 measured0 measured0-w0.67 \
+            authors-w0 authors-w0.17 authors-w0.33 authors authors-w0.67 --few-arms --grid-arms measured0 authors
     fi
 fi
 echo

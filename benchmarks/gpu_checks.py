@@ -296,6 +296,7 @@ def the_experiments_replay_their_eager_steps(device):
     import anneal
     from data import Images
     from network import build, whitening
+    from teacher import Distillation
     from training import Run, train
 
     generator = torch.Generator().manual_seed(0)
@@ -310,9 +311,12 @@ def the_experiments_replay_their_eager_steps(device):
     def trained(execution):
         for form in ('plain', 'orepa', 'rep', 'dbb'):
             yield train(Run(form, 0.01, 2, 1), settings, stem, images, images, execution)
-        for form, arm in (('rep', 'measured0'), ('dbb', 'authors-frozen'), ('orepa', 'authors-frozen')):
+        taught = Distillation(build('medium', 'plain', 2, stem, CLASSES).to(device).eval(), 0.5, 4.0)
+        for form, arm, distillation in (
+                ('rep', 'measured0', None), ('dbb', 'authors-frozen', None), ('orepa', 'authors-frozen', taught)):
             start = dict(kept={}, model=build('small', form, 1, stem, CLASSES).state_dict())
-            yield anneal.train_arm(anneal.Run(form, arm, 0.01, 1), start, settings, stem, images, images, execution)
+            yield anneal.train_arm(
+                anneal.Run(form, arm, 0.01, 1), start, settings, stem, images, images, execution, distillation)
 
     for eager, graphed in zip(trained('eager'), trained('graphed')):
         for one, other in zip(eager['rows'], graphed['rows']):

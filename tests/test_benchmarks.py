@@ -225,11 +225,14 @@ def test_the_script_for_gpus_calls_what_there_is(commands, train_cost, tmp_path,
 def test_the_script_for_gpus_runs_parts_alone(commands, tmp_path, monkeypatch):
     for split in ('train', 'test'):
         (tmp_path / 'images' / split).mkdir(parents=True)
-    called = commands(PARTS='checks anneal', DATA=str(tmp_path / 'images'))
-    assert [Path(command[0]).stem for command in called] == ['gpu_checks', *['anneal'] * 4]
+    parts = 'forms_dbb anneal_dbb anneal_teacher anneal_warmup'
+    called = commands(PARTS=f'checks {parts}', DATA=str(tmp_path / 'images'))
+    scripts = [Path(command[0]).stem for command in called]
+    assert scripts == ['gpu_checks', *['run'] * 4, *['anneal'] * 12]
     monkeypatch.syspath_prepend(SCRIPT.parents[1] / 'experiments' / 'cifar10_fast')
-    args = importlib.import_module('anneal').parse(called[-1][1:])
-    assert (SCRIPT.parents[1] / args.rates_from / 'settings.json').is_file()
+    for script, (_, *arguments) in zip(scripts[1:], called[1:]):
+        args = importlib.import_module(script).parse(arguments)
+        assert script == 'run' or set(args.forms) <= dict(args.start_rates).keys()
 
 
 def test_checks_for_gpus_run_on_a_cpu(monkeypatch, tmp_path, capsys):

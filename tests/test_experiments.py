@@ -157,10 +157,12 @@ def test_rates_are_chosen_on_images_set_aside(played, tmp_path):
 
 def test_images_set_aside_are_no_training_images(fast):
     images = fast.data.Images(torch.arange(100), torch.arange(100))
-    rest, aside = fast.data.set_aside(images, 20)
+    rest, aside = fast.data.set_aside(images, 20, 8)
     assert (len(rest.targets), len(aside.targets)) == (80, 20)
     assert sorted([*rest.targets.tolist(), *aside.targets.tolist()]) == list(range(100))
-    assert torch.equal(fast.data.set_aside(images, 20)[1].targets, aside.targets)
+    assert torch.equal(fast.data.set_aside(images, 20, 8)[1].targets, aside.targets)
+    with pytest.raises(SystemExit, match='20 of 100 training images set aside leave no batch of 81'):
+        fast.data.set_aside(images, 20, 81)
 
 
 def test_a_run_is_claimed_by_a_living_process_only(fast, tmp_path):

@@ -227,7 +227,7 @@ def plan(args):
 
 def work(args, settings, train_images, test_images, stem):
     """Do all runs that are missing."""
-    part, aside = set_aside(train_images, args.set_aside)
+    part, aside = set_aside(train_images, args.set_aside, args.batch_size)
 
     def do(run):
         images = (part, aside) if run.grid else (train_images, test_images)

@@ -2,6 +2,7 @@
 import functools
 import hashlib
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from typing import NamedTuple
@@ -64,8 +65,10 @@ def read_data(folder):
     return train, test, description
 
 
-def set_aside(images, count):
+def set_aside(images, count, batch_size):
     """Split off images for the choice of learning rates, always the same ones: the rest, and those."""
+    if len(images.targets) < count + batch_size:
+        sys.exit(f'error: {count} of {len(images.targets)} training images set aside leave no batch of {batch_size}')
     order = torch.randperm(len(images.targets), generator=torch.Generator().manual_seed(0))
     return images[order[count:].sort().values], images[order[:count].sort().values]
 
