@@ -14,7 +14,7 @@ from timm_rep.io.runs import Run
 from timm_rep.report.cost import Costs
 from timm_rep.report.images import ImageCheck
 
-COSTS = Costs((2_000_000, 1_000_000), (0.5, 0.25), (10.0, 40.0), 8, 'an abacus', '2.6')
+COSTS = Costs((2_000_000, 1_000_000), (0.5, 0.25), (10.0, 40.0), 8, 'an abacus', '2.6', 'float32')
 IMAGES = ImageCheck(12, True, (50.0, 51.0), (90.0, 91.0), 3e-6, tuple('abcdef'), 'the split `test`')
 DIFFERENCE = dict(outputs_relative=5e-6, worst_layer_relative=2e-6)
 RUN = Run(dict(epochs=3, batch_size=32), (), {}, 1, (), 2, {})
@@ -139,7 +139,9 @@ def example():
         timm_rep.Orepa(),
         repo='ORG/resnet18.orepa_cifar10_try',
         run=Run(args, ('data_dir', 'experiment', 'output'), {}, 1, (), 0, {}),
-        costs=Costs((37_250_000, 11_180_000), (0.455, 0.037), (25.3, 447.0), 8, 'AMD EPYC, 1 thread', '2.14.1+cu130'),
+        costs=Costs(
+            (37_250_000, 11_180_000), (0.455, 0.037), (25.3, 447.0), 8, 'AMD EPYC, 1 thread', '2.14.1+cu130',
+            'float32'),
         images=ImageCheck(10000, True, (12.78, 12.78), (55.24, 55.24), 0.0, (), ''),
         plot='training.png',
         labelled=True,

@@ -36,7 +36,7 @@ from timm_rep.report.cost import Costs
 @pytest.fixture(autouse=True)
 def _costs(monkeypatch):
     """They take a third of the time, and are none of these tests' business."""
-    costs = Costs((2, 1), (2.0, 1.0), (1.0, 2.0), 8, 'an abacus', '2.6')
+    costs = Costs((2, 1), (2.0, 1.0), (1.0, 2.0), 8, 'an abacus', '2.6', 'float32')
     monkeypatch.setattr(publishing, 'measure_costs', lambda *args, **kwargs: costs)
 
 

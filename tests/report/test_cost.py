@@ -107,6 +107,10 @@ def test_bench():
     assert [line.partition('  ')[0] for line in lines[1:]] == [f'{SMALL} (stock form)', SMALL, 'test_resnet']
     assert ['1.00 (1.00 to 1.00)' in line for line in lines[1:]] == [True, False, False]
     assert "unknown model 'resnet1'; `timm-rep list` shows" in call('bench', 'resnet1', code=2)
+    assert 'test_resnet cannot be trained on a batch of 1 images of 3x32x32: Expected more than 1 value' in call(
+        'bench', 'test_resnet', '--img-size', 32, '--batch-size', 1, code=2)
+    for argument in ('num_classes=0', 'features_only=True'):
+        assert 'test_resnet has no classifier' in call('bench', 'test_resnet', '--model-kwargs', argument, code=2)
     for device in ('abacus', 'meta'):
         assert f"device '{device}' cannot be used" in call('bench', SMALL, '--device', device, code=2)
 
@@ -116,11 +120,13 @@ def test_speed_is_measured_in_full_precision(monkeypatch):
 
     def images_per_second(forms, images):
         seen.append(torch.backends.cudnn.allow_tf32)
+        assert images.dtype == torch.bfloat16
         return [1.0, 2.0]
 
     monkeypatch.setattr(timm_rep.report.cost, 'images_per_second', images_per_second)
     monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', True)
-    forms = [timm.create_model('test_resnet').eval() for _ in range(2)]
-    assert measure_costs(*forms, (3, 32, 32)).images_per_second == (1.0, 2.0)
+    forms = [timm.create_model('test_resnet').eval().bfloat16() for _ in range(2)]
+    costs = measure_costs(*forms, (3, 32, 32))
+    assert (costs.images_per_second, costs.dtype) == ((1.0, 2.0), 'bfloat16')
     assert seen == [False]
     assert torch.backends.cudnn.allow_tf32

@@ -219,7 +219,7 @@ def _forms(costs: Optional[Costs], images: Optional[ImageCheck], difference: Opt
     if costs is not None:
         pairs['Parameters (M)'] = '{:.2f} | {:.2f}'.format(*(count / 1e6 for count in costs.parameters))
         pairs['GMACs of an image'] = '{:.3f} | {:.3f}'.format(*costs.gmacs)
-        pairs[f'Images per second, batches of {costs.batch}, float32'] = '{:.1f} | {:.1f}'.format(
+        pairs[f'Images per second, batches of {costs.batch}, {costs.dtype}'] = '{:.1f} | {:.1f}'.format(
             *costs.images_per_second)
     if images is not None:
         pairs[f'Top-1 accuracy (%) on {images.images} images'] = '{:.2f} | {:.2f}'.format(*images.top1)

@@ -15,6 +15,7 @@ from torch.utils.benchmark import timer  # waits for the GPU
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..core.capture import capture, linear_layers
+from ..core.errors import UserError
 from ..core.micro_batch import micro_batch
 from ..core.precision import full_float32
 from ..io.architecture import create_model
@@ -45,6 +46,7 @@ class Costs:
         batch: Images in a batch of the timing.
         hardware: What it was timed on.
         torch: Version of torch.
+        dtype: What it was timed in.
     """
 
     parameters: Tuple[int, int]
@@ -53,6 +55,7 @@ class Costs:
     batch: int
     hardware: str
     torch: str
+    dtype: str
 
 
 def processor_name() -> str:
@@ -207,7 +210,8 @@ def bench_models(
         ``smallest`` and ``largest`` ratio within one round.
 
     Raises:
-        UserError: For an unknown model, or if torch has no such device.
+        UserError: For an unknown model, one without a classifier or that cannot be trained on such a batch, or if torch
+            has no such device.
     """
     device = as_device(device)
     first, *_ = architectures
@@ -215,6 +219,9 @@ def bench_models(
     baseline: Any = create_model(first, **model_kwargs, **(dict(inference_mode=True) if own else {}))
     models: Dict[str, Any] = {f'{first} (stock form)' if own else first: baseline}
     models.update((name, create_model(name, **model_kwargs)) for name in architectures if name not in models)
+    for name, model in models.items():
+        if not getattr(model, 'num_classes', 0):
+            raise UserError(f'{name} has no classifier with {model_kwargs}, so there is no loss to train it by')
     channels, height, width = baseline.pretrained_cfg['input_size']
     input_size = (model_kwargs.get('in_chans', channels), img_size or height, img_size or width)
 
@@ -228,7 +235,13 @@ def bench_models(
         if device.type == 'cuda' and linear_layers(model):
             capture(model)
     steps = [TrainingStep(model, images, targets, torch.bfloat16 if amp else None) for model in models.values()]
-    seconds = seconds_in_turns(steps, rounds=rounds, warmup=WARMUP_STEPS, repeats=repeats)
+    for name, step in zip(models, steps):
+        try:
+            step()
+        except (RuntimeError, ValueError) as error:
+            size = 'x'.join(map(str, input_size))
+            raise UserError(f'{name} cannot be trained on a batch of {batch} images of {size}: {error}') from error
+    seconds = seconds_in_turns(steps, rounds=rounds, warmup=WARMUP_STEPS - 1, repeats=repeats)
     rows = []
     for (name, model), own_seconds in zip(models.items(), seconds):
         ratio, smallest, largest = ratios(own_seconds, seconds[0])
@@ -277,4 +290,4 @@ def measure_costs(
         speeds = images_per_second(forms, images)
     return Costs(
         (parameters[0], parameters[1]), (gmacs[0], gmacs[1]), (speeds[0], speeds[1]), batch, hardware_name(device),
-        torch.__version__)
+        torch.__version__, str(images.dtype).removeprefix('torch.'))
