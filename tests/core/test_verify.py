@@ -131,6 +131,11 @@ def test_missing_input_size_raises():
         verify(*pair())
 
 
+def test_images_that_the_model_does_not_take_raise():
+    with pytest.raises(UserError, match=r'does not run on images of \(2, 1, 64, 64\): .*expected input'):
+        verify(*pair(), inputs=randn(2, 1, 64, 64))
+
+
 @pytest.mark.parametrize('output', [list, tuple, lambda maps: dict(enumerate(maps)), lambda maps: dict(all=list(maps))])
 def test_feature_maps_are_compared_one_by_one(output):
     class Maps(nn.Module):

@@ -109,7 +109,7 @@ def test_bench():
     assert "unknown model 'resnet1'; `timm-rep list` shows" in call('bench', 'resnet1', code=2)
     assert 'test_resnet cannot be trained on a batch of 1 images of 3x32x32: Expected more than 1 value' in call(
         'bench', 'test_resnet', '--img-size', 32, '--batch-size', 1, code=2)
-    for argument in ('num_classes=0', 'features_only=True'):
+    for argument in ('num_classes=0', 'num_classes=-1', 'features_only=True'):
         assert 'test_resnet has no classifier' in call('bench', 'test_resnet', '--model-kwargs', argument, code=2)
     for device in ('abacus', 'meta'):
         assert f"device '{device}' cannot be used" in call('bench', SMALL, '--device', device, code=2)

@@ -210,7 +210,7 @@ def verify(
 
     Raises:
         VerificationError: If a layer or the model is off, or an output is not finite. It names the first that is.
-        UserError: If inputs are needed and the model does not say its input size.
+        UserError: If inputs are needed and the model does not say its input size, or does not run on them.
     """
     model, fused = unwrapped(model), unwrapped(fused)
     reference = next(model.parameters())
@@ -232,5 +232,9 @@ def verify(
             if forms is not None:
                 x = _layer_input(layer, generator)
                 differences.append(compare_outputs(name, forms[0](x), forms[1](x), rtol, atol))
-        end_to_end = _compare_all(model(inputs), fused(inputs), rtol, atol)
+        try:
+            expected = model(inputs)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f'verify: the model does not run on images of {tuple(inputs.shape)}: {error}') from error
+        end_to_end = _compare_all(expected, fused(inputs), rtol, atol)
     return Report(tuple(differences), end_to_end, rtol, atol)

@@ -220,7 +220,7 @@ def bench_models(
     models: Dict[str, Any] = {f'{first} (stock form)' if own else first: baseline}
     models.update((name, create_model(name, **model_kwargs)) for name in architectures if name not in models)
     for name, model in models.items():
-        if not getattr(model, 'num_classes', 0):
+        if getattr(model, 'num_classes', 0) < 1:
             raise UserError(f'{name} has no classifier with {model_kwargs}, so there is no loss to train it by')
     channels, height, width = baseline.pretrained_cfg['input_size']
     input_size = (model_kwargs.get('in_chans', channels), img_size or height, img_size or width)
