@@ -299,6 +299,25 @@ def test_random_numbers_of_the_optimizer_follow_from_the_epoch():
     assert draw(0, 1) == draw(1) != draw(0)
 
 
+@pytest.mark.parametrize('owner', ['lookahead', 'averaged'])
+def test_random_numbers_of_others_follow_from_the_epoch(owner):
+    """Averages in bfloat16 are rounded by a generator of their own (timm 1.0.31)."""
+    def draw(*epochs):
+        averaged, generator = torch.nn.Module(), torch.Generator()
+        training = Epochs(timm.create_model('orepa_resnet18_cifar'))
+        if owner == 'lookahead':
+            training.optimizer = timm.optim.create_optimizer_v2(training.model, 'lookahead_adahessian', lr=0.0)
+            training.optimizer._base_optimizer.generator = generator
+        else:
+            averaged.part, training.averaged = torch.nn.Module(), averaged
+            averaged.module, averaged.part._rounding = training.model, generator
+        for epoch in epochs:
+            training(epoch)
+        return torch.rand((), generator=generator).item()
+
+    assert draw(0, 1) == draw(1) != draw(0)
+
+
 class RandomBatches:
     """A loader whose batches come from torch's random numbers."""
 
@@ -349,6 +368,7 @@ VARIANTS = dict(
         '--model-kwargs', 'rep_layer=orepa', '--sched-on-updates', '--opt', 'adamw', '--lr', 1e-3,
         '--grad-accum-steps', 2],
     lookahead=['--opt', 'lookahead_momentum', '--log-branches'],
+    half_weights=['--model-dtype', 'bfloat16', '--model-ema', '--model-ema-decay', 0.5, '--lr', 1e-3],
 )
 
 
@@ -374,8 +394,9 @@ def test_timms_own_script_trains_in_time_steps_and_resumes(timm_scripts, photos,
     model = load_training_form(folder / 'time_step-2.safetensors')
     stock = timm.create_model(MODEL, num_classes=5, inference_mode=True).eval()
     stock.load_state_dict(safetensors.torch.load_file(folder / 'time_step-2-stock.safetensors'))
-    x = randn(2, 3, 16, 16, dtype=torch.float32)
-    assert_near(stock(x), model(x), MODEL_RTOL[torch.float32])
+    dtype = next(model.parameters()).dtype
+    x = randn(2, 3, 16, 16, dtype=dtype)
+    assert_near(stock.to(dtype)(x), model(x), MODEL_RTOL.get(dtype, 0.05))
 
     # what is read of a checkpoint is what the run ended with: dropout, momentum of norms
     timm_rep.save(load_training_form(folder / 'last.pth.tar'), tmp_path / 'last.safetensors')
@@ -389,5 +410,8 @@ def test_timms_own_script_trains_in_time_steps_and_resumes(timm_scripts, photos,
     assert code == -signal.SIGKILL, log
     code, log = run(tmp_path / 'again', [*argv, '--resume', 'auto'])
     assert code == 0, log
-    expected = read_checkpoint(folder / 'last.pth.tar').state_dict
-    assert_same_state(read_checkpoint(tmp_path / 'again/output/train/run/last.pth.tar').state_dict, expected)
+    for use_ema in (False, True) if '--model-ema' in argv else (False,):
+        resumed, whole = (
+            read_checkpoint(path / 'last.pth.tar', use_ema=use_ema).state_dict
+            for path in (tmp_path / 'again/output/train/run', folder))
+        assert_same_state(resumed, whole)

@@ -6,7 +6,7 @@ import inspect
 import logging
 import math
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, Optional, Sequence
 
 import torch
 import torch.nn as nn
@@ -65,6 +65,16 @@ def _models(call: Dict[str, Any]) -> Dict[str, nn.Module]:
         model = task.get_eval_model() if hasattr(task, 'get_eval_model') else call['model']
         averaged = task.get_eval_model(ema=True) if hasattr(task, 'has_ema') and task.has_ema() else None
     return {suffix: unwrap_model(form) for suffix, form in (('', model), ('-ema', averaged)) if form is not None}
+
+
+def _owners_of_generators(call: Dict[str, Any]) -> Iterator[Any]:
+    """What may draw from a generator of its own, which no checkpoint holds: AdaHessian, averages in bfloat16."""
+    yield call['optimizer']
+    if hasattr(call['optimizer'], '_base_optimizer'):  # in Lookahead
+        yield call['optimizer']._base_optimizer
+    for owner in (call.get('task'), call.get('model_ema')):
+        if isinstance(owner, nn.Module):
+            yield from owner.modules()
 
 
 class AnnealedEpochs:
@@ -154,10 +164,12 @@ class AnnealedEpochs:
         """Let all that is random in an epoch follow from its seed: a resumed run goes on as if never stopped."""
         random_seed(seed, getattr(self.args, 'rank', 0))
         _restart_workers(call['loader'])
-        generator = getattr(call['optimizer'], 'generator', None)  # of AdaHessian, the same on all processes
-        if isinstance(generator, torch.Generator):
-            call['optimizer'].seed = seed  # of the one that it makes where the parameters are
-            generator.manual_seed(seed)
+        for owner in _owners_of_generators(call):
+            for name, value in vars(owner).items():
+                if isinstance(value, torch.Generator):
+                    value.manual_seed(seed)  # the same on all processes
+                    if name == 'generator':
+                        owner.seed = seed  # of the one that AdaHessian makes where the parameters are
 
     def _tidy(self, epoch: float = math.inf) -> None:
         """Take rows of an epoch and later ones out of the run's files, and what an interruption left."""
