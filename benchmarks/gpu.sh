@@ -38,7 +38,8 @@ shared_out() {  # NAME SECONDS FOLDER SCRIPT ARGUMENTS...: for several processes
     local name=$1 limit=$2 folder=$3 script=$4 left=$((530 - SECONDS + started))
     shift 4
     [ "$left" -lt 30 ] && left=30
-    part "$name" "$((left < limit ? left : limit))" bash -c 'for _ in 1 2 3 4; do "$@" & done; wait' several \
+    part "$name" "$((left < limit ? left : limit))" bash -c '
+        for _ in 1 2 3 4; do "$@" & done; for job in $(jobs -p); do wait "$job" || failed=1; done; exit "${failed:-0}"' several \
         "$PYTHON" "experiments/cifar10_fast/$script" --data "$DATA" --output "$OUT/$folder" --device "$DEVICE" \
         "${graphed[@]}" "$@"
     [ ! -d "$OUT/$folder" ] || tar -czf "$OUT/$folder.tar.gz" -C "$OUT" "$folder"
