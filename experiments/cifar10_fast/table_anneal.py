@@ -209,11 +209,12 @@ def draw(runs, path):
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     by_group = groups(runs)
-    forms = list(dict.fromkeys(form for form, _ in by_group))
+    compared = [key for key in by_group if any(against(by_group, key, reference) for reference in REFERENCES)]
+    forms = list(dict.fromkeys(form for form, _ in compared or by_group))
     arms = list(dict.fromkeys(arm for _, arm in sorted(by_group, key=lambda key: place(PLAIN, key[1]))))
     colours = {arm: f'C{index % 10}' for index, arm in enumerate(arms)}
     keys = {form: [key for key in by_group if key[0] == form] for form in forms}
-    known = [reference for reference in REFERENCES if any(against(by_group, key, reference) for key in by_group)]
+    known = [reference for reference in REFERENCES if any(against(by_group, key, reference) for key in compared)]
     references = known or REFERENCES[:1]
     figure, grid = plt.subplots(
         len(forms), len(references), squeeze=False, constrained_layout=True, sharex='col',
