@@ -35,6 +35,7 @@ for option, default in dict(
     parser.add_argument(f'--{option.replace("_", "-")}', type=float, default=default)
 for option in ('model_ema', 'warmup_prefix', 'torchscript', 'sched_on_updates', 'pretrained'):
     parser.add_argument(f'--{option.replace("_", "-")}', action='store_true')
+parser.add_argument('--device-modules', nargs='+', default=None)
 parser.add_argument('--model-kwargs', nargs='*', default={}, action=utils.ParseKwargs)
 
 

@@ -2,9 +2,11 @@ import json
 from dataclasses import dataclass
 
 import timm
+from click.testing import CliRunner
 from command_line import call
 
 from timm_rep.cli import demo
+from timm_rep.cli.main import main
 from timm_rep.core import methods
 
 
@@ -29,6 +31,15 @@ def test_list(monkeypatch):
     toy = dict(name='toy', title='Toy method', summary='A kernel and half of it again.')
     assert toy in json.loads(call('list', '--json'))['methods']
     assert json.loads(call('list', 'nothing', '--json')) == dict(models=[], methods=[])
+
+
+def test_modules_are_imported_first(tmp_path, monkeypatch):
+    (tmp_path / 'module_of_a_user.py').write_text('print("here")')
+    monkeypatch.syspath_prepend(tmp_path)
+    assert call('--import', 'module_of_a_user', 'list', 'resnet18_cifar').splitlines()[0] == 'here'
+    result = CliRunner().invoke(main, ['--import', 'no_such_module', 'list'])
+    assert result.exit_code == 2
+    assert "Error: --import no_such_module: No module named 'no_such_module'; Python's path is [" in result.output
 
 
 def test_demo_is_one_call(monkeypatch):

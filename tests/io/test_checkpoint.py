@@ -203,6 +203,12 @@ def test_a_run_does_not_say_where_else_weights_come_from(run_of, tmp_path):
     assert model_args_of(checkpoint, NAME, {}) == dict(num_classes=3, in_chans=1, drop_rate=0.1)
 
 
+def test_what_a_model_does_not_take_is_told_in_the_users_words(run_of):
+    checkpoint = read_checkpoint(run_of(num_classes=None, in_chans=None, model_kwargs=dict(rep_layer='much')))
+    with pytest.raises(UserError, match=f"{NAME} cannot be built with rep_layer='much': "):
+        model_args_of(checkpoint, NAME, {})
+
+
 def test_all_that_a_run_gave_its_model_is_kept(run_of):
     """As train.py does: what it then is in training, too."""
     given = dict(drop=0.2, drop_path=0.1, drop_block=0.3, bn_momentum=0.01, bn_eps=2e-3, gp='max')

@@ -133,6 +133,16 @@ def test_options_come_from_a_pipe(scripts, tmp_path):
 # Epoch by epoch, in this process
 
 
+def test_modules_that_timm_imports_are_there_before_the_model_is_looked_at(scripts, tmp_path, monkeypatch):
+    """They may register methods."""
+    (tmp_path / 'own_module.py').write_text('print("imported")')
+    monkeypatch.syspath_prepend(tmp_path)  # of the process that is forked, too
+    argv = ['--timm-scripts', scripts, '--model', 'nothing', '--time-steps', 2, '--epochs', 2, '--warmup-epochs', 0]
+    code, log = run(tmp_path, [*argv, '--device-modules', 'own_module'])
+    assert code == 2
+    assert log.startswith("imported\ntrain.py: unknown model 'nothing'"), log
+
+
 class Epochs:
     """Runs epochs of a training that learns nothing, with two time steps of two epochs, and keeps what they see."""
 

@@ -2,6 +2,10 @@
 
 What the commands call is imported when they run: the help must not wait for torch.
 """
+import importlib
+import sys
+from typing import Tuple
+
 import click
 
 from .._version import __version__
@@ -13,7 +17,10 @@ __all__ = ['main']
 
 @click.group(cls=Group, context_settings=dict(help_option_names=['-h', '--help'], max_content_width=120))
 @click.version_option(__version__, prog_name='timm-rep')
-def main() -> None:
+@click.option(
+    '--import', 'modules', metavar='MODULE', multiple=True,
+    help="Import a module of yours first, one that registers methods; it must be on Python's path.")
+def main(modules: Tuple[str, ...]) -> None:
     """Structural re-parameterization for timm: train with branches, fuse into stock timm models.
 
     \b
@@ -25,6 +32,11 @@ def main() -> None:
     Exit codes: 0 all well; 1 two forms of a model do not compute the same; 2 wrong input; 3 the Hub could not be
     reached, or refused; 4 what nobody foresaw, with its traceback; 130 interrupted.
     """
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as e:
+            raise click.UsageError(f"--import {module}: {e}; Python's path is {sys.path}") from e
 
 
 for command in (

@@ -205,7 +205,10 @@ def _sizes_of(checkpoint: Checkpoint, architecture: str, args: Mapping[str, Any]
         return {}
     own_args = {name: value for name, value in args.items() if name in OWN_ARGS}
     with torch.device('meta'):
-        skeleton: Any = create_model(registered, in_chans=NO_WIDTH, **own_args)
+        try:
+            skeleton: Any = create_model(registered, in_chans=NO_WIDTH, **own_args)
+        except UserError:
+            skeleton = create_model(registered, **own_args)  # whose message has no number of ours
     classifier = skeleton.pretrained_cfg.get('classifier') or ''
     classifier = classifier if isinstance(classifier, str) else classifier[0]
     shapes = {key: value.shape for key, value in checkpoint.state_dict.items()}

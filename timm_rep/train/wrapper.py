@@ -102,6 +102,8 @@ def _train_in_time_steps(script: Any) -> None:
 
     def parse() -> Tuple[Any, str]:
         args, _ = parse_args()
+        for name in getattr(args, 'device_modules', None) or ():
+            importlib.import_module(name)  # as timm is about to; they may register methods
         schedule = complete_schedule(args)
         folder = output_folder(args)
         if folder is not None:

@@ -263,13 +263,13 @@ class RepLayer(AnnealedModule):
         geometry = {name: getattr(conv, name) for name in GEOMETRY}
         kwargs.update(geometry, generator=generator, device=conv.weight.device, dtype=conv.weight.dtype)
         layer = cls(**kwargs).train(conv.training)
+        for module in layer.modules():
+            if isinstance(module, AnnealedModule):
+                module._buffers['attach_rate'] = module.attach_rate.to(conv.weight.dtype)
         if same_function:
             layer.restore_(conv.weight, conv.bias)
         for parameter in layer.parameters():
             parameter.requires_grad_(conv.weight.requires_grad)
-        for module in layer.modules():
-            if isinstance(module, AnnealedModule):
-                module._buffers['attach_rate'] = module.attach_rate.to(conv.weight.dtype)
         return layer.to(memory_format=torch.channels_last) if is_channels_last(conv.weight) else layer
 
     def _plain_conv(self, weight: Tensor, bias: Optional[Tensor], trainable: bool, bias_trainable: bool) -> nn.Conv2d:
