@@ -189,7 +189,7 @@ def test_expand_keeps_the_outputs(layer, stock_name, name, kwargs, tmp_path):
     assert out.read_bytes() == before
 
 
-@pytest.mark.parametrize('kind', ['file', 'run', 'timm model'])
+@pytest.mark.parametrize('kind', ['file', 'run', 'timm model', 'folder'])
 def test_expand_keeps_the_input_settings(kind, tmp_path, monkeypatch):
     stock = timm.create_model('resnet18', num_classes=4).eval()
     settings = dict(input_size=(3, 64, 64), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), crop_pct=0.9)
@@ -197,6 +197,9 @@ def test_expand_keeps_the_input_settings(kind, tmp_path, monkeypatch):
     if kind == 'file':
         stock.pretrained_cfg = {**stock.pretrained_cfg, **settings}
         timm_rep.save(stock, source)
+    elif kind == 'folder':
+        stock.pretrained_cfg = {**stock.pretrained_cfg, **settings}
+        source = timm_rep.export_folder(stock, tmp_path / 'folder') / 'model.safetensors'
     elif kind == 'run':
         source = tmp_path / 'last.pth.tar'
         args = argparse.Namespace(model='resnet18', num_classes=4, **settings)
@@ -207,10 +210,21 @@ def test_expand_keeps_the_input_settings(kind, tmp_path, monkeypatch):
         monkeypatch.setattr(
             forms, 'create_model', lambda name, **kwargs: create_model(name, **kwargs) if 'rep' in name else stock)
         source = 'resnet18'
-    call('expand', source, out, *(['--num-classes', 4] if kind == 'timm model' else []))
+    options = {'timm model': ['--num-classes', 4], 'folder': ['--model', 'resnet18']}
+    call('expand', source, out, *options.get(kind, []))
     cfg = timm_rep.load(out).pretrained_cfg
     assert {key: cfg[key] for key in settings} == settings
     assert cfg['architecture'] == 'orepa_resnet18'
+
+
+def test_fuse_keeps_the_input_settings_of_a_folder(model, tmp_path):
+    settings = dict(input_size=(3, 40, 40), mean=(0.5, 0.5, 0.5), crop_pct=0.9)
+    weights = tmp_path / 'model.safetensors'
+    safetensors.torch.save_file(model.state_dict(), weights)
+    (tmp_path / 'config.json').write_text(json.dumps(dict(architecture=NAME, pretrained_cfg=settings)))
+    call('fuse', weights, tmp_path / 'fused', '--model', NAME)
+    cfg = json.loads((tmp_path / 'fused/config.json').read_text())['pretrained_cfg']
+    assert {key: tuple(cfg[key]) if isinstance(cfg[key], list) else cfg[key] for key in settings} == settings
 
 
 def test_expand_bad_input(checkpoint, stock_file, tmp_path):

@@ -451,11 +451,14 @@ def test_what_takes_rep_layers_apart_is_refused_without_time_steps_too(option):
     (dict(in_chans=1, img_size=16), dict(input_size=None, mean=[0.2])),
     (dict(input_size=[1, 32, 32]), dict(input_size=[1, 32, 32], mean=[0.2])),
     (dict(pretrained=False), dict(input_size=None, mean=None, interpolation='')),
+    (dict(pretrained=False, initial_checkpoint='start.safetensors'),
+     dict(input_size=[3, 40, 40], mean=[0.1, 0.2, 0.3], interpolation='bicubic')),
     (dict(model='resnet18'), dict(input_size=None, mean=None, interpolation='')),
 ], ids=[
     'all open', 'some given', 'channels given', 'channels and size', 'input given', 'not asked for',
-    "timm's own network"])
-def test_arguments_say_what_input_the_weights_to_start_from_bring(given, expected, tmp_path):
+    'initial checkpoint',     "timm's own network"])
+def test_arguments_say_what_input_the_weights_to_start_from_bring(given, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     model = timm.create_model('orepa_repvgg_a0_cifar')
     settings = dict(
         input_size=(3, 40, 40), mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7), interpolation='bicubic', crop_mode='squash')

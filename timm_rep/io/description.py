@@ -21,10 +21,10 @@ from ..core.layers.fixed import own_methods
 from ..core.methods import Method
 from ..core.walk import image_channels
 from ..models.names import OWN_ARGS, TRAINING_PREFIXES
-from ..models.settings import check_input_size
+from ..models.settings import check_input_size, with_tuples
 from .architecture import FACTORY_ARGS, create_model
 
-__all__ = ['Description', 'describe', 'read_description']
+__all__ = ['Description', 'describe', 'read_description', 'say_settings_']
 
 _logger = logging.getLogger(__name__)
 
@@ -81,9 +81,19 @@ class Description:
         Args:
             model: A model of timm, in either form.
         """
-        if model.pretrained_cfg is not None and self.settings:
-            settings = {key: tuple(value) if isinstance(value, list) else value for key, value in self.settings.items()}
-            model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, 'pool_size': None, **settings}
+        say_settings_(model, self.settings)
+
+
+def say_settings_(model: Any, settings: Mapping[str, Any]) -> None:
+    """Let a model's metadata say what it must be fed with.
+
+    Args:
+        model: A model of timm, in either form.
+        settings: Fields of its ``pretrained_cfg``, as JSON has them.
+    """
+    if model.pretrained_cfg is not None and settings:
+        model.pretrained_cfg = model.default_cfg = {
+            **model.pretrained_cfg, 'pool_size': None, **with_tuples(settings)}
 
 
 def _unsaid(module: nn.Module) -> str:

@@ -20,8 +20,10 @@ from ..core.walk import annealed_modules, unwrapped
 from ..models.checkpoint_filter import first_names
 from ..models.damage import CHECKSUM, checksum
 from ..models.names import OWN_ARGS
+from ..models.settings import settings_beside
 from .architecture import create_model
 from .checkpoint import (
+    DATA_CONFIG_KEYS,
     FLOATS,
     Checkpoint,
     dtype_fits,
@@ -30,7 +32,7 @@ from .checkpoint import (
     take_input_settings,
     trained_architecture,
 )
-from .description import describe
+from .description import describe, say_settings_
 from .output import PathLike, new_output, written_whole
 
 __all__ = ['build_filled', 'load', 'load_strictly', 'load_training_form', 'save', 'save_weights', 'training_form']
@@ -179,6 +181,9 @@ def build_filled(checkpoint: Checkpoint, form: str, build: Callable[[], nn.Modul
     load_strictly(model, checkpoint.state_dict, checkpoint.path, form)
     if checkpoint.description is not None:
         checkpoint.description.say_settings_(model)
+    else:
+        beside = settings_beside(checkpoint.path)
+        say_settings_(model, {key: beside[key] for key in ('pool_size', *DATA_CONFIG_KEYS) if key in beside})
     take_input_settings(model, checkpoint.args, checkpoint.path)
     return model.eval()
 

@@ -2,7 +2,7 @@
 import argparse
 import json
 from pathlib import Path
-from typing import Any, Callable, Dict, Mapping, Optional, TypeVar, Union
+from typing import Any, Callable, Dict, Mapping, Optional, TypeVar
 
 import safetensors
 import torch
@@ -17,7 +17,7 @@ from timm.models import (
 
 from ..core.errors import UserError
 from .files import check_file
-from .settings import usable_settings
+from .settings import json_object, settings_beside, usable_settings, with_tuples
 
 __all__ = ['build_model', 'described_weights', 'published_weights', 'with_published']
 
@@ -25,11 +25,6 @@ REGISTRY = Path(__file__).with_name('published.json')
 
 ModelT = TypeVar('ModelT', bound=nn.Module)
 Cfgs = Dict[str, Dict[str, Any]]
-
-
-def _with_tuples(entry: Mapping[str, Any]) -> Dict[str, Any]:
-    """The values with tuples where JSON has lists."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
 
 
 def published_weights(registry: Path = REGISTRY) -> Cfgs:
@@ -42,7 +37,7 @@ def published_weights(registry: Path = REGISTRY) -> Cfgs:
         What differs from the architecture's own settings, above all ``hf_hub_id``, or ``file`` of weights that come
         with the package.
     """
-    entries = {name: _with_tuples(entry) for name, entry in json.loads(registry.read_text()).items()}
+    entries = {name: with_tuples(entry) for name, entry in json.loads(registry.read_text()).items()}
     for entry in entries.values():
         if 'file' in entry:
             entry['file'] = str(registry.parent / entry['file'])
@@ -67,15 +62,6 @@ def with_published(cfgs: Cfgs, published: Optional[Cfgs] = None) -> Dict[str, An
     return result
 
 
-def _json_object(source: Union[str, Path]) -> Dict[str, Any]:
-    """What a text or file says; nothing if it cannot be read, or is no JSON object."""
-    try:
-        value = json.loads(source.read_text('utf-8') if isinstance(source, Path) else source)
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 def _described_by_file(path: Path, variant: str) -> Dict[str, Any]:
     """Classes that the shape of the classifier in a file tells, and what our own files and the config.json beside one
     say of their input.
@@ -85,17 +71,14 @@ def _described_by_file(path: Path, variant: str) -> Dict[str, Any]:
     if path.suffix == '.safetensors':
         with safetensors.safe_open(path, 'pt') as file:
             classes = file.get_slice(key).get_shape()[:1] if key in file.keys() else []
-            described = _json_object((file.metadata() or {}).get('pretrained_cfg', ''))
+            described = json_object((file.metadata() or {}).get('pretrained_cfg', ''))
     else:
         check_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # train.py puts its arguments into the checkpoint
             state_dict = load_state_dict(str(path), device='meta', weights_only=True)
         classes, described = list(state_dict[key].shape[:1]) if key in state_dict else [], {}
-    config_file = path.with_name('config.json')
-    config = _json_object(config_file) if config_file.is_file() else {}
-    beside = config.get('pretrained_cfg')
-    given = [usable_settings(source) for source in (described, beside if isinstance(beside, dict) else {}, config)]
-    known = {key: value for settings in given for key, value in settings.items() if key != 'num_classes'}
+    settings = {**usable_settings(described), **settings_beside(path)}
+    known = {key: value for key, value in settings.items() if key != 'num_classes'}
     return {**known, **(dict(num_classes=classes[0]) if classes else {})}
 
 
@@ -117,7 +100,7 @@ def described_weights(overlay: Mapping[str, Any], variant: str, cache_dir: Any =
             described = _described_by_file(Path(overlay['file']), variant)
     except Exception:  # what is wrong with the weights timm says
         return {}
-    return _with_tuples(usable_settings(described))
+    return with_tuples(usable_settings(described))
 
 
 def _check_weights(path: Path) -> None:

@@ -1,10 +1,12 @@
 """What files say of a model's images and classes: only what timm can use."""
+import json
 import math
-from typing import Any, Callable, Dict, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Callable, Dict, Mapping, Sequence, Union
 
 from ..core.errors import UserError
 
-__all__ = ['check_input_size', 'usable_settings']
+__all__ = ['check_input_size', 'json_object', 'settings_beside', 'usable_settings', 'with_tuples']
 
 MAX_IMAGE_SIDE = 4096
 
@@ -65,3 +67,40 @@ def usable_settings(given: Mapping[str, Any]) -> Dict[str, Any]:
         Fields of a ``pretrained_cfg``: those that are what timm expects.
     """
     return {key: given[key] for key, is_usable in USABLE.items() if key in given and is_usable(given[key])}
+
+
+def with_tuples(entry: Mapping[str, Any]) -> Dict[str, Any]:
+    """The values with tuples where JSON has lists.
+
+    Args:
+        entry: Values by name.
+    """
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+
+
+def json_object(source: Union[str, Path]) -> Dict[str, Any]:
+    """What a text or file says; nothing if it cannot be read, or is no JSON object.
+
+    Args:
+        source: The text, or where the file is.
+    """
+    try:
+        value = json.loads(source.read_text('utf-8') if isinstance(source, Path) else source)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def settings_beside(weights: Path) -> Dict[str, Any]:
+    """Classes and input settings of the config.json beside weights: timm's folders and repositories have one.
+
+    Args:
+        weights: The file of weights.
+
+    Returns:
+        As :func:`usable_settings`; nothing if there is no such file.
+    """
+    config_file = weights.with_name('config.json')
+    config = json_object(config_file) if config_file.is_file() else {}
+    beside = config.get('pretrained_cfg')
+    return {**usable_settings(beside if isinstance(beside, dict) else {}), **usable_settings(config)}

@@ -261,15 +261,17 @@ def check_start_weights(args: argparse.Namespace) -> None:
 
 
 def take_start_settings(args: argparse.Namespace) -> None:
-    """Note the input settings that a model of ours has from the file of ``--pretrained-path``, which timm trains with.
+    """Note the input settings that the file says which a model of ours starts from.
 
-    What reads the run goes by its arguments, and may not have the file.
+    Those of ``--pretrained-path`` timm trains with, of ``--initial-checkpoint`` it takes the weights alone; and what
+    reads the run goes by its arguments, and may not have the file.
 
     Args:
         args: timm's arguments; what is left open is filled in.
     """
-    name, file = split_model_name_tag(args.model)[0], getattr(args, 'pretrained_path', None)
-    if not (args.pretrained and file and is_training_form(name) and timm.is_model(name)):
+    name, pretrained = split_model_name_tag(args.model)[0], getattr(args, 'pretrained_path', None)
+    file = pretrained if args.pretrained and pretrained else getattr(args, 'initial_checkpoint', None)
+    if not (file and is_training_form(name) and timm.is_model(name)):
         return
     described = described_weights(dict(file=file), name)
     channels = (getattr(args, 'input_size', None) or [getattr(args, 'in_chans', None)])[0]
