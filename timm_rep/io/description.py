@@ -24,7 +24,7 @@ from ..models.names import OWN_ARGS, TRAINING_PREFIXES
 from ..models.settings import check_input_size, with_tuples
 from .architecture import FACTORY_ARGS, create_model
 
-__all__ = ['Description', 'describe', 'read_description', 'say_settings_']
+__all__ = ['SETTINGS_FIELDS', 'Description', 'describe', 'read_description', 'say_settings_']
 
 _logger = logging.getLogger(__name__)
 
@@ -74,14 +74,6 @@ class Description:
         model: Any = expand_as_(create_model(self.architecture, **args), self.methods, self.norms)
         model._model_args = dict(self.model_args)
         return model
-
-    def say_settings_(self, model: Any) -> None:
-        """Let a model's metadata say what it must be fed with.
-
-        Args:
-            model: A model of timm, in either form.
-        """
-        say_settings_(model, self.settings)
 
 
 def say_settings_(model: Any, settings: Mapping[str, Any]) -> None:

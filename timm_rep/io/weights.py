@@ -23,7 +23,6 @@ from ..models.names import OWN_ARGS
 from ..models.settings import settings_beside
 from .architecture import create_model
 from .checkpoint import (
-    DATA_CONFIG_KEYS,
     FLOATS,
     Checkpoint,
     dtype_fits,
@@ -32,7 +31,7 @@ from .checkpoint import (
     take_input_settings,
     trained_architecture,
 )
-from .description import describe, say_settings_
+from .description import SETTINGS_FIELDS, describe, say_settings_
 from .output import PathLike, new_output, written_whole
 
 __all__ = ['build_filled', 'load', 'load_strictly', 'load_training_form', 'save', 'save_weights', 'training_form']
@@ -179,11 +178,8 @@ def build_filled(checkpoint: Checkpoint, form: str, build: Callable[[], nn.Modul
     _check_fit(skeleton, checkpoint.state_dict, checkpoint.path, form)
     model = build()
     load_strictly(model, checkpoint.state_dict, checkpoint.path, form)
-    if checkpoint.description is not None:
-        checkpoint.description.say_settings_(model)
-    else:
-        beside = settings_beside(checkpoint.path)
-        say_settings_(model, {key: beside[key] for key in ('pool_size', *DATA_CONFIG_KEYS) if key in beside})
+    settings = settings_beside(checkpoint.path) if checkpoint.description is None else checkpoint.description.settings
+    say_settings_(model, {key: settings[key] for key in SETTINGS_FIELDS if key in settings})
     take_input_settings(model, checkpoint.args, checkpoint.path)
     return model.eval()
 
