@@ -165,7 +165,7 @@ class AnnealedEpochs:
         random_seed(seed, getattr(self.args, 'rank', 0))
         _restart_workers(call['loader'])
         for owner in _owners_of_generators(call):
-            for name, value in vars(owner).items():
+            for name, value in getattr(owner, '__dict__', {}).items():
                 if isinstance(value, torch.Generator):
                     value.manual_seed(seed)  # the same on all processes
                     if name == 'generator':
