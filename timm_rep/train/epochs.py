@@ -70,8 +70,7 @@ def _models(call: Dict[str, Any]) -> Dict[str, nn.Module]:
 def _owners_of_generators(call: Dict[str, Any]) -> Iterator[Any]:
     """What may draw from a generator of its own, which no checkpoint holds: AdaHessian, averages in bfloat16."""
     yield call['optimizer']
-    if hasattr(call['optimizer'], '_base_optimizer'):  # in Lookahead
-        yield call['optimizer']._base_optimizer
+    yield getattr(call['optimizer'], '_base_optimizer', None)  # in Lookahead
     for owner in (call.get('task'), call.get('model_ema')):
         if isinstance(owner, nn.Module):
             yield from owner.modules()
