@@ -390,6 +390,17 @@ def test_arms_are_paired_and_take_their_rate_of_others(arms_played, tmp_path):
     assert len(set(names)) == len(names)
 
 
+def test_a_single_rate_needs_no_grid(fast, arms_played, tmp_path):
+    done = arms_played(tmp_path, '--forms', 'rep', '--arms', 'descent', '--few-arms', '--seeds', '2', '--rates', '0.2')
+    assert [run.name for run, *_ in done] == [
+        'start-rep-seed0', 'rep-descent-lr0.2-seed0', 'start-rep-seed1', 'rep-descent-lr0.2-seed1']
+    runs = [dict(form='rep', arm='descent', lr=0.2, seed=seed, grid=False, top1=50.0) for seed in range(2)]
+    assert fast.table_anneal.rates(runs) == {('rep', 'descent'): ('descent', 0.2)}
+    assert list(fast.table_anneal.groups(runs)['rep', 'descent']) == [0, 1]
+    assert fast.table_anneal.rates([*runs, dict(runs[0], lr=0.4)]) == {}
+    assert fast.table_anneal.grid_table({}, runs) == []
+
+
 def test_starts_take_the_rates_of_the_forms(fast, arms_played, start, monkeypatch, tmp_path):
     monkeypatch.setattr(fast.run, 'train', lambda run, settings, *_: dict(
         run._asdict(), top1=-run.lr, diverged=False, settings=settings))

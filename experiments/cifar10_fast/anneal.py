@@ -193,6 +193,8 @@ def grid(args, form, arm):
 
 def block(args, form, arms, seeds):
     """Runs of some arms of a form, one seed after the other; and whether the rates of all are known."""
+    if len(args.rates) == 1:  # there is nothing to choose
+        return [Run(form, arm, *args.rates, seed) for seed in range(seeds) for arm in arms], True
     sources = {arm: rate_source(arm_of(arm), args.grid_arms) for arm in arms}
     grids = {source: grid(args, form, source) for source in sources.values()}
     rates = {source: best_rate([read(args.output / run.file) for run in runs]) for source, runs in grids.items()}
@@ -278,7 +280,8 @@ def parse(argv):
     parser.add_argument(
         '--start-rates', nargs='+', type=form_rate, default=[], metavar='FORM=RATE', help='of the starts')
     parser.add_argument('--rates-from', type=Path, metavar='DIR', help="results of run.py: each form's best rate")
-    parser.add_argument('--rates', type=float, nargs='+', default=[0.2, 0.4, 0.1, 0.8], help='the grid of the arms')
+    parser.add_argument('--rates', type=float, nargs='+', default=[0.2, 0.4, 0.1, 0.8],
+                        help='the grid of the arms; a single one is that of all arms, without a grid')
     parser.add_argument(
         '--grid-arms', nargs='+', type=arm_name, metavar='ARM', help='with a grid of their own (default: all that '
         'are to be run); others take the rate of the arm that they are a variant of')

@@ -46,13 +46,17 @@ def searches(runs):
 
 
 def rates(runs):
-    """(form, arm) -> the arm whose grid tells its learning rate, and that rate."""
+    """(form, arm) -> the arm whose grid tells its learning rate, and that rate; its own only one without a grid."""
     found, chosen = searches(runs), {}
     for form, arm in {(run['form'], run['arm']) for run in runs}:
         source = rate_source(arm_of(arm), [other for of_form, other in found if of_form == form])
         if source is not None:
             grid = found[form, source]
             chosen[form, arm] = source, max(grid, key=lambda lr: -1 if grid[lr] is None else grid[lr])
+            continue
+        only = {run['lr'] for run in runs if (run['form'], run['arm']) == (form, arm)}
+        if len(only) == 1:
+            chosen[form, arm] = arm, *only
     return chosen
 
 
@@ -154,6 +158,8 @@ def starts_table(starts):
 
 def grid_table(settings, runs):
     found = searches(runs)
+    if not found:
+        return []
     columns = sorted({lr for grid in found.values() for lr in grid})
     lines = ['', f"## Learning rates: top-1 on {settings['set_aside']} training images set aside, one seed", '',
              *head('form', 'arm', *(f'{lr:g}' for lr in columns), 'best')]
