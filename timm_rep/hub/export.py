@@ -25,15 +25,15 @@ from ..io.extras import has_packages
 from ..io.output import new_folder, written_whole
 from ..io.runs import Run, write_run
 from ..models.names import is_training_form, stock_form_args
+from ..models.settings import INPUT_SETTINGS
 from ..report.cost import Costs
 from ..report.images import ImageCheck
 from ..report.plots import draw_annealing
 from .card import UNKNOWN_LICENSE, Expanding, model_card
 
 __all__ = [
-    'CARD_FILE', 'CONFIG_FILE', 'DATA_FIELDS', 'MANAGED_FILES', 'SELF_CHECK_FILE', 'SELF_CHECK_IMAGES', 'WEIGHTS_FILE',
-    'export_folder',
-    'time_steps_of',
+    'CARD_FILE', 'CONFIG_FILE', 'MANAGED_FILES', 'SELF_CHECK_FILE', 'SELF_CHECK_IMAGES', 'WEIGHTS_FILE',
+    'export_folder', 'time_steps_of',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -48,10 +48,9 @@ SELF_CHECK_IMAGES = 2
 # All that an export may write: what a new publication may replace or remove.
 MANAGED_FILES = (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, PLOT_FILE, SELF_CHECK_FILE, 'args.yaml', 'summary.csv')
 
-# What an exported pretrained_cfg takes over from the model's own: how to build and feed the network. All the rest (tag,
-# url, test sizes, notes ...) may be about other weights, of which the model was once made.
+# What an exported pretrained_cfg takes over from the model's own, beside its input settings: how to build the network.
+# All the rest (tag, url, test sizes, notes ...) may be about other weights, of which the model was once made.
 STRUCTURE_FIELDS = ('architecture', 'fixed_input_size', 'min_input_size', 'first_conv', 'classifier')
-DATA_FIELDS = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
 
 
 def time_steps_of(model: nn.Module) -> int:
@@ -124,8 +123,8 @@ def _write_model(
         model_args: Optional[Dict[str, Any]] = None,
 ) -> None:
     """Write weights, config.json and self-check, and see that timm rebuilds from the folder alone what was written."""
-    cfg = {key: model.pretrained_cfg[key] for key in (*STRUCTURE_FIELDS, *DATA_FIELDS) if key in model.pretrained_cfg}
-    cfg.update(own_fields)
+    kept = (*STRUCTURE_FIELDS, *INPUT_SETTINGS)
+    cfg = {**{key: model.pretrained_cfg[key] for key in kept if key in model.pretrained_cfg}, **own_fields}
     channels = image_channels(model)
     size = own_fields.get('input_size') or image_shape(model) or cfg['input_size']
     cfg['input_size'] = (channels, *size[1:])

@@ -11,6 +11,7 @@ from ..core.methods import as_method
 from ..core.verify import Report, verify
 from ..io.architecture import create_model
 from ..io.checkpoint import model_args_of, read_checkpoint
+from ..io.description import SETTINGS_FIELDS
 from ..io.hub_errors import hub_errors
 from ..io.output import PathLike, is_weights_file, new_output
 from ..io.programs import ONNX_SUFFIX, PROGRAM_SUFFIX, export_onnx, export_program
@@ -18,7 +19,7 @@ from ..io.weights import build_filled, load_strictly, load_training_form, save_w
 from ..models.checkpoint_filter import checkpoint_filter_fn
 from ..models.names import OWN_ARGS, TRAINING_PREFIXES, stock_architecture
 from .check import load_export
-from .export import DATA_FIELDS, export_folder
+from .export import export_folder
 
 __all__ = ['expand_checkpoint', 'fuse_checkpoint', 'verify_checkpoint']
 
@@ -183,7 +184,7 @@ def expand_checkpoint(
         raise FileNotFoundError(f'{source} is neither a file nor a model of timm')
     model: Any = create_model(target, **args).eval()
     model.load_state_dict(checkpoint_filter_fn(stock.state_dict(), model))
-    settings = {key: stock.pretrained_cfg[key] for key in ('pool_size', *DATA_FIELDS) if key in stock.pretrained_cfg}
+    settings = {key: stock.pretrained_cfg[key] for key in SETTINGS_FIELDS if key in stock.pretrained_cfg}
     model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, **settings}
     report = verify(model, stock.eval())
     save_weights(model, output)

@@ -21,10 +21,11 @@ from ..io.output import PathLike, new_folder
 from ..io.runs import Run, read_run
 from ..io.weights import training_form
 from ..models.names import stock_architecture, timm_has
+from ..models.settings import INPUT_SETTINGS
 from ..report.cost import measure_costs
 from ..report.images import ImageCheck, compare_on_images
 from .card import TRAIN_REVISION, UNKNOWN_LICENSE
-from .export import CONFIG_FILE, DATA_FIELDS, export_folder, time_steps_of
+from .export import CONFIG_FILE, export_folder, time_steps_of
 from .repository import MAIN_REVISION, PublishError, file_sizes, hub_id, log_in, send_forms
 
 __all__ = ['PublishError', 'Published', 'publish']
@@ -115,7 +116,7 @@ def _registry_entry(folder: Path, full_name: str) -> Optional[Dict[str, Dict[str
     provenance, cfg = config['timm_rep'], dict(config['pretrained_cfg'], num_classes=config['num_classes'])
     if not provenance['built_by_name']:
         return None
-    entry = {key: cfg[key] for key in ('num_classes', 'license', *DATA_FIELDS) if key in cfg}
+    entry = {key: cfg[key] for key in ('num_classes', 'license', *INPUT_SETTINGS) if key in cfg}
     return {f'{provenance["training_architecture"]}.{cfg["tag"]}': dict(hf_hub_id=full_name, **entry)}
 
 

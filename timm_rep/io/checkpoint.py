@@ -14,7 +14,7 @@ from ..core.errors import UserError
 from ..core.layers import RepLayer
 from ..models.files import read_file
 from ..models.names import OWN_ARGS, TRAINING_PREFIXES, stock_architecture
-from ..models.settings import check_input_size
+from ..models.settings import INPUT_SETTINGS, check_input_size
 from .architecture import FACTORY_ARGS, create_model, input_settings
 from .description import Description, read_description
 from .output import PathLike
@@ -22,7 +22,7 @@ from .plain_data import plain
 from .runs import read_run_args
 
 __all__ = [
-    'DATA_CONFIG_KEYS', 'FLOATS', 'Checkpoint', 'dtype_fits', 'find_checkpoint', 'model_args_of', 'read_checkpoint',
+    'FLOATS', 'Checkpoint', 'dtype_fits', 'find_checkpoint', 'model_args_of', 'read_checkpoint',
     'take_input_settings', 'trained_architecture',
 ]
 
@@ -37,8 +37,6 @@ MODEL_ARGS = dict(
     drop='drop_rate', drop_path='drop_path_rate', drop_block='drop_block_rate')
 # As many image channels as nothing in a network has of anything else.
 NO_WIDTH = 1009
-# What a model must be fed with, as train.py's arguments decide.
-DATA_CONFIG_KEYS = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Tensors of a file may share their numbers, as tied weights do, but they are not many times what it holds.
@@ -273,4 +271,4 @@ def take_input_settings(model: Any, args: Mapping[str, Any], source: PathLike) -
             f'input settings of the run of {source} cannot be used: {str(e) or type(e).__name__}') from e
     if tuple(config['input_size']) != tuple(model.pretrained_cfg['input_size']):
         model.pretrained_cfg['pool_size'] = None
-    model.pretrained_cfg.update({key: config[key] for key in DATA_CONFIG_KEYS})
+    model.pretrained_cfg.update({key: config[key] for key in INPUT_SETTINGS})

@@ -21,7 +21,7 @@ from ..core.layers.fixed import own_methods
 from ..core.methods import Method
 from ..core.walk import image_channels
 from ..models.names import OWN_ARGS, TRAINING_PREFIXES
-from ..models.settings import check_input_size, with_tuples
+from ..models.settings import INPUT_SETTINGS, check_input_size, with_tuples
 from .architecture import FACTORY_ARGS, create_model
 
 __all__ = ['SETTINGS_FIELDS', 'Description', 'describe', 'read_description', 'say_settings_']
@@ -32,7 +32,7 @@ _logger = logging.getLogger(__name__)
 VERSION, ARCHITECTURE, MODEL_ARGS, EXPANSION, SETTINGS = (
     'timm_rep', 'architecture', 'model_args', 'expansion', 'pretrained_cfg')
 # What is kept of the model's pretrained_cfg: what it must be fed with.
-SETTINGS_FIELDS = ('input_size', 'pool_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
+SETTINGS_FIELDS = ('pool_size', *INPUT_SETTINGS)
 # They do nothing, or nothing once trained.
 NO_PART_OF_THE_FUNCTION = ('Identity', 'Drop')
 TRAINING_NUMBERS = ('_', 'drop', 'momentum')

@@ -6,8 +6,10 @@ from typing import Any, Callable, Dict, Mapping, Sequence, Union
 
 from ..core.errors import UserError
 
-__all__ = ['check_input_size', 'json_object', 'settings_beside', 'usable_settings', 'with_tuples']
+__all__ = ['INPUT_SETTINGS', 'check_input_size', 'json_object', 'settings_beside', 'usable_settings', 'with_tuples']
 
+# What a model must be fed with, as timm's resolve_data_config names it.
+INPUT_SETTINGS = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
 MAX_IMAGE_SIDE = 4096
 
 

@@ -14,12 +14,13 @@ from ..core.errors import UserError
 from ..core.layers.dbb import NormPad2d
 from ..core.walk import annealed_modules
 from ..io.architecture import create_model, per_channel
-from ..io.checkpoint import DATA_CONFIG_KEYS, read_checkpoint
+from ..io.checkpoint import read_checkpoint
 from ..io.plain_data import read_yaml
 from ..io.runs import START_ARGS
 from ..models.files import check_file
 from ..models.names import is_training_form
 from ..models.published import described_weights
+from ..models.settings import INPUT_SETTINGS
 
 __all__ = [
     'add_time_step_options', 'check_crops', 'check_data', 'check_model', 'check_start_weights', 'complete_schedule',
@@ -281,7 +282,7 @@ def take_start_settings(args: argparse.Namespace) -> None:
         described['input_size'] = (channels or described['input_size'][0], *described['input_size'][1:])
     channels = channels or described.get('input_size', (3,))[0]  # as train.py has it
     described.update({key: per_channel(described[key], channels) for key in ('mean', 'std') if key in described})
-    for key in DATA_CONFIG_KEYS:
+    for key in INPUT_SETTINGS:
         if key in described and not getattr(args, key, None):
             value = described[key]
             setattr(args, key, list(value) if isinstance(value, tuple) else value)
