@@ -1,6 +1,8 @@
 import json
+import re
 from dataclasses import dataclass
 
+import pytest
 import timm
 from click.testing import CliRunner
 from command_line import call
@@ -40,6 +42,20 @@ def test_modules_are_imported_first(tmp_path, monkeypatch):
     result = CliRunner().invoke(main, ['--import', 'no_such_module', 'list'])
     assert result.exit_code == 2
     assert "Error: --import no_such_module: No module named 'no_such_module'; Python's path is [" in result.output
+
+
+@pytest.mark.parametrize(('text', 'said'), [
+    ('x = 1\nx.y', r"AttributeError: 'int' object has no attribute 'y' \(.*broken\.py, line 2\)"),
+    ('(', r'SyntaxError: .*\(broken\.py, line 1\)'),
+    ('import timm_rep\n\n@timm_rep.register_method\nclass Mine(timm_rep.Method):\n    name = "orepa"',
+     r"ValueError: .*'?orepa.* \(.*, line \d+\)"),
+], ids=['wrong', 'no Python', 'name taken'])
+def test_modules_that_fail_are_wrong_input(text, said, tmp_path, monkeypatch):
+    (tmp_path / 'broken.py').write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    result = CliRunner().invoke(main, ['--import', 'broken', 'list'])
+    assert result.exit_code == 2
+    assert re.search(f'Error: --import broken: {said}', result.output), result.output
 
 
 def test_demo_is_one_call(monkeypatch):

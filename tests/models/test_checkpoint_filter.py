@@ -303,6 +303,14 @@ def test_damaged_files_are_not_loaded(tmp_path):
             timm.create_model('orepa_repvgg_a0_cifar', pretrained=True, pretrained_cfg_overlay=dict(file=str(file)))
 
 
+@pytest.mark.parametrize('strict', [True, False])
+def test_branches_of_other_layers_are_not_called_stock_weights(strict):
+    model = create('orepa_resnet18')
+    with pytest.raises(RuntimeError, match='have branches in other layers than the model') as error:
+        model.load_state_dict(create('dbb_resnet18').state_dict(), strict=strict)
+    assert 'stock form' not in str(error.value)
+
+
 @pytest.mark.parametrize('name', ['dbb_resnet18', 'repan_repvgg_a0', 'repan_repvgg_a0:orepa'])
 def test_checkpoint_path_takes_the_training_form_and_says_what_takes_the_other(name, tmp_path):
     """As ``--initial-checkpoint`` of timm's train.py."""

@@ -8,7 +8,7 @@ import timm
 import torch
 from helpers import OLD_TIMM, randomize_
 
-from timm_rep import UserError, export_folder, fuse, save
+from timm_rep import UserError, export_folder, fuse, load, save
 from timm_rep.models import published
 
 NAME = 'orepa_resnet18_cifar'
@@ -70,6 +70,30 @@ def test_a_file_of_save_tells_its_input(model, tmp_path):
     cfg = create(file=tmp_path / 'x.safetensors').pretrained_cfg
     assert (cfg['input_size'], cfg['mean']) == ((1, 40, 40), (0.1,))
     assert create(file=tmp_path / 'x.safetensors', mean=(0.2,)).pretrained_cfg['mean'] == (0.2,)
+
+
+@pytest.mark.skipif(OLD_TIMM, reason='this timm adapts weights for 3 image channels only')
+def test_what_a_file_says_itself_goes_before_the_config_beside_it(model, tmp_path):
+    save(model, tmp_path / 'x.safetensors')
+    (tmp_path / 'config.json').write_text(json.dumps(dict(mean=[0.3], label_names=list('abcdefg'))))
+    cfg = create(file=tmp_path / 'x.safetensors').pretrained_cfg
+    assert (cfg['mean'], cfg['label_names']) == ((0.1,), tuple('abcdefg'))
+    assert load(tmp_path / 'x.safetensors').pretrained_cfg['mean'] == (0.1,)
+
+
+@pytest.mark.skipif(OLD_TIMM, reason='this timm adapts weights for 3 image channels only')
+@pytest.mark.parametrize(('args', 'expected'), [
+    (dict(model='resnet18', input_size=[1, 48, 48], mean=[0.3]), ((1, 48, 48), (0.3,))),
+    (dict(model=NAME, input_size=48, mean=[0.3]), None),
+    (dict(input_size=[1, 48, 48], mean=[0.3]), None),
+], ids=['of train.py', 'not as timm has them', 'of another program'])
+def test_a_checkpoint_tells_the_input_of_its_run(args, expected, model, tmp_path):
+    torch.save(dict(state_dict=model.state_dict(), args=argparse.Namespace(**args)), tmp_path / 'last.pth.tar')
+    created = create(file=tmp_path / 'last.pth.tar', kwargs=dict(in_chans=1))
+    assert_same_head(created, model)
+    ours = timm.create_model(NAME).pretrained_cfg
+    found = tuple(created.pretrained_cfg[key] for key in ('input_size', 'mean'))
+    assert found == (expected or (ours['input_size'], ours['mean']))
 
 
 @pytest.mark.parametrize('named', [

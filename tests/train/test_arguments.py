@@ -453,10 +453,12 @@ def test_what_takes_rep_layers_apart_is_refused_without_time_steps_too(option):
     (dict(pretrained=False), dict(input_size=None, mean=None, interpolation='')),
     (dict(pretrained=False, initial_checkpoint='start.safetensors'),
      dict(input_size=[3, 40, 40], mean=[0.1, 0.2, 0.3], interpolation='bicubic')),
+    (dict(pretrained=False, initial_checkpoint='last.pth.tar'),
+     dict(input_size=[3, 40, 40], mean=[0.1, 0.2, 0.3], interpolation='bicubic', crop_mode='squash')),
     (dict(model='resnet18'), dict(input_size=None, mean=None, interpolation='')),
 ], ids=[
     'all open', 'some given', 'channels given', 'channels and size', 'input given', 'not asked for',
-    'initial checkpoint',     "timm's own network"])
+    'initial checkpoint', 'checkpoint of a run', "timm's own network"])
 def test_arguments_say_what_input_the_weights_to_start_from_bring(given, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = timm.create_model('orepa_repvgg_a0_cifar')
@@ -464,9 +466,12 @@ def test_arguments_say_what_input_the_weights_to_start_from_bring(given, expecte
         input_size=(3, 40, 40), mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7), interpolation='bicubic', crop_mode='squash')
     model.pretrained_cfg = {**model.pretrained_cfg, **settings}
     timm_rep.save(model, tmp_path / 'start.safetensors')
+    run = argparse.Namespace(model='orepa_repvgg_a0_cifar', **settings)
+    torch.save(dict(state_dict=model.state_dict(), args=run), tmp_path / 'last.pth.tar')
     args = argparse.Namespace(**{**dict(
         model='orepa_repvgg_a0_cifar', pretrained=True, pretrained_path=str(tmp_path / 'start.safetensors'),
-        img_size=None, in_chans=None, input_size=None, mean=None, std=None, interpolation='', crop_pct=None), **given})
+        img_size=None, in_chans=None, input_size=None, mean=None, std=None, interpolation='', crop_pct=None,
+        crop_mode=None), **given})
     take_start_settings(args)
     found = {key: getattr(args, key) for key in expected}
     assert found == {**expected, 'mean': pytest.approx(expected['mean'])}

@@ -2,13 +2,12 @@
 
 What the commands call is imported when they run: the help must not wait for torch.
 """
-import importlib
-import sys
 from typing import Tuple
 
 import click
 
 from .._version import __version__
+from ..core.errors import UserError
 from . import hub, models, runs, weights
 from .errors import Group
 
@@ -32,11 +31,13 @@ def main(modules: Tuple[str, ...]) -> None:
     Exit codes: 0 all well; 1 two forms of a model do not compute the same; 2 wrong input; 3 the Hub could not be
     reached, or refused; 4 what nobody foresaw, with its traceback; 130 interrupted.
     """
-    for module in modules:
+    if modules:
+        from ..io.extras import import_modules  # imports torch
+
         try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as e:
-            raise click.UsageError(f"--import {module}: {e}; Python's path is {sys.path}") from e
+            import_modules(modules, '--import')
+        except UserError as e:
+            raise click.UsageError(str(e)) from e
 
 
 for command in (

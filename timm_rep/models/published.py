@@ -7,6 +7,7 @@ from typing import Any, Callable, Dict, Mapping, Optional, TypeVar
 import safetensors
 import torch
 import torch.nn as nn
+from timm.data import resolve_data_config
 from timm.models import (
     build_model_with_cfg,
     get_pretrained_cfg,
@@ -62,9 +63,19 @@ def with_published(cfgs: Cfgs, published: Optional[Cfgs] = None) -> Dict[str, An
     return result
 
 
+def _trained_with(args: Any, cfg: Any) -> Dict[str, Any]:
+    """Input settings of a run of train.py, as its checkpoint says; nothing of other programs'."""
+    if not isinstance(getattr(args, 'model', None), str):
+        return {}
+    try:
+        return resolve_data_config(vars(args), pretrained_cfg=cfg.to_dict())
+    except (AssertionError, TypeError, ValueError):
+        return {}
+
+
 def _described_by_file(path: Path, variant: str) -> Dict[str, Any]:
-    """Classes that the shape of the classifier in a file tells, and what our own files and the config.json beside one
-    say of their input.
+    """Classes that the shape of the classifier in a file tells, and what our own files, checkpoints of train.py and the
+    config.json beside one say of their input.
     """
     cfg: Any = get_pretrained_cfg(variant)
     key = f'{cfg.classifier}.weight'
@@ -75,9 +86,11 @@ def _described_by_file(path: Path, variant: str) -> Dict[str, Any]:
     else:
         check_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # train.py puts its arguments into the checkpoint
+            content = torch.load(path, map_location='meta', weights_only=True)
             state_dict = load_state_dict(str(path), device='meta', weights_only=True)
-        classes, described = list(state_dict[key].shape[:1]) if key in state_dict else [], {}
-    settings = {**usable_settings(described), **settings_beside(path)}
+        classes = list(state_dict[key].shape[:1]) if key in state_dict else []
+        described = _trained_with(content.get('args'), cfg)
+    settings = {**settings_beside(path), **usable_settings(described)}  # what it says itself goes first
     known = {key: value for key, value in settings.items() if key != 'num_classes'}
     return {**known, **(dict(num_classes=classes[0]) if classes else {})}
 
@@ -121,8 +134,8 @@ def build_model(
 ) -> ModelT:
     """Call timm's ``build_model_with_cfg``, which says more where ``pretrained=True`` finds no weights.
 
-    Weights that the overlay names have the classes and input settings of the config.json beside them, as they have
-    where timm loads them by ``'hf-hub:ORG/NAME'``, else those that the file itself tells, unless the overlay says
+    Weights that the overlay names have the classes and input settings that the file itself tells, else those of the
+    config.json beside it, as they have where timm loads them by ``'hf-hub:ORG/NAME'``, unless the overlay says
     otherwise.
 
     Args:

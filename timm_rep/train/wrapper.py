@@ -30,6 +30,7 @@ import yaml
 from timm.utils import is_primary
 
 from ..core.errors import UserError, visible
+from ..io.extras import import_modules
 from ..io.hub_errors import HubError
 from .arguments import (
     add_time_step_options,
@@ -102,8 +103,7 @@ def _train_in_time_steps(script: Any) -> None:
 
     def parse() -> Tuple[Any, str]:
         args, _ = parse_args()
-        for name in getattr(args, 'device_modules', None) or ():
-            importlib.import_module(name)  # as timm is about to; they may register methods
+        import_modules(getattr(args, 'device_modules', None) or (), '--device-modules')  # as timm is about to
         schedule = complete_schedule(args)
         folder = output_folder(args)
         if folder is not None:

@@ -14,8 +14,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 from ..errors import UserError
 
 __all__ = [
-    'STOCK_FORM', 'AnnealedModule', 'OriginPart', 'check_attach_rate', 'check_kernel', 'check_own_values',
-    'is_channels_last',
+    'AnnealedModule', 'OriginPart', 'check_attach_rate', 'check_kernel', 'check_own_values', 'is_channels_last',
+    'refuse_stock_form',
 ]
 
 # A parameter, and the index of what belongs to the origin branch: a row, slices, or ... for the whole.
@@ -27,6 +27,10 @@ STOCK_FORM = (
     'The weights are in stock form, without branches. timm.create_model(NAME, pretrained=True, '
     'pretrained_cfg_overlay=dict(file=PATH, num_classes=N)) puts them into the branches, and so does timm_rep.expand '
     'with a stock model that holds them.'
+)
+OTHER_FORM = (
+    'The weights have branches in other layers than the model. Build it with the method and the layers that they are '
+    'of; timm_rep.load does, of files that say it.'
 )
 
 # Hooks that put a computed tensor in the place of a parameter before each forward.
@@ -42,6 +46,18 @@ def check_attach_rate(rate: float) -> None:
     """Raise a UserError if this is no attach rate."""
     if not 0.0 <= rate <= 1.0:
         raise UserError(f'attach rate must lie in [0, 1], got {rate}')
+
+
+def refuse_stock_form(state_dict: Mapping[str, Tensor], error_msgs: List[str]) -> None:
+    """Add an error, with ``strict=False`` too, of weights that have none for a layer's branches.
+
+    Args:
+        state_dict: All weights of the model.
+        error_msgs: As torch's ``_load_from_state_dict`` collects them.
+    """
+    message = OTHER_FORM if any(key.endswith('attach_rate') for key in state_dict) else STOCK_FORM
+    if message not in error_msgs:
+        error_msgs.append(message)
 
 
 def check_kernel(module: nn.Module, shape: Sequence[int], weight: Tensor, bias: Optional[Tensor]) -> None:
@@ -314,8 +330,8 @@ class AnnealedModule(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         stock_keys = [f'{prefix}{key}' for key in STOCK_KEYS if f'{prefix}{key}' in state_dict]
-        if stock_keys and f'{prefix}attach_rate' not in state_dict and STOCK_FORM not in error_msgs:
-            error_msgs.append(STOCK_FORM)  # with strict=False, too, which would leave what was drawn
+        if stock_keys and f'{prefix}attach_rate' not in state_dict:
+            refuse_stock_form(state_dict, error_msgs)  # would leave what was drawn
         original = None if self._known is None else self._known.original()
         alike = original is not None and _numbers(original._annealing_buffers()) == _numbers(self._annealing_buffers())
         self._written(on_purpose=not alike)

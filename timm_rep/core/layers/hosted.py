@@ -9,7 +9,7 @@ from timm.models import register_notrace_module
 from torch import Tensor
 
 from ..errors import UserError
-from .annealed import STOCK_FORM
+from .annealed import refuse_stock_form
 from .base import GEOMETRY, LinearRepLayer
 from .fixed import FixedGeometry
 
@@ -77,9 +77,8 @@ class HostedConv2d(FixedGeometry):
     ) -> None:
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        is_stock = f'{prefix}weight' in state_dict and f'{prefix}layer.attach_rate' not in state_dict
-        if is_stock and STOCK_FORM not in error_msgs:
-            error_msgs.append(STOCK_FORM)  # with strict=False, too, as of other rep layers
+        if f'{prefix}weight' in state_dict and f'{prefix}layer.attach_rate' not in state_dict:
+            refuse_stock_form(state_dict, error_msgs)
 
     def _padded(self, x: Tensor) -> Tensor:
         return pad_same(x, self.kernel_size, self.stride, self.dilation) if self.same_pad else x
