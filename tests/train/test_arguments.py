@@ -447,6 +447,7 @@ def test_what_takes_rep_layers_apart_is_refused_without_time_steps_too(option):
 @pytest.mark.parametrize(('given', 'expected'), [
     ({}, dict(input_size=[3, 40, 40], mean=[0.1, 0.2, 0.3], interpolation='bicubic', crop_mode='squash')),
     (dict(img_size=16, mean=[0.5]), dict(input_size=None, mean=[0.5], interpolation='bicubic', crop_mode='squash')),
+    (dict(img_size=16), dict(input_size=None, in_chans=3, mean=[0.1, 0.2, 0.3])),
     (dict(in_chans=1), dict(input_size=[1, 40, 40], mean=[0.2])),
     (dict(in_chans=1, img_size=16), dict(input_size=None, mean=[0.2])),
     (dict(input_size=[1, 32, 32]), dict(input_size=[1, 32, 32], mean=[0.2])),
@@ -457,7 +458,7 @@ def test_what_takes_rep_layers_apart_is_refused_without_time_steps_too(option):
      dict(input_size=[3, 40, 40], mean=[0.1, 0.2, 0.3], interpolation='bicubic', crop_mode='squash')),
     (dict(model='resnet18'), dict(input_size=None, mean=None, interpolation='')),
 ], ids=[
-    'all open', 'some given', 'channels given', 'channels and size', 'input given', 'not asked for',
+    'all open', 'some given', 'size given', 'channels given', 'channels and size', 'input given', 'not asked for',
     'initial checkpoint', 'checkpoint of a run', "timm's own network"])
 def test_arguments_say_what_input_the_weights_to_start_from_bring(given, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -476,6 +477,20 @@ def test_arguments_say_what_input_the_weights_to_start_from_bring(given, expecte
     found = {key: getattr(args, key) for key in expected}
     assert found == {**expected, 'mean': pytest.approx(expected['mean'])}
     resolve_data_config(vars(args))  # of which timm asserts that they go together
+
+
+def test_a_size_leaves_the_channels_of_the_weights_to_start_from(tmp_path):
+    model = timm.create_model('orepa_repvgg_a0_cifar', in_chans=1)
+    model.pretrained_cfg = dict(model.pretrained_cfg, input_size=(1, 40, 40), mean=(0.1,), std=(0.2,))
+    timm_rep.save(model, tmp_path / 'start.safetensors')
+    for given in (dict(img_size=16), {}):
+        args = argparse.Namespace(
+            model='orepa_repvgg_a0_cifar', pretrained=False, initial_checkpoint=str(tmp_path / 'start.safetensors'),
+            **given)
+        take_start_settings(args)
+        config = resolve_data_config(vars(args), pretrained_cfg=model.pretrained_cfg)
+        assert config['input_size'] == ((1, 16, 16) if given else (1, 40, 40))
+        assert config['mean'] == (0.1,)
 
 
 def test_images_that_are_not_there_are_refused(tmp_path):

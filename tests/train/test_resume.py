@@ -290,6 +290,20 @@ def test_weights_to_start_from_are_whole(finished, tmp_path):
             check_start_weights(argparse.Namespace(pretrained=True, pretrained_path=str(damaged)))
 
 
+def test_a_run_whose_start_weights_are_gone_says_so(scripts, tmp_path):
+    """And not that it was told other input settings than the file had brought."""
+    model = timm.create_model(MODEL, num_classes=5)
+    model.pretrained_cfg = dict(model.pretrained_cfg, mean=(0.1, 0.2, 0.3))
+    timm_rep.save(model, tmp_path / 'start.safetensors')
+    command = arguments(scripts, '--initial-checkpoint', 'start.safetensors')
+    code, log = run(tmp_path, command, point='update', count=4)
+    assert code == -signal.SIGKILL, log
+    (tmp_path / 'start.safetensors').unlink()
+    code, log = run(tmp_path, [*command, '--resume', 'auto'])
+    assert code == 2
+    assert log.endswith('train.py: --initial-checkpoint start.safetensors is not a file\n'), log
+
+
 def test_nothing_stays_of_a_snapshot_that_was_interrupted(tmp_path):
     model = timm.create_model('repan_resnet18_cifar', num_classes=2)
     save_snapshots(tmp_path, 0, {'': model}, argparse.Namespace())

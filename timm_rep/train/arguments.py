@@ -276,8 +276,10 @@ def take_start_settings(args: argparse.Namespace) -> None:
         return
     described = described_weights(dict(file=file), name)
     channels = (getattr(args, 'input_size', None) or [getattr(args, 'in_chans', None)])[0]
-    if getattr(args, 'img_size', None) is not None:
-        described.pop('input_size', None)
+    if 'input_size' in described and getattr(args, 'img_size', None) is not None:
+        file_channels = described.pop('input_size')[0]
+        if channels is None:
+            args.in_chans = channels = file_channels
     if 'input_size' in described:
         described['input_size'] = (channels or described['input_size'][0], *described['input_size'][1:])
     channels = channels or described.get('input_size', (3,))[0]  # as train.py has it

@@ -108,12 +108,12 @@ def _train_in_time_steps(script: Any) -> None:
         folder = output_folder(args)
         if folder is not None:
             lock.take(folder, make=False)  # before its files are read
+        check_start_weights(args)
         take_start_settings(args)
         find_run(args, schedule)
         check_crops(args)
         check_best(args, schedule)
         check_data(args)
-        check_start_weights(args)
         check_model(args, schedule)
         if folder is not None:
             lock.take(folder)

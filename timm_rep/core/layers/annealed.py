@@ -24,13 +24,9 @@ OriginPart = Tuple[nn.Parameter, Any]
 # Of a plain convolution, and of timm's RepVGG block: no rep layer has a parameter of such a name.
 STOCK_KEYS = ('weight', 'conv_1x1.conv.weight')
 STOCK_FORM = (
-    'The weights are in stock form, without branches. timm.create_model(NAME, pretrained=True, '
+    'are in stock form, without branches. If those of all layers are, timm.create_model(NAME, pretrained=True, '
     'pretrained_cfg_overlay=dict(file=PATH, num_classes=N)) puts them into the branches, and so does timm_rep.expand '
-    'with a stock model that holds them.'
-)
-OTHER_FORM = (
-    'The weights have branches in other layers than the model. Build it with the method and the layers that they are '
-    'of; timm_rep.load does, of files that say it.'
+    'with a stock model that holds them; else they are of a model with branches in other layers.'
 )
 
 # Hooks that put a computed tensor in the place of a parameter before each forward.
@@ -48,16 +44,15 @@ def check_attach_rate(rate: float) -> None:
         raise UserError(f'attach rate must lie in [0, 1], got {rate}')
 
 
-def refuse_stock_form(state_dict: Mapping[str, Tensor], error_msgs: List[str]) -> None:
-    """Add an error, with ``strict=False`` too, of weights that have none for a layer's branches.
+def refuse_stock_form(prefix: str, error_msgs: List[str]) -> None:
+    """Say once that a layer is given the weights of a plain convolution, with ``strict=False`` too.
 
     Args:
-        state_dict: All weights of the model.
+        prefix: Of the layer's weights, which end in a dot unless it is the whole model.
         error_msgs: As torch's ``_load_from_state_dict`` collects them.
     """
-    message = OTHER_FORM if any(key.endswith('attach_rate') for key in state_dict) else STOCK_FORM
-    if message not in error_msgs:
-        error_msgs.append(message)
+    if not any(message.endswith(STOCK_FORM) for message in error_msgs):
+        error_msgs.append(f'The weights{f" of {prefix[:-1]}" if prefix else ""} {STOCK_FORM}')
 
 
 def check_kernel(module: nn.Module, shape: Sequence[int], weight: Tensor, bias: Optional[Tensor]) -> None:
@@ -331,7 +326,7 @@ class AnnealedModule(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         stock_keys = [f'{prefix}{key}' for key in STOCK_KEYS if f'{prefix}{key}' in state_dict]
         if stock_keys and f'{prefix}attach_rate' not in state_dict:
-            refuse_stock_form(state_dict, error_msgs)  # would leave what was drawn
+            refuse_stock_form(prefix, error_msgs)  # would leave what was drawn
         original = None if self._known is None else self._known.original()
         alike = original is not None and _numbers(original._annealing_buffers()) == _numbers(self._annealing_buffers())
         self._written(on_purpose=not alike)

@@ -78,7 +78,7 @@ class HostedConv2d(FixedGeometry):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if f'{prefix}weight' in state_dict and f'{prefix}layer.attach_rate' not in state_dict:
-            refuse_stock_form(state_dict, error_msgs)
+            refuse_stock_form(prefix, error_msgs)
 
     def _padded(self, x: Tensor) -> Tensor:
         return pad_same(x, self.kernel_size, self.stride, self.dilation) if self.same_pad else x
