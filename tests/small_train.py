@@ -21,7 +21,7 @@ config_parser.add_argument('-c', '--config', default='')
 parser = argparse.ArgumentParser(description='Stand-in training')
 for option, default in dict(
         model='resnet50', resume='', output='', experiment='', initial_checkpoint='', sched='cosine', opt='momentum',
-        dataset='', val_split='validation', eval_metric='top1',
+        dataset='', val_split='validation', eval_metric='top1', interpolation='',
 ).items():
     parser.add_argument(f'--{option.replace("_", "-")}', default=default)
 for option, default in dict(

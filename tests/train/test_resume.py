@@ -293,7 +293,7 @@ def test_weights_to_start_from_are_whole(finished, tmp_path):
 def test_a_run_whose_start_weights_are_gone_says_so(scripts, tmp_path):
     """And not that it was told other input settings than the file had brought."""
     model = timm.create_model(MODEL, num_classes=5)
-    model.pretrained_cfg = dict(model.pretrained_cfg, mean=(0.1, 0.2, 0.3))
+    model.pretrained_cfg = dict(model.pretrained_cfg, interpolation='nearest')
     timm_rep.save(model, tmp_path / 'start.safetensors')
     command = arguments(scripts, '--initial-checkpoint', 'start.safetensors')
     code, log = run(tmp_path, command, point='update', count=4)
