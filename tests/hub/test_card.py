@@ -9,6 +9,7 @@ import timm
 import timm_rep
 from timm_rep.core.expansion import Expansion
 from timm_rep.core.methods import Method
+from timm_rep.hub import card
 from timm_rep.hub.card import is_generated, model_card
 from timm_rep.io.runs import Run
 from timm_rep.report.cost import Costs
@@ -108,6 +109,25 @@ def test_a_method_of_somebody_else_is_on_the_card(model):
     text = text_of(model, expansion=Expansion(dict(conv=Toy()), dict(toy_of_cards=1), dict(toy_of_cards=5), 2, 10))
     for part in ('\nA kernel and half of it again.\n', '```bibtex\n@misc{toy}\n```', '; 1 of 2 convolutions, 50.0 %'):
         assert part in text
+
+
+def test_the_module_of_a_method_of_somebody_else_is_named(model, monkeypatch):
+    @dataclasses.dataclass(frozen=True, repr=False)
+    class Half(Method):
+        name, factor = 'half', 0.5
+
+        def __repr__(self):
+            return f'Half(factor={self.factor})'
+
+    monkeypatch.setattr(Half, '__module__', 'somebody.half')
+    expansion = Expansion(dict(conv=Half()), dict(half=1), dict(half=5), 2, 10)
+    text = text_of(model, expansion=expansion, train_revision=True)
+    assert text.count('\nimport somebody.half  # registers a method that is no part of timm_rep\n\nmodel = ') == 2
+    assert '--pretrained-path model.safetensors \\\n    --device-modules somebody.half\n```' in text
+    monkeypatch.setattr(card, 'as_method', lambda name: Method())
+    assert "pretrained=True), somebody.half.Half(factor=0.5))" in text_of(
+        model, expansion=expansion, expanding=Half())
+    assert 'device-modules' not in text_of(model)
 
 
 def test_a_changed_card_is_not_ours(model):

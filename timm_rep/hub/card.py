@@ -170,21 +170,38 @@ output in `test/rand_tensors.safetensors`.
 """
 
 
+def _own_module(method: Method) -> Optional[str]:
+    """The module that registers a method, if it is not ours."""
+    module = type(method).__module__
+    return None if module.partition('.')[0] == 'timm_rep' else module
+
+
 def _literal(methods: Expanding) -> str:
     """An argument of ``expand`` as it is written in Python."""
     if isinstance(methods, Mapping):
         return '{\n' + ''.join(f'    {name!r}: {_literal(method)},\n' for name, method in methods.items()) + '}'
-    return repr(methods.name) if methods == as_method(methods.name) else f'timm_rep.{methods!r}'
+    if methods == as_method(methods.name):
+        return repr(methods.name)
+    return f'{_own_module(methods) or "timm_rep"}.{methods!r}'
 
 
-def _training_on(repo: str, provenance: Mapping[str, Any], expanding: Optional[Expanding], train_revision: bool) -> str:
+def _training_on(
+        repo: str,
+        provenance: Mapping[str, Any],
+        expansion: Expansion,
+        expanding: Optional[Expanding],
+        train_revision: bool,
+) -> str:
     """How to get the weights into the training form, or into one with the default method."""
     layers = '' if expanding is None else f', {_literal(expanding)}'
+    own = sorted({module for module in map(_own_module, expansion.methods.values()) if module})
+    more_imports = ''.join(f'\nimport {module}  # registers a method that is no part of timm_rep' for module in own)
+    device_modules = f' \\\n    --device-modules {" ".join(own)}' if own else ''
     text = f"""`timm_rep.expand` puts the kernels into the branches of rep layers, with the same outputs:
 
 ```python
 import timm
-import timm_rep
+import timm_rep{more_imports}
 
 model = timm_rep.expand(timm.create_model('hf-hub:{repo}', pretrained=True){layers})
 ```
@@ -196,7 +213,7 @@ Train it as any timm model, then `timm_rep.fuse(model.eval())`.
 
 ```sh
 timm-rep train --data-dir IMAGES --model {provenance['training_architecture']} --num-classes N \\
-    --pretrained --pretrained-path model.safetensors
+    --pretrained --pretrained-path model.safetensors{device_modules}
 ```
 """
     if train_revision:
@@ -205,7 +222,7 @@ As its run left it, with all branches, it is on the revision `{TRAIN_REVISION}` 
 
 ```python
 import timm
-import timm_rep  # registers the architecture
+import timm_rep  # registers the architecture{more_imports}
 
 model = timm.create_model('hf-hub:{repo.partition('@')[0]}@{TRAIN_REVISION}', pretrained=True)
 ```
@@ -319,7 +336,7 @@ timm_rep, wherever this card asks for it, is at {REPOSITORY}: `{install_command(
 
 ## How to train it on
 
-{_training_on(repo, provenance, expanding, train_revision)}
+{_training_on(repo, provenance, expansion, expanding, train_revision)}
 ## Results
 
 {_results(provenance['metrics'], provenance['metrics_source'])}
