@@ -36,9 +36,9 @@ NOTES = """\
   Shares are medians over the family; "none" counts the networks in which the default policy takes nothing.
 - Exactness: the smallest network of the family in float64, with random values for statistics and parameters that are
   constants at first, on images of 64x64 (or of its own size where it takes no others). The largest difference of the
-  outputs in eval mode, relative to the largest output, of three: after `expand`, after `fuse`, and after a time step at
-  attach rate 0.4. The fused network has the stock module tree and keys in every row. That the layers matter is seen by
-  the attach rate: setting it moves the outputs, in no row by less than {least}.
+  outputs in eval mode, relative to the largest output, of three: after `expand`, after `fuse`, and after a time step
+  begins (from attach rate 0.4 to 0). The fused network has the stock module tree and keys in every row. That the layers
+  matter is seen by the attach rate: setting it moves the outputs, in no row by less than {least}.
 - Methods with norms in their branches (`dbb`; `acb` and `rep` alike) need a batch norm on the output of a 3x3 or 5x5
   convolution that nothing else reads: networks with other norms, or none, have nothing for them.
 """
