@@ -32,6 +32,12 @@ def mean_and_error(values):
     return mean, error, error * t975(len(values) - 1)
 
 
+def drawn_error(values):
+    """Mean, and what is drawn of the interval: nothing of two values, whose interval is wider than the picture."""
+    mean, _, half = mean_and_error(values)
+    return mean, half if len(values) > 2 else 0
+
+
 def load(folder):
     """Settings, runs and timing (None if not measured) of a folder."""
     def read(path):
@@ -137,14 +143,14 @@ def draw(settings, runs, timing, path):
         x = time * 0.94 ** (list(colours).index(form) * equal_time)  # those of equal time side by side, left of plain
         style = dict(color=colours[form], marker='s' if equal_time else 'o')
         label = f'{TITLES.get(form, form)}, {epochs:g} epochs'
-        mean, _, half = mean_and_error(list(values.values()))
+        mean, half = drawn_error(list(values.values()))
         left.scatter([x] * len(values), list(values.values()), s=12, alpha=0.5, linewidths=0, **style)
-        left.errorbar([1.015 * x], [mean], [half or 0], capsize=3, label=label, **style)
+        left.errorbar([1.015 * x], [mean], [half], capsize=3, label=label, **style)
         if form != 'plain' and paired(values, plain):
             differences = paired(values, plain)
-            mean, _, half = mean_and_error(differences)
+            mean, half = drawn_error(differences)
             right.scatter([x] * len(differences), differences, s=12, alpha=0.5, linewidths=0, **style)
-            right.errorbar([1.015 * x], [mean], [half or 0], capsize=3, label=label, **style)
+            right.errorbar([1.015 * x], [mean], [half], capsize=3, label=label, **style)
     right.axhline(0, color=colours.get('plain', 'grey'), linewidth=1)
     left.set_ylabel('top-1 (%): seeds, mean, 95% interval')
     right.set_ylabel('difference to plain, paired by seed (points)')

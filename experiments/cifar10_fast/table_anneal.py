@@ -10,7 +10,7 @@ from pathlib import Path
 
 from arms import DESCENT, RESTARTS, arm_of, rate_source
 from network import PLAIN
-from table import TITLES, head, load, mean_and_error, paired
+from table import TITLES, drawn_error, head, load, mean_and_error, paired
 
 # What arms are compared with: form (None: their own), arm, and its name.
 REFERENCES = ((None, RESTARTS, 'restarts'), (None, DESCENT, 'one descent'), (PLAIN, DESCENT, "plain's descent"))
@@ -166,7 +166,7 @@ def grid_table(settings, runs):
     chosen = rates(runs)
     for (form, arm), grid in found.items():
         best = chosen[form, arm][1]
-        edge = ' (edge of the grid)' if best in (min(grid), max(grid)) else ''
+        edge = ' (edge of the grid)' if len(grid) > 1 and best in (min(grid), max(grid)) else ''
         values = {lr: 'diverged' if value is None else f'{value:.2f}' for lr, value in grid.items()}
         lines.append(joined([title(form), arm, *(values.get(lr, '') for lr in columns), f'{best:g}{edge}']))
     return lines
@@ -192,9 +192,9 @@ def markdown(settings, runs, starts, teachers=()):
 
 
 def draw_points(axes, y, differences, colour):
-    mean, _, half = mean_and_error(differences)
+    mean, half = drawn_error(differences)
     axes.scatter(differences, [y] * len(differences), s=12, alpha=0.5, linewidths=0, color=colour)
-    axes.errorbar([mean], [y + 0.22], xerr=[half or 0], fmt='o', capsize=3, color=colour)
+    axes.errorbar([mean], [y + 0.22], xerr=[half], fmt='o', capsize=3, color=colour)
 
 
 def draw_differences(axes, by_group, keys, reference, colours):

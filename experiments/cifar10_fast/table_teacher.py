@@ -56,7 +56,7 @@ def markdown(settings, teachers, with_teacher, without):
         f"# CIFAR-10, network {settings['network']}: is the gain the teacher's or annealing's?",
         *taught(settings, teachers), '',
         'Paired by seed: mean ± standard error, 95% interval (t), number of pairs. Bold: the interval is without zero. '
-        'Each arm is at the learning rate that was chosen for it with a teacher or without.', '',
+        'Each arm is at the learning rate that the table of its folder gives.', '',
         '## What the teacher adds', '', 'Top-1 of the seeds that both have. Last: what it adds to the arm, minus what '
         'it adds to the restarts of the same form; that is how far annealing gains more with a teacher, or less.', '',
         *head('form', 'arm', 'without', 'with', 'with minus without', 'that, minus that of restarts')]
