@@ -193,7 +193,7 @@ def grid(args, form, arm):
 
 def block(args, form, arms, seeds):
     """Runs of some arms of a form, one seed after the other; and whether the rates of all are known."""
-    if len(args.rates) == 1:  # there is nothing to choose
+    if not args.grid_arms:
         return [Run(form, arm, *args.rates, seed) for seed in range(seeds) for arm in arms], True
     sources = {arm: rate_source(arm_of(arm), args.grid_arms) for arm in arms}
     grids = {source: grid(args, form, source) for source in sources.values()}
@@ -281,16 +281,16 @@ def parse(argv):
         '--start-rates', nargs='+', type=form_rate, default=[], metavar='FORM=RATE', help='of the starts')
     parser.add_argument('--rates-from', type=Path, metavar='DIR', help="results of run.py: each form's best rate")
     parser.add_argument('--rates', type=float, nargs='+', default=[0.2, 0.4, 0.1, 0.8],
-                        help='the grid of the arms; a single one is that of all arms, without a grid')
+                        help='the grid of the arms')
     parser.add_argument(
         '--grid-arms', nargs='+', type=arm_name, metavar='ARM', help='with a grid of their own (default: all that '
-        'are to be run); others take the rate of the arm that they are a variant of')
+        'are to be run, none if there is but one rate); others take the rate of the arm that they are a variant of')
     add_teacher_arguments(parser)
     args = parser.parse_args(argv)
     check_arguments(parser, args)
     check_teacher_arguments(parser, args)
     if args.grid_arms is None:
-        args.grid_arms = [*args.arms, *args.few_arms]
+        args.grid_arms = [*args.arms, *args.few_arms] if len(args.rates) > 1 else []
     check_arms(parser, args)
     return args
 
@@ -300,7 +300,7 @@ def check_arms(parser, args):
     twins = {}
     for name in dict.fromkeys([*args.arms, *args.few_arms]):
         arm = arm_of(name)
-        if rate_source(arm, args.grid_arms) is None:
+        if args.grid_arms and rate_source(arm, args.grid_arms) is None:
             parser.error(f'nobody says the learning rate of {name}: give --grid-arms one of '
                          f'{", ".join(arm.rate_sources())}')
         epochs = arm.warmup_epochs(args.epochs, args.warmup_share)

@@ -169,7 +169,7 @@ def test_weights_in_stock_form_are_refused_as_those_of_other_layers(cls):
     rep = expand(stock, select='*')
     before = state_of(rep)
     for strict in (True, False):
-        with pytest.raises(RuntimeError, match='The weights are in stock form') as error:
+        with pytest.raises(RuntimeError, match=r'The weights of 0 are in stock form') as error:
             rep.load_state_dict(stock.state_dict(), strict=strict)
         assert str(error.value).count('in stock form') == 1
     rep.load_state_dict(before)
