@@ -140,9 +140,10 @@ def parse_args():
         parser.error(f'--model: timm knows no {args.model}')
     if args.resume and not (args.output and args.checkpoint.is_file()):
         parser.error(f'--resume: no checkpoint at {args.checkpoint or "OUTPUT.pth: name OUTPUT with --output"}')
-    for path in (args.output, None if args.resume else args.checkpoint):
-        if path and path.exists():
-            parser.error(f'--output: {path} exists already; name another folder, or go on with --resume')
+    if args.output and args.output.exists():
+        parser.error(f'--output: {args.output} exists already; name another folder')
+    if args.output and args.checkpoint.exists() and not args.resume:
+        parser.error(f'--output: {args.checkpoint} exists already; go on with --resume, or name another folder')
     return parser, args
 
 

@@ -9,7 +9,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from helpers import MODEL_RTOL, assert_near, assert_same_state, own_records, randn, randomize_, state_of, tree
+from helpers import MODEL_RTOL, assert_near, assert_same_state, own_warnings, randn, randomize_, state_of, tree
 from timm.layers import BatchNormAct2d
 from timm.utils import reparameterize_model
 from torchvision.models import feature_extraction
@@ -326,7 +326,7 @@ def test_networks_for_images_of_one_size_are_watched(size, caplog):
     model.head = nn.Linear(6 * size ** 2, 2)
     model.pretrained_cfg = dict(input_size=(3, 224, 224))  # of the weights, not of this one
     assert flows_of(model).convs == dict(conv=Flow('norm'))
-    assert not own_records(caplog)
+    assert not own_warnings(caplog)
 
 
 def test_what_is_not_run_keeps_to_the_next_child_unless_that_norm_runs():

@@ -6,6 +6,7 @@ import huggingface_hub
 import pytest
 import timm
 import torch
+from command_line import call
 from helpers import MODEL_RTOL, OLD_TIMM, assert_near, assert_same_state, randn, randomize_
 from hub_publishing import fused_wrongly
 from safetensors.torch import load_file
@@ -251,10 +252,38 @@ def test_training_form_is_checked_as_well(tmp_path):
     timm_rep.export_folder(model, tmp_path / 'model', training_folder=folder)
     assert config_of(folder)['model_args']['act_layer'] == 'silu'
     assert (folder / 'README.md').read_bytes() == (tmp_path / 'model' / 'README.md').read_bytes()
-    # timm does not build the layers of this one by the name
-    with pytest.raises(UserError, match='not what timm builds as test_resnet'):
-        timm_rep.export_folder(training_form(), tmp_path / 'other', training_folder=tmp_path / 'other_train')
-    assert names_in(tmp_path) == ['model', 'other', 'train']
+
+
+@pytest.mark.parametrize('model', [
+    lambda: training_form(),
+    lambda: timm.create_model('repan_resnet18_cifar', num_classes=5, rep_layer=timm_rep.Orepa(scaling='scalar')),
+], ids=['expanded', 'options'])
+def test_training_form_that_the_name_does_not_build(tmp_path, model):
+    model = model()
+    with pytest.raises(UserError, match='the training form cannot be exported: timm does not build its layers as'):
+        timm_rep.export_folder(model, tmp_path / 'model', training_folder=tmp_path / 'train')
+    timm_rep.save(model.eval(), tmp_path / 'saved.safetensors')
+    output = call(
+        'publish', tmp_path / 'saved.safetensors', '--repo', 'me/model', '--out', tmp_path / 'model', '--dry-run',
+        '--include-training-form', code=2)
+    assert output.endswith('; leave it out, or keep it with timm_rep.save\n')
+    assert names_in(tmp_path) == ['saved.safetensors']
+
+
+def test_neither_form_stays_if_one_is_refused(tmp_path, monkeypatch):
+    import tiny_architecture
+    model = timm.create_model(tiny_architecture.NAME, num_classes=5)
+    write = timm_rep.hub.export._write_model
+
+    def write_stock_form(folder, model, own_fields, provenance, *args):
+        if 'form' in provenance:
+            raise UserError('no training form')
+        write(folder, model, own_fields, provenance, *args)
+
+    monkeypatch.setattr(timm_rep.hub.export, '_write_model', write_stock_form)
+    with pytest.raises(UserError, match='no training form'):
+        timm_rep.export_folder(model, tmp_path / 'model', training_folder=tmp_path / 'train')
+    assert names_in(tmp_path) == []
 
 
 @pytest.mark.parametrize(('expand', 'line'), [
@@ -290,12 +319,11 @@ def test_arguments_that_cannot_be_written_down(tmp_path):
     """The card then says how to expand the stock form, and not how to build the training form by its name."""
     model = timm.create_model('repan_mobilenetv1_100', num_classes=5, rep_layer=timm_rep.ACB())
     kwargs = dict(data_config=dict(input_size=(3, 64, 64)), training_folder=tmp_path / 'train')
-    with pytest.raises(UserError, match=r"'rep_layer' is not serializable|not what timm builds"):
-        timm_rep.export_folder(model, tmp_path / 'model', **kwargs)
+    timm_rep.export_folder(model, tmp_path / 'model', **kwargs)
+    assert config_of(tmp_path / 'train')['model_args']['rep_layer'] == 'acb'
     card = (tmp_path / 'model' / 'README.md').read_text()
     assert "pretrained=True), 'acb')" in card
     assert '--pretrained-path' not in card
-    assert names_in(tmp_path) == ['model']
 
 
 @pytest.mark.skipif(OLD_TIMM, reason='this timm does not keep the arguments of a model')

@@ -3,6 +3,7 @@ import json
 import logging
 import stat
 import struct
+import sys
 import types
 
 import pytest
@@ -10,7 +11,7 @@ import safetensors.torch
 import timm
 import tiny_architecture
 import torch
-from helpers import assert_same_state, own_records, randn, randomize_, state_of
+from helpers import assert_same_state, own_warnings, randn, randomize_, state_of
 from timm.layers import ScaledStdConv2d
 from timm.models import ResNet
 from timm.models.resnet import BasicBlock
@@ -78,7 +79,7 @@ def test_a_method_with_options_needs_no_arguments_either(method, tmp_path, caplo
         loaded = load(tmp_path / f'{name}.safetensors')
         assert_same(loaded, model)
         model = loaded
-    assert not own_records(caplog)
+    assert not own_warnings(caplog)
     assert loaded._model_args['rep_layer'] == method.name
 
 
@@ -103,7 +104,7 @@ def test_round_trip(make, tmp_path, caplog):
     model.pretrained_cfg = dict(model.pretrained_cfg, pool_size=None, **settings)
     file = tmp_path / 'new' / 'x.safetensors'
     save(model, file)
-    assert not own_records(caplog)
+    assert not own_warnings(caplog)
     loaded = load(file)
     assert_same(loaded, model)
     assert type(loaded) is type(model)
@@ -196,7 +197,7 @@ def test_how_a_network_is_trained_is_no_other_network(tmp_path, caplog):
     synchronized = timm.layers.convert_sync_batchnorm(model)
     with caplog.at_level(logging.WARNING):
         save(synchronized, tmp_path / 'x.safetensors')
-    assert not own_records(caplog)
+    assert not own_warnings(caplog)
     assert_same_state(load(tmp_path / 'x.safetensors').state_dict(), synchronized.state_dict())
 
 
@@ -362,8 +363,7 @@ def test_a_file_is_replaced_only_if_asked(tmp_path):
     with pytest.raises(FileExistsError, match='exists already'):
         save(model, file)
     assert file.read_text() == 'mine'
-    (tmp_path / '.0123abcd.x.safetensors').write_text('left by a process that was killed')
-    (tmp_path / '.0123abcd.y.safetensors').write_text('of another file')
+    (tmp_path / '.tmp-0123abcd.x.safetensors').write_text('that another process writes just now')
     broken = of_timm()
     torch.nn.init.constant_(broken.fc.bias, float('nan'))
     with pytest.raises(timm_rep.VerificationError, match=r'fc\.bias'):
@@ -371,13 +371,40 @@ def test_a_file_is_replaced_only_if_asked(tmp_path):
     assert file.read_text() == 'mine'
     save(model, file, replace=True)
     assert_same(load(file), model)
-    assert {path.name for path in tmp_path.iterdir()} == {'x.safetensors', '.0123abcd.y.safetensors'}
+    assert {path.name for path in tmp_path.iterdir()} == {'x.safetensors', '.tmp-0123abcd.x.safetensors'}
     for name, kind in (('x.pth', UserError), ('x', UserError)):
         with pytest.raises(kind, match=r'must end in \.safetensors'):
             save(model, tmp_path / name)
     (tmp_path / 'folder.safetensors').mkdir()
     with pytest.raises(FileExistsError):
         save(model, tmp_path / 'folder.safetensors', replace=True)
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='links')
+@pytest.mark.parametrize('there', [True, False])
+def test_a_link_stays_a_link(tmp_path, there):
+    (tmp_path / 'weights').mkdir()
+    target, link = tmp_path / 'weights/1.safetensors', tmp_path / 'latest.safetensors'
+    if there:
+        target.touch()
+    link.symlink_to(target)
+    model = of_timm()
+    save(model, link, replace=there)
+    assert link.is_symlink()
+    assert_same(load(target), model)
+    with pytest.raises(FileExistsError, match=r'weights/1\.safetensors exists already'):
+        save(model, link)
+
+
+@pytest.mark.parametrize('name', ['x.safetensors', 'x.pth', 'a/b/x.pth'])
+def test_no_file_lies_in_a_file(tmp_path, name):
+    file = tmp_path / 'file'
+    file.write_text('mine')
+    with pytest.raises(NotADirectoryError, match=f'{name} cannot be written: .*/file is a file'):
+        timm_rep.io.weights.save_weights(of_timm(), file / name)
+    with pytest.raises(OSError, match='cannot be written'), timm_rep.io.output.written_whole(file / name) as path:
+        path.write_text('x')
+    assert file.read_text() == 'mine'
 
 
 def test_others_may_read_as_far_as_they_may_read_new_files(tmp_path):

@@ -1,5 +1,6 @@
 import copy
 import json
+import shutil
 
 import pytest
 import timm
@@ -162,6 +163,10 @@ def test_bad_input(run, images, tmp_path):
             (tmp_path / split / name).mkdir(parents=True)
             Image.fromarray(pixels(0).numpy()).save(tmp_path / split / name / '0.png')
     assert 'holds images of 4 classes, the model knows 3' in ensemble(run, tmp_path, code=2)
+    shutil.rmtree(tmp_path / 'train/d')
+    shutil.rmtree(tmp_path / 'test/d')
+    shutil.rmtree(tmp_path / 'test/a')  # b would be class 0
+    assert "must hold images of the same classes; only one of them has a\n" in ensemble(run, tmp_path, code=2)
 
     out = tmp_path / 'average.pth'
     out.write_text('mine')

@@ -18,6 +18,7 @@ from timm_rep.io.checkpoint import read_checkpoint
 from timm_rep.io.runs import read_run_args
 from timm_rep.train import main
 from timm_rep.train.arguments import check_start_weights
+from timm_rep.train.lock import RunLock
 from timm_rep.train.resume import drop_rows, find_run, newest_checkpoint, replay_plateau
 from timm_rep.train.snapshots import save_snapshots
 
@@ -309,9 +310,10 @@ def test_nothing_stays_of_a_snapshot_that_was_interrupted(tmp_path):
     save_snapshots(tmp_path, 0, {'': model}, argparse.Namespace())
     whole = {path.name for path in tmp_path.iterdir()}
     assert whole == {'time_step-1.safetensors', 'time_step-1-stock.safetensors'}
-    (tmp_path / '.0a1b2c3d.time_step-1.safetensors').write_bytes(b'half')
-    save_snapshots(tmp_path, 0, {'': model}, argparse.Namespace())
-    assert {path.name for path in tmp_path.iterdir()} == whole
+    (tmp_path / '.tmp-0a1b2c3d.time_step-1.safetensors').write_bytes(b'half')
+    (tmp_path / '.0a1b2c3d.mine').touch()
+    RunLock().take(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == whole | {'.lock', '.0a1b2c3d.mine'}
 
 
 @pytest.mark.parametrize('options', [

@@ -20,11 +20,11 @@ from ..core.expansion import Expansion, expansion_of
 from ..core.fuse import fuse
 from ..core.verify import check_values, verify
 from ..core.walk import annealed_modules, image_channels, image_shape, unwrapped
-from ..io.architecture import per_channel
+from ..io.architecture import create_model, per_channel
 from ..io.extras import has_packages
 from ..io.output import new_folder, written_whole
 from ..io.runs import Run, write_run
-from ..models.names import is_training_form, stock_form_args
+from ..models.names import is_training_form, plain_args, stock_form_args
 from ..models.settings import INPUT_SETTINGS
 from ..report.cost import Costs
 from ..report.images import ImageCheck
@@ -33,7 +33,7 @@ from .card import UNKNOWN_LICENSE, Expanding, model_card
 
 __all__ = [
     'CARD_FILE', 'CONFIG_FILE', 'MANAGED_FILES', 'SELF_CHECK_FILE', 'SELF_CHECK_IMAGES', 'WEIGHTS_FILE',
-    'export_folder', 'time_steps_of',
+    'check_training_form', 'export_folder', 'time_steps_of',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -80,6 +80,24 @@ def _is_built_by_name(model: Any, architecture: str) -> bool:
     args = {key for key in getattr(model, '_model_args', {}) if 'drop' not in key}
     known = args <= {'num_classes', 'in_chans', 'inference_mode'} and image_channels(model) == 3
     return known and is_training_form(architecture)
+
+
+def check_training_form(model: Any) -> None:
+    """Refuse a model whose layers its name and arguments do not build, which is how a folder in training form is read.
+
+    Args:
+        model: Model in training form, built by ``timm.create_model``.
+
+    Raises:
+        UserError: If they do not.
+    """
+    architecture, args = model.pretrained_cfg['architecture'], plain_args(model)
+    with torch.device('meta'):
+        layers = expansion_of(create_model(architecture, **args)).to_list()
+    if layers != expansion_of(model).to_list():
+        raise UserError(
+            f'the training form cannot be exported: timm does not build its layers as {architecture} '
+            f'{f"with {args} " if args else ""}; leave it out, or keep it with timm_rep.save')
 
 
 def _expanding(fused: nn.Module, expansion: Expansion) -> Optional[Expanding]:
@@ -131,6 +149,7 @@ def _write_model(
     cfg.update({key: per_channel(cfg[key], channels) for key in ('mean', 'std') if key in cfg})
     model.pretrained_cfg = model.default_cfg = cfg
     config = dict(timm_rep=provenance, **({} if label_names is None else dict(label_names=list(label_names))))
+    model._model_args = plain_args(model)
     model.to(memory_format=torch.contiguous_format)  # safetensors takes no other tensors
     dtype, size = next(model.parameters()).dtype, cfg['input_size']
     inputs = torch.randn(SELF_CHECK_IMAGES, *size, generator=torch.Generator().manual_seed(0), device='cpu').to(dtype)
@@ -198,13 +217,15 @@ def export_folder(
     Raises:
         FileExistsError: If the path is a file or a folder that is not empty. Nothing is changed.
         UserError: If an argument does not fit the model, or timm does not build the fused model by its architecture's
-            name, for example one whose norms are folded too.
+            name, for example one whose norms are folded too; or not the training form, if that is asked for.
         VerificationError: If the fused model is not the function of its training form, or is not finite.
     """
     path = new_folder(path)
     training_folder = None if training_folder is None else new_folder(training_folder)
     training_form = _copy_of(model, label_names)
     architecture = training_form.pretrained_cfg['architecture']
+    if training_folder is not None:
+        check_training_form(training_form)
     fused: Any = fuse(training_form)
     report = verify(training_form, fused)
     expansion = expansion_of(training_form)
@@ -241,9 +262,9 @@ def export_folder(
             path.name, fused, provenance, expansion, _expanding(fused, expansion), repo=repo, run=run, costs=costs,
             images=images, plot=plot, labelled=label_names is not None, train_revision=training_folder is not None)
         (folder / CARD_FILE).write_text(card, encoding='utf-8', newline='\n')
-    if training_folder is not None:
-        with written_whole(training_folder) as folder:
-            _write_model(folder, training_form, own_fields, dict(provenance, form='training'), label_names)
-            shutil.copyfile(path / CARD_FILE, folder / CARD_FILE)
+        if training_folder is not None:
+            with written_whole(training_folder) as other:
+                _write_model(other, training_form, own_fields, dict(provenance, form='training'), label_names)
+                shutil.copyfile(folder / CARD_FILE, other / CARD_FILE)
     _logger.info('exported %s to %s', fused.pretrained_cfg['architecture'], path)
     return path

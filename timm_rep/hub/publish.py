@@ -25,7 +25,7 @@ from ..models.settings import INPUT_SETTINGS
 from ..report.cost import measure_costs
 from ..report.images import ImageCheck, compare_on_images
 from .card import TRAIN_REVISION, UNKNOWN_LICENSE
-from .export import CONFIG_FILE, export_folder, time_steps_of
+from .export import CONFIG_FILE, check_training_form, export_folder, time_steps_of
 from .repository import MAIN_REVISION, PublishError, file_sizes, hub_id, log_in, send_forms
 
 __all__ = ['PublishError', 'Published', 'publish']
@@ -211,6 +211,8 @@ def publish(
     recipe = f'{stock_architecture(architecture)}.{tag}'
     if timm_has(stock_architecture(architecture)) and timm.models.is_model_pretrained(recipe):
         raise UserError(f"tag {tag!r} claims {recipe}, a recipe of timm's; these weights are not of it")
+    if include_training_form:
+        check_training_form(model)
     folder, training_folder = _new_folders(out, repo.partition('/')[2], include_training_form)
     revision = revision or MAIN_REVISION
     api = None if dry_run else log_in(token)

@@ -20,7 +20,7 @@ from ..core.layers import AnnealedModule, RepLayer
 from ..core.layers.fixed import own_methods
 from ..core.methods import Method
 from ..core.walk import image_channels
-from ..models.names import OWN_ARGS, TRAINING_PREFIXES
+from ..models.names import OWN_ARGS, TRAINING_PREFIXES, plain_args
 from ..models.settings import INPUT_SETTINGS, check_input_size, with_tuples
 from .architecture import FACTORY_ARGS, create_model
 
@@ -144,8 +144,7 @@ def _other_than(model: nn.Module, rebuilt: nn.Module) -> str:
 def _architecture_of(model: Any) -> Dict[str, str]:
     """Metadata that say how timm builds the stock form; none, with a warning, if it would not be this model's."""
     cfg = model.pretrained_cfg
-    args = getattr(model, '_model_args', {})
-    args = {key: value.name if isinstance(value, Method) else value for key, value in args.items()}
+    args = plain_args(model)
     if not args.get('features_only'):
         args.update(in_chans=image_channels(model))
         if isinstance(getattr(model, 'num_classes', None), int):

@@ -1,5 +1,5 @@
 """Output files and folders: new ones only, and each there whole or not at all."""
-import glob
+import os
 import shutil
 import uuid
 from contextlib import contextmanager
@@ -10,13 +10,19 @@ import safetensors
 
 from ..core.errors import UserError
 
-__all__ = ['PathLike', 'is_weights_file', 'new_folder', 'new_output', 'written_whole']
+__all__ = ['PathLike', 'clear_left_behind', 'is_weights_file', 'new_folder', 'new_output', 'written_whole']
 
 WEIGHTS_SUFFIXES = ('.safetensors', '.pth')
 # Of files that somebody may take for a format of weights that is written here.
 OTHER_SUFFIXES = ('.bin', '.ckpt', '.h5', '.onnx', '.pkl', '.pt', '.pt2', '.pyth', '.tar')
 
 PathLike = Union[str, Path]
+
+
+def _check_place(path: Path) -> None:
+    around = next(parent for parent in path.absolute().parents if parent.exists())
+    if not around.is_dir():
+        raise NotADirectoryError(f'{path} cannot be written: {around} is a file')
 
 
 def new_output(
@@ -35,18 +41,22 @@ def new_output(
         replace: Let it be a file that exists.
 
     Returns:
-        The path.
+        The path; of a link, that which it points to.
 
     Raises:
         UserError: For another suffix.
         FileExistsError: If it exists.
+        NotADirectoryError: If there is a file where a folder around it would be.
     """
     path = Path(path)
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
     if path.suffix not in suffixes and (path.suffix in OTHER_SUFFIXES or not folder_allowed):
         allowed = ' or '.join(suffixes) + (', or be the name of a Hub folder' if folder_allowed else '')
         raise UserError(f'output {path} must end in {allowed}')
     if path.exists() and not (replace and path.is_file()):
         raise FileExistsError(f'output {path} exists already; nothing was written')
+    _check_place(path)
     return path
 
 
@@ -61,11 +71,13 @@ def new_folder(path: PathLike) -> Path:
 
     Raises:
         FileExistsError: If it is a file or a folder that is not empty.
+        NotADirectoryError: If there is a file where a folder around it would be.
     """
     path = Path(path).resolve()
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         kind = 'a folder that is not empty' if path.is_dir() else 'a file'
         raise FileExistsError(f'{path} is {kind}; give a new or empty folder (nothing was changed)')
+    _check_place(path)
     return path
 
 
@@ -77,8 +89,18 @@ def is_weights_file(path: Path) -> bool:
 def _leave_nothing(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    elif path.exists():  # which nothing below a file does
+        path.unlink()
+
+
+def clear_left_behind(folder: Path) -> None:
+    """Remove what processes that were killed had begun to write in a folder.
+
+    Args:
+        folder: Folder that no other process writes to.
+    """
+    for path in folder.glob(f'.tmp-{"[0-9a-f]" * 8}.*'):
+        _leave_nothing(path)
 
 
 def _permit_as_usual(path: Path) -> None:
@@ -98,7 +120,7 @@ def written_whole(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
     Args:
         path: New file or folder, or an empty folder; those around it are made.
-        replace: Let it be a file that is there already, and clear what was left of it by a process that was killed.
+        replace: Let it be a file that is there already.
 
     Yields:
         Where to write it.
@@ -106,7 +128,7 @@ def written_whole(path: Path, *, replace: bool = False) -> Iterator[Path]:
     Raises:
         OSError: If it cannot be written, or the file is there. Nothing is left then, and nothing is changed.
     """
-    temporary = path.with_name(f'.{uuid.uuid4().hex[:8]}.{path.name}')
+    temporary = path.with_name(f'.tmp-{uuid.uuid4().hex[:8]}.{path.name}')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -116,9 +138,6 @@ def written_whole(path: Path, *, replace: bool = False) -> Iterator[Path]:
         elif path.exists() and not replace:
             raise FileExistsError('there is a file of that name by now')
         temporary.replace(path)
-        if replace:
-            for left_behind in path.parent.glob(f'.{"[0-9a-f]" * 8}.{glob.escape(path.name)}'):
-                _leave_nothing(left_behind)
     except (OSError, safetensors.SafetensorError) as e:
         raise OSError(f'{path} cannot be written: {e}') from e
     finally:

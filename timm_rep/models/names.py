@@ -6,10 +6,11 @@ import timm
 import torch.nn as nn
 
 from ..core.fuse import when_fused
+from ..core.methods import Method
 
 __all__ = [
-    'OWN_ARGS', 'TRAINING_PREFIXES', 'is_training_form', 'registering_package', 'stock_architecture', 'stock_form_args',
-    'timm_has',
+    'OWN_ARGS', 'TRAINING_PREFIXES', 'is_training_form', 'plain_args', 'registering_package', 'stock_architecture',
+    'stock_form_args', 'timm_has',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -43,6 +44,12 @@ def is_training_form(architecture: str) -> bool:
 def stock_form_args(architecture: str) -> Dict[str, Any]:
     """What builds the stock form, besides the name that :func:`stock_architecture` gives: nothing where timm has it."""
     return dict(inference_mode=True) if is_training_form(stock_architecture(architecture)) else {}
+
+
+def plain_args(model: Any) -> Dict[str, Any]:
+    """The arguments that a model was built with, as timm keeps them, with methods by their names."""
+    args = getattr(model, '_model_args', {})
+    return {key: value.name if isinstance(value, Method) else value for key, value in args.items()}
 
 
 def registering_package(architecture: str) -> str:

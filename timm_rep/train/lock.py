@@ -7,6 +7,7 @@ from typing import Any, Optional
 from timm.utils.distributed import is_distributed_env, world_info_from_env
 
 from ..core.errors import UserError
+from ..io.output import clear_left_behind
 
 if sys.platform == 'win32':
     import msvcrt
@@ -47,6 +48,8 @@ class RunLock:
     def take(self, folder: Path, *, make: bool = True) -> None:
         """Lock a folder, unless one is held already, or another of the processes that train together does so.
 
+        Half-written files of a run that was killed are removed.
+
         Args:
             folder: The output folder of a run.
             make: Make the folder, and the file in it that is locked. Else a folder that no run has locked is left as
@@ -71,6 +74,8 @@ class RunLock:
                 f'another run is at work in {folder}; wait for its end, or take another --experiment') from None
         except OSError as e:
             _logger.warning(f'{folder} is on a file system without locks ({e}): let no second run write to it')
+        else:
+            clear_left_behind(folder)
 
     def release(self) -> None:
         """Give the folder free."""
