@@ -119,7 +119,7 @@ def _arm(point, count, folder, optimizer):
         'transition of the averaged weights': (annealer, 'begin_time_step', dict(after=_die)),
         'rate set': (annealer, 'set_attach_rate', dict(after=_die)),
         'snapshot half written': (snapshots, 'save', dict(before=lambda model, path, **kwargs: (
-            path.with_name(f'.01234567.{path.name}').write_bytes(b'half'), _die()))),
+            path.with_name(f'.tmp-01234567.{path.name}').write_bytes(b'half'), _die()))),
         'snapshot not yet in place': (
             os, 'replace', dict(before=_die, only=lambda src, dst: 'time_step-' in str(dst))),
         'validation': (timm.utils, 'accuracy', dict(before=_die)),

@@ -11,6 +11,7 @@ import timm
 import torch
 import torch.nn as nn
 from timm.layers import BatchNormAct2d, SyncBatchNormAct
+from torch.overrides import TorchFunctionMode
 
 from .._version import __version__
 from ..core.errors import UserError
@@ -88,6 +89,16 @@ def say_settings_(model: Any, settings: Mapping[str, Any]) -> None:
             **model.pretrained_cfg, 'pool_size': None, **with_tuples(settings)}
 
 
+class _NoStartValues(TorchFunctionMode):
+    """Draws no start values: tensors without data have no use for them, and take ten times as long over them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.Tensor.normal_, torch.Tensor.uniform_) or getattr(func, '__module__', '') == nn.init.__name__:
+            return args[0] if args else kwargs['tensor']
+        return func(*args, **kwargs)
+
+
 def _unsaid(module: nn.Module) -> str:
     """What modules need not say in their text: numbers, and methods that were put on the module itself."""
     said = [
@@ -155,7 +166,7 @@ def _architecture_of(model: Any) -> Dict[str, str]:
             MODEL_ARGS: json.dumps(args, sort_keys=True),
             SETTINGS: json.dumps({key: cfg[key] for key in SETTINGS_FIELDS if cfg.get(key) is not None}),
         }
-        with torch.device('meta'):
+        with torch.device('meta'), _NoStartValues():
             expansion = expansion_of(model)
             rebuilt = dataclasses.replace(
                 _description(metadata), methods=expansion.methods, norms=expansion.norms).build()
