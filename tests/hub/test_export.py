@@ -270,6 +270,13 @@ def test_training_form_that_the_name_does_not_build(tmp_path, model):
     assert names_in(tmp_path) == ['saved.safetensors']
 
 
+@pytest.mark.parametrize('nested', ['model', 'model/train', '.'])
+def test_training_form_lies_beside_the_stock_form(tmp_path, nested):
+    with pytest.raises(UserError, match='the training form needs a folder beside'):
+        timm_rep.export_folder(training_form(), tmp_path / 'model', training_folder=tmp_path / nested)
+    assert names_in(tmp_path) == []
+
+
 def test_neither_form_stays_if_one_is_refused(tmp_path, monkeypatch):
     import tiny_architecture
     model = timm.create_model(tiny_architecture.NAME, num_classes=5)

@@ -151,7 +151,7 @@ def test_snapshots_are_found_in_order(tmp_path):
         find_snapshots(tmp_path, use_ema=True)
 
 
-def test_bad_input(run, images, tmp_path):
+def test_bad_input(run, images, tmp_path, caplog):
     missing = tmp_path / 'missing'
     assert 'No such file or directory' in ensemble(missing, images, code=2)
     assert 'holds no images that timm reads' in ensemble(run, missing, code=2)
@@ -167,6 +167,9 @@ def test_bad_input(run, images, tmp_path):
     shutil.rmtree(tmp_path / 'test/d')
     shutil.rmtree(tmp_path / 'test/a')  # b would be class 0
     assert "must hold images of the same classes; only one of them has a\n" in ensemble(run, tmp_path, code=2)
+    shutil.rmtree(tmp_path / 'train/a')
+    ensemble(run, tmp_path)
+    assert f'{tmp_path} holds images of 2 classes, the model knows 3: they are taken for its first ones' in caplog.text
 
     out = tmp_path / 'average.pth'
     out.write_text('mine')

@@ -104,9 +104,10 @@ def test_crops_of_two_kinds(timm_scripts, more):
         check_crops(argparse.Namespace(**{**vars(args), 'crop_padding': 4, **more}))
 
 
-def test_dbb_is_not_both_compiled_and_checkpointed():
+@pytest.mark.parametrize('log_branches', [True, False])
+def test_dbb_is_not_both_compiled_and_checkpointed(log_branches):
     args = argparse.Namespace(
-        model='repan_resnet18_cifar', model_kwargs=dict(rep_layer='dbb'), log_branches=True, capture=None,
+        model='repan_resnet18_cifar', model_kwargs=dict(rep_layer='dbb'), log_branches=log_branches, capture=None,
         torchcompile='inductor', grad_checkpointing=True)
     with pytest.raises(timm_rep.UserError, match='wrong gradients of the DBB layers of repan_resnet18_cifar'):
         check_model(args, timm_rep.AnnealingSchedule(1, 2))

@@ -222,6 +222,8 @@ def export_folder(
     """
     path = new_folder(path)
     training_folder = None if training_folder is None else new_folder(training_folder)
+    if training_folder is not None and (training_folder in (path, *path.parents) or path in training_folder.parents):
+        raise UserError(f'the training form needs a folder beside {path}, not in or around it, got {training_folder}')
     training_form = _copy_of(model, label_names)
     architecture = training_form.pretrained_cfg['architecture']
     if training_folder is not None:

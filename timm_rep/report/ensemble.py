@@ -7,6 +7,7 @@ Source: `Snapshot Ensembles: Train 1, Get M for Free` (ICLR 2017), and, for the 
 Wider Optima and Better Generalization` (SWA, UAI 2018).
 """
 import itertools
+import logging
 import math
 import re
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from ..models.checkpoint_filter import first_names
 from .images import Score, as_device, evaluate, open_images, with_progress
 
 __all__ = ['EnsembleResult', 'average_outputs', 'evaluate_snapshots', 'find_snapshots']
+
+_logger = logging.getLogger(__name__)
 
 BN_IMAGES = 2048
 BATCH_SIZE = 128  # if the run does not say
@@ -172,6 +175,10 @@ def evaluate_snapshots(
         raise UserError(
             f'the splits {val_split!r} and {train_split!r} of {data_dir} must hold images of the same classes; only '
             f'one of them has {first_names(of_one_split)}')
+    if 0 < len(_classes(val_loader)) < models[0].num_classes:
+        _logger.warning(
+            '%s holds images of %d classes, the model knows %d: they are taken for its first ones',
+            data_dir, len(_classes(val_loader)), models[0].num_classes)
     train_batches, bn_images = _some_images(train_loader, bn_images, batch_size)
     update_bn(with_progress(train_batches, 'batch norms', progress), average, device)
 

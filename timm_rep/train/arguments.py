@@ -291,20 +291,22 @@ def take_start_settings(args: argparse.Namespace) -> None:
 
 
 def check_model(args: argparse.Namespace, schedule: AnnealingSchedule) -> None:
-    """Refuse a model without branches, where something is to be done with them.
+    """Refuse a model without branches, where something is to be done with them, and options that do them harm.
 
     Args:
         args: timm's arguments with the wrapper's.
         schedule: The time steps.
 
     Raises:
-        UserError: If the model is not known or has no rep layers, an option of timm's takes them apart, the weights
-            to start from have no branches, or for ``--capture`` where there can be no graph.
+        UserError: If the model is not known or has no rep layers, an option of timm's takes them apart, two of them
+            make their gradients wrong, the weights to start from have no branches, or for ``--capture`` where there
+            can be no graph.
         HubError: If the model is on the Hub and its description cannot be had.
     """
     unfit = [option for option in UNFIT_OPTIONS if getattr(args, option, False)]
+    recomputes = getattr(args, 'torchcompile', None) is not None and getattr(args, 'grad_checkpointing', False)
     worked_with = schedule.anneals or args.log_branches
-    if not worked_with and not unfit and not args.capture:
+    if not (worked_with or unfit or recomputes or args.capture):
         return  # timm's own training of any model
     model = create_model(args.model, **(getattr(args, 'model_kwargs', None) or {}))
     if args.capture:
@@ -312,6 +314,10 @@ def check_model(args: argparse.Namespace, schedule: AnnealingSchedule) -> None:
     has_branches = any(annealed_modules(model))
     if unfit and has_branches:
         raise UserError(f'--{unfit[0].replace("_", "-")} takes the rep layers apart; train without it')
+    if recomputes and any(isinstance(module, NormPad2d) for module in model.modules()):
+        raise UserError(
+            f'--torchcompile together with --grad-checkpointing gives wrong gradients of the DBB layers of '
+            f'{args.model}; train with one of the two')
     if not worked_with:
         return
     if not has_branches:
@@ -320,11 +326,6 @@ def check_model(args: argparse.Namespace, schedule: AnnealingSchedule) -> None:
             'models that have'
         )
     _check_form(args)
-    recomputes = getattr(args, 'torchcompile', None) is not None and getattr(args, 'grad_checkpointing', False)
-    if recomputes and any(isinstance(module, NormPad2d) for module in model.modules()):
-        raise UserError(
-            f'--torchcompile together with --grad-checkpointing gives wrong gradients of the DBB layers of '
-            f'{args.model}; train with one of the two')
 
 
 def _check_capture(args: argparse.Namespace, model: nn.Module) -> None:
