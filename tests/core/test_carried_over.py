@@ -160,6 +160,21 @@ def test_convolutions_that_are_more_than_that_are_not_taken():
             expand(model, 'orepa')
 
 
+@pytest.mark.parametrize('compute', [lambda conv: prune.l1_unstructured(conv, 'weight', 0.5), weight_norm])
+def test_networks_with_computed_kernels_are_copied(compute):
+    model = tiny_resnet().double()
+    compute(model.layer1[0].conv1)
+    x = randn(2, 3, 32, 32)
+    expected = model.eval()(x)
+    rep = expand(model, 'orepa')
+    for form in (rep, fuse(rep)):
+        assert type(form.layer1[0].conv1) is nn.Conv2d
+        assert_near(form(x), expected, RTOL)
+        for parameter in form.parameters():
+            nn.init.zeros_(parameter)
+        assert torch.equal(model(x), expected)
+
+
 @pytest.mark.parametrize('wrap', [torch.compile, nn.DataParallel, lambda model: torch.compile(nn.DataParallel(model))])
 def test_wrappers_are_taken_off_before_fusing_and_put_on_after_expanding(wrap):
     model = tiny_resnet().eval()

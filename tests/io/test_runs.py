@@ -149,7 +149,8 @@ def test_without_validation_the_figure_of_the_training_is_compared(checkpoint):
 @pytest.mark.parametrize(('args', 'use_ema', 'measured'), [
     ({}, False, True), ({}, True, False), (dict(model_ema=True), True, True), (dict(model_ema=True), False, False),
     (dict(model_ema=True, model_ema_force_cpu=True), False, True),
-    (dict(model_ema=True, model_ema_force_cpu=True), True, False)])
+    (dict(model_ema=True, model_ema_force_cpu=True), True, False), (dict(tta=1), False, True),
+    (dict(tta=2), False, False)])
 def test_figures_are_of_the_weights_that_train_py_evaluates_last(checkpoint, args, use_ema, measured, caplog):
     with caplog.at_level(logging.WARNING):
         run = read_run(checkpoint, dict(ARGS, **args), 1, use_ema=use_ema)

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .errors import UserError
 from .layers.norms import is_foldable
-from .walk import HOOKS, copied, image_channels, image_shape
+from .walk import HOOKS, computed_tensors, copied, image_channels, image_shape
 
 __all__ = ['Flow', 'Flows', 'flows_of']
 
@@ -158,7 +158,7 @@ class _Reads(TorchDispatchMode):
 def _on_meta(model: nn.Module) -> nn.Module:
     """A copy without values; the model's own are not copied on the way."""
     memo: Dict[int, Any] = {}
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
+    for tensor in itertools.chain(model.parameters(), model.buffers(), computed_tensors(model)):
         empty = torch.empty_like(tensor, device='meta')
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
     return copy.deepcopy(model, memo)

@@ -1,6 +1,7 @@
 """Finding things in a model: rep layers, what stands beside and around a module, its image channels."""
 import copy
 import gc
+import itertools
 import types
 import weakref
 from typing import Any, Dict, FrozenSet, Iterator, List, Optional, Set, Tuple, TypeVar
@@ -8,6 +9,7 @@ from typing import Any, Dict, FrozenSet, Iterator, List, Optional, Set, Tuple, T
 import torch
 import torch.nn as nn
 from timm.utils import ModelEmaV2, ModelEmaV3
+from torch import Tensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
@@ -17,9 +19,9 @@ from .layers.annealed import check_attach_rate
 from .layers.norms import is_norm
 
 __all__ = [
-    'HOOKS', 'SECOND_PLACE', 'ModelT', 'ancestors_of', 'annealed_modules', 'conv_name', 'copied', 'folded_norms',
-    'held_elsewhere', 'image_channels', 'image_shape', 'move_hooks', 'names_of', 'next_sibling', 'norm_behind',
-    'parent_of', 'reads_between', 'rep_layers', 'set_attach_rate', 'unwrapped',
+    'HOOKS', 'SECOND_PLACE', 'ModelT', 'ancestors_of', 'annealed_modules', 'computed_tensors', 'conv_name', 'copied',
+    'folded_norms', 'held_elsewhere', 'image_channels', 'image_shape', 'move_hooks', 'names_of', 'next_sibling',
+    'norm_behind', 'parent_of', 'reads_between', 'rep_layers', 'set_attach_rate', 'unwrapped',
 ]
 
 ModelT = TypeVar('ModelT', bound=nn.Module)
@@ -54,9 +56,15 @@ def unwrapped(model: Any) -> Any:
     return model
 
 
+def computed_tensors(model: nn.Module) -> List[Tensor]:
+    """What hooks compute for the next forward and deepcopy refuses: kernels under pruning or weight norm."""
+    attributes = itertools.chain.from_iterable(vars(module).values() for module in model.modules())
+    return [value for value in attributes if isinstance(value, Tensor) and not value.is_leaf]
+
+
 def copied(model: ModelT) -> ModelT:
     """A deep copy in the same mode, training or eval; that of a traced graph (torch.fx) would train."""
-    twin = copy.deepcopy(model)
+    twin = copy.deepcopy(model, {id(value): value.detach().clone() for value in computed_tensors(model)})
     for old, new in zip(model.modules(), twin.modules()):
         new.training = old.training
     return twin

@@ -1,5 +1,4 @@
 """Fused models in the formats of other runtimes, each compared with PyTorch before it gets its name."""
-import copy
 import io
 import warnings
 from pathlib import Path
@@ -12,7 +11,7 @@ from timm.utils import reparameterize_model
 from ..core.errors import UserError
 from ..core.fuse import fuse
 from ..core.verify import Difference, compare_outputs
-from ..core.walk import image_shape, unwrapped
+from ..core.walk import copied, image_shape, unwrapped
 from .extras import require_extra
 from .output import new_output, written_whole
 
@@ -32,7 +31,7 @@ CHECKED_BATCHES = (1, 2, 5)
 
 def _deploy_form(model: nn.Module) -> nn.Module:
     """A fused copy; branches that the stock model has itself (RepVGG's) are folded too."""
-    fused = reparameterize_model(fuse(copy.deepcopy(unwrapped(model)).eval().cpu()))
+    fused = reparameterize_model(fuse(copied(unwrapped(model)).eval().cpu()))
     return fused.float().eval()
 
 

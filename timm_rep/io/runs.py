@@ -310,6 +310,9 @@ def _metrics(row: Optional[Mapping[str, float]], args: Mapping[str, Any], use_em
         _logger.warning('the run noted figures of its averaged weights, not of these; use_ema (--use-ema) takes those')
     if row is None or use_ema != noted_ema:
         return {}
+    if (args.get('tta') or 0) > 1:
+        _logger.warning('the figures of the run are not taken: --tta %s made them of neighbouring images', args['tta'])
+        return {}
     found = {name: row.get(column, math.nan) for name, column in SUMMARY_METRICS.items()}
     return {name: value for name, value in found.items() if math.isfinite(value)}
 
