@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from command_line import call
-from helpers import MODEL_RTOL, OLD_TIMM, assert_near, assert_same_state, randn, randomize_
+from helpers import MODEL_RTOL, OLD_TIMM, assert_near, assert_same_state, own_warnings, randn, randomize_
 from hub_publishing import fused_wrongly
 from safetensors.torch import load_file
 
@@ -322,12 +322,13 @@ def test_annealed_model_names_its_time_steps(tmp_path):
 
 
 @pytest.mark.skipif(OLD_TIMM, reason='this timm does not keep the arguments of a model')
-def test_arguments_that_cannot_be_written_down(tmp_path):
+def test_arguments_that_cannot_be_written_down(tmp_path, caplog):
     """The card then says how to expand the stock form, and not how to build the training form by its name."""
     model = timm.create_model('repan_mobilenetv1_100', num_classes=5, rep_layer=timm_rep.ACB())
     kwargs = dict(data_config=dict(input_size=(3, 64, 64)), training_folder=tmp_path / 'train')
     timm_rep.export_folder(model, tmp_path / 'model', **kwargs)
     assert config_of(tmp_path / 'train')['model_args']['rep_layer'] == 'acb'
+    assert not own_warnings(caplog)  # of what was tried for the card
     card = (tmp_path / 'model' / 'README.md').read_text()
     assert "pretrained=True), 'acb')" in card
     assert '--pretrained-path' not in card

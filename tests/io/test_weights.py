@@ -381,19 +381,28 @@ def test_a_file_is_replaced_only_if_asked(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='links')
+@pytest.mark.parametrize('name', ['1.safetensors', 'blob'])
 @pytest.mark.parametrize('there', [True, False])
-def test_a_link_stays_a_link(tmp_path, there):
+def test_a_link_stays_a_link(tmp_path, there, name):
     (tmp_path / 'weights').mkdir()
-    target, link = tmp_path / 'weights/1.safetensors', tmp_path / 'latest.safetensors'
+    target, link = tmp_path / 'weights' / name, tmp_path / 'latest.safetensors'
     if there:
         target.touch()
     link.symlink_to(target)
     model = of_timm()
     save(model, link, replace=there)
     assert link.is_symlink()
-    assert_same(load(target), model)
-    with pytest.raises(FileExistsError, match=r'weights/1\.safetensors exists already'):
+    assert not target.is_symlink()
+    assert_same(load(link), model)
+    with pytest.raises(FileExistsError, match=r'latest\.safetensors exists already'):
         save(model, link)
+
+
+def test_names_may_be_as_long_as_can_be(tmp_path):
+    file = tmp_path / ('x' * 243 + '.safetensors')
+    model = of_timm()
+    save(model, file)
+    assert_same(load(file), model)
 
 
 @pytest.mark.parametrize('name', ['x.safetensors', 'x.pth', 'a/b/x.pth'])

@@ -80,6 +80,10 @@ def test_the_batch_fits_the_size_of_the_images(monkeypatch, size, batch):
     assert bench_models(['test_resnet'], rounds=1, img_size=size)['batch'] == batch
 
 
+def test_models_of_different_numbers_of_classes_are_timed():
+    assert len(bench_models(['test_resnet', 'orepa_repvgg_a0_cifar'], batch=64, rounds=1, img_size=32)['models']) == 2
+
+
 def test_micro_batches_make_the_step_of_one_large_batch():
     images, targets = torch.randn(3, 3, 16, 16), torch.tensor([0, 1, 2])
     model = expand(nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten()), select='0')

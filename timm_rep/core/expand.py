@@ -14,7 +14,7 @@ from .layers import AnnealedRepVggBlock, FoldedNorm
 from .layers.hosted import HOSTS, hosted
 from .layers.norms import is_foldable
 from .layers.rep import Rep
-from .methods import Method, MethodLike, Place
+from .methods import Method, Place
 from .selection import KXK_CONV, Methods, Network, Select, assign, repvgg_blocks, what_is_left, why_nothing
 from .sharded import check_whole
 from .walk import ModelT, copied, move_hooks, names_of, next_sibling, parent_of, unwrapped
@@ -111,7 +111,7 @@ def expand(
     return expanded
 
 
-def expand_fresh_(model: ModelT, method: MethodLike, generator: Optional[torch.Generator] = None) -> ModelT:
+def expand_fresh_(model: ModelT, method: Methods, generator: Optional[torch.Generator] = None) -> ModelT:
     """Swap the convolutions of a new model for freshly drawn rep layers, in place: the start of a training.
 
     Args:

@@ -14,7 +14,7 @@ from timm.models import save_for_hf
 
 from .._version import __version__
 from ..core.errors import UserError
-from ..core.expand import expand
+from ..core.expand import expand_fresh_
 from ..core.expansion import Expansion, expansion_of
 from ..core.fuse import fuse
 from ..core.verify import check_values, verify
@@ -95,8 +95,8 @@ def check_training_form(model: Any) -> None:
         layers = expansion_of(create_model(architecture, **args)).to_list()
     if layers != expansion_of(model).to_list():
         raise UserError(
-            f'the training form cannot be exported: timm does not build its layers as {architecture} '
-            f'{f"with {args} " if args else ""}; leave it out, or keep it with timm_rep.save')
+            f'the training form cannot be exported: timm does not build its layers as {architecture}'
+            f'{f" with {args}" if args else ""}; leave it out, or keep it with timm_rep.save')
 
 
 def _expanding(fused: nn.Module, expansion: Expansion) -> Optional[Expanding]:
@@ -106,7 +106,7 @@ def _expanding(fused: nn.Module, expansion: Expansion) -> Optional[Expanding]:
     candidates: List[Expanding] = [*dict.fromkeys(expansion.methods.values()), by_name]
     for methods in candidates:
         try:
-            if expansion_of(expand(fused, methods)).to_list() == expansion.to_list():
+            if expansion_of(expand_fresh_(copied(fused), methods)).to_list() == expansion.to_list():
                 return methods
         except UserError:  # of a method that takes nothing here, or not all of this
             continue

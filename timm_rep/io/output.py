@@ -41,7 +41,7 @@ def new_output(
         replace: Let it be a file that exists.
 
     Returns:
-        The path; of a link, that which it points to.
+        The path.
 
     Raises:
         UserError: For another suffix.
@@ -49,8 +49,6 @@ def new_output(
         NotADirectoryError: If there is a file where a folder around it would be.
     """
     path = Path(path)
-    if path.is_symlink():
-        path = Path(os.path.realpath(path))
     if path.suffix not in suffixes and (path.suffix in OTHER_SUFFIXES or not folder_allowed):
         allowed = ' or '.join(suffixes) + (', or be the name of a Hub folder' if folder_allowed else '')
         raise UserError(f'output {path} must end in {allowed}')
@@ -99,13 +97,13 @@ def clear_left_behind(folder: Path) -> None:
     Args:
         folder: Folder that no other process writes to.
     """
-    for path in folder.glob(f'.tmp-{"[0-9a-f]" * 8}.*'):
+    for path in folder.glob(f'.tmp-{"[0-9a-f]" * 8}*'):
         _leave_nothing(path)
 
 
 def _permit_as_usual(path: Path) -> None:
     """Give files the permissions of any new file; safetensors writes such that only their owner can read."""
-    usual = path.with_name(f'{path.name}.mode')
+    usual = path.with_suffix('.mode')
     usual.touch()
     mode = usual.stat().st_mode
     usual.unlink()
@@ -115,12 +113,13 @@ def _permit_as_usual(path: Path) -> None:
 
 
 @contextmanager
-def written_whole(path: Path, *, replace: bool = False) -> Iterator[Path]:
+def written_whole(path: Path, *, replace: bool = False, follow: bool = True) -> Iterator[Path]:
     """A file or folder to write, which gets its name only when all went well.
 
     Args:
         path: New file or folder, or an empty folder; those around it are made.
         replace: Let it be a file that is there already.
+        follow: Write what a link points to, instead of a file in the place of the link.
 
     Yields:
         Where to write it.
@@ -128,7 +127,9 @@ def written_whole(path: Path, *, replace: bool = False) -> Iterator[Path]:
     Raises:
         OSError: If it cannot be written, or the file is there. Nothing is left then, and nothing is changed.
     """
-    temporary = path.with_name(f'.tmp-{uuid.uuid4().hex[:8]}.{path.name}')
+    if follow and path.is_symlink():
+        path = Path(os.path.realpath(path))
+    temporary = path.with_name(f'.tmp-{uuid.uuid4().hex[:8]}{path.suffix}')  # short: names may be as long as can be
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

@@ -229,7 +229,7 @@ def bench_models(
         batch = min(max(TIMING_BATCH * TIMING_PIXELS // (input_size[1] * input_size[2]), TIMING_BATCH), MOST_TIMED)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     images = torch.randn(batch, *input_size).to(device, memory_format=layout)
-    targets = torch.randint(baseline.num_classes, (batch,), device=device)
+    targets = torch.randint(min(model.num_classes for model in models.values()), (batch,), device=device)
     for model in models.values():
         model.to(device, memory_format=layout)
         if device.type == 'cuda' and linear_layers(model):

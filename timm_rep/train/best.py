@@ -60,7 +60,7 @@ def keep_resumed(path: Path) -> None:
     epoch = read_checkpoint(path).epoch
     kept = None if epoch is None else _checkpoint(path.parent, epoch)
     if kept is not None and kept != path:
-        with written_whole(kept, replace=True) as temporary:
+        with written_whole(kept, replace=True, follow=False) as temporary:
             shutil.copyfile(path, temporary)
 
 

@@ -106,7 +106,7 @@ def go_back(path: Path, epoch: int) -> None:
             f'{path.parent} goes back to epoch {epoch}: its rows to epoch {rows[-1]["epoch"]} go, and the checkpoints '
             'of these epochs as new ones are written')
     if not (last.exists() and last.samefile(path)):
-        with written_whole(last, replace=True) as temporary:
+        with written_whole(last, replace=True, follow=False) as temporary:
             shutil.copyfile(path, temporary)
 
 
@@ -274,5 +274,5 @@ def drop_rows(path: Path, epoch: float = math.inf) -> None:
     elif not kept:
         path.unlink()
     if kept:
-        with written_whole(path, replace=True) as temporary, temporary.open('w', newline='') as file:
+        with written_whole(path, replace=True, follow=False) as temporary, temporary.open('w', newline='') as file:
             csv.writer(file).writerows(kept)
