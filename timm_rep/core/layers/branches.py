@@ -188,27 +188,6 @@ class NormedBranches(AnnealedModule):
         sides = {name: side.weight.grad for name, side in self._side_convs().items()}
         return dict(gradients, **{name: grad for name, grad in sides.items() if grad is not None})
 
-    def _output_statistics(self) -> Tuple[Tensor, Tensor]:
-        """Mean and variance ``(o,)`` of the outputs, as the weights and biases of the branches' last norms imply them.
-
-        A norm's outputs have its bias for mean and its weight for standard deviation. So the mean is exact; the
-        variance is as if the branches were uncorrelated.
-        """
-        conv, norm = self._origin()
-        if isinstance(conv, NormedBranches):
-            mean, var = conv._output_statistics()
-        else:
-            mean, var = norm.bias, norm.weight.square()
-        for side in self._side_norms():
-            mean = mean + self.attach_rate * side.bias
-            var = var + (self.attach_rate * side.weight).square()
-        return mean, var
-
-    def _implied_statistics(self, bias: Tensor) -> Tuple[Tensor, Tensor]:
-        """Mean and variance ``(o,)`` of the outputs of the folded kernel, whose bias is given."""
-        mean, var = self._output_statistics()
-        return mean - bias, var
-
     @torch.no_grad()
     def restore_(self, weight: Tensor, bias: Optional[Tensor] = None) -> None:
         """Make the module compute exactly this kernel and bias in eval mode, whatever the side branches hold.

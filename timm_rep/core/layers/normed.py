@@ -1,6 +1,6 @@
 """Layers with a batch norm in every branch, which stand for a convolution together with the norm behind it."""
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple, Type, TypeVar, Union
+from typing import TYPE_CHECKING, Any, Dict, Optional, Sequence, Tuple, Type, TypeVar, Union
 
 import torch
 import torch.nn as nn
@@ -179,10 +179,9 @@ class NormedRepLayer(FixedGeometry, NormedBranches, RepLayer):
     def fuse_conv_norm(self) -> Tuple[nn.Conv2d, nn.BatchNorm2d]:
         """The stock pair: a convolution and a batch norm that have the layer's outputs in eval mode.
 
-        Any statistics would do for that. The norm gets those that the branches' norms imply for further training: the
-        sum of their means, and of their variances as if the branches were uncorrelated. It is frozen if the origin's
-        is, and synchronized. The convolution has a bias if the one had that the layer was made for: zeros, since what
-        it adds is in the norm's mean.
+        Any statistics would do for that. The norm gets those that further training needs
+        (:meth:`_output_statistics`). It is frozen if the origin's is, and synchronized. The convolution has a bias if
+        the one had that the layer was made for: zeros, since what it adds is in the norm's mean.
 
         Returns:
             Convolution and batch norm, trainable where any branch is.
@@ -199,7 +198,7 @@ class NormedRepLayer(FixedGeometry, NormedBranches, RepLayer):
                 'of the stock form'
             )
         kernel, bias = self._fold()
-        mean, var = (value.to(origin.weight.dtype) for value in self._implied_statistics(bias))
+        mean, var = (value.to(origin.weight.dtype) for value in self._output_statistics(bias))
         norm = nn.BatchNorm2d(self.out_channels, origin.eps, device=mean.device, dtype=mean.dtype)
         hidden = self._hidden()
         own_mean, own_var = kept_statistics(origin)
@@ -223,6 +222,26 @@ class NormedRepLayer(FixedGeometry, NormedBranches, RepLayer):
             kernel, None if self.stock_bias is None else torch.zeros_like(kernel[:, 0, 0, 0]), self._trains_kernel(),
             trains_bias)
         return conv, synchronized_as(origin, norm).train(origin.training)
+
+    def _output_statistics(self, bias: Tensor) -> Tuple[Tensor, Tensor]:
+        """Mean and variance ``(o,)`` of what the folded kernel computes without its bias, which is given.
+
+        If no norm beside the origin's has seen a batch, these are the origin's, which are then those of the stock norm.
+
+        Else the norms imply them: outputs of a norm have its bias for mean and its weight for standard deviation. So
+        the mean is exact; the variance is as if the pixels of the input were uncorrelated, when it goes as the squared
+        norm of a kernel: the sum of the branches' variances, times the square of the sum of their kernels over the sum
+        of squares.
+        """
+        own_mean, own_var = kept_statistics(self.norm_kxk)
+        mean: Tensor = self.norm_kxk.bias
+        var = self.norm_kxk.weight.square()
+        for side in self._side_norms():
+            mean = mean + self.attach_rate * side.bias
+            var = var + (self.attach_rate * side.weight).square()
+        var = var * _square_of_sum_over_sum_of_squares(list(self.branch_kernels().values()))
+        seen = torch.stack([_has_seen_a_batch(norm) for norm in self._side_norms()]).any()
+        return torch.where(seen, mean - bias, own_mean), torch.where(seen, var, own_var)
 
     def stock_form(self, behind: Optional[nn.Module]) -> Tuple[nn.Module, Optional[nn.Module]]:
         if not isinstance(behind, FoldedNorm):
@@ -333,6 +352,24 @@ class NormedRepLayer(FixedGeometry, NormedBranches, RepLayer):
             layer.norm_kxk.load_state_dict(values)
             layer.absorb_norm_(conv.weight, conv.bias)
         return layer
+
+
+def _square_of_sum_over_sum_of_squares(branches: Sequence[Tensor]) -> Tensor:
+    """For every output of kernels ``(o, i/g, h, w)``, ``(o,)``; one where all are zero."""
+    flat = torch.stack([kernel.flatten(1) for kernel in branches])
+    peak = flat.abs().amax((0, 2), keepdim=True)
+    flat = flat / torch.where(peak > 0, peak, 1.0)  # squares of the smallest floats are zero
+    ratio = flat.sum(0).square().sum(1) / flat.square().sum((0, 2))
+    return torch.where(peak.flatten() > 0, ratio, 1.0)
+
+
+def _has_seen_a_batch(norm: nn.BatchNorm2d) -> Tensor:
+    """Whether the statistics of a norm come from batches, of a frozen one not; as a tensor, which may be on meta."""
+    if is_frozen(norm):
+        return torch.zeros_like(norm.weight[0], dtype=torch.bool)
+    if norm.num_batches_tracked is None:
+        return torch.ones_like(norm.weight[0], dtype=torch.bool)
+    return norm.num_batches_tracked > 0
 
 
 def _is_plain(conv: nn.Module) -> bool:
