@@ -171,8 +171,6 @@ def measure_statistics(model: nn.Module, batches: Iterable[Tensor], sides: bool)
         if meter.batches:  # what the network does not run keeps what it has
             for statistic, measured in zip(kept_statistics(norm), meter.statistics()):
                 statistic.copy_(measured)
-            if norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.add_(meter.batches)
     for module, meter in origins:
         if meter.batches:
             module.keep_statistics_(*meter.statistics())

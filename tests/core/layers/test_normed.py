@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from helpers import LINEAR_RTOL, MODEL_RTOL, TINY_MODELS, assert_near, assert_same_state, randn, randomize_, state_of
-from timm.layers import BatchNormAct2d, StdConv2d, freeze_batch_norm_2d
+from timm.layers import BatchNormAct2d, StdConv2d, freeze_batch_norm_2d, unfreeze_batch_norm_2d
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
@@ -387,9 +387,8 @@ def test_layer_from_a_convolution_has_its_function(case, dtype, with_norm):
     assert_near(layer(x), norm(conv(x)) if with_norm else conv(x), MODEL_RTOL[dtype])
     assert_same_state(state_of(layer), state_of(again))
     if with_norm:
-        gain = norm.weight * torch.rsqrt(norm.running_var + norm.eps)  # it is in the origin's kernel
-        assert_near(layer.norm_kxk.running_mean, gain * norm.running_mean, LINEAR_RTOL[dtype])
-        assert_near(layer.norm_kxk.running_var, gain.square() * norm.running_var, LINEAR_RTOL[dtype])
+        for name in ('weight', 'running_mean', 'running_var'):
+            assert torch.equal(getattr(layer.norm_kxk, name), getattr(norm, name))
         assert {(own.eps, own.momentum) for own in norms_of(layer).values()} == {(1e-3, 0.2)}
 
 
@@ -526,23 +525,47 @@ def test_norms_of_the_stock_form_have_the_statistics_of_its_convolution(case):
 
 @kinds
 @pytest.mark.parametrize('frozen', [False, True], ids=['live', 'frozen'])
-def test_norms_of_the_stock_form_are_as_before_if_nothing_was_trained(case, frozen):
-    """However often a pair is expanded and fused; values of the side branches' own make no difference."""
+@torch.no_grad()
+def test_stock_form_is_as_before_if_nothing_was_trained(case, frozen):
+    """However often a pair is expanded and fused."""
     cls, c_in, c_out, size, geometry, options = split_case(case)
-    conv = nn.Conv2d(c_in, c_out, size, bias=False, dtype=torch.float64, **geometry)
-    norm = randomize_(nn.BatchNorm2d(c_out, dtype=torch.float64))
+    conv = nn.Conv2d(c_in, c_out, size, dtype=torch.float64, **geometry)
+    norm = randomize_(nn.BatchNorm2d(c_out, dtype=torch.float64)).eval()
+    norm.weight[:4] = torch.tensor([-1.5, 1e-5, -1e-20, 1e-40])
     norm.num_batches_tracked.fill_(3)
     x = randn(2, c_in, 15, 16, seed=5, dtype=torch.float64)
-    expected, gain = norm.eval()(conv(x)), norm.weight.abs()
-    for seed in range(8):
+    kernel, expected, before = conv.weight.clone(), norm(conv(x)), state_of(norm)
+    before['running_mean'] -= conv.bias  # the pair has a bias of zero then
+    for seed in range(12):
         layer = cls.from_conv(conv, torch.Generator().manual_seed(seed), norm=norm, **options)
+        assert_near(layer(x), expected, 1e-12)
         if frozen:
             layer = freeze_batch_norm_2d(layer)
         conv, stock = layer.fuse_conv_norm()
-        assert_near(stock.weight, gain, 1e-4)  # all but eps
-        norm = norm if frozen else stock
+        for name, value in stock.state_dict().items():
+            assert_near(value, before[name], 1e-12)
+        for n in range(c_out):
+            assert_near(conv.weight[n], kernel[n], 1e-12)
         norm.load_state_dict(stock.state_dict(), strict=False)
-    assert_near(norm(conv(x)), expected, 1e-9)
+
+
+@kinds
+@pytest.mark.parametrize('frozen', [False, True], ids=['live', 'frozen'])
+def test_stock_form_goes_on_in_training_mode(case, frozen):
+    """Its outputs are as large as those in eval mode, however small the gains, also after a time of frozen norms."""
+    layer = make(case, 0.7, torch.float64)
+    for norm in layer._norms():
+        norm.momentum = None
+        with torch.no_grad():
+            norm.weight[::2] *= 1e-4
+    x = randn(8, layer.in_channels, 30, 30, seed=5, dtype=torch.float64)
+    for _ in range(3):
+        layer.train()(x)
+    layer.eval()
+    conv, norm = (freeze_batch_norm_2d(layer) if frozen else layer).fuse_conv_norm()
+    norm = unfreeze_batch_norm_2d(norm)
+    std, expected = norm.train()(conv(x)).std((0, 2, 3)), norm.eval()(conv(x)).std((0, 2, 3))
+    assert (std / expected).log().abs().max() < 0.1
 
 
 @forms

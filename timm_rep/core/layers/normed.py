@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import kernels
 from ..errors import UserError
 from ..methods import Method, Place
+from ..precision import full_float32, without_autocast
 from .annealed import check_kernel
 from .base import RepLayer, is_trainable, kaiming_uniform_
 from .branches import NormedBranches
@@ -26,6 +27,7 @@ from .norms import (
 
 __all__ = ['NormedMethod', 'NormedRepLayer', 'is_foldable_pair']
 
+HIDDEN = 1e-30  # what gains below this leave of the outputs is no part of any sum
 MAX_KERNEL_SIZE = 5  # larger ones are left alone: the papers' networks have none but the stem's
 
 
@@ -179,9 +181,10 @@ class NormedRepLayer(FixedGeometry, NormedBranches, RepLayer):
     def fuse_conv_norm(self) -> Tuple[nn.Conv2d, nn.BatchNorm2d]:
         """The stock pair: a convolution and a batch norm that have the layer's outputs in eval mode.
 
-        Any statistics would do for that. The norm gets those that further training needs
-        (:meth:`_output_statistics`). It is frozen if the origin's is, and synchronized. The convolution has a bias if
-        the one had that the layer was made for: zeros, since what it adds is in the norm's mean.
+        Any gain and statistics would do for that; the norm gets those that further training needs. It has them from the
+        pair that the layer was made for if no branch was trained with batches since. It is frozen if the origin's is,
+        and synchronized. The convolution has a bias if the one had that the layer was made for: zeros, since what it
+        adds is in the norm's mean.
 
         Returns:
             Convolution and batch norm, trainable where any branch is.
@@ -198,14 +201,15 @@ class NormedRepLayer(FixedGeometry, NormedBranches, RepLayer):
                 'of the stock form'
             )
         kernel, bias = self._fold()
-        mean, var = (value.to(origin.weight.dtype) for value in self._output_statistics(bias))
-        norm = nn.BatchNorm2d(self.out_channels, origin.eps, device=mean.device, dtype=mean.dtype)
+        mean, var, gain = (value.to(origin.weight.dtype) for value in self._stock_norm(bias))
         hidden = self._hidden()
+        gain = torch.where(hidden, 1.0, gain)
+        norm = nn.BatchNorm2d(self.out_channels, origin.eps, device=mean.device, dtype=mean.dtype)
+        kernel, gamma, beta = kernels.unfold_norm(kernel, bias, mean, var, norm.eps, gain)
         own_mean, own_var = kept_statistics(origin)
         mean, var = torch.where(hidden, own_mean, mean), torch.where(hidden, own_var, var)
-        kernel, gamma, beta = kernels.unfold_norm(kernel, bias, mean, var, norm.eps)
         kernel = torch.where(hidden.view(-1, 1, 1, 1), self.conv_kxk.weight, kernel)
-        gamma, beta = torch.where(hidden, 0.0, gamma), torch.where(hidden, bias.to(beta), beta)
+        gamma, beta = torch.where(hidden, origin.weight, gamma), torch.where(hidden, bias.to(beta), beta)
         values = dict(origin.state_dict(), weight=gamma, bias=beta, running_mean=mean, running_var=var)
         if is_frozen(origin):
             norm = freeze_batch_norm_2d(norm)
@@ -223,25 +227,33 @@ class NormedRepLayer(FixedGeometry, NormedBranches, RepLayer):
             trains_bias)
         return conv, synchronized_as(origin, norm).train(origin.training)
 
-    def _output_statistics(self, bias: Tensor) -> Tuple[Tensor, Tensor]:
-        """Mean and variance ``(o,)`` of what the folded kernel computes without its bias, which is given.
+    def _stock_norm(self, bias: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and gain ``(o,)`` of a norm behind the folded kernel, whose bias is given, for training.
 
-        If no norm beside the origin's has seen a batch, these are the origin's, which are then those of the stock norm.
+        If no norm but the origin's has seen a batch, they are the origin's, which has those of the stock norm.
 
-        Else the norms imply them: outputs of a norm have its bias for mean and its weight for standard deviation. So
-        the mean is exact; the variance is as if the pixels of the input were uncorrelated, when it goes as the squared
-        norm of a kernel: the sum of the branches' variances, times the square of the sum of their kernels over the sum
-        of squares.
+        Else the norms imply them: outputs of a norm have its bias for mean and, but for eps, its gain for standard
+        deviation. So the mean is exact; the variance is as if the pixels of the input were uncorrelated, when it goes
+        as the squared norm of a kernel: the sum of the branches' variances, times the square of the sum of their
+        kernels over the sum of their squares. The scale of the kernel is the branches' own.
         """
-        own_mean, own_var = kept_statistics(self.norm_kxk)
-        mean: Tensor = self.norm_kxk.bias
-        var = self.norm_kxk.weight.square()
-        for side in self._side_norms():
-            mean = mean + self.attach_rate * side.bias
-            var = var + (self.attach_rate * side.weight).square()
-        var = var * _square_of_sum_over_sum_of_squares(list(self.branch_kernels().values()))
-        seen = torch.stack([_has_seen_a_batch(norm) for norm in self._side_norms()]).any()
-        return torch.where(seen, mean - bias, own_mean), torch.where(seen, var, own_var)
+        sides = self._side_norms()
+        origin, norms, rate = self.norm_kxk, (self.norm_kxk, *sides), self.attach_rate.to(bias)
+        own_mean, own_var, own_gain = (value.to(bias) for value in (*kept_statistics(origin), origin.weight))
+        gains = torch.stack([own_gain, *(rate * norm.weight.to(bias) for norm in sides)])
+        means = torch.stack([origin.bias.to(bias), *(rate * norm.bias.to(bias) for norm in sides)])
+        variances = torch.stack([kept_statistics(norm)[1].to(bias) for norm in norms])
+        reached = torch.stack([var / (var + norm.eps) for var, norm in zip(variances, norms)])
+        peak = gains.abs().amax(0)
+        shares = (gains / torch.where(peak > 0, peak, 1.0)).square()
+        var = (shares * variances).sum(0) / shares.sum(0)
+        square = torch.where(var > 0, (shares * reached).sum(0) * ((var + origin.eps) / var), shares.sum(0))
+        together = _square_of_sum_over_sum_of_squares(list(self.branch_kernels().values()))
+        gain = torch.copysign(peak * torch.sqrt(square * together), own_gain)
+        mean = (means.sum(0) - bias) * torch.sqrt(var + origin.eps) / gain
+        seen = torch.stack([~_is_fresh(norm) for norm in sides]).any()
+        own_gain = torch.where(own_gain == 0, peak, own_gain)
+        return torch.where(seen, mean, own_mean), torch.where(seen, var, own_var), torch.where(seen, gain, own_gain)
 
     def stock_form(self, behind: Optional[nn.Module]) -> Tuple[nn.Module, Optional[nn.Module]]:
         if not isinstance(behind, FoldedNorm):
@@ -258,9 +270,9 @@ class NormedRepLayer(FixedGeometry, NormedBranches, RepLayer):
     def absorb_norm_(self, weight: Tensor, bias: Optional[Tensor] = None) -> None:
         """Make the layer compute, in eval mode, a convolution and the norm behind it, whose values ``norm_kxk`` holds.
 
-        The last norms of the side branches get its gain and bias. The gain goes into the origin's kernel, too, and into
-        the statistics that the origin's norm keeps. Where it is zero it stays zero, and the kernel that it hides stays
-        too: training starts from it (timm's ``zero_init_last``).
+        The origin's norm keeps gain and statistics, those of the convolution without its bias. The last norms of the
+        side branches get its gain and bias. Where the gain is zero, or next to it, the kernel that it hides stays as it
+        is: training starts from it (timm's ``zero_init_last``).
 
         Args:
             weight: Kernel of the convolution ``(o, i/g, kh, kw)``.
@@ -269,30 +281,35 @@ class NormedRepLayer(FixedGeometry, NormedBranches, RepLayer):
         Raises:
             UserError: For another shape. The layer is then unchanged.
         """
+        self.check_parts()
         check_kernel(self, self.weight_shape, weight, bias)
-        norm = self.norm_kxk
-        kernel, folded_bias = fold_batch_norm(weight, bias, norm)
-        for own in self._side_norms():
-            own.weight.copy_(norm.weight)
-            own.bias.copy_(norm.bias)
-        mean, var = kept_statistics(norm)
-        mean.sub_(torch.zeros_like(mean) if bias is None else bias.to(mean))
-        hidden = self._hidden()
-        gain = torch.where(hidden, 1.0, norm.weight * torch.rsqrt(var + norm.eps))
-        mean.mul_(gain)
-        var.mul_(gain.square())
-        self.restore_with_gain_(kernel, folded_bias, torch.sqrt(var + norm.eps))
-        beta = self._fold_origin()[1]
-        norm.weight.masked_fill_(hidden, 0.0)
-        norm.bias.copy_(torch.where(hidden, beta, norm.bias))
-        self.conv_kxk.weight.copy_(torch.where(hidden.view(-1, 1, 1, 1), weight, self.conv_kxk.weight))
+        norm, sides = self.norm_kxk, self._side_norms()
+        with without_autocast(norm.weight), full_float32():
+            kernel, folded_bias = fold_batch_norm(weight, bias, norm)
+            mean, var = kept_statistics(norm)
+            if bias is not None:
+                mean.sub_(bias.to(mean))
+            for own in sides:
+                own.weight.fill_(1.0)
+                own.bias.zero_()
+            side_kernel, side_bias = self._side_kernel_bias()  # so that nothing is divided by a gain
+            std = torch.sqrt(var.to(kernel) + norm.eps).reshape(-1, 1, 1, 1)
+            self.conv_kxk.weight.copy_(weight.to(kernel) - self.attach_rate * std * side_kernel)
+            for own in sides:
+                own.weight.copy_(norm.weight)
+                own.bias.copy_(norm.bias)
+            norm.bias.sub_(self.attach_rate * (len(sides) * norm.bias + norm.weight * side_bias))
+            hidden = self._hidden()
+            composed, composed_bias = self._fold()  # take up the rounding of the first pass
+            gain = torch.where(hidden, 1.0, norm.weight).to(std).reshape(-1, 1, 1, 1)
+            self.conv_kxk.weight.add_((kernel - composed) * (std / gain))
+            norm.bias.add_(folded_bias - composed_bias)
+            self.conv_kxk.weight.copy_(torch.where(hidden.view(-1, 1, 1, 1), weight, self.conv_kxk.weight))
 
     def _hidden(self) -> Tensor:
-        """Which outputs ``(o,)`` show nothing of the input, since the gains of all branches are zero."""
-        hidden = self.norm_kxk.weight == 0
-        for norm in self._side_norms():
-            hidden = hidden & (norm.weight == 0)
-        return hidden
+        """Which outputs ``(o,)`` show nothing of the input, since the gains of all branches are next to zero."""
+        gains = torch.stack([norm.weight.abs() for norm in (self.norm_kxk, *self._side_norms())])
+        return gains.amax(0) < HIDDEN
 
     @classmethod
     @torch.no_grad()
@@ -355,21 +372,18 @@ class NormedRepLayer(FixedGeometry, NormedBranches, RepLayer):
 
 
 def _square_of_sum_over_sum_of_squares(branches: Sequence[Tensor]) -> Tensor:
-    """For every output of kernels ``(o, i/g, h, w)``, ``(o,)``; one where all are zero."""
+    """For every output of kernels ``(o, i/g, h, w)``, ``(o,)``; one where their sum is zero."""
     flat = torch.stack([kernel.flatten(1) for kernel in branches])
     peak = flat.abs().amax((0, 2), keepdim=True)
     flat = flat / torch.where(peak > 0, peak, 1.0)  # squares of the smallest floats are zero
-    ratio = flat.sum(0).square().sum(1) / flat.square().sum((0, 2))
-    return torch.where(peak.flatten() > 0, ratio, 1.0)
+    square = flat.sum(0).square().sum(1)
+    return torch.where(square > 0, square / flat.square().sum((0, 2)), 1.0)
 
 
-def _has_seen_a_batch(norm: nn.BatchNorm2d) -> Tensor:
-    """Whether the statistics of a norm come from batches, of a frozen one not; as a tensor, which may be on meta."""
-    if is_frozen(norm):
-        return torch.zeros_like(norm.weight[0], dtype=torch.bool)
-    if norm.num_batches_tracked is None:
-        return torch.ones_like(norm.weight[0], dtype=torch.bool)
-    return norm.num_batches_tracked > 0
+def _is_fresh(norm: nn.BatchNorm2d) -> Tensor:
+    """Whether a norm, also a frozen one, has seen no batch yet; a tensor, which may be on meta."""
+    mean, var = kept_statistics(norm)
+    return (mean == 0).all() & (var == 1).all()
 
 
 def _is_plain(conv: nn.Module) -> bool:
