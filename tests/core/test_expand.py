@@ -297,6 +297,14 @@ def test_one_branched_layer_cannot_stand_for_two_norms():
     assert tree(model) == modules
 
 
+@pytest.mark.parametrize(('model', 'got'), [('resnet18', "'resnet18'"), (dict(), 'an object of dict')])
+@pytest.mark.parametrize('name', ['expand', 'fuse', 'expansion_of', 'capture', 'verify', 'save', 'export_folder'])
+def test_what_is_no_model_is_told_so(name, model, got, tmp_path):
+    second = [tmp_path / 'x.safetensors'] * (name in ('verify', 'save', 'export_folder'))
+    with pytest.raises(ValueError, match=f'a model .torch.nn.Module. is needed, got {got}; timm.create_model makes'):
+        getattr(timm_rep, name)(model, *second)
+
+
 @pytest.mark.parametrize(('make', 'kwargs', 'message'), [
     (tiny_resnet, dict(method='acnet'), "unknown method 'acnet'; allowed are 'orepa', 'dbb', 'acb', 'rep'"),
     (tiny_resnet, dict(select='layer9.*'), "no nn.Conv2d of ResNet matches 'layer9"),

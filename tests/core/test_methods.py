@@ -167,7 +167,7 @@ def test_options_are_plain_data_and_come_back():
 
 @pytest.mark.parametrize(('call', 'message'), [
     (lambda: as_method('acnet'), "method 'acnet'; allowed are 'orepa', 'dbb', 'acb', 'rep', .*, 'toy', 'normed_toy'"),
-    (lambda: as_method(Toy), "unknown method <class .*Toy'>; allowed are"),
+    (lambda: as_method(Toy), "unknown method <class .*Toy'>; allowed are .*, or an object, Toy\\(\\)"),
     (lambda: as_method(None), 'unknown method None'),
     (lambda: as_method(['toy']), r"unknown method \['toy'\]"),
     (lambda: method_from_dict(dict(share=0.5)), "unknown method ''"),

@@ -174,7 +174,7 @@ def test_what_torch_refuses_is_said_in_words_of_our_own(tmp_path):
     overlay = dict(file=tmp_path / 'script.pth')
     message = refusal(timm.create_model, NAME, pretrained=True, pretrained_cfg_overlay=overlay)
     assert message.endswith('not only weights, which could run code')  # and there is no --allow-pickle
-    (tmp_path / 'text.pth').write_text('weights of mine')
+    (tmp_path / 'text.pth').write_text('import timm')  # which begins like a pickle of old
     assert 'text.pth is not a PyTorch checkpoint' in refusal(
         timm.create_model, NAME, pretrained=True, pretrained_cfg_overlay=dict(file=tmp_path / 'text.pth'))
     (tmp_path / 'legacy.pth').write_bytes(b'\x80\x02N.' * 5)

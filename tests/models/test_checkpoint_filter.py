@@ -113,6 +113,10 @@ def test_changed_models_load(name, form, kwargs, weights):
     assert_same_outputs(outputs(model, in_chans, classifier), outputs(expected, in_chans, classifier))
     if not classifier:
         assert outputs(model, in_chans)[0].shape == (2, 7)
+    fused = fuse(model).state_dict()
+    for key, value in expected.state_dict().items():  # training goes on from those of the norms, the stem's, too
+        if key.endswith(('running_mean', 'running_var')):
+            assert_near(fused[key], value, 1e-4)
 
 
 @models

@@ -31,7 +31,16 @@ from .layers.normed import is_foldable_pair
 from .layers.norms import FOLDABLE, is_foldable
 from .layers.rep import Rep
 from .methods import Method, MethodLike, Place, Shares, as_method
-from .walk import SECOND_PLACE, ancestors_of, held_elsewhere, names_of, next_sibling, norm_behind, reads_between
+from .walk import (
+    SECOND_PLACE,
+    ancestors_of,
+    check_module,
+    held_elsewhere,
+    names_of,
+    next_sibling,
+    norm_behind,
+    reads_between,
+)
 
 __all__ = ['KXK_CONV', 'Methods', 'Network', 'Select', 'assign', 'repvgg_blocks', 'what_is_left', 'why_nothing']
 
@@ -74,6 +83,7 @@ class Network:
 
     @classmethod
     def of(cls, model: nn.Module, example_inputs: Optional[Tuple[Any, ...]] = None) -> 'Network':
+        check_module(model)
         parameters = (parameter for module in model.modules() for parameter in module._parameters.values())
         return cls(model, names_of(model), Counter(map(id, parameters)), example_inputs)
 

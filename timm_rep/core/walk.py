@@ -19,9 +19,9 @@ from .layers.annealed import check_attach_rate
 from .layers.norms import is_norm
 
 __all__ = [
-    'HOOKS', 'SECOND_PLACE', 'ModelT', 'ancestors_of', 'annealed_modules', 'computed_tensors', 'conv_name', 'copied',
-    'folded_norms', 'held_elsewhere', 'image_channels', 'image_shape', 'move_hooks', 'names_of', 'next_sibling',
-    'norm_behind', 'parent_of', 'reads_between', 'rep_layers', 'set_attach_rate', 'unwrapped',
+    'HOOKS', 'SECOND_PLACE', 'ModelT', 'ancestors_of', 'annealed_modules', 'check_module', 'computed_tensors',
+    'conv_name', 'copied', 'folded_norms', 'held_elsewhere', 'image_channels', 'image_shape', 'move_hooks', 'names_of',
+    'next_sibling', 'norm_behind', 'parent_of', 'reads_between', 'rep_layers', 'set_attach_rate', 'unwrapped',
 ]
 
 ModelT = TypeVar('ModelT', bound=nn.Module)
@@ -42,6 +42,15 @@ WITHOUT_MODULES = (
 SECOND_PLACE = 'a second place that is no registered module (a list, an object, a bound method or the like)'
 
 
+def check_module(model: Any) -> None:
+    """Raise a UserError if this is no module."""
+    if not isinstance(model, nn.Module):
+        got = repr(model) if isinstance(model, str) else f'an object of {type(model).__name__}'
+        raise UserError(
+            f'a model (torch.nn.Module) is needed, got {got}; timm.create_model makes one of a name, timm_rep.load of '
+            'a file')
+
+
 def unwrapped(model: Any) -> Any:
     """The network inside DDP, DataParallel, torch.compile and averaged copies, however nested.
 
@@ -50,7 +59,11 @@ def unwrapped(model: Any) -> Any:
 
     Returns:
         The module itself if it is no such wrapper.
+
+    Raises:
+        UserError: If it is no module.
     """
+    check_module(model)
     while hasattr(model, '_orig_mod') or isinstance(model, WRAPPERS):
         model = model._orig_mod if hasattr(model, '_orig_mod') else model.module
     return model
@@ -133,6 +146,7 @@ def annealed_modules(model: nn.Module) -> Iterator[Tuple[str, AnnealedModule]]:
     Yields:
         Name and module, in the model's order; a shared module once.
     """
+    check_module(model)
     yield from _walk(model, '', set())
 
 

@@ -71,8 +71,12 @@ def _readapt_training_form(layer: RepLayer, weights: Dict[str, Tensor], in_chann
     source.load_state_dict(weights)
     layer.set_attach_rate_(weights['attach_rate'].item())
     layer.time_step.copy_(weights['time_step'])
-    fused = source.fuse()
-    layer.restore_(_adapted(fused.weight, layer.in_channels // layer.groups), fused.bias)
+    if isinstance(source, NormedRepLayer):
+        conv, norm = source.fuse_conv_norm()
+        stock = {f'norm_{key}': value for key, value in norm.state_dict().items()}
+    else:
+        conv, stock = source.fuse(), {}
+    _restore_from_stock(layer, dict(conv.state_dict(), **stock))
 
 
 def _annealing_defaults(model: nn.Module, layers: Dict[str, RepLayer]) -> Iterator[Tuple[str, Tensor]]:

@@ -37,6 +37,7 @@ NAMES = frozenset(('torch.Tensor', *(
 ), *(f'torch.storage.{name}' for name in ('TypedStorage', 'UntypedStorage'))))
 OTHER_TENSORS = ('torch._utils._rebuild_', 'torch.serialization._get_layout')
 PROTOCOL = 2
+PICKLE_START = b'\x80'
 BYTES_CODEC = 'latin1'  # in which bytes are written; some codecs take for ever
 MARK = 'MARK'
 
@@ -136,7 +137,10 @@ def check_pickles(file: IO[bytes]) -> None:
         Exception: Whatever a damaged file leads to.
     """
     functions = _functions()
-    is_zip = file.read(len(ZIP_START)) == ZIP_START
+    start = file.read(len(ZIP_START))
+    is_zip = start == ZIP_START
+    if not is_zip and start[:1] != PICKLE_START:
+        raise ValueError('torch.save writes no such file')
     file.seek(0)
     if is_zip:
         with zipfile.ZipFile(file) as archive:
