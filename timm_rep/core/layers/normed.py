@@ -201,10 +201,10 @@ class NormedRepLayer(FixedGeometry, NormedBranches, RepLayer):
                 'of the stock form'
             )
         kernel, bias = self._fold()
-        mean, var, gain = (value.to(origin.weight.dtype) for value in self._stock_norm(bias))
+        norm = nn.BatchNorm2d(self.out_channels, origin.eps, device=bias.device, dtype=origin.weight.dtype)
+        mean, var, gain = (value.to(norm.weight).to(bias) for value in self._stock_norm(bias))  # rounded first
         hidden = self._hidden()
         gain = torch.where(hidden, 1.0, gain)
-        norm = nn.BatchNorm2d(self.out_channels, origin.eps, device=mean.device, dtype=mean.dtype)
         kernel, gamma, beta = kernels.unfold_norm(kernel, bias, mean, var, norm.eps, gain)
         own_mean, own_var = kept_statistics(origin)
         mean, var = torch.where(hidden, own_mean, mean), torch.where(hidden, own_var, var)
