@@ -311,7 +311,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from helpers import state_of
-from test_annealing import MODELS, images, seeded, train_step
+from test_annealing import MODELS, drawn, images, seeded, train_step
 from timm_rep import begin_time_step, set_attach_rate
 
 rank, folder = int(sys.argv[1]), sys.argv[2]
@@ -335,10 +335,18 @@ for name in ('mixed', 'orepa'):
         set_attach_rate(wrapped, 0.5)
         train_step(wrapped, optimizer, images(torch.float32, seed=10 + rank))
         states[f'{name}-{seed}'] = before, begun, state_of(model)
+averaged = drawn(rank)
+begin_time_step(averaged, seeded(7), restoration='measured', batches=[images(torch.float32, seed=rank)])
+states['averaged'] = averaged.state_dict()
 torch.save(states, f'{folder}/{rank}.pt')
 dist.barrier()
 dist.destroy_process_group()
 """
+
+
+def drawn(seed):
+    torch.manual_seed(seed)
+    return randomize_(MODELS['rep'](), seed).float().eval()
 
 
 def test_all_processes_begin_a_time_step_with_the_same_weights(tmp_path):
@@ -356,6 +364,13 @@ def test_all_processes_begin_a_time_step_with_the_same_weights(tmp_path):
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], outputs
     ranks = [torch.load(tmp_path / f'{rank}.pt', weights_only=True) for rank in range(2)]
+    averaged, other_averaged = (rank.pop('averaged') for rank in ranks)  # of networks that began with other weights
+    assert_same_state(other_averaged, averaged)
+    alone = drawn(0)
+    begin_time_step(
+        alone, seeded(7), restoration='measured', batches=[images(torch.float32, seed=seed) for seed in range(2)])
+    for key, value in alone.state_dict().items():
+        torch.testing.assert_close(averaged[key], value, rtol=1e-4, atol=1e-5)
     for case in ranks[0]:
         (before, begun, trained), (other_before, other_begun, other_trained) = (rank[case] for rank in ranks)
         statistics = {key for key in before if 'running' in key}

@@ -131,6 +131,23 @@ def test_missing_input_size_raises():
         verify(*pair())
 
 
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x, y):
+        return self.norm(self.conv(x)) + y
+
+
+def test_all_that_the_model_is_called_with_may_be_given():
+    x = images()
+    model = randomize_(expand(TwoInputs().eval(), 'rep', example_inputs=(x, 1.0)))
+    assert verify(model, fuse(model), inputs=(x, 2.0)).model.relative < 1e-5
+    with pytest.raises(UserError, match=r"does not run on images of \(2, 3, 64, 64\): .*'y'"):
+        verify(model, fuse(model), inputs=x)
+
+
 def test_images_that_the_model_does_not_take_raise():
     with pytest.raises(UserError, match=r'does not run on images of \(2, 1, 64, 64\): .*expected input'):
         verify(*pair(), inputs=randn(2, 1, 64, 64))

@@ -15,6 +15,7 @@ from helpers import assert_same_state, own_warnings, randn, randomize_, state_of
 from timm.layers import ScaledStdConv2d
 from timm.models import ResNet
 from timm.models.resnet import BasicBlock
+from torch.nn.utils import prune
 
 import timm_rep
 from timm_rep import UserError, expand, expansion_of, fuse, load, save, set_attach_rate
@@ -222,6 +223,11 @@ def test_into_a_model_of_no_registry(tmp_path):
     assert stock.training
     assert_same(stock, model)
     assert_same(load(file, into=expand(hand_made(), {'layer1.*': 'dbb', '*': 'orepa'})), model)
+
+    pruned = hand_made()
+    prune.identity(pruned.fc, 'weight')
+    save(expand(pruned, {'layer1.*': 'dbb', '*': 'orepa'}), tmp_path / 'pruned.safetensors')
+    assert load(tmp_path / 'pruned.safetensors', into=pruned) is pruned
 
     others = (
         (ResNet(BasicBlock, (1, 1, 1, 1), channels=(8, 8, 12, 20), num_classes=5), 'layer4.* has shape'),

@@ -25,6 +25,7 @@ from timm_rep.train.arguments import (
     check_crops,
     check_data,
     check_model,
+    check_names,
     check_start_weights,
     recipe_file,
     recipe_names,
@@ -494,9 +495,47 @@ def test_a_size_leaves_the_channels_of_the_weights_to_start_from(tmp_path):
         assert config['mean'] == (0.1,)
 
 
+def check_images(folder, train_split='train', val_split='validation', **kwargs):
+    check_data(argparse.Namespace(
+        **dict(dict(data_dir=str(folder), dataset='', train_split=train_split, val_split=val_split), **kwargs)))
+
+
 def test_images_that_are_not_there_are_refused(tmp_path):
-    check_data(argparse.Namespace(data_dir=str(tmp_path), dataset=''))
-    check_data(argparse.Namespace(data_dir=str(tmp_path / 'new'), dataset='torch/cifar10'))
-    for args in (dict(data_dir=str(tmp_path / 'typo')), dict(data_dir=None, data=str(tmp_path / 'typo'))):
-        with pytest.raises(timm_rep.UserError, match=r'no folder of images .*typo \(--data-dir\)'):
-            check_data(argparse.Namespace(**args))
+    for split in ('train', 'test', 'empty'):
+        (tmp_path / split / 'class').mkdir(parents=True)
+    (tmp_path / 'train/class/1.JPEG').touch()
+    (tmp_path / 'test/class/1.png').touch()
+    check_images(tmp_path, val_split='test')
+    check_images(tmp_path, val_split='')
+    check_images(tmp_path / 'train', val_split='')  # all of a folder without splits
+    check_images(tmp_path / 'new', dataset='torch/cifar10')
+    for kwargs in ({}, dict(data_dir=None, data=str(tmp_path / 'typo'))):
+        with pytest.raises(timm_rep.UserError, match=r'there is no folder of images .*typo'):
+            check_images(tmp_path / 'typo', **kwargs)
+    there = 'there is empty, test, train'
+    for kwargs, message in [  # timm would validate on all images, the training's, too
+        ({}, rf"has no split 'validation'; give the name of a split, {there} \(--val-split; '' trains without"),
+        (dict(val_split='tset'), f"has no split 'tset'; give the name of a split, {there}"),
+        (dict(train_split='trian', val_split='test'), rf"has no split 'trian'.*{there} \(--train-split\)"),
+        (dict(val_split='empty'), r'empty holds no images that timm reads \(\.png, \.jpg, \.jpeg\)'),
+    ]:
+        with pytest.raises(timm_rep.UserError, match=message):
+            check_images(tmp_path, **kwargs)
+    with pytest.raises(timm_rep.UserError, match="train has no split 'validation'"):
+        check_images(tmp_path / 'train')
+
+
+@pytest.mark.parametrize(('args', 'message'), [
+    (dict(model='orepa_resnet19'), "unknown model 'orepa_resnet19'; `timm-rep list` shows"),
+    (dict(kd_model_name='nope18'), "unknown model 'nope18'"),
+    (dict(opt='foo'), r"unknown optimizer 'foo' \(--opt\); timm\.optim\.list_optimizers\(\) shows them"),
+    (dict(device='gpu'), r"device 'gpu' cannot be used \(--device\): .*cuda"),
+    (dict(device='cuda'), r"device 'cuda' cannot be used: there is no NVIDIA GPU\. --device cpu trains"),
+], ids=str)
+def test_names_that_are_not_known_are_refused(args, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    good = dict(model='resnet18.a1_in1k', opt='lookahead_sgd', device='cpu', kd_model_name=None)
+    check_names(argparse.Namespace(**good))
+    check_names(argparse.Namespace(**dict(good, model='hf-hub:org/name', opt='AdamW')))
+    with pytest.raises(timm_rep.UserError, match=message):
+        check_names(argparse.Namespace(**dict(good, **args)))

@@ -239,7 +239,7 @@ def set_time_step(model: nn.Module, number: int) -> None:
             module.set_time_step_(number)
 
 
-def _share_from_first_rank(module: AnnealedModule) -> None:
+def _share_from_first_rank(module: nn.Module) -> None:
     """Take over the state of the first process: kept statistics may differ, and then so do folded kernels."""
     backends = torch.distributed.get_backend_config()  # such as 'cpu:gloo,cuda:nccl'
     for tensor in module.state_dict().values():
@@ -321,6 +321,8 @@ def begin_time_step(
             if distributed:
                 _share_from_first_rank(module)
     if measured:
+        if distributed:
+            _share_from_first_rank(model)  # an averaged copy began with other weights on each
         _measure(model, measured, attach_rate, compensate)
         if distributed:
             for _, module in annealed_modules(model):

@@ -2,7 +2,7 @@
 import dataclasses
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Callable, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Iterator, List, Mapping, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -190,7 +190,7 @@ def verify(
         model: nn.Module,
         fused: nn.Module,
         *,
-        inputs: Optional[Tensor] = None,
+        inputs: Union[Tensor, Tuple[Any, ...], None] = None,
         rtol: Optional[float] = None,
         atol: float = 0.0,
 ) -> Report:
@@ -201,7 +201,8 @@ def verify(
     Args:
         model: Model in training form, also in wrappers (DDP, torch.compile, averaged copies).
         fused: The same model in stock or deploy form. Both may put out feature maps.
-        inputs: Images ``(b, c, h, w)`` for the end-to-end check; two random ones of the model's input size if None.
+        inputs: Images ``(b, c, h, w)`` for the end-to-end check, or a tuple of all that the model is called with; two
+            random images of the model's input size if None.
         rtol: Largest allowed difference relative to the largest output; by default 1e-10 in float64, 1e-5 in float32.
         atol: Absolute part of the tolerance.
 
@@ -232,9 +233,11 @@ def verify(
             if forms is not None:
                 x = _layer_input(layer, generator)
                 differences.append(compare_outputs(name, forms[0](x), forms[1](x), rtol, atol))
+        arguments = inputs if isinstance(inputs, tuple) else (inputs,)
         try:
-            expected = model(inputs)
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f'verify: the model does not run on images of {tuple(inputs.shape)}: {error}') from error
-        end_to_end = _compare_all(expected, fused(inputs), rtol, atol)
+            expected = model(*arguments)
+        except (RuntimeError, ValueError, TypeError) as error:
+            shapes = ', '.join(str(tuple(getattr(value, 'shape', ()))) for value in arguments)
+            raise UserError(f'verify: the model does not run on images of {shapes}: {error}') from error
+        end_to_end = _compare_all(expected, fused(*arguments), rtol, atol)
     return Report(tuple(differences), end_to_end, rtol, atol)

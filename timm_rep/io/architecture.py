@@ -117,6 +117,12 @@ def _source_of(architecture: str) -> str:
     return '' if source in (None, 'timm') else source
 
 
+def check_known(architecture: str) -> None:
+    """Raise a UserError if timm has no model of a name; what is described elsewhere is not looked at."""
+    if not _source_of(architecture) and not timm.is_model(architecture):
+        raise UserError(f'unknown model {architecture!r}; `timm-rep list` shows the models with rep layers')
+
+
 def create_model(architecture: str, /, **kwargs: Any) -> nn.Module:
     """``timm.create_model`` with errors that say what the user can do.
 
@@ -133,8 +139,7 @@ def create_model(architecture: str, /, **kwargs: Any) -> nn.Module:
         HubError: If the description of the model cannot be had from the Hub.
     """
     source = _source_of(architecture)
-    if not source and not timm.is_model(architecture):
-        raise UserError(f'unknown model {architecture!r}; `timm-rep list` shows the models with rep layers')
+    check_known(architecture)
     check_network_args(kwargs)
     try:
         with no_endless_network():

@@ -1,5 +1,4 @@
 """Weights into files and out of files: a model that is read is whole, and the one that the file is of."""
-import copy
 import dataclasses
 import io
 import json
@@ -16,7 +15,7 @@ from ..core.errors import UserError
 from ..core.expand import expand_as_
 from ..core.expansion import expansion_of
 from ..core.verify import check_values
-from ..core.walk import annealed_modules, unwrapped
+from ..core.walk import annealed_modules, copied, unwrapped
 from ..models.checkpoint_filter import first_names
 from ..models.damage import CHECKSUM, checksum
 from ..models.names import OWN_ARGS
@@ -221,7 +220,7 @@ def _load_into_(model: nn.Module, checkpoint: Checkpoint) -> None:
         raise UserError(f'{path} does not say which layers were expanded: it was not written by timm_rep.save')
     form = f'weights of this {type(model).__name__}'
     if not any(annealed_modules(model)):
-        expanded = expand_as_(copy.deepcopy(model).to('meta'), description.methods, description.norms)
+        expanded = expand_as_(copied(model).to('meta'), description.methods, description.norms)
         _check_fit(expanded, weights, path, form)
         expand_as_(model, description.methods, description.norms)
     elif (expansion_of(model).methods, expansion_of(model).norms) != (description.methods, description.norms):

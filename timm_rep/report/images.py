@@ -14,9 +14,11 @@ from ..core.precision import full_float32
 from ..core.verify import DEFAULT_RTOL, VerificationError, compare_outputs
 from ..core.walk import image_channels
 from ..io.architecture import input_settings
+from ..models.checkpoint_filter import first_names
 
 __all__ = [
-    'ImageCheck', 'Score', 'as_device', 'compare_on_images', 'evaluate', 'open_images', 'with_progress',
+    'ImageCheck', 'Score', 'as_device', 'check_folder', 'compare_on_images', 'evaluate', 'no_split', 'open_images',
+    'with_progress',
 ]
 
 IMAGE_BATCH = 32
@@ -85,6 +87,22 @@ def as_device(device: Union[str, torch.device]) -> torch.device:
         raise UserError(f'device {str(device)!r} cannot be used: {str(e).splitlines()[0]}') from None
 
 
+def check_folder(folder: Path) -> None:
+    """Refuse a folder of images that is not there, which timm does without a word.
+
+    Raises:
+        UserError: If there is none.
+    """
+    if not folder.exists():
+        raise UserError(f'there is no folder of images {folder}')
+
+
+def no_split(folder: Path, split: str) -> UserError:
+    """What to say of a folder in which timm finds no split of a name, and takes all images that it holds."""
+    there = [path.name for path in sorted(folder.iterdir()) if path.is_dir()]
+    return UserError(f'{folder} has no split {split!r}; give the name of a split, there is {first_names(there)}')
+
+
 def with_progress(batches: Iterable[Any], label: str, progress: bool) -> Iterable[Any]:
     """The batches, behind a progress bar if one is asked for and somebody watches."""
     from tqdm import tqdm  # comes with huggingface_hub; of use here only
@@ -130,15 +148,17 @@ def open_images(
     if class_map and not class_map.lower().endswith('.txt'):  # older timm unpickles others without a check
         raise UserError(f'no images can be read for a run whose class map is not a text file, got {class_map}')
     kwargs.update(class_map=class_map or '', input_img_mode=img_mode or ('L' if image_channels(model) == 1 else 'RGB'))
+    if not dataset:
+        check_folder(folder)
     try:
         images: Any = create_dataset(dataset, root=str(folder), split=split, batch_size=batch_size, **kwargs)
     except (RuntimeError, ValueError, ImportError, AssertionError) as e:  # the last for a class map that is not there
-        raise UserError(f'{folder} holds no images that timm reads: {e}') from None
+        raise UserError(f'{folder} holds no images that timm reads{f": {e}" if str(e) else ""}') from None
     reader: Any = getattr(images, 'reader', None)
     if not dataset and Path(reader.root) == folder:  # timm takes all of it where it finds no split of that name
         depth = len(folder.parts) + 2  # of images in folders of classes
         if splits_only or any(len(Path(path).parts) > depth for path, _ in reader.samples):
-            raise UserError(f'{folder} has no split {split!r}; give the name of a split')
+            raise no_split(folder, split)
     classes = len(getattr(reader, 'class_to_idx', None) or ())
     if classes > model.num_classes:
         raise UserError(f'{reader.root} holds images of {classes} classes, the model knows {model.num_classes}')

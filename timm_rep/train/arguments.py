@@ -6,14 +6,17 @@ from typing import Any, Dict, List, Optional
 import timm
 import torch
 import torch.nn as nn
+from timm.data.dataset_factory import _search_split
+from timm.data.readers.img_extensions import get_img_extensions
 from timm.models import split_model_name_tag
+from timm.optim import list_optimizers
 
 from ..core.annealing import RESTORATIONS, AnnealingSchedule, check_restoration
 from ..core.capture import linear_layers
 from ..core.errors import UserError
 from ..core.layers.dbb import NormPad2d
 from ..core.walk import annealed_modules
-from ..io.architecture import create_model, per_channel
+from ..io.architecture import check_known, create_model, per_channel
 from ..io.checkpoint import read_checkpoint
 from ..io.plain_data import read_yaml
 from ..io.runs import START_ARGS
@@ -21,11 +24,12 @@ from ..models.files import check_file
 from ..models.names import is_training_form
 from ..models.published import described_weights
 from ..models.settings import INPUT_SETTINGS
+from ..report.images import check_folder, no_split
 
 __all__ = [
-    'add_time_step_options', 'check_crops', 'check_data', 'check_model', 'check_start_weights', 'complete_schedule',
-    'output_folder', 'output_root', 'read_options', 'recipe_file', 'recipe_names', 'take_start_settings',
-    'without_time_steps',
+    'add_time_step_options', 'check_crops', 'check_data', 'check_model', 'check_names', 'check_start_weights',
+    'complete_schedule', 'output_folder', 'output_root', 'read_options', 'recipe_file', 'recipe_names',
+    'take_start_settings', 'without_time_steps',
 ]
 
 # Schedules of timm that start anew with --lr-cycle-limit.
@@ -39,7 +43,8 @@ OTHER_CROPS = dict(
 KINDS = (
     ('time_steps attach_warmup_epochs epochs start_epoch seed lr_cycle_limit', (int,), 'a whole number'),
     ('warmup_epochs cooldown_epochs lr_cycle_mul lr_cycle_decay side_gain', (int, float), 'a number'),
-    ('model experiment output resume sched initial_checkpoint pretrained_path', (str,), 'a text'),
+    ('model experiment output resume sched opt device kd_model_name train_split val_split', (str,), 'a text'),
+    ('initial_checkpoint pretrained_path', (str,), 'a text'),
     ('model_kwargs', (dict,), 'names and values'),
     ('compensate freeze_origin start_from_best no_decay_classifier capture log_branches', (bool,), 'yes or no'),
 )
@@ -226,17 +231,52 @@ def check_crops(args: argparse.Namespace) -> None:
 
 
 def check_data(args: argparse.Namespace) -> None:
-    """Refuse a folder of images that is not there, which timm does without a word.
+    """Refuse a folder of images, or a split of it, that is not there: timm would take all images instead.
 
     Args:
         args: timm's arguments.
 
     Raises:
-        UserError: If there is none; what a named ``--dataset`` makes of its folder is its own business.
+        UserError: If there is none, or no image in it; what a named ``--dataset`` makes of its folder is its own
+            business. A folder without splits trains, but validates nothing.
     """
-    folder = getattr(args, 'data_dir', None) or getattr(args, 'data', None)
-    if folder and not getattr(args, 'dataset', '') and not Path(folder).exists():
-        raise UserError(f'there is no folder of images {folder} (--data-dir)')
+    given, dataset = getattr(args, 'data_dir', None) or getattr(args, 'data', None), getattr(args, 'dataset', None)
+    if dataset or not given:
+        return
+    folder = Path(given)
+    check_folder(folder)
+    train = Path(_search_split(given, args.train_split))
+    validation = Path(_search_split(given, args.val_split)) if args.val_split else None
+    if validation == folder:
+        raise UserError(f"{no_split(folder, args.val_split)} (--val-split; '' trains without validation)")
+    if validation and train == folder:
+        raise UserError(f'{no_split(folder, args.train_split)} (--train-split)')
+    for part in filter(None, (train, validation)):
+        if part.is_dir() and not any(path.suffix.lower() in get_img_extensions() for path in part.rglob('*')):
+            raise UserError(f'{part} holds no images that timm reads ({", ".join(get_img_extensions())})')
+
+
+def check_names(args: argparse.Namespace) -> None:
+    """Refuse names that timm's script would end at with a traceback: of models, of the optimizer, of the device.
+
+    Args:
+        args: timm's arguments.
+
+    Raises:
+        UserError: If one is not known, or torch cannot compute there.
+    """
+    for name in filter(None, (args.model, getattr(args, 'kd_model_name', None))):
+        check_known(name)
+    optimizer = getattr(args, 'opt', None)
+    if optimizer and optimizer.lower().removeprefix('lookahead_') not in list_optimizers():
+        raise UserError(f'unknown optimizer {optimizer!r} (--opt); timm.optim.list_optimizers() shows them')
+    device = getattr(args, 'device', 'cpu')
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as e:
+        raise UserError(f'device {device!r} cannot be used (--device): {str(e).splitlines()[0]}') from None
+    if kind == 'cuda' and not torch.cuda.is_available():
+        raise UserError(f'device {device!r} cannot be used: there is no NVIDIA GPU. --device cpu trains without one')
 
 
 def check_start_weights(args: argparse.Namespace) -> None:

@@ -37,6 +37,7 @@ from .arguments import (
     check_crops,
     check_data,
     check_model,
+    check_names,
     check_start_weights,
     complete_schedule,
     output_folder,
@@ -105,6 +106,7 @@ def _train_in_time_steps(script: Any) -> None:
         args, _ = parse_args()
         import_modules(getattr(args, 'device_modules', None) or (), '--device-modules')  # as timm is about to
         schedule = complete_schedule(args)
+        check_names(args)
         folder = output_folder(args)
         if folder is not None:
             lock.take(folder, make=False)  # before its files are read

@@ -550,6 +550,25 @@ def test_stock_form_is_as_before_if_nothing_was_trained(case, frozen):
 
 
 @kinds
+@torch.no_grad()
+def test_cumulative_averages_begin_anew_where_kernels_do(case):
+    cls, c_in, c_out, size, geometry, options = split_case(case)
+    norm = nn.BatchNorm2d(c_out, momentum=None, dtype=torch.float64)
+    norm.num_batches_tracked.fill_(500)
+    conv = nn.Conv2d(c_in, c_out, size, bias=False, dtype=torch.float64, **geometry)
+    layer = cls.from_conv(conv, norm=norm, **options)
+    x = randn(16, c_in, 30, 30, seed=5, dtype=torch.float64)
+    for begin in (lambda: None, layer.begin_time_step_):
+        begin()
+        layer.set_attach_rate_(1.0)
+        for _ in range(2):  # the second with the border that the first one leaves
+            in_training = layer.train()(x)
+        assert_near(layer.eval()(x), in_training, 1e-2)
+        for own in layer._norms():
+            own.num_batches_tracked.fill_(500)
+
+
+@kinds
 @pytest.mark.parametrize('frozen', [False, True], ids=['live', 'frozen'])
 def test_stock_form_goes_on_in_training_mode(case, frozen):
     """Its outputs are as large as those in eval mode, however small the gains, also after a time of frozen norms."""
@@ -562,6 +581,8 @@ def test_stock_form_goes_on_in_training_mode(case, frozen):
     for _ in range(3):
         layer.train()(x)
     layer.eval()
+    for own in layer._norms():
+        own.num_batches_tracked.zero_()  # some averaged copies do not count
     conv, norm = (freeze_batch_norm_2d(layer) if frozen else layer).fuse_conv_norm()
     norm = unfreeze_batch_norm_2d(norm)
     std, expected = norm.train()(conv(x)).std((0, 2, 3)), norm.eval()(conv(x)).std((0, 2, 3))

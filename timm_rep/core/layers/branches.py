@@ -11,7 +11,7 @@ from ..precision import full_float32, without_autocast
 from .annealed import AnnealedModule, OriginPart, check_kernel
 from .base import RepLayer, kaiming_uniform_
 from .fixed import own_methods
-from .norms import check_batch_norm, fold_batch_norm, is_frozen, kept_statistics
+from .norms import check_batch_norm, count_anew_, fold_batch_norm, is_frozen, kept_statistics
 
 __all__ = ['NormedBranches']
 
@@ -104,6 +104,7 @@ class NormedBranches(AnnealedModule):
             conv.restore_with_gain_(kernel, bias, gain)
             return
         kernel, gamma, beta = kernels.unfold_norm(kernel, bias, *kept_statistics(norm), norm.eps, gain)
+        count_anew_(norm)
         if isinstance(conv, RepLayer):
             conv.restore_(kernel)
         else:
@@ -264,6 +265,7 @@ class NormedBranches(AnnealedModule):
         for norm in (*self._side_norms(), *self._inner_norms()):
             norm.weight.fill_(1.0)
             norm.bias.zero_()
+            count_anew_(norm)
 
     @torch.no_grad()
     def set_side_gain_(self, gain: float) -> None:

@@ -17,6 +17,7 @@ from .branches import NormedBranches
 from .fixed import BranchConv2d, FixedGeometry
 from .norms import (
     FoldedNorm,
+    count_anew_,
     fold_batch_norm,
     is_foldable,
     is_frozen,
@@ -304,6 +305,7 @@ class NormedRepLayer(FixedGeometry, NormedBranches, RepLayer):
             gain = torch.where(hidden, 1.0, norm.weight).to(std).reshape(-1, 1, 1, 1)
             self.conv_kxk.weight.add_((kernel - composed) * (std / gain))
             norm.bias.add_(folded_bias - composed_bias)
+            count_anew_(norm)
             self.conv_kxk.weight.copy_(torch.where(hidden.view(-1, 1, 1, 1), weight, self.conv_kxk.weight))
 
     def _hidden(self) -> Tensor:

@@ -18,8 +18,8 @@ FOLDABLE = (nn.BatchNorm2d, BatchNormAct2d, nn.SyncBatchNorm, SyncBatchNormAct)
 FORWARDS = {cls.forward for cls in FOLDABLE}
 
 __all__ = [
-    'FoldedNorm', 'check_batch_norm', 'fold_batch_norm', 'is_foldable', 'is_frozen', 'is_norm', 'kept_statistics',
-    'plain_batch_norm', 'reset_norm_', 'synchronized_as',
+    'FoldedNorm', 'check_batch_norm', 'count_anew_', 'fold_batch_norm', 'is_foldable', 'is_frozen', 'is_norm',
+    'kept_statistics', 'plain_batch_norm', 'reset_norm_', 'synchronized_as',
 ]
 
 
@@ -106,6 +106,12 @@ def plain_batch_norm(norm: Any) -> nn.BatchNorm2d:
     for name in ('weight', 'bias', 'running_mean', 'running_var'):
         getattr(plain, name).copy_(getattr(norm, name))
     return plain.eval()
+
+
+def count_anew_(norm: nn.BatchNorm2d) -> None:
+    """Let a norm with cumulative averages (no momentum) forget how many batches it saw: its input is another one."""
+    if getattr(norm, 'momentum', 0.0) is None and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.zero_()
 
 
 @torch.no_grad()
