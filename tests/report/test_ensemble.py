@@ -154,7 +154,7 @@ def test_snapshots_are_found_in_order(tmp_path):
 def test_bad_input(run, images, tmp_path, caplog):
     missing = tmp_path / 'missing'
     assert 'No such file or directory' in ensemble(missing, images, code=2)
-    assert 'holds no images that timm reads' in ensemble(run, missing, code=2)
+    assert f'there is no folder of images {missing}' in ensemble(run, missing, code=2)
     assert f"{images} has no split 'val'" in ensemble(run, images, '--val-split', 'val', code=2)
     # without splits, the images to evaluate on would be those to train on
     assert "has no split 'test'" in ensemble(run, images / 'test', code=2)
