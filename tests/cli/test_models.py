@@ -33,6 +33,7 @@ def test_list(monkeypatch):
     toy = dict(name='toy', title='Toy method', summary='A kernel and half of it again.')
     assert toy in json.loads(call('list', '--json'))['methods']
     assert json.loads(call('list', 'nothing', '--json')) == dict(models=[], methods=[])
+    assert CliRunner().invoke(main, ['list', 'nothing']).stderr == "no model and no method has 'nothing' in its name\n"
 
 
 def test_modules_are_imported_first(tmp_path, monkeypatch):

@@ -39,6 +39,8 @@ def list_models(pattern: str, as_json: bool) -> None:
     if as_json:
         print_json(dict(models=models, methods=methods))
         return
+    if not models and not methods:
+        say(f'no model and no method has {pattern!r} in its name', err=True)
     for model in models:
         own = model['stock'] == model['name']
         say(f'{model["name"]:24} {"own stock form (inference_mode=True)" if own else model["stock"]}')
