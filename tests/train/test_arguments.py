@@ -509,6 +509,7 @@ def test_images_that_are_not_there_are_refused(tmp_path):
     check_images(tmp_path, val_split='')
     check_images(tmp_path / 'train', val_split='')  # all of a folder without splits
     check_images(tmp_path / 'new', dataset='torch/cifar10')
+    check_images(tmp_path / 'train/class/1.JPEG')  # timm reads archives
     for kwargs in ({}, dict(data_dir=None, data=str(tmp_path / 'typo'))):
         with pytest.raises(timm_rep.UserError, match=r'there is no folder of images .*typo'):
             check_images(tmp_path / 'typo', **kwargs)

@@ -245,6 +245,8 @@ def check_data(args: argparse.Namespace) -> None:
         return
     folder = Path(given)
     check_folder(folder)
+    if not folder.is_dir():
+        return  # an archive
     train = Path(_search_split(given, args.train_split))
     validation = Path(_search_split(given, args.val_split)) if args.val_split else None
     if validation == folder:
