@@ -506,6 +506,9 @@ def test_images_that_are_not_there_are_refused(tmp_path):
     (tmp_path / 'train/class/1.JPEG').touch()
     (tmp_path / 'test/class/1.png').touch()
     check_images(tmp_path, val_split='test')
+    (tmp_path / 'links').mkdir()
+    (tmp_path / 'links/class').symlink_to(tmp_path / 'test/class')
+    check_images(tmp_path, val_split='links')
     check_images(tmp_path, val_split='')
     check_images(tmp_path / 'train', val_split='')  # all of a folder without splits
     check_images(tmp_path / 'new', dataset='torch/cifar10')
@@ -513,7 +516,7 @@ def test_images_that_are_not_there_are_refused(tmp_path):
     for kwargs in ({}, dict(data_dir=None, data=str(tmp_path / 'typo'))):
         with pytest.raises(timm_rep.UserError, match=r'there is no folder of images .*typo'):
             check_images(tmp_path / 'typo', **kwargs)
-    there = 'there is empty, test, train'
+    there = 'there is empty, links, test and 1 more'
     for kwargs, message in [  # timm would validate on all images, the training's, too
         ({}, rf"has no split 'validation'; give the name of a split, {there} \(--val-split; '' trains without"),
         (dict(val_split='tset'), f"has no split 'tset'; give the name of a split, {there}"),

@@ -1,5 +1,6 @@
 """The wrapper's options, its recipes, and the refusal of what cannot work before anything is written."""
 import argparse
+import os
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -254,7 +255,8 @@ def check_data(args: argparse.Namespace) -> None:
     if validation and train == folder:
         raise UserError(f'{no_split(folder, args.train_split)} (--train-split)')
     for part in filter(None, (train, validation)):
-        if part.is_dir() and not any(path.suffix.lower() in get_img_extensions() for path in part.rglob('*')):
+        files = (file for _, _, names in os.walk(part, followlinks=True) for file in names)  # as timm does
+        if part.is_dir() and not any(Path(file).suffix.lower() in get_img_extensions() for file in files):
             raise UserError(f'{part} holds no images that timm reads ({", ".join(get_img_extensions())})')
 
 
