@@ -337,16 +337,34 @@ for name in ('mixed', 'orepa'):
         states[f'{name}-{seed}'] = before, begun, state_of(model)
 averaged = drawn(rank)
 begin_time_step(averaged, seeded(7), restoration='measured', batches=[images(torch.float32, seed=rank)])
-states['averaged'] = averaged.state_dict()
+states['averaged'] = averaged.network.state_dict()
 torch.save(states, f'{folder}/{rank}.pt')
 dist.barrier()
 dist.destroy_process_group()
 """
 
 
+class WithMore(nn.Module):
+    """Has a state that is no tensor, and a buffer of a kind that few processes exchange."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+        self.register_buffer('kinds', torch.zeros(2, dtype=torch.uint16))
+
+    def get_extra_state(self):
+        return dict(kind='more')
+
+    def set_extra_state(self, state):
+        pass
+
+    def forward(self, x):
+        return self.network(x)
+
+
 def drawn(seed):
     torch.manual_seed(seed)
-    return randomize_(MODELS['rep'](), seed).float().eval()
+    return WithMore(randomize_(MODELS['rep'](), seed).float().eval())
 
 
 def test_all_processes_begin_a_time_step_with_the_same_weights(tmp_path):
@@ -369,7 +387,7 @@ def test_all_processes_begin_a_time_step_with_the_same_weights(tmp_path):
     alone = drawn(0)
     begin_time_step(
         alone, seeded(7), restoration='measured', batches=[images(torch.float32, seed=seed) for seed in range(2)])
-    for key, value in alone.state_dict().items():
+    for key, value in alone.network.state_dict().items():
         torch.testing.assert_close(averaged[key], value, rtol=1e-4, atol=1e-5)
     for case in ranks[0]:
         (before, begun, trained), (other_before, other_begun, other_trained) = (rank[case] for rank in ranks)

@@ -521,6 +521,9 @@ def test_images_that_are_not_there_are_refused(tmp_path):
         ({}, rf"has no split 'validation'; give the name of a split, {there} \(--val-split; '' trains without"),
         (dict(val_split='tset'), f"has no split 'tset'; give the name of a split, {there}"),
         (dict(train_split='trian', val_split='test'), rf"has no split 'trian'.*{there} \(--train-split\)"),
+        (dict(train_split='trian', val_split=''), r"has no split 'trian'"),
+        (dict(val_split='tset', dataset='torch/folder'), "has no split 'tset'"),
+        (dict(data_dir=str(tmp_path / 'empty/class'), val_split='test'), 'has no split .*, there is none'),
         (dict(val_split='empty'), r'empty holds no images that timm reads \(\.png, \.jpg, \.jpeg\)'),
     ]:
         with pytest.raises(timm_rep.UserError, match=message):
@@ -532,6 +535,7 @@ def test_images_that_are_not_there_are_refused(tmp_path):
 @pytest.mark.parametrize(('args', 'message'), [
     (dict(model='orepa_resnet19'), "unknown model 'orepa_resnet19'; `timm-rep list` shows"),
     (dict(kd_model_name='nope18'), "unknown model 'nope18'"),
+    (dict(model='resnet18.nope'), r"unknown model 'resnet18\.nope': .*\(nope\)"),
     (dict(opt='foo'), r"unknown optimizer 'foo' \(--opt\); timm\.optim\.list_optimizers\(\) shows them"),
     (dict(device='gpu'), r"device 'gpu' cannot be used \(--device\): .*cuda"),
     (dict(device='cuda'), r"device 'cuda' cannot be used: there is no NVIDIA GPU\. --device cpu trains"),

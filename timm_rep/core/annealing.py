@@ -239,10 +239,10 @@ def set_time_step(model: nn.Module, number: int) -> None:
             module.set_time_step_(number)
 
 
-def _share_from_first_rank(module: nn.Module) -> None:
+def _share_from_first_rank(tensors: Iterable[Tensor]) -> None:
     """Take over the state of the first process: kept statistics may differ, and then so do folded kernels."""
     backends = torch.distributed.get_backend_config()  # such as 'cpu:gloo,cuda:nccl'
-    for tensor in module.state_dict().values():
+    for tensor in tensors:
         shared = tensor
         if tensor.device.type == 'cpu' and 'cpu:' not in backends:  # an averaged copy on the CPU
             shared = tensor.to(torch.accelerator.current_accelerator())
@@ -314,19 +314,21 @@ def begin_time_step(
         check_whole(model)
         check_measurable(model, measured)
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if measured and distributed:  # an averaged copy may have begun with other weights on each
+        _share_from_first_rank(
+            tensor for tensor in (*model.parameters(), *model.buffers())
+            if tensor.is_floating_point() and tensor.itemsize > 1)  # no backend takes all kinds
     for _, module in annealed_modules(model):
         with whole_parameters(module):
             module.begin_time_step_(
                 generator, attach_rate, compensate and not measured, restoration == 'keep_gain', side_gain)
             if distributed:
-                _share_from_first_rank(module)
+                _share_from_first_rank(module.state_dict().values())
     if measured:
-        if distributed:
-            _share_from_first_rank(model)  # an averaged copy began with other weights on each
         _measure(model, measured, attach_rate, compensate)
         if distributed:
             for _, module in annealed_modules(model):
-                _share_from_first_rank(module)
+                _share_from_first_rank(module.state_dict().values())
 
 
 def _measure(model: nn.Module, batches: List[Tensor], rate: float, compensate: bool) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Dict, Iterator, Mapping, Optional, Sequence, Tuple
 import timm
 import torch.nn as nn
 from timm.data import resolve_data_config
-from timm.models import build_model_with_cfg, parse_model_name
+from timm.models import build_model_with_cfg, get_pretrained_cfg, parse_model_name
 from torch.nn.modules import module as torch_module
 
 from ..core.errors import UserError
@@ -119,8 +119,14 @@ def _source_of(architecture: str) -> str:
 
 def check_known(architecture: str) -> None:
     """Raise a UserError if timm has no model of a name; what is described elsewhere is not looked at."""
-    if not _source_of(architecture) and not timm.is_model(architecture):
+    if _source_of(architecture):
+        return
+    if not timm.is_model(architecture):
         raise UserError(f'unknown model {architecture!r}; `timm-rep list` shows the models with rep layers')
+    try:
+        get_pretrained_cfg(architecture)
+    except RuntimeError as e:
+        raise UserError(f'unknown model {architecture!r}: {e}') from None  # timm names the tag
 
 
 def create_model(architecture: str, /, **kwargs: Any) -> nn.Module:

@@ -41,6 +41,8 @@ UNFIT_OPTIONS = ('torchscript', 'split_bn')
 OTHER_CROPS = dict(
     no_aug=False, train_crop_mode=None, scale=[0.08, 1.0], ratio=[3 / 4, 4 / 3], aug_splits=0, train_img_sizes=None,
     naflex_loader=False, use_multi_epochs_loader=False)
+FOLDERS = ('', 'folder', 'image_folder', 'torch/folder', 'torch/image_folder')  # datasets that are folders of classes
+TRAIN_SPLIT = 'train'  # timm's default
 KINDS = (
     ('time_steps attach_warmup_epochs epochs start_epoch seed lr_cycle_limit', (int,), 'a whole number'),
     ('warmup_epochs cooldown_epochs lr_cycle_mul lr_cycle_decay side_gain', (int, float), 'a number'),
@@ -242,7 +244,7 @@ def check_data(args: argparse.Namespace) -> None:
             business. A folder without splits trains, but validates nothing.
     """
     given, dataset = getattr(args, 'data_dir', None) or getattr(args, 'data', None), getattr(args, 'dataset', None)
-    if dataset or not given:
+    if not given or (dataset or '') not in FOLDERS:
         return
     folder = Path(given)
     check_folder(folder)
@@ -252,7 +254,7 @@ def check_data(args: argparse.Namespace) -> None:
     validation = Path(_search_split(given, args.val_split)) if args.val_split else None
     if validation == folder:
         raise UserError(f"{no_split(folder, args.val_split)} (--val-split; '' trains without validation)")
-    if validation and train == folder:
+    if train == folder and (validation or args.train_split != TRAIN_SPLIT):
         raise UserError(f'{no_split(folder, args.train_split)} (--train-split)')
     for part in filter(None, (train, validation)):
         files = (file for _, _, names in os.walk(part, followlinks=True) for file in names)  # as timm does

@@ -273,7 +273,7 @@ class NormedRepLayer(FixedGeometry, NormedBranches, RepLayer):
 
         The origin's norm keeps gain and statistics, those of the convolution without its bias. The last norms of the
         side branches get its gain and bias. Where the gain is zero, or next to it, the kernel that it hides stays as it
-        is: training starts from it (timm's ``zero_init_last``).
+        is: training starts from it (timm's ``zero_init_last``). Cumulative averages (no momentum) count anew.
 
         Args:
             weight: Kernel of the convolution ``(o, i/g, kh, kw)``.
