@@ -99,9 +99,8 @@ def check_folder(folder: Path) -> None:
 
 def no_split(folder: Path, split: str) -> UserError:
     """What to say of a folder in which timm finds no split of a name, and takes all images that it holds."""
-    there = [path.name for path in sorted(folder.iterdir()) if path.is_dir()]
-    return UserError(
-        f'{folder} has no split {split!r}; give the name of a split, there is {first_names(there) if there else "none"}')
+    there = [path.name for path in sorted(folder.iterdir()) if path.is_dir()] or ['none']
+    return UserError(f'{folder} has no split {split!r}; give the name of a split, there is {first_names(there)}')
 
 
 def with_progress(batches: Iterable[Any], label: str, progress: bool) -> Iterable[Any]:
