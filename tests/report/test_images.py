@@ -1,6 +1,7 @@
 """Accuracies are of the images that they seem to be of, and both forms are compared on them."""
 import copy
 import random
+import tarfile
 
 import pytest
 import timm
@@ -113,6 +114,13 @@ def test_images_of_several_splits_are_never_taken_as_one(tmp_path):
         write_images(tmp_path / name, count=1)
     with pytest.raises(UserError, match="has no split 'validation'; give the name"):
         compare(classifier(), tmp_path)
+
+
+def test_archives_are_refused(tmp_path):
+    with tarfile.open(tmp_path / 'images.tar', 'w') as tar:
+        tar.add(write_images(tmp_path / 'images', count=1), '.')
+    with pytest.raises(UserError, match=r'images\.tar is a file; images are taken from a folder'):
+        compare(classifier(), tmp_path / 'images.tar')
 
 
 @pytest.mark.parametrize(('names', 'error'), [

@@ -150,6 +150,8 @@ def open_images(
     kwargs.update(class_map=class_map or '', input_img_mode=img_mode or ('L' if image_channels(model) == 1 else 'RGB'))
     if not dataset:
         check_folder(folder)
+        if not folder.is_dir():
+            raise UserError(f'{folder} is a file; images are taken from a folder with one folder for each class')
     try:
         images: Any = create_dataset(dataset, root=str(folder), split=split, batch_size=batch_size, **kwargs)
     except (RuntimeError, ValueError, ImportError, AssertionError) as e:  # the last for a class map that is not there
