@@ -190,7 +190,7 @@ def as_method(method: MethodLike) -> Method:
     if isinstance(method, Method):
         return method
     if not isinstance(method, str) or method not in _METHODS:
-        instead = f', or an object, {method.__name__}()' if isinstance(method, type) else ''
+        instead = f', or an object, {method.__name__}()' if isinstance(method, type) and issubclass(method, Method) else ''
         raise UserError(f'unknown method {method!r}; allowed are {", ".join(map(repr, _METHODS))}{instead}')
     return _METHODS[method]()
 

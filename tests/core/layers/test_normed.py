@@ -551,6 +551,22 @@ def test_stock_form_is_as_before_if_nothing_was_trained(case, frozen):
 
 @kinds
 @torch.no_grad()
+def test_kernels_do_not_grow_by_expanding_and_fusing(case):
+    """Neither they nor the variances behind them, where batches pass between; from inputs as large as there may be."""
+    cls, c_in, c_out, size, geometry, options = split_case(case)
+    conv, norm = nn.Conv2d(c_in, c_out, size, bias=False, **geometry), nn.BatchNorm2d(c_out)
+    x = 30 * randn(4, c_in, 15, 16, seed=5, dtype=torch.float32)
+    for seed in range(6):
+        layer = cls.from_conv(conv, torch.Generator().manual_seed(seed), norm=norm, **options)
+        for _ in range(20):
+            layer.train()(x)
+        conv, norm = layer.eval().fuse_conv_norm()
+        assert norm.running_var.max() < 1.01
+        assert conv.weight.abs().max() < 1
+
+
+@kinds
+@torch.no_grad()
 def test_cumulative_averages_begin_anew_where_kernels_do(case):
     cls, c_in, c_out, size, geometry, options = split_case(case)
     norm = nn.BatchNorm2d(c_out, momentum=None, dtype=torch.float64)

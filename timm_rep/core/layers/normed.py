@@ -29,6 +29,7 @@ from .norms import (
 __all__ = ['NormedMethod', 'NormedRepLayer', 'is_foldable_pair']
 
 HIDDEN = 1e-30  # what gains below this leave of the outputs is no part of any sum
+LARGEST = 1e3  # of a kernel in the stock form, if its norm has hardly anything to normalise
 MAX_KERNEL_SIZE = 5  # larger ones are left alone: the papers' networks have none but the stem's
 
 
@@ -203,7 +204,7 @@ class NormedRepLayer(FixedGeometry, NormedBranches, RepLayer):
             )
         kernel, bias = self._fold()
         norm = nn.BatchNorm2d(self.out_channels, origin.eps, device=bias.device, dtype=origin.weight.dtype)
-        mean, var, gain = (value.to(norm.weight).to(bias) for value in self._stock_norm(bias))  # rounded first
+        mean, var, gain = (value.to(norm.weight).to(bias) for value in self._stock_norm(kernel, bias))  # rounded first
         hidden = self._hidden()
         gain = torch.where(hidden, 1.0, gain)
         kernel, gamma, beta = kernels.unfold_norm(kernel, bias, mean, var, norm.eps, gain)
@@ -228,29 +229,30 @@ class NormedRepLayer(FixedGeometry, NormedBranches, RepLayer):
             trains_bias)
         return conv, synchronized_as(origin, norm).train(origin.training)
 
-    def _stock_norm(self, bias: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and gain ``(o,)`` of a norm behind the folded kernel, whose bias is given, for training.
+    def _stock_norm(self, kernel: Tensor, bias: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and gain ``(o,)`` of a norm behind the folded kernel, for training.
 
         If no norm but the origin's has seen a batch, they are the origin's, which has those of the stock norm.
 
         Else the norms imply them: outputs of a norm have its bias for mean and, but for eps, its gain for standard
         deviation. So the mean is exact; the variance is as if the pixels of the input were uncorrelated, when it goes
         as the squared norm of a kernel: the sum of the branches' variances, times the square of the sum of their
-        kernels over the sum of their squares. The scale of the kernel is the branches' own.
+        kernels over the sum of their squares. The kernel gets the scale that makes the variance one.
         """
         sides = self._side_norms()
         origin, norms, rate = self.norm_kxk, (self.norm_kxk, *sides), self.attach_rate.to(bias)
         own_mean, own_var, own_gain = (value.to(bias) for value in (*kept_statistics(origin), origin.weight))
         gains = torch.stack([own_gain, *(rate * norm.weight.to(bias) for norm in sides)])
         means = torch.stack([origin.bias.to(bias), *(rate * norm.bias.to(bias) for norm in sides)])
-        variances = torch.stack([kept_statistics(norm)[1].to(bias) for norm in norms])
-        reached = torch.stack([var / (var + norm.eps) for var, norm in zip(variances, norms)])
+        reached = torch.stack([var / (var + norm.eps) for norm in norms for var in [kept_statistics(norm)[1].to(bias)]])
         peak = gains.abs().amax(0)
         shares = (gains / torch.where(peak > 0, peak, 1.0)).square()
-        var = (shares * variances).sum(0) / shares.sum(0)
-        square = torch.where(var > 0, (shares * reached).sum(0) * ((var + origin.eps) / var), shares.sum(0))
         together = _square_of_sum_over_sum_of_squares(list(self.branch_kernels().values()))
-        gain = torch.copysign(peak * torch.sqrt(square * together), own_gain)
+        std = peak * torch.sqrt((shares * reached).sum(0) * together)
+        size = torch.maximum(std, kernel.abs().amax((1, 2, 3)) / LARGEST)
+        size = torch.where(size > 0, size, 1.0)
+        var = (std / size).square()
+        gain = torch.copysign(torch.sqrt(var + origin.eps) * size, own_gain)
         mean = (means.sum(0) - bias) * torch.sqrt(var + origin.eps) / gain
         seen = torch.stack([~_is_fresh(norm) for norm in sides]).any()
         own_gain = torch.where(own_gain == 0, peak, own_gain)
