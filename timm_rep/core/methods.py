@@ -190,7 +190,9 @@ def as_method(method: MethodLike) -> Method:
     if isinstance(method, Method):
         return method
     if not isinstance(method, str) or method not in _METHODS:
-        instead = f', or an object, {method.__name__}()' if isinstance(method, type) and issubclass(method, Method) else ''
+        instead = ''
+        if isinstance(method, type) and issubclass(method, Method):
+            instead = f', or an object, {method.__name__}()'
         raise UserError(f'unknown method {method!r}; allowed are {", ".join(map(repr, _METHODS))}{instead}')
     return _METHODS[method]()
 
