@@ -14,11 +14,10 @@ from ..core.precision import full_float32
 from ..core.verify import DEFAULT_RTOL, VerificationError, compare_outputs
 from ..core.walk import image_channels
 from ..io.architecture import input_settings
-from ..models.checkpoint_filter import first_names
+from ..io.folders import check_folder, no_split
 
 __all__ = [
-    'ImageCheck', 'Score', 'as_device', 'check_folder', 'compare_on_images', 'evaluate', 'no_split', 'open_images',
-    'with_progress',
+    'ImageCheck', 'Score', 'as_device', 'compare_on_images', 'evaluate', 'open_images', 'with_progress',
 ]
 
 IMAGE_BATCH = 32
@@ -85,22 +84,6 @@ def as_device(device: Union[str, torch.device]) -> torch.device:
         return found.device
     except (RuntimeError, AssertionError) as e:  # the latter where torch is built without CUDA
         raise UserError(f'device {str(device)!r} cannot be used: {str(e).splitlines()[0]}') from None
-
-
-def check_folder(folder: Path) -> None:
-    """Refuse a folder of images that is not there, which timm does without a word.
-
-    Raises:
-        UserError: If there is none.
-    """
-    if not folder.exists():
-        raise UserError(f'there is no folder of images {folder}')
-
-
-def no_split(folder: Path, split: str) -> UserError:
-    """What to say of a folder in which timm finds no split of a name, and takes all images that it holds."""
-    there = [path.name for path in sorted(folder.iterdir()) if path.is_dir()] or ['none']
-    return UserError(f'{folder} has no split {split!r}; give the name of a split, there is {first_names(there)}')
 
 
 def with_progress(batches: Iterable[Any], label: str, progress: bool) -> Iterable[Any]:

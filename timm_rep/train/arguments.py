@@ -19,13 +19,13 @@ from ..core.layers.dbb import NormPad2d
 from ..core.walk import annealed_modules
 from ..io.architecture import check_known, create_model, per_channel
 from ..io.checkpoint import read_checkpoint
+from ..io.folders import check_folder, no_split
 from ..io.plain_data import read_yaml
 from ..io.runs import START_ARGS
 from ..models.files import check_file
 from ..models.names import is_training_form
 from ..models.published import described_weights
 from ..models.settings import INPUT_SETTINGS
-from ..report.images import check_folder, no_split
 
 __all__ = [
     'add_time_step_options', 'check_crops', 'check_data', 'check_model', 'check_names', 'check_start_weights',
