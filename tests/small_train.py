@@ -21,7 +21,7 @@ config_parser.add_argument('-c', '--config', default='')
 parser = argparse.ArgumentParser(description='Stand-in training')
 for option, default in dict(
         model='resnet50', resume='', output='', experiment='', initial_checkpoint='', sched='cosine', opt='momentum',
-        dataset='', val_split='validation', eval_metric='top1', interpolation='',
+        dataset='', train_split='train', val_split='validation', eval_metric='top1', interpolation='',
 ).items():
     parser.add_argument(f'--{option.replace("_", "-")}', default=default)
 for option, default in dict(
@@ -48,8 +48,9 @@ def _parse_args():
     return args, yaml.safe_dump(vars(args))
 
 
-def images(seed, count):
-    generator = torch.Generator().manual_seed(seed)
+def create_dataset(name, split):
+    count = 20 if split == 'train' else 10
+    generator = torch.Generator().manual_seed(count)
     targets = torch.arange(count) % 5
     return torch.utils.data.TensorDataset(
         torch.randn(count, 3, 8, 8, generator=generator) + targets.reshape(-1, 1, 1, 1), targets)
@@ -74,8 +75,8 @@ def main():
         model_ema = utils.ModelEmaV3(model, decay=args.model_ema_decay)
         if args.resume:
             load_checkpoint(model_ema.module, args.resume, use_ema=True)
-    loader = create_loader(images(0, 20), batch_size=8, is_training=True)
-    eval_loader = create_loader(images(1, 10), batch_size=10)
+    loader = create_loader(create_dataset(args.dataset, split='train'), batch_size=8, is_training=True)
+    eval_loader = create_loader(create_dataset(args.dataset, split=args.val_split), batch_size=10)
 
     output_dir = utils.get_outdir(args.output or './output/train', args.experiment or 'unnamed')
     saver = utils.CheckpointSaver(

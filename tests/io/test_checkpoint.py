@@ -312,7 +312,7 @@ def test_what_cannot_be_written_in_full_is_not_left(tmp_path):
 
 
 @pytest.mark.parametrize(('name', 'allowed'), [
-    ('x.safetensors', True), ('resnet18.orepa_in1k', True), ('x.tar', False)])
+    ('x.safetensors', True), ('resnet18.orepa_in1k', True), ('x.tar', False), ('x.txt', False)])
 def test_folders_may_have_dots_in_their_names(name, allowed, tmp_path):
     if allowed:
         assert new_output(tmp_path / name, folder_allowed=True) == tmp_path / name

@@ -155,7 +155,10 @@ def test_bad_input(run, images, tmp_path, caplog):
     missing = tmp_path / 'missing'
     assert 'No such file or directory' in ensemble(missing, images, code=2)
     assert f'there is no folder of images {missing}' in ensemble(run, missing, code=2)
-    assert f"{images} has no split 'val'" in ensemble(run, images, '--val-split', 'val', code=2)
+    for dataset in ('', 'folder', 'imagenet', 'torch/folder'):  # folders, all of them
+        (run / 'args.yaml').write_text(f'{ARGS}\ndataset: {dataset!r}')
+        assert f"{images} has no split 'val'" in ensemble(run, images, '--val-split', 'val', code=2)
+        assert 'on 15 images' in ensemble(run, images)
     # without splits, the images to evaluate on would be those to train on
     assert "has no split 'test'" in ensemble(run, images / 'test', code=2)
     for split in ('test', 'train'):
@@ -166,7 +169,8 @@ def test_bad_input(run, images, tmp_path, caplog):
     shutil.rmtree(tmp_path / 'train/d')
     shutil.rmtree(tmp_path / 'test/d')
     shutil.rmtree(tmp_path / 'test/a')  # b would be class 0
-    assert "must hold images of the same classes; only one of them has a\n" in ensemble(run, tmp_path, code=2)
+    assert "the split 'test' has other classes than 'train': 'b' is class 0 of it, and class 1 there" in ensemble(
+        run, tmp_path, code=2)
     shutil.rmtree(tmp_path / 'train/a')
     ensemble(run, tmp_path)
     assert f'{tmp_path} holds images of 2 classes, the model knows 3: they are taken for its first ones' in caplog.text

@@ -299,7 +299,7 @@ def test_checkpoint_of_a_run_without_time_steps_is_refused(finished, scripts, tm
 
 def test_script_that_does_not_fit_is_refused(tmp_path, refusal):
     (tmp_path / 'train.py').write_text('parser = None\n')
-    missing = 'config_parser, _parse_args, main, create_loader, create_optimizer_v2, train_one_epoch'
+    missing = 'config_parser, _parse_args, main, create_dataset, create_loader, create_optimizer_v2, train_one_epoch'
     assert f'it lacks {missing}' in refusal(arguments(tmp_path))
 
 
@@ -495,6 +495,9 @@ def test_a_size_leaves_the_channels_of_the_weights_to_start_from(tmp_path):
         assert config['mean'] == (0.1,)
 
 
+FOLDERS = ('folder', 'ImageFolder', 'imagenet', 'torch/folder', 'Torch/image_folder', 'my/own')  # as timm has it
+
+
 def check_images(folder, train_split='train', val_split='validation', **kwargs):
     check_data(argparse.Namespace(
         **dict(dict(data_dir=str(folder), dataset='', train_split=train_split, val_split=val_split), **kwargs)))
@@ -511,6 +514,7 @@ def test_images_that_are_not_there_are_refused(tmp_path):
     check_images(tmp_path, val_split='links')
     check_images(tmp_path, val_split='')
     check_images(tmp_path / 'train', val_split='')  # all of a folder without splits
+    check_images(tmp_path / 'train', train_split='', val_split='')
     check_images(tmp_path / 'new', dataset='torch/cifar10')
     check_images(tmp_path / 'train/class/1.JPEG')  # timm reads archives
     for kwargs in ({}, dict(data_dir=None, data=str(tmp_path / 'typo'))):
@@ -522,7 +526,8 @@ def test_images_that_are_not_there_are_refused(tmp_path):
         (dict(val_split='tset'), f"has no split 'tset'; give the name of a split, {there}"),
         (dict(train_split='trian', val_split='test'), rf"has no split 'trian'.*{there} \(--train-split\)"),
         (dict(train_split='trian', val_split=''), r"has no split 'trian'"),
-        (dict(val_split='tset', dataset='torch/folder'), "has no split 'tset'"),
+        *((dict(val_split='tset', dataset=dataset), "has no split 'tset'") for dataset in FOLDERS),
+        (dict(train_split='', val_split='test'), "has no split ''"),  # or would train on those of the test, too
         (dict(data_dir=str(tmp_path / 'empty/class'), val_split='test'), 'has no split .*, there is none'),
         (dict(val_split='empty'), r'empty holds no images that timm reads \(\.png, \.jpg, \.jpeg\)'),
     ]:
@@ -537,13 +542,15 @@ def test_images_that_are_not_there_are_refused(tmp_path):
     (dict(kd_model_name='nope18'), "unknown model 'nope18'"),
     (dict(model='resnet18.nope'), r"unknown model 'resnet18\.nope': .*\(nope\)"),
     (dict(opt='foo'), r"unknown optimizer 'foo' \(--opt\); timm\.optim\.list_optimizers\(\) shows them"),
+    (dict(sched='nope'), r"sched nope cannot be used: Unknown scheduler|unknown schedule 'nope' \(--sched\)"),
+    (dict(sched='plateau', sched_on_updates=True), 'sched plateau cannot be used: .*only supports step per epoch'),
     (dict(device='gpu'), r"device 'gpu' cannot be used \(--device\): .*cuda"),
     (dict(device='cuda'), r"device 'cuda' cannot be used: there is no NVIDIA GPU\. --device cpu trains"),
 ], ids=str)
 def test_names_that_are_not_known_are_refused(args, message, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    good = dict(model='resnet18.a1_in1k', opt='lookahead_sgd', device='cpu', kd_model_name=None)
+    good = dict(model='resnet18.a1_in1k', opt='lookahead_sgd', device='cpu', kd_model_name=None, sched='cosine')
     check_names(argparse.Namespace(**good))
-    check_names(argparse.Namespace(**dict(good, model='hf-hub:org/name', opt='AdamW')))
+    check_names(argparse.Namespace(**dict(good, model='hf-hub:org/name', opt='AdamW', sched='none')))
     with pytest.raises(timm_rep.UserError, match=message):
         check_names(argparse.Namespace(**dict(good, **args)))

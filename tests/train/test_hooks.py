@@ -1,4 +1,4 @@
-"""Options that train.py lacks: no decay of the classifier, padded crops."""
+"""What train.py lacks: no decay of the classifier, padded crops, classes that are looked at."""
 import pickle
 from argparse import Namespace
 
@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from timm.data import create_loader
+from timm.data import create_dataset, create_loader
 from timm.optim import create_optimizer_v2
 
 from timm_rep import UserError
@@ -15,7 +15,8 @@ from timm_rep.train.hooks import apply_hooks
 
 @pytest.fixture
 def script():
-    return Namespace(create_optimizer_v2=create_optimizer_v2, create_loader=create_loader)
+    return Namespace(
+        create_optimizer_v2=create_optimizer_v2, create_dataset=create_dataset, create_loader=create_loader)
 
 
 def decayed(optimizer, model):
@@ -120,3 +121,48 @@ def test_a_transform_without_timms_crop_is_refused(script):
     apply_hooks(script, Namespace(no_decay_classifier=False, crop_padding=4))
     with pytest.raises(UserError, match='its transform has none'):
         loaded(script.create_loader, no_aug=True)
+
+
+def opened(script, root, classes=3, **maps):
+    """The data sets that timm's script opens, by the names of their splits."""
+    apply_hooks(script, Namespace(no_decay_classifier=False, crop_padding=0, num_classes=classes, train_split='train'))
+    return [script.create_dataset('', root=str(root), split=split, **maps) for split in ('train', 'validation')]
+
+
+def save_images(root, **classes):
+    for split, names in classes.items():
+        for name in names:
+            (root / split / name).mkdir(parents=True)
+            Image.new('RGB', (8, 8)).save(root / split / name / '0.png')
+
+
+def test_more_classes_than_the_model_knows_are_refused(script, tmp_path):
+    save_images(tmp_path, train='abc', validation='abc')
+    assert [len(images) for images in opened(script, tmp_path)] == [3, 3]
+    assert opened(script, tmp_path, classes=1000)  # as timm has it
+    with pytest.raises(UserError, match="'train' holds images of 3 classes, the model knows 2; --num-classes 3"):
+        opened(script, tmp_path, classes=2)
+
+
+@pytest.mark.parametrize(('names', 'message'), [
+    ('bc', "'validation' has other classes than 'train': 'b' is class 0 of it, and class 1 there, .*--class-map FILE"),
+    ('abd', "'d' is class 2 of it, and not there"),
+])
+def test_splits_that_number_the_same_class_differently_are_refused(script, tmp_path, names, message):
+    save_images(tmp_path, train='abc', validation=names)
+    with pytest.raises(UserError, match=message):
+        opened(script, tmp_path)
+
+
+def test_splits_that_lack_classes_but_number_the_others_alike_are_taken(script, tmp_path):
+    save_images(tmp_path / 'first', train='abc', validation='ab')
+    assert [len(images) for images in opened(script, tmp_path / 'first')] == [3, 2]
+    save_images(tmp_path / 'mapped', train='abc', validation='bc')
+    (tmp_path / 'map.txt').write_text('a\nb\nc')
+    images = opened(script, tmp_path / 'mapped', class_map=str(tmp_path / 'map.txt'))[1]
+    assert [target for _, target in images] == [1, 2]
+
+
+def test_data_sets_that_do_not_name_their_classes_are_taken(script, tmp_path):
+    script.create_dataset = lambda *args, **kwargs: Images()
+    assert len(opened(script, tmp_path)) == 2

@@ -1,10 +1,21 @@
 """Folders of images, of which timm takes what it finds without a word."""
 from pathlib import Path
+from typing import Any, Dict, Mapping, Optional
 
 from ..core.errors import UserError
 from ..models.checkpoint_filter import first_names
 
-__all__ = ['check_folder', 'no_split']
+__all__ = ['check_classes', 'check_folder', 'class_indices', 'is_folder', 'no_split']
+
+READERS = ('hfds', 'hfids', 'tfds', 'torch', 'wds')  # of timm; what has none of these before its name is a folder
+
+
+def is_folder(dataset: Optional[str]) -> bool:
+    """Whether timm reads a data set of this name from a folder of images by classes, or an archive of such."""
+    reader, separator, name = (dataset or '').lower().partition('/')
+    if separator and reader == 'torch':
+        return name.rpartition('/')[2] in ('folder', 'image_folder')
+    return not separator or reader not in READERS
 
 
 def check_folder(folder: Path) -> None:
@@ -21,3 +32,37 @@ def no_split(folder: Path, split: str) -> UserError:
     """What to say of a folder in which timm finds no split of a name, and takes all images that it holds."""
     there = [path.name for path in sorted(folder.iterdir()) if path.is_dir()] or ['none']
     return UserError(f'{folder} has no split {split!r}; give the name of a split, there is {first_names(there)}')
+
+
+def class_indices(images: Any) -> Dict[str, int]:
+    """The number of each class by its name, as timm counts the folders that it finds.
+
+    Args:
+        images: Data set of timm.
+
+    Returns:
+        Numbers by names; none if the data set does not name its classes.
+    """
+    indices: Any = getattr(getattr(images, 'reader', images), 'class_to_idx', None)  # torchvision's have no reader
+    named = isinstance(indices, dict) and all(isinstance(index, int) for index in indices.values())
+    return dict(indices) if named else {}
+
+
+def check_classes(trained: Mapping[str, int], other: Mapping[str, int], trained_split: str, split: str) -> None:
+    """Refuse a split whose classes are not those that were trained on by the same numbers.
+
+    Args:
+        trained: Numbers of the classes trained on, by their names; none if the data set does not name them.
+        other: The same of another split, which may lack classes.
+        trained_split: Name of the former.
+        split: Name of the latter.
+
+    Raises:
+        UserError: If one has another number, or none.
+    """
+    for name, index in other.items():
+        if trained and trained.get(name) != index:
+            theirs = f'class {trained[name]} there' if name in trained else 'not there'
+            raise UserError(
+                f'the split {split!r} has other classes than {trained_split!r}: {name!r} is class {index} of it, and '
+                f'{theirs}, so that no accuracy would be right; --class-map FILE gives both the same')

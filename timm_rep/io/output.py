@@ -14,7 +14,9 @@ __all__ = ['PathLike', 'clear_left_behind', 'is_weights_file', 'new_folder', 'ne
 
 WEIGHTS_SUFFIXES = ('.safetensors', '.pth')
 # Of files that somebody may take for a format of weights that is written here.
-OTHER_SUFFIXES = ('.bin', '.ckpt', '.h5', '.onnx', '.pkl', '.pt', '.pt2', '.pyth', '.tar')
+OTHER_SUFFIXES = (
+    '.bin', '.ckpt', '.gz', '.h5', '.json', '.npz', '.onnx', '.pickle', '.pkl', '.pt', '.pt2', '.pyth', '.tar', '.txt',
+    '.yaml', '.zip')
 
 PathLike = Union[str, Path]
 

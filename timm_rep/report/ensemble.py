@@ -12,7 +12,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterable, List, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Iterable, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +20,10 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from ..core.errors import UserError
 from ..io.checkpoint import read_checkpoint
+from ..io.folders import check_classes, class_indices
 from ..io.output import new_output
 from ..io.weights import load, save_weights
-from ..models.checkpoint_filter import first_names
 from .images import Score, as_device, evaluate, open_images, with_progress
 
 __all__ = ['EnsembleResult', 'average_outputs', 'evaluate_snapshots', 'find_snapshots']
@@ -102,11 +101,6 @@ def _some_images(loader: Any, images: int, batch_size: int) -> Tuple[Iterable[An
     return DataLoader(Subset(loader.dataset, chosen), batch_size=batch_size, num_workers=loader.num_workers), images
 
 
-def _classes(loader: Any) -> Set[str]:
-    """Names of the classes of which a loader has images, if its data set knows them."""
-    return set(getattr(getattr(loader.dataset, 'reader', None), 'class_to_idx', None) or ())
-
-
 def evaluate_snapshots(
         run_dir: PathLike,
         data_dir: PathLike,
@@ -147,7 +141,7 @@ def evaluate_snapshots(
         FileExistsError: If the output exists. Nothing is evaluated then.
         FileNotFoundError: If there is no such folder, or no snapshots in it.
         UserError: If the snapshots are not all of the run's model, or there are no images, no such split or device, or
-            one of the splits has folders of classes that the other lacks.
+            the splits number the same class differently.
     """
     if output is not None:
         output = new_output(output)
@@ -170,15 +164,12 @@ def evaluate_snapshots(
             input_key=args.get('input_key'), target_key=args.get('target_key'), is_training=training)
         for split, training in ((val_split, False), (train_split, True))
     )
-    of_one_split = _classes(val_loader) ^ _classes(train_loader)
-    if of_one_split:  # timm numbers the classes that it finds
-        raise UserError(
-            f'the splits {val_split!r} and {train_split!r} of {data_dir} must hold images of the same classes; only '
-            f'one of them has {first_names(of_one_split)}')
-    if 0 < len(_classes(val_loader)) < models[0].num_classes:
+    trained, classes = class_indices(train_loader.dataset), class_indices(val_loader.dataset)
+    check_classes(trained, classes, train_split, val_split)
+    if 0 < len(classes) < models[0].num_classes:
         _logger.warning(
             '%s holds images of %d classes, the model knows %d: they are taken for its first ones',
-            data_dir, len(_classes(val_loader)), models[0].num_classes)
+            data_dir, len(classes), models[0].num_classes)
     train_batches, bn_images = _some_images(train_loader, bn_images, batch_size)
     update_bn(with_progress(train_batches, 'batch norms', progress), average, device)
 

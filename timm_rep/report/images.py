@@ -14,7 +14,7 @@ from ..core.precision import full_float32
 from ..core.verify import DEFAULT_RTOL, VerificationError, compare_outputs
 from ..core.walk import image_channels
 from ..io.architecture import input_settings
-from ..io.folders import check_folder, no_split
+from ..io.folders import check_folder, class_indices, is_folder, no_split
 
 __all__ = [
     'ImageCheck', 'Score', 'as_device', 'compare_on_images', 'evaluate', 'open_images', 'with_progress',
@@ -131,7 +131,7 @@ def open_images(
     if class_map and not class_map.lower().endswith('.txt'):  # older timm unpickles others without a check
         raise UserError(f'no images can be read for a run whose class map is not a text file, got {class_map}')
     kwargs.update(class_map=class_map or '', input_img_mode=img_mode or ('L' if image_channels(model) == 1 else 'RGB'))
-    if not dataset:
+    if is_folder(dataset):
         check_folder(folder)
         if not folder.is_dir():
             raise UserError(f'{folder} is a file; images are taken from a folder with one folder for each class')
@@ -139,14 +139,14 @@ def open_images(
         images: Any = create_dataset(dataset, root=str(folder), split=split, batch_size=batch_size, **kwargs)
     except (RuntimeError, ValueError, ImportError, AssertionError) as e:  # the last for a class map that is not there
         raise UserError(f'{folder} holds no images that timm reads{f": {e}" if str(e) else ""}') from None
-    reader: Any = getattr(images, 'reader', None)
-    if not dataset and Path(reader.root) == folder:  # timm takes all of it where it finds no split of that name
+    reader: Any = getattr(images, 'reader', images)  # torchvision's data sets are their own
+    if is_folder(dataset) and Path(reader.root) == folder:  # timm takes all of it where it finds no split of that name
         depth = len(folder.parts) + 2  # of images in folders of classes
         if splits_only or any(len(Path(path).parts) > depth for path, _ in reader.samples):
             raise no_split(folder, split)
-    classes = len(getattr(reader, 'class_to_idx', None) or ())
+    classes = len(class_indices(images))
     if classes > model.num_classes:
-        raise UserError(f'{reader.root} holds images of {classes} classes, the model knows {model.num_classes}')
+        raise UserError(f'{folder} holds images of {classes} classes, the model knows {model.num_classes}')
     return create_loader(
         images, batch_size=batch_size, num_workers=workers, persistent_workers=False, use_prefetcher=False,
         device=device, **input_settings(model))

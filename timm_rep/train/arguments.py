@@ -11,6 +11,7 @@ from timm.data.dataset_factory import _search_split
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.models import split_model_name_tag
 from timm.optim import list_optimizers
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from ..core.annealing import RESTORATIONS, AnnealingSchedule, check_restoration
 from ..core.capture import linear_layers
@@ -19,7 +20,7 @@ from ..core.layers.dbb import NormPad2d
 from ..core.walk import annealed_modules
 from ..io.architecture import check_known, create_model, per_channel
 from ..io.checkpoint import read_checkpoint
-from ..io.folders import check_folder, no_split
+from ..io.folders import check_folder, is_folder, no_split
 from ..io.plain_data import read_yaml
 from ..io.runs import START_ARGS
 from ..models.files import check_file
@@ -41,8 +42,7 @@ UNFIT_OPTIONS = ('torchscript', 'split_bn')
 OTHER_CROPS = dict(
     no_aug=False, train_crop_mode=None, scale=[0.08, 1.0], ratio=[3 / 4, 4 / 3], aug_splits=0, train_img_sizes=None,
     naflex_loader=False, use_multi_epochs_loader=False)
-FOLDERS = ('', 'folder', 'image_folder', 'torch/folder', 'torch/image_folder')  # datasets that are folders of classes
-TRAIN_SPLIT = 'train'  # timm's default
+ALL_IMAGES = ('train', '')  # splits for training that nobody misspelled: timm's default, and none
 KINDS = (
     ('time_steps attach_warmup_epochs epochs start_epoch seed lr_cycle_limit', (int,), 'a whole number'),
     ('warmup_epochs cooldown_epochs lr_cycle_mul lr_cycle_decay side_gain', (int, float), 'a number'),
@@ -243,8 +243,8 @@ def check_data(args: argparse.Namespace) -> None:
         UserError: If there is none, or no image in it; what a named ``--dataset`` makes of its folder is its own
             business. A folder without splits trains, but validates nothing.
     """
-    given, dataset = getattr(args, 'data_dir', None) or getattr(args, 'data', None), getattr(args, 'dataset', None)
-    if not given or (dataset or '') not in FOLDERS:
+    given = getattr(args, 'data_dir', None) or getattr(args, 'data', None)
+    if not given or not is_folder(getattr(args, 'dataset', None)):
         return
     folder = Path(given)
     check_folder(folder)
@@ -254,7 +254,7 @@ def check_data(args: argparse.Namespace) -> None:
     validation = Path(_search_split(given, args.val_split)) if args.val_split else None
     if validation == folder:
         raise UserError(f"{no_split(folder, args.val_split)} (--val-split; '' trains without validation)")
-    if train == folder and (validation or args.train_split != TRAIN_SPLIT):
+    if train == folder and (validation or args.train_split not in ALL_IMAGES):
         raise UserError(f'{no_split(folder, args.train_split)} (--train-split)')
     for part in filter(None, (train, validation)):
         files = (file for _, _, names in os.walk(part, followlinks=True) for file in names)  # as timm does
@@ -263,19 +263,20 @@ def check_data(args: argparse.Namespace) -> None:
 
 
 def check_names(args: argparse.Namespace) -> None:
-    """Refuse names that timm's script would end at with a traceback: of models, of the optimizer, of the device.
+    """Refuse names that timm's script would end at with a traceback: of models, optimizer, schedule and device.
 
     Args:
         args: timm's arguments.
 
     Raises:
-        UserError: If one is not known, or torch cannot compute there.
+        UserError: If one is not known, the schedule does not go with its own options, or torch cannot compute there.
     """
     for name in filter(None, (args.model, getattr(args, 'kd_model_name', None))):
         check_known(name)
     optimizer = getattr(args, 'opt', None)
     if optimizer and optimizer.lower().removeprefix('lookahead_') not in list_optimizers():
         raise UserError(f'unknown optimizer {optimizer!r} (--opt); timm.optim.list_optimizers() shows them')
+    _check_schedule(args)
     device = getattr(args, 'device', 'cpu')
     try:
         kind = torch.device(device).type
@@ -283,6 +284,18 @@ def check_names(args: argparse.Namespace) -> None:
         raise UserError(f'device {device!r} cannot be used (--device): {str(e).splitlines()[0]}') from None
     if kind == 'cuda' and not torch.cuda.is_available():
         raise UserError(f'device {device!r} cannot be used: there is no NVIDIA GPU. --device cpu trains without one')
+
+
+def _check_schedule(args: argparse.Namespace) -> None:
+    """Refuse a schedule of the learning rate that timm does not make."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    updates = 100  # of an epoch; no matter here
+    try:
+        scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=updates)
+    except (ValueError, TypeError, AssertionError) as e:
+        raise UserError(f'--sched {args.sched} cannot be used: {e}') from None
+    if scheduler is None and args.sched != 'none':  # which older timm then trains without
+        raise UserError(f'unknown schedule {args.sched!r} (--sched)')
 
 
 def check_start_weights(args: argparse.Namespace) -> None:

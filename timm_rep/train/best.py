@@ -32,7 +32,7 @@ def check_best(args: argparse.Namespace, schedule: AnnealingSchedule) -> None:
     """
     if not args.start_from_best:
         return
-    split, dataset = args.val_split, args.dataset
+    split, dataset = args.val_split, args.dataset or ''  # which a config file may leave empty
     if not split or 'test' in split or (dataset.startswith('torch/') and any(name in dataset for name in TEST_ONLY)):
         raise UserError(
             f'--start-from-best chooses by images that are neither trained on nor the test set, and --val-split '

@@ -1,13 +1,14 @@
-"""Options that train.py lacks, put in through what it calls to make the optimizer and the loader of its images."""
+"""What train.py lacks, put in through what it calls to make the optimizer, its images and their loader."""
 import argparse
 import functools
-from typing import Any, Callable
+from typing import Any, Callable, Dict
 
 import torch.nn as nn
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision import transforms
 
 from ..core.errors import UserError
+from ..io.folders import check_classes, class_indices
 
 __all__ = ['apply_hooks']
 
@@ -57,6 +58,26 @@ def _with_padded_crops(create_loader: Callable[..., Any], padding: int) -> Calla
     return create
 
 
+def _with_checked_classes(create_dataset: Callable[..., Any], args: argparse.Namespace) -> Callable[..., Any]:
+    """Refuse images of more classes than the model knows, and splits that number the same class differently."""
+    trained: Dict[str, int] = {}  # timm opens the training's split first
+
+    @functools.wraps(create_dataset)
+    def create(*positional: Any, **kwargs: Any) -> Any:
+        images = create_dataset(*positional, **kwargs)
+        indices, split = class_indices(images), kwargs['split']
+        classes = max(indices.values(), default=-1) + 1
+        if classes > args.num_classes:
+            raise UserError(
+                f'the split {split!r} holds images of {classes} classes, the model knows {args.num_classes}; '
+                f'--num-classes {classes}')
+        check_classes(trained, indices, args.train_split, split)
+        trained.update(indices)
+        return images
+
+    return create
+
+
 def apply_hooks(script: Any, args: argparse.Namespace) -> None:
     """Let timm's script do what is asked of its optimizer and its images.
 
@@ -64,6 +85,7 @@ def apply_hooks(script: Any, args: argparse.Namespace) -> None:
         script: timm's train.py, as a module.
         args: timm's arguments with the wrapper's.
     """
+    script.create_dataset = _with_checked_classes(script.create_dataset, args)
     if args.no_decay_classifier:
         script.create_optimizer_v2 = _without_decay_of_classifier(script.create_optimizer_v2)
     if args.crop_padding:

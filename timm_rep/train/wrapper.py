@@ -58,7 +58,8 @@ __all__ = ['load_script', 'main']
 
 # What the wrapper must find in timm's script.
 SCRIPT_NAMES = (
-    'config_parser', 'parser', '_parse_args', 'main', 'create_loader', 'create_optimizer_v2', 'train_one_epoch')
+    'config_parser', 'parser', '_parse_args', 'main', 'create_dataset', 'create_loader', 'create_optimizer_v2',
+    'train_one_epoch')
 
 
 def load_script(path: Path) -> ModuleType:
