@@ -570,3 +570,49 @@ def test_an_optimizer_without_the_origins_cannot_freeze_them():
     for parameter in list(model.parameters())[:-2]:
         parameter.requires_grad_(False)
     Annealer(model, optimizer, SCHEDULE, freeze_origin=True)
+
+
+@pytest.mark.parametrize('rep_layer', ['rep', 'orepa'])
+@pytest.mark.parametrize('again', [True, False], ids=['another', 'none'])
+def test_an_annealer_that_was_given_up_leaves_nothing_frozen(rep_layer, again):
+    """As by a cell of a notebook that is interrupted while the rate warms up; a loop that begins anew may keep it."""
+    model = timm.create_model('repan_repvgg_a0_cifar', num_classes=5, rep_layer=rep_layer)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def stand_still():
+        before = origin_values(model)
+        model(randn(4, 3, 8, 8, dtype=torch.float32)).square().mean().backward()
+        optimizer.step()
+        return all(map(torch.equal, origin_values(model), before))
+
+    annealer = Annealer(model, optimizer, SCHEDULE, start_weights=True, freeze_origin=True, log_branches=True)
+    annealer.begin_epoch(0)
+    assert stand_still()
+    if again:
+        other = Annealer(model, optimizer, AnnealingSchedule(1, 6, warmup_epochs=1), start_weights=True)
+        other.begin_epoch(0)
+    else:
+        del annealer
+    assert not stand_still()
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_an_annealer_that_is_refused_leaves_the_one_before():
+    model = timm.create_model('repan_repvgg_a0_cifar', num_classes=5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    annealer = Annealer(model, optimizer, SCHEDULE, freeze_origin=True)
+    with pytest.raises(timm_rep.UserError, match=r'come in a list, got a ModelEmaV3; .*\[ema\.module\]'):
+        Annealer(model, optimizer, SCHEDULE, averaged=ModelEmaV3(model))
+    assert len(optimizer._optimizer_step_pre_hooks) == 1
+    annealer.begin_epoch(0)
+
+
+def test_a_seed_is_no_generator():
+    model = timm.create_model('repan_repvgg_a0_cifar', num_classes=5)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for call in (
+            lambda: timm_rep.begin_time_step(model, 3),
+            lambda: timm_rep.expand(timm.create_model('test_resnet'), 'orepa', generator=3)):
+        with pytest.raises(timm_rep.UserError, match=r'takes a torch\.Generator, got 3; .*manual_seed'):
+            call()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -1,8 +1,11 @@
 """One object that anneals a model around the epochs of any training loop."""
-from typing import Any, Dict, Iterable, List, Optional
+from typing import Any, Dict, Iterable, List, Optional, Sequence
+from weakref import WeakKeyDictionary, finalize
 
 import torch
 import torch.nn as nn
+from timm.utils import unwrap_model
+from torch.utils.hooks import RemovableHandle
 
 from .annealing import (
     AnnealingSchedule,
@@ -22,6 +25,14 @@ from .optimizers import reset_optimizer
 
 __all__ = ['Annealer']
 
+# By model: what takes the hooks of its annealer off the optimizer, at the latest when nobody has the annealer any more.
+_RELEASE: 'WeakKeyDictionary[nn.Module, finalize[Any, Any]]' = WeakKeyDictionary()
+
+
+def _remove(handles: Sequence[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+
 
 class Annealer:
     """Anneals a model in time steps: a call before each epoch of a training, and one after it.
@@ -29,6 +40,8 @@ class Annealer:
     Which time steps have begun is saved with the model's weights, and the draw of side branches follows from the seed:
     a training that is resumed from a checkpoint, with weights and optimizer as they were at the end of an epoch, goes
     on as if it had never stopped.
+
+    A model has one annealer: a new one takes the place of that before.
 
     Args:
         model: Model with rep layers, also in wrappers (DDP, torch.compile); any model if the schedule has a single time
@@ -87,9 +100,10 @@ class Annealer:
         self.start_weights = start_weights
         self.history: List[Dict[str, Any]] = []
         self.branch_rows: List[Dict[str, Any]] = []
+        if isinstance(averaged, nn.Module):
+            raise UserError(f'averaged copies come in a list, got a {type(averaged).__name__}; averaged=[ema.module]')
         self._forms = [model, *averaged]
         self._begun: Optional[Dict[str, Any]] = None
-        self._branches = BranchLog(model, optimizer) if log_branches else None
         self._starts_trained = start_weights
         self._freeze: Optional[OriginFreeze] = None
         check_restoration(restoration, side_gain)
@@ -103,8 +117,14 @@ class Annealer:
         if schedule.anneals:
             for form in self._forms:
                 check_rep_layers(form)
-            if freeze_origin:
-                self._freeze = OriginFreeze(model, optimizer)
+        self._branches = BranchLog(model, optimizer) if log_branches else None  # reads before gradients are dropped
+        if schedule.anneals and freeze_origin:
+            self._freeze = OriginFreeze(model, optimizer)
+        release_former = _RELEASE.pop(unwrap_model(model), None)
+        if release_former is not None:
+            release_former()
+        handles = [handle for part in (self._freeze, self._branches) if part is not None for handle in part.handles]
+        _RELEASE[unwrap_model(model)] = finalize(self, _remove, handles)
 
     def _time_step(self) -> int:
         """The time step that the model and its averaged copies are in."""

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from .errors import UserError
 from .layers import AnnealedModule
-from .layers.annealed import check_attach_rate
+from .layers.annealed import check_attach_rate, check_generator
 from .measure import check_measurable, first_batches, measure_statistics, normed_modules
 from .micro_batch import check_no_update
 from .sharded import check_whole, reshard, whole_parameters
@@ -297,12 +297,13 @@ def begin_time_step(
             taken.
 
     Raises:
-        UserError: If the model has no rep layers, for a rate outside [0, 1], an unknown restoration or a gain that is
-            not finite, if there are no batches to measure on, or the model does not run on them or is sharded, in
-            the middle of an update of micro-batches, if values are computed (pruning) or norms of branches replaced.
-            It is then unchanged.
+        UserError: If the model has no rep layers, for a seed in place of a generator, a rate outside [0, 1], an unknown
+            restoration or a gain that is not finite, if there are no batches to measure on, or the model does not run
+            on them or is sharded, in the middle of an update of micro-batches, if values are computed (pruning) or
+            norms of branches replaced. It is then unchanged.
     """
     time_step(model)  # raises unless it is the same everywhere
+    check_generator(generator)
     check_attach_rate(attach_rate)
     check_restoration(restoration, side_gain)
     check_no_update(model)

@@ -28,7 +28,7 @@ class BranchLog:
         self._sums: Dict[Tuple[int, str, str], Tensor] = {}
         self._updates = 0
         self._updating: Any = None  # which optimizer is: those that it holds have the same gradients
-        register_step_hooks(optimizer, self._before, self._after)
+        self.handles = register_step_hooks(optimizer, self._before, self._after)
 
     def _before(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
         if self._updating not in (None, optimizer):

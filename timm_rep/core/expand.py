@@ -11,6 +11,7 @@ from .errors import UserError
 from .expansion import expansion_of
 from .fuse import fuse_before_own_
 from .layers import AnnealedRepVggBlock, FoldedNorm
+from .layers.annealed import check_generator
 from .layers.hosted import HOSTS, hosted
 from .layers.norms import is_foldable
 from .layers.rep import Rep
@@ -97,7 +98,8 @@ def expand(
     Raises:
         UserError: For an unknown method, a pattern that matches or decides nothing, or whose method takes nothing of
             it, if nothing is selected, if a selected convolution is not supported, if the model does not run on the
-            example, or for a model that is sharded or has lazy modules. The model is then unchanged.
+            example, for a model that is sharded or has lazy modules, or for a seed in place of a generator. The model
+            is then unchanged.
     """
     left = what_is_left(Network.of(model))
     if example_inputs is not None and not isinstance(example_inputs, tuple):
@@ -173,6 +175,7 @@ def _swap(
             f'expand the network before it is wrapped, got {type(model).__name__}: the wrapper goes on with the '
             'parameters and the graph that it knows'
         )
+    check_generator(generator)
     check_whole(model)
     if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
         raise UserError(

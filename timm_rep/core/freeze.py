@@ -65,7 +65,7 @@ class OriginFreeze:
             raise UserError(
                 'freeze_origin keeps one optimizer from the origin branches, and this one does not have all of them: '
                 'another one would move them. Give it all that is trained')
-        register_step_hooks(optimizer, self._before, self._after)
+        self.handles = register_step_hooks(optimizer, self._before, self._after)
 
     def thaw(self) -> None:
         """Let the optimizer take up the origin branches, which were frozen since it was new, as new parameters.

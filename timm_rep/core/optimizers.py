@@ -5,6 +5,7 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import torch
 from timm.optim import Adahessian
+from torch.utils.hooks import RemovableHandle
 
 __all__ = ['has_closure', 'optimizers_in', 'register_step_hooks', 'reset_optimizer', 'with_closure_then']
 
@@ -37,7 +38,7 @@ def optimizers_in(optimizer: Any) -> List[Any]:
 
 
 def register_step_hooks(
-        optimizer: Any, before: Callable[..., Any], after: Callable[..., Any]) -> None:
+        optimizer: Any, before: Callable[..., Any], after: Callable[..., Any]) -> List[RemovableHandle]:
     """Have functions called around each update of an optimizer and of those that it holds.
 
     Which of them makes the update nobody can tell from outside: a wrapper may leave all of it to another one, or some.
@@ -46,11 +47,15 @@ def register_step_hooks(
         optimizer: Any optimizer of torch or timm, or a wrapper of some.
         before: Hook of torch's ``register_step_pre_hook``.
         after: Hook of torch's ``register_step_post_hook``.
+
+    Returns:
+        What removes them again.
     """
+    handles = []
     for one in optimizers_in(optimizer):
         if hasattr(one, '_optimizer_step_pre_hooks'):  # a wrapper may do without
-            one.register_step_pre_hook(before)
-            one.register_step_post_hook(after)
+            handles += [one.register_step_pre_hook(before), one.register_step_post_hook(after)]
+    return handles
 
 
 def has_closure(args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> bool:

@@ -29,7 +29,6 @@ from .norms import (
 __all__ = ['NormedMethod', 'NormedRepLayer', 'is_foldable_pair']
 
 HIDDEN = 1e-30  # what gains below this leave of the outputs is no part of any sum
-LARGEST = 1e3  # of a kernel in the stock form, if its norm has hardly anything to normalise
 MAX_KERNEL_SIZE = 5  # larger ones are left alone: the papers' networks have none but the stem's
 
 
@@ -237,25 +236,33 @@ class NormedRepLayer(FixedGeometry, NormedBranches, RepLayer):
         Else the norms imply them: outputs of a norm have its bias for mean and, but for eps, its gain for standard
         deviation. So the mean is exact; the variance is as if the pixels of the input were uncorrelated, when it goes
         as the squared norm of a kernel: the sum of the branches' variances, times the square of the sum of their
-        kernels over the sum of their squares. The kernel gets the scale that makes the variance one.
+        kernels over the sum of their squares.
+
+        The scale of the kernel is free. A branch's kernel is folded times some factor, and its gradient, too; so a step
+        of gradient descent moves the whole as far as steps of all branches did if it is folded times the root of the
+        sum of their squares. Not more than leaves the gain that of the branches' norms where there is no variance.
         """
         sides = self._side_norms()
         origin, norms, rate = self.norm_kxk, (self.norm_kxk, *sides), self.attach_rate.to(bias)
         own_mean, own_var, own_gain = (value.to(bias) for value in (*kept_statistics(origin), origin.weight))
         gains = torch.stack([own_gain, *(rate * norm.weight.to(bias) for norm in sides)])
         means = torch.stack([origin.bias.to(bias), *(rate * norm.bias.to(bias) for norm in sides)])
-        reached = torch.stack([var / (var + norm.eps) for norm in norms for var in [kept_statistics(norm)[1].to(bias)]])
-        peak = gains.abs().amax(0)
-        shares = (gains / torch.where(peak > 0, peak, 1.0)).square()
-        together = _square_of_sum_over_sum_of_squares(list(self.branch_kernels().values()))
-        std = peak * torch.sqrt((shares * reached).sum(0) * together)
-        size = torch.maximum(std, kernel.abs().amax((1, 2, 3)) / LARGEST)
-        size = torch.where(size > 0, size, 1.0)
-        var = (std / size).square()
-        gain = torch.copysign(torch.sqrt(var + origin.eps) * size, own_gain)
+        variances = torch.stack([kept_statistics(norm)[1].to(bias) for norm in norms])
+        eps = bias.new_tensor([norm.eps for norm in norms])[:, None]
+        branches = {name: kernel.to(bias) for name, kernel in self.branch_kernels().items()}
+        together = _square_of_sum_over_sum_of_squares(list(branches.values()))
+        std = _norm_of(gains * torch.sqrt(variances / (variances + eps))) * torch.sqrt(together)
+        factors = [own_gain / torch.sqrt(own_var + origin.eps)]
+        for name, conv in self._side_convs().items():
+            size = _norm_of(conv.weight.to(bias).flatten(1).T)
+            factors.append(_norm_of(branches[name].flatten(1).T) / torch.where(size > 0, size, torch.inf))
+        factor = torch.minimum(_norm_of(torch.stack(factors)), _norm_of(gains) / origin.eps ** 0.5)
+        factor = torch.where(factor > 0, factor, 1.0)
+        var = (std / factor).square()
+        gain = torch.copysign(torch.sqrt(var + origin.eps) * factor, own_gain)
         mean = (means.sum(0) - bias) * torch.sqrt(var + origin.eps) / gain
         seen = torch.stack([~_is_fresh(norm) for norm in sides]).any()
-        own_gain = torch.where(own_gain == 0, peak, own_gain)
+        own_gain = torch.where(own_gain == 0, gains.abs().amax(0), own_gain)
         return torch.where(seen, mean, own_mean), torch.where(seen, var, own_var), torch.where(seen, gain, own_gain)
 
     def stock_form(self, behind: Optional[nn.Module]) -> Tuple[nn.Module, Optional[nn.Module]]:
@@ -373,6 +380,12 @@ class NormedRepLayer(FixedGeometry, NormedBranches, RepLayer):
             layer.norm_kxk.load_state_dict(values)
             layer.absorb_norm_(conv.weight, conv.bias)
         return layer
+
+
+def _norm_of(values: Tensor) -> Tensor:
+    """Root of the sum of squares over the first axis; squares of the smallest floats are zero, so not of them."""
+    peak = values.abs().amax(0)
+    return peak * (values / torch.where(peak > 0, peak, 1.0)).square().sum(0).sqrt()
 
 
 def _square_of_sum_over_sum_of_squares(branches: Sequence[Tensor]) -> Tensor:
