@@ -29,6 +29,7 @@ from .norms import (
 __all__ = ['NormedMethod', 'NormedRepLayer', 'is_foldable_pair']
 
 HIDDEN = 1e-30  # what gains below this leave of the outputs is no part of any sum
+LARGEST = 1e4  # of the kernels, means and deviations of the stock form, in formats that have it
 MAX_KERNEL_SIZE = 5  # larger ones are left alone: the papers' networks have none but the stem's
 
 
@@ -257,6 +258,8 @@ class NormedRepLayer(FixedGeometry, NormedBranches, RepLayer):
             size = _norm_of(conv.weight.to(bias).flatten(1).T)
             factors.append(_norm_of(branches[name].flatten(1).T) / torch.where(size > 0, size, torch.inf))
         factor = torch.minimum(_norm_of(torch.stack(factors)), _norm_of(gains) / origin.eps ** 0.5)
+        least = torch.stack([std, kernel.abs().amax((1, 2, 3)), (means.sum(0) - bias).abs()]).amax(0)
+        factor = torch.maximum(factor, least / min(LARGEST, torch.finfo(origin.weight.dtype).max ** 0.5))
         factor = torch.where(factor > 0, factor, 1.0)
         var = (std / factor).square()
         gain = torch.copysign(torch.sqrt(var + origin.eps) * factor, own_gain)
