@@ -1,6 +1,6 @@
 """Layers with a batch norm in every branch, which stand for a convolution together with the norm behind it."""
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Dict, Optional, Sequence, Tuple, Type, TypeVar, Union
+from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional, Sequence, Tuple, Type, TypeVar, Union
 
 import torch
 import torch.nn as nn
@@ -239,27 +239,22 @@ class NormedRepLayer(FixedGeometry, NormedBranches, RepLayer):
         as the squared norm of a kernel: the sum of the branches' variances, times the square of the sum of their
         kernels over the sum of their squares.
 
-        The scale of the kernel is free. A branch's kernel is folded times some factor, and its gradient, too; so a step
-        of gradient descent moves the whole as far as steps of all branches did if it is folded times the root of the
-        sum of their squares. Not more than leaves the gain that of the branches' norms where there is no variance.
+        Any scale of the kernel would do with a gain that fits; it has that of :meth:`_factor`, and no value leaves the
+        range of its format.
         """
         sides = self._side_norms()
         origin, norms, rate = self.norm_kxk, (self.norm_kxk, *sides), self.attach_rate.to(bias)
         own_mean, own_var, own_gain = (value.to(bias) for value in (*kept_statistics(origin), origin.weight))
         gains = torch.stack([own_gain, *(rate * norm.weight.to(bias) for norm in sides)])
         means = torch.stack([origin.bias.to(bias), *(rate * norm.bias.to(bias) for norm in sides)])
-        variances = torch.stack([kept_statistics(norm)[1].to(bias) for norm in norms])
-        eps = bias.new_tensor([norm.eps for norm in norms])[:, None]
-        branches = {name: kernel.to(bias) for name, kernel in self.branch_kernels().items()}
+        reached = torch.stack([var / (var + norm.eps) for norm in norms for var in [kept_statistics(norm)[1].to(bias)]])
+        branches = {name: branch.to(bias) for name, branch in self.branch_kernels().items()}
         together = _square_of_sum_over_sum_of_squares(list(branches.values()))
-        std = _norm_of(gains * torch.sqrt(variances / (variances + eps))) * torch.sqrt(together)
-        factors = [own_gain / torch.sqrt(own_var + origin.eps)]
-        for name, conv in self._side_convs().items():
-            size = _norm_of(conv.weight.to(bias).flatten(1).T)
-            factors.append(_norm_of(branches[name].flatten(1).T) / torch.where(size > 0, size, torch.inf))
-        factor = torch.minimum(_norm_of(torch.stack(factors)), _norm_of(gains) / origin.eps ** 0.5)
-        least = torch.stack([std, kernel.abs().amax((1, 2, 3)), (means.sum(0) - bias).abs()]).amax(0)
-        factor = torch.maximum(factor, least / min(LARGEST, torch.finfo(origin.weight.dtype).max ** 0.5))
+        std = _norm_of(gains * torch.sqrt(reached)) * torch.sqrt(together)
+        largest = torch.stack([std, kernel.abs().amax((1, 2, 3)), (means.sum(0) - bias).abs()]).amax(0)
+        # where there is no variance, the gain is that of all branches
+        factor = torch.minimum(self._factor(branches), _norm_of(gains) / origin.eps ** 0.5)
+        factor = torch.maximum(factor, largest / min(LARGEST, torch.finfo(origin.weight.dtype).max ** 0.5))
         factor = torch.where(factor > 0, factor, 1.0)
         var = (std / factor).square()
         gain = torch.copysign(torch.sqrt(var + origin.eps) * factor, own_gain)
@@ -267,6 +262,23 @@ class NormedRepLayer(FixedGeometry, NormedBranches, RepLayer):
         seen = torch.stack([~_is_fresh(norm) for norm in sides]).any()
         own_gain = torch.where(own_gain == 0, gains.abs().amax(0), own_gain)
         return torch.where(seen, mean, own_mean), torch.where(seen, var, own_var), torch.where(seen, gain, own_gain)
+
+    def _factor(self, branches: Mapping[str, Tensor]) -> Tensor:
+        """By what ``(o,)`` to fold a kernel alone for a step of gradient descent to move it as far as the branches.
+
+        A branch is folded by a factor ``f``, and so is the gradient by it: a step moves what it is folded to by ``f^2``
+        times the gradient by that. Several branches together move it by the sum of their ``f^2``.
+
+        Args:
+            branches: Folded kernels.
+        """
+        _, var = kept_statistics(self.norm_kxk)
+        kernel = next(iter(branches.values()))
+        factors = [self.norm_kxk.weight.to(kernel) / torch.sqrt(var.to(kernel) + self.norm_kxk.eps)]
+        for name, conv in self._side_convs().items():
+            size = _norm_of(conv.weight.to(kernel).flatten(1).T)
+            factors.append(_norm_of(branches[name].flatten(1).T) / torch.where(size > 0, size, torch.inf))
+        return _norm_of(torch.stack(factors))
 
     def stock_form(self, behind: Optional[nn.Module]) -> Tuple[nn.Module, Optional[nn.Module]]:
         if not isinstance(behind, FoldedNorm):
