@@ -513,6 +513,9 @@ def test_norms_of_the_stock_form_have_the_statistics_of_its_convolution(case):
     for norm in layer._norms():
         norm.reset_running_stats()
         norm.momentum = None
+    with torch.no_grad():  # a branch and its norm turned round are the same
+        layer.conv_kxk.weight[::2] *= -1
+        layer.norm_kxk.weight[::2] *= -1
     for _ in range(2):  # once for the border that an inner norm makes
         layer.train()(x)
     conv, norm = layer.eval().fuse_conv_norm()
