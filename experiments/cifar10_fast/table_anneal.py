@@ -12,8 +12,10 @@ from arms import DESCENT, RESTARTS, arm_of, rate_source
 from network import PLAIN
 from table import TITLES, drawn_error, head, load, mean_and_error, paired
 
-# What arms are compared with: form (None: their own), arm, and its name.
-REFERENCES = ((None, RESTARTS, 'restarts'), (None, DESCENT, 'one descent'), (PLAIN, DESCENT, "plain's descent"))
+# What arms are compared with: form (None: their own), arm (None: their own with the warm-up of all arms), and its name.
+REFERENCES = (
+    (None, RESTARTS, 'restarts'), (None, DESCENT, 'one descent'), (PLAIN, DESCENT, "plain's descent"),
+    (None, None, 'the same at the usual warm-up'))
 ORDER = [DESCENT, RESTARTS, 'authors', 'keep_gain', 'measured', 'measured0', 'compensated']
 
 
@@ -86,8 +88,13 @@ def jumps(run):
 def against(by_group, key, reference):
     """Differences of an arm to another, paired by seed; none to itself."""
     form, arm, _ = reference
-    other = (form or key[0], arm)
+    other = (form or key[0], arm or arm_of(key[1])._replace(share=None).name)
     return [] if other == key or other not in by_group else paired(top1(by_group[key]), top1(by_group[other]))
+
+
+def known_references(by_group):
+    """Those that something can be compared with."""
+    return [reference for reference in REFERENCES if any(against(by_group, key, reference) for key in by_group)]
 
 
 def said(differences):
@@ -184,9 +191,9 @@ def markdown(settings, runs, starts, teachers=()):
     lines += [
         '', '## Differences', '',
         'Paired by seed: mean ± standard error, 95% interval (t), number of pairs. Bold: the interval is without zero.',
-        '', *head('form', 'arm', *(f'minus {name}' for *_, name in REFERENCES))]
+        '', *head('form', 'arm', *(f'minus {name}' for *_, name in known_references(by_group)))]
     for key in by_group:
-        cells = [said(against(by_group, key, reference)) for reference in REFERENCES]
+        cells = [said(against(by_group, key, reference)) for reference in known_references(by_group)]
         lines.append(joined([title(key[0]), key[1], *cells]))
     return '\n'.join([*lines, *starts_table(starts), *grid_table(settings, runs)]) + '\n'
 
@@ -220,8 +227,7 @@ def draw(runs, path):
     arms = list(dict.fromkeys(arm for _, arm in sorted(by_group, key=lambda key: place(PLAIN, key[1]))))
     colours = {arm: f'C{index % 10}' for index, arm in enumerate(arms)}
     keys = {form: [key for key in by_group if key[0] == form] for form in forms}
-    known = [reference for reference in REFERENCES if any(against(by_group, key, reference) for key in compared)]
-    references = known or REFERENCES[:1]
+    references = known_references(by_group) or REFERENCES[:1]
     figure, grid = plt.subplots(
         len(forms), len(references), squeeze=False, constrained_layout=True, sharex='col',
         figsize=(4 * len(references), 0.8 + sum(0.5 + 0.36 * len(of_form) for of_form in keys.values())),
