@@ -572,29 +572,60 @@ def test_an_optimizer_without_the_origins_cannot_freeze_them():
     Annealer(model, optimizer, SCHEDULE, freeze_origin=True)
 
 
+class Frozen:
+    """A model whose origins an annealer has frozen for some updates of Adam."""
+
+    def __init__(self, rep_layer='orepa'):
+        torch.manual_seed(0)
+        self.model = timm.create_model('repan_repvgg_a0_cifar', num_classes=5, rep_layer=rep_layer)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        self.annealer = Annealer(
+            self.model, self.optimizer, SCHEDULE, start_weights=True, freeze_origin=True, log_branches=True)
+        self.annealer.begin_epoch(0)
+        assert self.moved(steps=5) == 0
+
+    def moved(self, steps):
+        """How far some updates move the origins, root mean square."""
+        before = origin_values(self.model)
+        for seed in range(steps):
+            self.optimizer.zero_grad()
+            self.model(randn(4, 3, 8, 8, seed=seed, dtype=torch.float32)).square().mean().backward()
+            self.optimizer.step()
+        moved = [(value - first).flatten() for value, first in zip(origin_values(self.model), before)]
+        return torch.cat(moved).square().mean().sqrt().item()
+
+
 @pytest.mark.parametrize('rep_layer', ['rep', 'orepa'])
 @pytest.mark.parametrize('again', [True, False], ids=['another', 'none'])
-def test_an_annealer_that_was_given_up_leaves_nothing_frozen(rep_layer, again):
+def test_an_annealer_that_was_given_up_leaves_nothing_frozen(rep_layer, again, caplog):
     """As by a cell of a notebook that is interrupted while the rate warms up; a loop that begins anew may keep it."""
-    model = timm.create_model('repan_repvgg_a0_cifar', num_classes=5, rep_layer=rep_layer)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-
-    def stand_still():
-        before = origin_values(model)
-        model(randn(4, 3, 8, 8, dtype=torch.float32)).square().mean().backward()
-        optimizer.step()
-        return all(map(torch.equal, origin_values(model), before))
-
-    annealer = Annealer(model, optimizer, SCHEDULE, start_weights=True, freeze_origin=True, log_branches=True)
-    annealer.begin_epoch(0)
-    assert stand_still()
+    frozen, usual = Frozen(rep_layer), Frozen(rep_layer)
     if again:
-        other = Annealer(model, optimizer, AnnealingSchedule(1, 6, warmup_epochs=1), start_weights=True)
+        other = Annealer(frozen.model, frozen.optimizer, AnnealingSchedule(1, 6, warmup_epochs=1))
         other.begin_epoch(0)
     else:
-        del annealer
-    assert not stand_still()
-    assert not optimizer._optimizer_step_pre_hooks
+        del frozen.annealer
+    usual.annealer._freeze.active = False
+    usual.annealer._freeze.thaw()
+    timm_rep.set_attach_rate(usual.model, attach_rate(frozen.model))
+    assert 'kept origin branches frozen: they are trained from here on' in caplog.text
+    assert not frozen.optimizer._optimizer_step_pre_hooks
+    # as with a new optimizer, not in steps as large as after many without them
+    assert frozen.moved(steps=3) == pytest.approx(usual.moved(steps=3), rel=1e-5)
+
+
+def test_an_annealer_goes_on_with_what_one_before_froze(caplog):
+    """As where a loop is resumed with the same objects: nothing of the optimizer's state is lost."""
+    frozen = Frozen()
+    state = copy.deepcopy(frozen.optimizer.state_dict()['state'])
+    annealer = Annealer(frozen.model, frozen.optimizer, SCHEDULE, freeze_origin=True)
+    annealer._starts_trained = True  # as it said before
+    annealer.begin_epoch(0)
+    assert_same_state(
+        {f'{n}.{k}': v for n, of in frozen.optimizer.state_dict()['state'].items() for k, v in of.items()},
+        {f'{n}.{k}': v for n, of in state.items() for k, v in of.items()})
+    assert frozen.moved(steps=1) == 0
+    assert not caplog.text
 
 
 def test_an_annealer_that_is_refused_leaves_the_one_before():

@@ -124,7 +124,8 @@ def test_a_transform_without_timms_crop_is_refused(script):
 
 
 def opened(script, root, classes=3, **maps):
-    """The data sets that timm's script opens, by the names of their splits."""
+    """The data sets that timm's script opens, of the training and the validation."""
+    script = Namespace(**vars(script))  # one is hooked once
     apply_hooks(script, Namespace(no_decay_classifier=False, crop_padding=0, num_classes=classes, train_split='train'))
     return [script.create_dataset('', root=str(root), split=split, **maps) for split in ('train', 'validation')]
 
@@ -161,6 +162,8 @@ def test_splits_that_lack_classes_but_number_the_others_alike_are_taken(script, 
     (tmp_path / 'map.txt').write_text('a\nb\nc')
     images = opened(script, tmp_path / 'mapped', class_map=str(tmp_path / 'map.txt'))[1]
     assert [target for _, target in images] == [1, 2]
+    (tmp_path / 'map.txt').write_text('a\nb\nc\nd\n\n')  # also names that no image has, for timm the empty line, too
+    assert opened(script, tmp_path / 'mapped', class_map=str(tmp_path / 'map.txt'))
 
 
 def test_data_sets_that_do_not_name_their_classes_are_taken(script, tmp_path):

@@ -1,11 +1,11 @@
 """One object that anneals a model around the epochs of any training loop."""
-from typing import Any, Dict, Iterable, List, Optional, Sequence
+import logging
+from typing import Any, Dict, Iterable, List, Optional
 from weakref import WeakKeyDictionary, finalize
 
 import torch
 import torch.nn as nn
 from timm.utils import unwrap_model
-from torch.utils.hooks import RemovableHandle
 
 from .annealing import (
     AnnealingSchedule,
@@ -25,13 +25,22 @@ from .optimizers import reset_optimizer
 
 __all__ = ['Annealer']
 
-# By model: what takes the hooks of its annealer off the optimizer, at the latest when nobody has the annealer any more.
+_logger = logging.getLogger(__name__)
+
+# By model: what releases the optimizer from its annealer, at the latest when nobody has the annealer any more.
 _RELEASE: 'WeakKeyDictionary[nn.Module, finalize[Any, Any]]' = WeakKeyDictionary()
 
 
-def _remove(handles: Sequence[RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()
+def _release(freeze: Optional[OriginFreeze], branches: Optional[BranchLog]) -> None:
+    """Take the hooks of an annealer off its optimizer, which takes up what they kept frozen."""
+    if freeze is not None and freeze.active:
+        freeze.thaw()
+        _logger.warning(
+            'an annealer is gone that kept origin branches frozen: they are trained from here on. Keep it for the '
+            'whole training')
+    for part in (freeze, branches):
+        for handle in () if part is None else part.handles:
+            handle.remove()
 
 
 class Annealer:
@@ -41,7 +50,8 @@ class Annealer:
     a training that is resumed from a checkpoint, with weights and optimizer as they were at the end of an epoch, goes
     on as if it had never stopped.
 
-    A model has one annealer: a new one takes the place of that before.
+    Keep it for the whole training: origin branches are frozen no longer than it lives. A model has one annealer; a new
+    one takes the place of that before.
 
     Args:
         model: Model with rep layers, also in wrappers (DDP, torch.compile); any model if the schedule has a single time
@@ -120,11 +130,15 @@ class Annealer:
         self._branches = BranchLog(model, optimizer) if log_branches else None  # reads before gradients are dropped
         if schedule.anneals and freeze_origin:
             self._freeze = OriginFreeze(model, optimizer)
-        release_former = _RELEASE.pop(unwrap_model(model), None)
-        if release_former is not None:
-            release_former()
-        handles = [handle for part in (self._freeze, self._branches) if part is not None for handle in part.handles]
-        _RELEASE[unwrap_model(model)] = finalize(self, _remove, handles)
+        former = _RELEASE.pop(unwrap_model(model), None)
+        living = None if former is None else former.peek()
+        if former is not None and living is not None:
+            frozen, _ = living[2]
+            if frozen is not None and self._freeze is not None:
+                frozen.active = False  # the new one goes on with what it keeps
+            former()
+        _RELEASE[unwrap_model(model)] = release = finalize(self, _release, self._freeze, self._branches)
+        release.atexit = False
 
     def _time_step(self) -> int:
         """The time step that the model and its averaged copies are in."""

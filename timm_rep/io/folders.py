@@ -5,7 +5,7 @@ from typing import Any, Dict, Mapping, Optional
 from ..core.errors import UserError
 from ..models.checkpoint_filter import first_names
 
-__all__ = ['check_classes', 'check_folder', 'class_indices', 'is_folder', 'no_split']
+__all__ = ['check_classes', 'check_folder', 'class_indices', 'is_folder', 'no_split', 'number_of_classes']
 
 READERS = ('hfds', 'hfids', 'tfds', 'torch', 'wds')  # of timm; what has none of these before its name is a folder
 
@@ -43,9 +43,26 @@ def class_indices(images: Any) -> Dict[str, int]:
     Returns:
         Numbers by names; none if the data set does not name its classes.
     """
-    indices: Any = getattr(getattr(images, 'reader', images), 'class_to_idx', None)  # torchvision's have no reader
+    reader = getattr(images, 'reader', images)  # torchvision's have none
+    indices: Any = getattr(reader, 'class_to_idx', getattr(reader, 'class_name_to_idx', None))  # the latter of archives
     named = isinstance(indices, dict) and all(isinstance(index, int) for index in indices.values())
     return dict(indices) if named else {}
+
+
+def number_of_classes(images: Any) -> int:
+    """How many outputs a model needs for a data set that names its classes; a class map may name more than it holds.
+
+    Args:
+        images: Data set of timm.
+
+    Returns:
+        One more than the largest number of a class that has images, zero if that is not known.
+    """
+    reader = getattr(images, 'reader', images)
+    targets = getattr(reader, 'targets', None)
+    if targets is None:
+        targets = [target for _, target, *_ in getattr(reader, 'samples', ())]
+    return max(map(int, targets), default=-1) + 1 if class_indices(images) else 0
 
 
 def check_classes(trained: Mapping[str, int], other: Mapping[str, int], trained_split: str, split: str) -> None:

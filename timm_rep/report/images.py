@@ -14,7 +14,7 @@ from ..core.precision import full_float32
 from ..core.verify import DEFAULT_RTOL, VerificationError, compare_outputs
 from ..core.walk import image_channels
 from ..io.architecture import input_settings
-from ..io.folders import check_folder, class_indices, is_folder, no_split
+from ..io.folders import check_folder, is_folder, no_split, number_of_classes
 
 __all__ = [
     'ImageCheck', 'Score', 'as_device', 'compare_on_images', 'evaluate', 'open_images', 'with_progress',
@@ -144,7 +144,7 @@ def open_images(
         depth = len(folder.parts) + 2  # of images in folders of classes
         if splits_only or any(len(Path(path).parts) > depth for path, _ in reader.samples):
             raise no_split(folder, split)
-    classes = len(class_indices(images))
+    classes = number_of_classes(images)
     if classes > model.num_classes:
         raise UserError(f'{folder} holds images of {classes} classes, the model knows {model.num_classes}')
     return create_loader(

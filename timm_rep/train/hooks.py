@@ -8,7 +8,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision import transforms
 
 from ..core.errors import UserError
-from ..io.folders import check_classes, class_indices
+from ..io.folders import check_classes, class_indices, number_of_classes
 
 __all__ = ['apply_hooks']
 
@@ -66,7 +66,7 @@ def _with_checked_classes(create_dataset: Callable[..., Any], args: argparse.Nam
     def create(*positional: Any, **kwargs: Any) -> Any:
         images = create_dataset(*positional, **kwargs)
         indices, split = class_indices(images), kwargs['split']
-        classes = max(indices.values(), default=-1) + 1
+        classes = number_of_classes(images)
         if classes > args.num_classes:
             raise UserError(
                 f'the split {split!r} holds images of {classes} classes, the model knows {args.num_classes}; '
