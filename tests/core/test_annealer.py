@@ -628,6 +628,32 @@ def test_an_annealer_goes_on_with_what_one_before_froze(caplog):
     assert not caplog.text
 
 
+def test_annealers_of_several_optimizers_do_not_disturb_each_other():
+    model = timm.create_model('repan_repvgg_a0_cifar', num_classes=5)
+    options = dict(start_weights=True, freeze_origin=True, log_branches=True)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2)]
+    first, _ = [Annealer(model, optimizer, SCHEDULE, **options) for optimizer in optimizers]
+    first.begin_epoch(0)
+    before = origin_values(model)
+    model(randn(4, 3, 8, 8, dtype=torch.float32)).square().mean().backward()
+    optimizers[0].step()
+    first.end_epoch()
+    assert all(map(torch.equal, origin_values(model), before))
+    assert first.branch_rows
+
+
+def test_an_annealer_whose_place_was_taken_says_so():
+    model = timm.create_model('repan_repvgg_a0_cifar', num_classes=5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    first, second = (Annealer(model, optimizer, SCHEDULE, log_branches=True) for _ in range(2))
+    first.begin_epoch(0)
+    second.begin_epoch(1)
+    second.begin_epoch(2)
+    with pytest.raises(timm_rep.UserError, match=r'another annealer of the same model and optimizer .* took the place'):
+        first.begin_epoch(3)
+    copy.deepcopy(second).begin_epoch(3)  # of its own model and optimizer
+
+
 def test_an_annealer_that_is_refused_leaves_the_one_before():
     model = timm.create_model('repan_repvgg_a0_cifar', num_classes=5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -173,14 +173,16 @@ def test_accuracies_are_those_of_the_fused_model_on_all(full_run, monkeypatch, t
 
 
 @pytest.mark.parametrize(('args', 'kwargs', 'expected'), [
-    (dict(val_split='val', class_map='names.txt'), {}, ('val', 'names.txt')),
-    (dict(val_split=''), {}, ('validation', '')),
-    ({}, dict(split='dev'), ('dev', ''))])
+    (dict(val_split='val', class_map='names.txt'), {}, ('val', 'names.txt', '')),
+    (dict(val_split=''), {}, ('validation', '', '')),
+    (dict(dataset='torch/folder'), dict(dataset='Pets'), ('test', '', 'torch/folder')),  # which counts otherwise
+    (dict(dataset='torch/cifar10'), dict(dataset='Pets'), ('test', '', '')),  # and these are of a folder
+    ({}, dict(split='dev'), ('dev', '', ''))])
 def test_images_are_read_as_the_run_read_them(run_folder, monkeypatch, tmp_path, args, kwargs, expected):
     seen = []
 
-    def compare(*args, split, class_map, **kwargs):
-        seen.append((split, class_map))
+    def compare(*args, split, class_map, dataset, **kwargs):
+        seen.append((split, class_map, dataset))
         raise ValueError('far enough')
 
     monkeypatch.setattr(publishing, 'compare_on_images', compare)

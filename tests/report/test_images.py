@@ -71,6 +71,16 @@ def test_gray_images_for_a_gray_model(tmp_path):
     assert torch.allclose(*seen, atol=1e-6)
 
 
+def test_classes_are_in_the_order_of_the_run(tmp_path):
+    names = ['1', '2', '10', '20', 'a', 'B']
+    folder = write_images(tmp_path, names)
+    for dataset, classes in (('', names), ('torch/folder', ['1', '10', '2', '20', 'B', 'a'])):
+        check = compare(always(1), folder, dataset=dataset, max_images=12)
+        assert (list(check.classes), check.top1[0]) == (classes, pytest.approx(100 / 6))
+    numbers = dict(zip(names, (5, 4, 3, 2, 1, 0)))
+    assert compare(always(1), folder, class_map=numbers).classes == tuple(reversed(names))
+
+
 def test_images_of_the_mode_of_the_run(tmp_path):
     assert compare(classifier(in_chans=4), write_images(tmp_path), img_mode='RGBA').images == 12
 

@@ -1,11 +1,10 @@
 """One object that anneals a model around the epochs of any training loop."""
 import logging
 from typing import Any, Dict, Iterable, List, Optional
-from weakref import WeakKeyDictionary, finalize
+from weakref import ReferenceType, WeakKeyDictionary, finalize, ref
 
 import torch
 import torch.nn as nn
-from timm.utils import unwrap_model
 
 from .annealing import (
     AnnealingSchedule,
@@ -22,13 +21,14 @@ from .errors import UserError
 from .freeze import OriginFreeze
 from .measure import first_batches
 from .optimizers import reset_optimizer
+from .walk import unwrapped
 
 __all__ = ['Annealer']
 
 _logger = logging.getLogger(__name__)
 
-# By model: what releases the optimizer from its annealer, at the latest when nobody has the annealer any more.
-_RELEASE: 'WeakKeyDictionary[nn.Module, finalize[Any, Any]]' = WeakKeyDictionary()
+# By optimizer and model: whose hooks are in force.
+_IN_FORCE: 'WeakKeyDictionary[Any, WeakKeyDictionary[nn.Module, ReferenceType[Annealer]]]' = WeakKeyDictionary()
 
 
 def _release(freeze: Optional[OriginFreeze], branches: Optional[BranchLog]) -> None:
@@ -50,8 +50,8 @@ class Annealer:
     a training that is resumed from a checkpoint, with weights and optimizer as they were at the end of an epoch, goes
     on as if it had never stopped.
 
-    Keep it for the whole training: origin branches are frozen no longer than it lives. A model has one annealer; a new
-    one takes the place of that before.
+    Keep it for the whole training: origin branches are frozen no longer than it lives, or until another annealer of the
+    same model and optimizer begins an epoch.
 
     Args:
         model: Model with rep layers, also in wrappers (DDP, torch.compile); any model if the schedule has a single time
@@ -116,6 +116,7 @@ class Annealer:
         self._begun: Optional[Dict[str, Any]] = None
         self._starts_trained = start_weights
         self._freeze: Optional[OriginFreeze] = None
+        self._is_replaced = False
         check_restoration(restoration, side_gain)
         if not hasattr(optimizer, 'param_groups'):
             raise UserError(
@@ -130,15 +131,23 @@ class Annealer:
         self._branches = BranchLog(model, optimizer) if log_branches else None  # reads before gradients are dropped
         if schedule.anneals and freeze_origin:
             self._freeze = OriginFreeze(model, optimizer)
-        former = _RELEASE.pop(unwrap_model(model), None)
-        living = None if former is None else former.peek()
-        if former is not None and living is not None:
-            frozen, _ = living[2]
-            if frozen is not None and self._freeze is not None:
-                frozen.active = False  # the new one goes on with what it keeps
-            former()
-        _RELEASE[unwrap_model(model)] = release = finalize(self, _release, self._freeze, self._branches)
-        release.atexit = False
+        finalize(self, _release, self._freeze, self._branches).atexit = False
+
+    def _take_over(self) -> None:
+        """Release the optimizer from another annealer of the model."""
+        if self._is_replaced:
+            raise UserError(
+                'another annealer of the same model and optimizer has begun an epoch since, and took the place of this '
+                'one, whose origin branches are not frozen and whose gradients are not noted any more')
+        in_force = _IN_FORCE.setdefault(self.optimizer, WeakKeyDictionary())
+        model = unwrapped(self._forms[0])
+        former = in_force[model]() if model in in_force else None
+        if former is not None and former is not self:
+            if former._freeze is not None and self._freeze is not None:
+                former._freeze.active = False  # this one goes on with it
+            former._is_replaced = former._freeze is not None or former._branches is not None
+            _release(former._freeze, former._branches)
+        in_force[model] = ref(self)
 
     def _time_step(self) -> int:
         """The time step that the model and its averaged copies are in."""
@@ -160,10 +169,11 @@ class Annealer:
             Its place in the schedule.
 
         Raises:
-            UserError: If the training has no such epoch, the model is in a later time step than the epoch, or its
-                modules or averaged copies are in different ones.
+            UserError: If the training has no such epoch, the model is in a later time step than the epoch, its modules
+                or averaged copies are in different ones, or another annealer took the place of this one.
         """
         position = self.schedule.position(epoch)
+        self._take_over()
         if self.schedule.anneals:
             if epoch == 0 and self.start_weights:
                 self.start(epoch)

@@ -16,6 +16,7 @@ from ..core.expansion import expansion_of
 from ..core.fuse import fuse
 from ..core.verify import Report, verify
 from ..io.checkpoint import read_checkpoint, trained_architecture
+from ..io.folders import is_folder
 from ..io.hub_errors import without_tokens
 from ..io.output import PathLike, new_folder
 from ..io.runs import Run, read_run
@@ -222,8 +223,9 @@ def publish(
     images = None
     if data is not None:
         split = split or str(checkpoint.args.get('val_split') or 'validation')
+        reader = trained_on if trained_on and is_folder(trained_on) else ''  # which says the order of the classes
         images = compare_on_images(
-            model, fused, data, split=split, class_map=checkpoint.args.get('class_map'),
+            model, fused, data, split=split, dataset=reader, class_map=checkpoint.args.get('class_map'),
             img_mode=checkpoint.args.get('input_img_mode'), max_images=max_images, device=device, progress=progress)
     costs = measure_costs(model, fused, model.pretrained_cfg['input_size'], device=device)
     # arguments that are given by hand may make it another model than the run measured

@@ -82,4 +82,4 @@ def check_classes(trained: Mapping[str, int], other: Mapping[str, int], trained_
             theirs = f'class {trained[name]} there' if name in trained else 'not there'
             raise UserError(
                 f'the split {split!r} has other classes than {trained_split!r}: {name!r} is class {index} of it, and '
-                f'{theirs}, so that no accuracy would be right; --class-map FILE gives both the same')
+                f"{theirs}, so that no accuracy would be right; for timm's reader --class-map FILE gives both the same")

@@ -1,7 +1,7 @@
 """What models make of real images: one way to open them, one loop over them, and both forms of a model compared."""
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterable, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -102,7 +102,7 @@ def open_images(
         workers: int = 0,
         device: torch.device,
         dataset: str = '',
-        class_map: Optional[str] = None,
+        class_map: Union[str, Mapping[str, int], None] = None,
         img_mode: Optional[str] = None,
         splits_only: bool = True,
         **kwargs: Any,
@@ -117,7 +117,8 @@ def open_images(
         workers: Processes that load them.
         device: Where they will be needed.
         dataset: Kind and name of the data set, as timm takes them; by default a folder with one for each class.
-        class_map: Text file with the names of the classes in order, if they are not in that of their names.
+        class_map: Text file with the names of the classes in order, or their numbers by name, if they are not in the
+            order of their names.
         img_mode: Mode of PIL; by default what the model's channels ask for.
         splits_only: Whether a folder without splits is refused.
         **kwargs: Of ``timm.data.create_dataset``.
@@ -128,7 +129,8 @@ def open_images(
     Raises:
         UserError: If there are no images, no such split or class map, or more classes than the model knows.
     """
-    if class_map and not class_map.lower().endswith('.txt'):  # older timm unpickles others without a check
+    if isinstance(class_map, str) and class_map and not class_map.lower().endswith('.txt'):
+        # older timm unpickles them without a check
         raise UserError(f'no images can be read for a run whose class map is not a text file, got {class_map}')
     kwargs.update(class_map=class_map or '', input_img_mode=img_mode or ('L' if image_channels(model) == 1 else 'RGB'))
     if is_folder(dataset):
@@ -197,7 +199,8 @@ def compare_on_images(
         folder: PathLike,
         *,
         split: str = 'validation',
-        class_map: Optional[str] = None,
+        dataset: str = '',
+        class_map: Union[str, Mapping[str, int], None] = None,
         img_mode: Optional[str] = None,
         max_images: Optional[int] = None,
         device: Union[str, torch.device] = 'cpu',
@@ -210,7 +213,9 @@ def compare_on_images(
         fused: Stock form, in eval mode; moved to the device.
         folder: Folder with one folder of images for each class, or one that holds such a folder for the split.
         split: Name of that split, or what timm takes for the same (``val``, ``validation`` ...).
-        class_map: Text file with the names of the classes in order, if they are not in that of their names.
+        dataset: Name of timm's for folders of images (``torch/folder``), which say in what order the classes are.
+        class_map: Text file with the names of the classes in order, or their numbers by name, if they are not in the
+            order of their names.
         img_mode: Mode of PIL; by default what the model's channels ask for.
         max_images: Take the first so many of a fixed shuffle instead of all.
         device: Where to run.
@@ -226,9 +231,9 @@ def compare_on_images(
     """
     device, folder = as_device(device), Path(folder).absolute()
     loader = open_images(
-        folder, split, model, batch_size=IMAGE_BATCH, device=device, class_map=class_map, img_mode=img_mode,
-        splits_only=False)
-    reader = loader.dataset.reader
+        folder, split, model, batch_size=IMAGE_BATCH, device=device, dataset=dataset, class_map=class_map,
+        img_mode=img_mode, splits_only=False)
+    reader = getattr(loader.dataset, 'reader', loader.dataset)
     index_of, samples, root = reader.class_to_idx, reader.samples, Path(reader.root)
     if len(index_of) != model.num_classes:
         raise UserError(f'{root} holds images of {len(index_of)} classes, the model knows {model.num_classes}')

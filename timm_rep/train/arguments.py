@@ -294,8 +294,8 @@ def _check_schedule(args: argparse.Namespace) -> None:
         scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=updates)
     except (ValueError, TypeError, AssertionError) as e:
         raise UserError(f'--sched {args.sched} cannot be used: {e}') from None
-    if scheduler is None and args.sched != 'none':  # which older timm then trains without
-        raise UserError(f'unknown schedule {args.sched!r} (--sched)')
+    if scheduler is None:  # also of an unknown name, in older timm
+        raise UserError(f"--sched {args.sched} makes no schedule, and timm's train.py does not train without one")
 
 
 def check_start_weights(args: argparse.Namespace) -> None:

@@ -571,12 +571,14 @@ def test_kernels_keep_their_size_by_expanding_and_fusing(case, amplitude):
         assert 0.2 < conv.weight.norm() / before < 3
 
 
-@kinds
+@pytest.mark.parametrize('case', [*KINDS, 'rep-depthwise'])
 def test_a_step_moves_the_stock_form_as_far_as_the_branches(case):
     """Of gradient descent in training mode, on a sum whose gradients by the outputs are the same for both."""
     layer = make(case, 0.7, torch.float64)
     x = 50 * randn(8, layer.in_channels, 15, 16, seed=5, dtype=torch.float64)
     with torch.no_grad():
+        if case == 'rep-depthwise':
+            layer.conv_1x1.weight *= 0.1  # of no effect behind a norm, nor are its steps
         for norm in layer._norms():
             norm.momentum = None
         for _ in range(3):
@@ -593,8 +595,8 @@ def test_a_step_moves_the_stock_form_as_far_as_the_branches(case):
         with torch.no_grad():
             for parameter, gradient in zip(parameters, gradients):
                 parameter.sub_(1e-6 * gradient)
-            moved.append((form(x) - before).norm())
-    assert 0.5 < moved[0] / moved[1] < 2
+            moved.append((form(x) - before).square().sum((0, 2, 3)).sqrt())
+    assert 0.5 < (moved[0] / moved[1]).median() < 2
 
 
 @kinds

@@ -254,8 +254,8 @@ class NormedRepLayer(FixedGeometry, NormedBranches, RepLayer):
         largest = torch.stack([std, kernel.abs().amax((1, 2, 3)), (means.sum(0) - bias).abs()]).amax(0)
         # where there is no variance, the gain is that of all branches
         factor = torch.minimum(self._factor(branches), _norm_of(gains) / origin.eps ** 0.5)
-        factor = torch.maximum(factor, largest / min(LARGEST, torch.finfo(origin.weight.dtype).max ** 0.5))
         factor = torch.where(factor > 0, factor, 1.0)
+        factor = torch.maximum(factor, largest / min(LARGEST, torch.finfo(origin.weight.dtype).max ** 0.5))
         var = (std / factor).square()
         gain = torch.copysign(torch.sqrt(var + origin.eps) * factor, own_gain)
         mean = (means.sum(0) - bias) * torch.sqrt(var + origin.eps) / gain
@@ -276,6 +276,8 @@ class NormedRepLayer(FixedGeometry, NormedBranches, RepLayer):
         kernel = next(iter(branches.values()))
         factors = [self.norm_kxk.weight.to(kernel) / torch.sqrt(var.to(kernel) + self.norm_kxk.eps)]
         for name, conv in self._side_convs().items():
+            if conv.weight[0].numel() == 1:
+                continue  # the norm behind takes out the one number, so no step moves anything by it
             size = _norm_of(conv.weight.to(kernel).flatten(1).T)
             factors.append(_norm_of(branches[name].flatten(1).T) / torch.where(size > 0, size, torch.inf))
         return _norm_of(torch.stack(factors))
