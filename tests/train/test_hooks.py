@@ -166,6 +166,9 @@ def test_splits_that_lack_classes_but_number_the_others_alike_are_taken(script, 
     assert opened(script, tmp_path / 'mapped', class_map=str(tmp_path / 'map.txt'))
 
 
-def test_data_sets_that_do_not_name_their_classes_are_taken(script, tmp_path):
-    script.create_dataset = lambda *args, **kwargs: Images()
+def test_data_sets_that_do_not_number_their_classes_are_taken(script, tmp_path):
+    images = Images()
+    script.create_dataset = lambda *args, **kwargs: images
+    assert len(opened(script, tmp_path)) == 2
+    images.class_to_idx, images.targets = {str(label): label for label in range(10)}, torch.zeros(5, 8)  # as QMNIST
     assert len(opened(script, tmp_path)) == 2

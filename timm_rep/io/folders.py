@@ -1,4 +1,5 @@
 """Folders of images, of which timm takes what it finds without a word."""
+import numbers
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional
 
@@ -62,7 +63,9 @@ def number_of_classes(images: Any) -> int:
     targets = getattr(reader, 'targets', None)
     if targets is None:
         targets = [target for _, target, *_ in getattr(reader, 'samples', ())]
-    return max(map(int, targets), default=-1) + 1 if class_indices(images) else 0
+    if not class_indices(images):
+        return 0
+    return max((int(target) for target in targets if isinstance(target, numbers.Integral)), default=-1) + 1
 
 
 def check_classes(trained: Mapping[str, int], other: Mapping[str, int], trained_split: str, split: str) -> None:
