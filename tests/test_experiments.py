@@ -490,7 +490,7 @@ def test_table_of_arms_pairs_by_seed(fast):
     sweep = [*(arm_run('authors', 50.0, seed) for seed in range(2)),
              *(arm_run('authors-w0.17', 51.0 + 2 * seed, seed) for seed in range(2))]
     text = fast.table_anneal.markdown(settings, sweep, starts)
-    assert '| form | arm | minus the same at the usual warm-up |\n' in text
+    assert '| form | arm | minus the usual warm-up |\n' in text
     assert '| REP | authors-w0.17 | +2.00 ± 1.00, -10.71 to +14.71 (2) |' in text
 
 

@@ -15,7 +15,7 @@ from table import TITLES, drawn_error, head, load, mean_and_error, paired
 # What arms are compared with: form (None: their own), arm (None: their own with the warm-up of all arms), and its name.
 REFERENCES = (
     (None, RESTARTS, 'restarts'), (None, DESCENT, 'one descent'), (PLAIN, DESCENT, "plain's descent"),
-    (None, None, 'the same at the usual warm-up'))
+    (None, None, 'the usual warm-up'))
 ORDER = [DESCENT, RESTARTS, 'authors', 'keep_gain', 'measured', 'measured0', 'compensated']
 
 
@@ -230,7 +230,7 @@ def draw(runs, path):
     references = known_references(by_group) or REFERENCES[:1]
     figure, grid = plt.subplots(
         len(forms), len(references), squeeze=False, constrained_layout=True, sharex='col',
-        figsize=(4 * len(references), 0.8 + sum(0.5 + 0.36 * len(of_form) for of_form in keys.values())),
+        figsize=(max(4 * len(references), 5), 0.8 + sum(0.5 + 0.36 * len(of_form) for of_form in keys.values())),
         height_ratios=[0.5 + 0.36 * len(of_form) for of_form in keys.values()])
     for form, panels in zip(forms, grid):
         for axes, reference in zip(panels, references):

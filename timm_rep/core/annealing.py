@@ -34,11 +34,11 @@ from torch import Tensor
 
 from .errors import UserError
 from .layers import AnnealedModule
-from .layers.annealed import check_attach_rate, check_generator
+from .layers.annealed import check_attach_rate
 from .measure import check_measurable, first_batches, measure_statistics, normed_modules
 from .micro_batch import check_no_update
 from .sharded import check_whole, reshard, whole_parameters
-from .walk import annealed_modules, set_attach_rate
+from .walk import annealed_modules, check_generator, set_attach_rate
 
 __all__ = [
     'RESTORATIONS', 'AnnealingSchedule', 'Position', 'attach_rate', 'begin_time_step', 'check_rep_layers',

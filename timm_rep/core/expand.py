@@ -11,14 +11,13 @@ from .errors import UserError
 from .expansion import expansion_of
 from .fuse import fuse_before_own_
 from .layers import AnnealedRepVggBlock, FoldedNorm
-from .layers.annealed import check_generator
 from .layers.hosted import HOSTS, hosted
 from .layers.norms import is_foldable
 from .layers.rep import Rep
 from .methods import Method, Place
 from .selection import KXK_CONV, Methods, Network, Select, assign, repvgg_blocks, what_is_left, why_nothing
 from .sharded import check_whole
-from .walk import ModelT, copied, move_hooks, names_of, next_sibling, parent_of, unwrapped
+from .walk import ModelT, check_generator, copied, move_hooks, names_of, next_sibling, parent_of, unwrapped
 
 __all__ = ['Select', 'anneal_repvgg_blocks_', 'expand', 'expand_as_', 'expand_fresh_']
 

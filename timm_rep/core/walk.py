@@ -19,9 +19,10 @@ from .layers.annealed import check_attach_rate
 from .layers.norms import is_norm
 
 __all__ = [
-    'HOOKS', 'SECOND_PLACE', 'ModelT', 'ancestors_of', 'annealed_modules', 'check_module', 'computed_tensors',
-    'conv_name', 'copied', 'folded_norms', 'held_elsewhere', 'image_channels', 'image_shape', 'move_hooks', 'names_of',
-    'next_sibling', 'norm_behind', 'parent_of', 'reads_between', 'rep_layers', 'set_attach_rate', 'unwrapped',
+    'HOOKS', 'SECOND_PLACE', 'ModelT', 'ancestors_of', 'annealed_modules', 'check_generator', 'check_module',
+    'computed_tensors', 'conv_name', 'copied', 'folded_norms', 'held_elsewhere', 'image_channels', 'image_shape',
+    'move_hooks', 'names_of', 'next_sibling', 'norm_behind', 'parent_of', 'reads_between', 'rep_layers',
+    'set_attach_rate', 'unwrapped',
 ]
 
 ModelT = TypeVar('ModelT', bound=nn.Module)
@@ -49,6 +50,13 @@ def check_module(model: Any) -> None:
         raise UserError(
             f'a model (torch.nn.Module) is needed, got {got}; timm.create_model makes one of a name, timm_rep.load of '
             'a file')
+
+
+def check_generator(generator: Any) -> None:
+    """Raise a UserError if this is no source of a draw."""
+    if not isinstance(generator, (torch.Generator, type(None))):
+        raise UserError(
+            f'generator takes a torch.Generator, got {generator!r}; with a seed it is torch.Generator().manual_seed(0)')
 
 
 def unwrapped(model: Any) -> Any:

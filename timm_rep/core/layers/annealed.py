@@ -44,13 +44,6 @@ def check_attach_rate(rate: float) -> None:
         raise UserError(f'attach rate must lie in [0, 1], got {rate}')
 
 
-def check_generator(generator: Any) -> None:
-    """Raise a UserError if this is no source of a draw."""
-    if not isinstance(generator, (torch.Generator, type(None))):
-        raise UserError(
-            f'generator takes a torch.Generator, got {generator!r}; with a seed it is torch.Generator().manual_seed(0)')
-
-
 def refuse_stock_form(prefix: str, error_msgs: List[str]) -> None:
     """Say once that a layer is given the weights of a plain convolution, with ``strict=False`` too.
 

@@ -20,6 +20,7 @@ from .norms import (
     count_anew_,
     fold_batch_norm,
     is_foldable,
+    is_fresh,
     is_frozen,
     kept_statistics,
     reset_norm_,
@@ -259,7 +260,7 @@ class NormedRepLayer(FixedGeometry, NormedBranches, RepLayer):
         var = (std / factor).square()
         gain = torch.copysign(torch.sqrt(var + origin.eps) * factor, own_gain)
         mean = (means.sum(0) - bias) * torch.sqrt(var + origin.eps) / gain
-        seen = torch.stack([~_is_fresh(norm) for norm in sides]).any()
+        seen = torch.stack([~is_fresh(norm) for norm in sides]).any()
         own_gain = torch.where(own_gain == 0, gains.abs().amax(0), own_gain)
         return torch.where(seen, mean, own_mean), torch.where(seen, var, own_var), torch.where(seen, gain, own_gain)
 
@@ -412,12 +413,6 @@ def _square_of_sum_over_sum_of_squares(branches: Sequence[Tensor]) -> Tensor:
     flat = flat / torch.where(peak > 0, peak, 1.0)  # squares of the smallest floats are zero
     square = flat.sum(0).square().sum(1)
     return torch.where(square > 0, square / flat.square().sum((0, 2)), 1.0)
-
-
-def _is_fresh(norm: nn.BatchNorm2d) -> Tensor:
-    """Whether a norm, also a frozen one, has seen no batch yet; a tensor, which may be on meta."""
-    mean, var = kept_statistics(norm)
-    return (mean == 0).all() & (var == 1).all()
 
 
 def _is_plain(conv: nn.Module) -> bool:

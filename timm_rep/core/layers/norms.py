@@ -18,8 +18,8 @@ FOLDABLE = (nn.BatchNorm2d, BatchNormAct2d, nn.SyncBatchNorm, SyncBatchNormAct)
 FORWARDS = {cls.forward for cls in FOLDABLE}
 
 __all__ = [
-    'FoldedNorm', 'check_batch_norm', 'count_anew_', 'fold_batch_norm', 'is_foldable', 'is_frozen', 'is_norm',
-    'kept_statistics', 'plain_batch_norm', 'reset_norm_', 'synchronized_as',
+    'FoldedNorm', 'check_batch_norm', 'count_anew_', 'fold_batch_norm', 'is_foldable', 'is_fresh', 'is_frozen',
+    'is_norm', 'kept_statistics', 'plain_batch_norm', 'reset_norm_', 'synchronized_as',
 ]
 
 
@@ -115,6 +115,12 @@ def count_anew_(norm: nn.BatchNorm2d) -> None:
 
 
 @torch.no_grad()
+def is_fresh(norm: nn.BatchNorm2d) -> Tensor:
+    """Whether a norm, also a frozen one, has seen no batch yet; a tensor, which may be on meta."""
+    mean, var = kept_statistics(norm)
+    return (mean == 0).all() & (var == 1).all()
+
+
 def reset_norm_(norm: nn.BatchNorm2d) -> None:
     """Set a batch norm, also a frozen one, to gain one, bias zero, mean zero and variance one."""
     if not is_frozen(norm):
