@@ -114,13 +114,13 @@ def count_anew_(norm: nn.BatchNorm2d) -> None:
         norm.num_batches_tracked.zero_()
 
 
-@torch.no_grad()
 def is_fresh(norm: nn.BatchNorm2d) -> Tensor:
     """Whether a norm, also a frozen one, has seen no batch yet; a tensor, which may be on meta."""
     mean, var = kept_statistics(norm)
     return (mean == 0).all() & (var == 1).all()
 
 
+@torch.no_grad()
 def reset_norm_(norm: nn.BatchNorm2d) -> None:
     """Set a batch norm, also a frozen one, to gain one, bias zero, mean zero and variance one."""
     if not is_frozen(norm):
