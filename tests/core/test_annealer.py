@@ -572,6 +572,11 @@ def test_an_optimizer_without_the_origins_cannot_freeze_them():
     Annealer(model, optimizer, SCHEDULE, freeze_origin=True)
 
 
+def assert_moves_like(thawed, usual):
+    """As with a new optimizer, not in steps as large as after many without them."""
+    assert thawed.moved(steps=3) == pytest.approx(usual.moved(steps=3), rel=1e-5)
+
+
 class Frozen:
     """A model whose origins an annealer has frozen for some updates of Adam."""
 
@@ -608,10 +613,24 @@ def test_an_annealer_that_was_given_up_leaves_nothing_frozen(rep_layer, again, c
     usual.annealer._freeze.active = False
     usual.annealer._freeze.thaw()
     timm_rep.set_attach_rate(usual.model, attach_rate(frozen.model))
-    assert 'kept origin branches frozen: they are trained from here on' in caplog.text
+    assert 'kept origin branches frozen: they are trained until another one freezes them' in caplog.text
     assert not frozen.optimizer._optimizer_step_pre_hooks
-    # as with a new optimizer, not in steps as large as after many without them
-    assert frozen.moved(steps=3) == pytest.approx(usual.moved(steps=3), rel=1e-5)
+    assert_moves_like(frozen, usual)
+
+
+@pytest.mark.parametrize('rep_layer', ['rep', 'orepa'])
+@pytest.mark.parametrize(('schedule', 'options'), [
+    (SCHEDULE, {}),  # fresh weights, as it is told
+    (AnnealingSchedule(2, 6), dict(start_weights=True)),
+], ids=['fresh', 'no warm-up'])
+def test_an_annealer_thaws_what_one_before_froze_and_it_does_not(rep_layer, schedule, options):
+    frozen, usual = Frozen(rep_layer), Frozen(rep_layer)
+    other = Annealer(frozen.model, frozen.optimizer, schedule, freeze_origin=True, **options)
+    other.begin_epoch(0)
+    usual.annealer._freeze.active = False
+    usual.annealer._freeze.thaw()
+    usual.model.load_state_dict(frozen.model.state_dict())
+    assert_moves_like(frozen, usual)
 
 
 def test_an_annealer_goes_on_with_what_one_before_froze(caplog):

@@ -154,6 +154,14 @@ def test_classes_in_the_order_of_the_class_map(tmp_path):
         given = str(place / 'map.txt') if place == tmp_path else 'map.txt'
         check = compare(always(0), folder, class_map=given)
         assert check.classes == ('class1', 'class0', *NAMES[2:])
+    names = [*NAMES, 'more', 'none']  # and an empty line, which is a name for timm
+    (folder / 'map.txt').write_text('\n'.join([*names, '', '']))
+    assert compare(always(0), folder, class_map='map.txt').classes == tuple(NAMES)
+    together = {name: min(number, 5) for number, name in enumerate(reversed(names))}
+    check = compare(always(5), folder, class_map=together)
+    assert check.classes == ('none', 'more', 'class5', 'class4', 'class3', 'class2 / class1 / class0')
+    assert check.top1 == (50, 50)
+    (folder / 'map.txt').write_text('\n'.join(['class1', 'class0', *NAMES[2:]]))
     for image in (folder / 'class1').iterdir():
         image.unlink()
     assert compare(always(0), folder, class_map='map.txt').top1 == (0, 0)

@@ -170,5 +170,17 @@ def test_data_sets_that_do_not_number_their_classes_are_taken(script, tmp_path):
     images = Images()
     script.create_dataset = lambda *args, **kwargs: images
     assert len(opened(script, tmp_path)) == 2
-    images.class_to_idx, images.targets = {str(label): label for label in range(10)}, torch.zeros(5, 8)  # as QMNIST
-    assert len(opened(script, tmp_path)) == 2
+
+
+@pytest.mark.parametrize('targets', [
+    torch.tensor([0, 9, 1]),  # as MNIST has them
+    [0, 9, 1], torch.zeros(5, 8),  # as QMNIST
+    None,  # as readers that know names only
+])
+def test_classes_are_counted_however_a_data_set_holds_them(script, tmp_path, targets):
+    images = Images()
+    images.class_to_idx, images.targets = {str(label): label for label in range(10)}, targets
+    script.create_dataset = lambda *args, **kwargs: images
+    assert len(opened(script, tmp_path, classes=10)) == 2
+    with pytest.raises(UserError, match="'train' holds images of 10 classes, the model knows 3; --num-classes 10"):
+        opened(script, tmp_path)

@@ -36,8 +36,8 @@ def _release(freeze: Optional[OriginFreeze], branches: Optional[BranchLog]) -> N
     if freeze is not None and freeze.active:
         freeze.thaw()
         _logger.warning(
-            'an annealer is gone that kept origin branches frozen: they are trained from here on. Keep it for the '
-            'whole training')
+            'an annealer is gone that kept origin branches frozen: they are trained until another one freezes them. '
+            'Keep it for the whole training')
     for part in (freeze, branches):
         for handle in () if part is None else part.handles:
             handle.remove()
@@ -143,8 +143,8 @@ class Annealer:
         model = unwrapped(self._forms[0])
         former = in_force[model]() if model in in_force else None
         if former is not None and former is not self:
-            if former._freeze is not None and self._freeze is not None:
-                former._freeze.active = False  # this one goes on with it
+            if former._freeze is not None and self._freeze is not None:  # this one goes on with it
+                self._freeze.active, former._freeze.active = former._freeze.active, False
             former._is_replaced = former._freeze is not None or former._branches is not None
             _release(former._freeze, former._branches)
         in_force[model] = ref(self)
@@ -189,9 +189,10 @@ class Annealer:
             for form in self._forms:
                 set_attach_rate(form, position.attach_rate)
             if self._freeze is not None:
-                grows = position.time_step > 0 or self._starts_trained
+                grows, was_frozen = position.time_step > 0 or self._starts_trained, self._freeze.active
                 self._freeze.active = grows and position.attach_rate < 1
-                if grows and position.epoch == self.schedule.warmup_epochs > 0:
+                ends = grows and position.epoch == self.schedule.warmup_epochs > 0
+                if ends or (was_frozen and not self._freeze.active):
                     self._freeze.thaw()
         self._begun = dict(
             epoch=epoch, time_step=position.time_step, attach_rate=position.attach_rate,

@@ -57,15 +57,19 @@ def number_of_classes(images: Any) -> int:
         images: Data set of timm.
 
     Returns:
-        One more than the largest number of a class that has images, zero if that is not known.
+        One more than the largest number of a class that has images, or of all if it does not say which have; zero if it
+        names none.
     """
+    indices = class_indices(images)
+    if not indices:
+        return 0
     reader = getattr(images, 'reader', images)
     targets = getattr(reader, 'targets', None)
     if targets is None:
         targets = [target for _, target, *_ in getattr(reader, 'samples', ())]
-    if not class_indices(images):
-        return 0
-    return max((int(target) for target in targets if isinstance(target, numbers.Integral)), default=-1) + 1
+    listed = targets.tolist() if hasattr(targets, 'tolist') else targets  # a tensor, of torchvision's MNIST
+    counted = [int(target) for target in listed if isinstance(target, numbers.Integral)]
+    return max(counted or indices.values()) + 1
 
 
 def check_classes(trained: Mapping[str, int], other: Mapping[str, int], trained_split: str, split: str) -> None:

@@ -53,7 +53,7 @@ class ImageCheck:
         top1: Accuracy in percent of the training form and of the fused model.
         top5: The same for the first five answers; None with fewer than six classes.
         relative: Largest difference of the outputs, relative to the largest output of its batch.
-        classes: Names of the classes, in the order of the classifier.
+        classes: Names of the classes, in the order of the classifier; those that a class map makes one in one name.
         source: Which images: the name of the split, or of the folder if it has no splits; no other folder's.
     """
 
@@ -235,8 +235,10 @@ def compare_on_images(
         img_mode=img_mode, splits_only=False)
     reader = getattr(loader.dataset, 'reader', loader.dataset)
     index_of, samples, root = reader.class_to_idx, reader.samples, Path(reader.root)
-    if len(index_of) != model.num_classes:
-        raise UserError(f'{root} holds images of {len(index_of)} classes, the model knows {model.num_classes}')
+    names = [[name for name, index in index_of.items() if index == number] for number in range(model.num_classes)]
+    if not all(names):
+        named = len(set(index_of.values()))
+        raise UserError(f'{root} holds images of {named} classes, the model knows {model.num_classes}')
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).tolist()
     reader.samples = [samples[index] for index in sorted(order[:max_images])]
     model, fused = model.to(device), fused.to(device)
@@ -258,6 +260,6 @@ def compare_on_images(
         (scores[0].top1, scores[1].top1),
         (scores[0].top5, scores[1].top5) if model.num_classes > TOP_K else None,
         max(differences),
-        tuple(sorted(index_of, key=index_of.get)),
+        tuple(' / '.join(of_class) for of_class in names),
         f'the split `{root.name}`' if root != folder else f'the folder `{folder.name}`',
     )
