@@ -338,7 +338,7 @@ class NormedRepLayer(FixedGeometry, NormedBranches, RepLayer):
     def _hidden(self) -> Tensor:
         """Which outputs ``(o,)`` show nothing of the input, since the gains of all branches are next to zero."""
         gains = torch.stack([norm.weight.abs() for norm in (self.norm_kxk, *self._side_norms())])
-        return gains.amax(0) < HIDDEN
+        return gains.amax(0).float() < HIDDEN  # which float16 rounds to zero
 
     @classmethod
     @torch.no_grad()
