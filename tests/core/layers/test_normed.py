@@ -964,3 +964,14 @@ def test_expanded_layer_behind_a_norm_of_any_gain(layer, gain, dtype):
     x = randn(2, 3, 64, 64, dtype=dtype)
     assert verify(model, stock, inputs=x).model.relative < rtol
     assert verify(model, fuse(model), inputs=x).model.relative < rtol
+
+
+@pytest.mark.parametrize('layer', ['dbb', 'acb', 'rep'])
+def test_outputs_are_hidden_where_only_detached_branches_have_a_gain(layer):
+    pair = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)).eval()
+    nn.init.zeros_(pair[1].weight)
+    model = expand(pair, layer)
+    for norm in model[0]._side_norms():
+        nn.init.ones_(norm.weight)
+    model[0].set_attach_rate_(0.0)
+    verify(model, fuse(model), inputs=randn(2, 3, 8, 8, dtype=torch.float32))

@@ -336,9 +336,9 @@ class NormedRepLayer(FixedGeometry, NormedBranches, RepLayer):
             self.conv_kxk.weight.copy_(torch.where(hidden.view(-1, 1, 1, 1), weight, self.conv_kxk.weight))
 
     def _hidden(self) -> Tensor:
-        """Which outputs ``(o,)`` show nothing of the input, since the gains of all branches are next to zero."""
-        gains = torch.stack([norm.weight.abs() for norm in (self.norm_kxk, *self._side_norms())])
-        return gains.amax(0).float() < HIDDEN  # which float16 rounds to zero
+        """Which outputs ``(o,)`` show nothing of the input, since all branches come next to zero times."""
+        gains = torch.stack([self.norm_kxk.weight, *(self.attach_rate * norm.weight for norm in self._side_norms())])
+        return gains.abs().amax(0).float() < HIDDEN  # which float16 rounds to zero
 
     @classmethod
     @torch.no_grad()
