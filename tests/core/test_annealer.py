@@ -1,5 +1,7 @@
 """The annealer: one object around the epochs of a loop, on the model and its averaged copies, resumed at any epoch."""
 import copy
+import gc
+from weakref import ref
 
 import pytest
 import timm
@@ -673,6 +675,17 @@ def test_an_annealer_whose_place_was_taken_says_so():
     copy.deepcopy(second).begin_epoch(3)  # of its own model and optimizer
 
 
+def test_an_annealer_whose_epoch_is_refused_leaves_the_one_before():
+    frozen = Frozen()
+    set_time_step(frozen.model, 2)
+    other = Annealer(frozen.model, frozen.optimizer, SCHEDULE, freeze_origin=True)
+    with pytest.raises(timm_rep.UserError, match='epoch 0 lies in time step 1, the model is in 3 already'):
+        other.begin_epoch(0)
+    assert frozen.moved(steps=1) == 0
+    set_time_step(frozen.model, 0)
+    frozen.annealer.begin_epoch(1)
+
+
 def test_an_annealer_that_is_refused_leaves_the_one_before():
     model = timm.create_model('repan_repvgg_a0_cifar', num_classes=5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -681,6 +694,15 @@ def test_an_annealer_that_is_refused_leaves_the_one_before():
         Annealer(model, optimizer, SCHEDULE, averaged=ModelEmaV3(model))
     assert len(optimizer._optimizer_step_pre_hooks) == 1
     annealer.begin_epoch(0)
+
+
+def test_an_annealer_does_not_outlive_the_optimizer_that_holds_it():
+    frozen = Frozen()
+    frozen.optimizer.annealer = frozen.annealer
+    held = ref(frozen.optimizer)
+    del frozen
+    gc.collect()
+    assert held() is None
 
 
 def test_a_seed_is_no_generator():

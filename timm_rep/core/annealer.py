@@ -1,7 +1,7 @@
 """One object that anneals a model around the epochs of any training loop."""
 import logging
-from typing import Any, Dict, Iterable, List, Optional
-from weakref import ReferenceType, WeakKeyDictionary, finalize, ref
+from typing import Any, Dict, Iterable, List, Optional, Union
+from weakref import ReferenceType, WeakKeyDictionary, WeakSet, finalize, ref
 
 import torch
 import torch.nn as nn
@@ -31,15 +31,15 @@ _logger = logging.getLogger(__name__)
 _IN_FORCE: 'WeakKeyDictionary[Any, WeakKeyDictionary[nn.Module, ReferenceType[Annealer]]]' = WeakKeyDictionary()
 
 
-def _release(freeze: Optional[OriginFreeze], branches: Optional[BranchLog]) -> None:
+def _release(parts: Iterable[Union[OriginFreeze, BranchLog]]) -> None:
     """Take the hooks of an annealer off its optimizer, which takes up what they kept frozen."""
-    if freeze is not None and freeze.active:
-        freeze.thaw()
-        _logger.warning(
-            'an annealer is gone that kept origin branches frozen: they are trained until another one freezes them. '
-            'Keep it for the whole training')
-    for part in (freeze, branches):
-        for handle in () if part is None else part.handles:
+    for part in parts:
+        if isinstance(part, OriginFreeze) and part.active:
+            part.thaw()
+            _logger.warning(
+                'an annealer is gone that kept origin branches frozen: they are trained until another one freezes '
+                'them. Keep it for the whole training')
+        for handle in part.handles:
             handle.remove()
 
 
@@ -131,22 +131,19 @@ class Annealer:
         self._branches = BranchLog(model, optimizer) if log_branches else None  # reads before gradients are dropped
         if schedule.anneals and freeze_origin:
             self._freeze = OriginFreeze(model, optimizer)
-        finalize(self, _release, self._freeze, self._branches).atexit = False
+        self._hooked = [part for part in (self._freeze, self._branches) if part is not None]
+        finalize(self, _release, WeakSet(self._hooked)).atexit = False  # the optimizer holds them by their hooks
 
     def _take_over(self) -> None:
         """Release the optimizer from another annealer of the model."""
-        if self._is_replaced:
-            raise UserError(
-                'another annealer of the same model and optimizer has begun an epoch since, and took the place of this '
-                'one, whose origin branches are not frozen and whose gradients are not noted any more')
         in_force = _IN_FORCE.setdefault(self.optimizer, WeakKeyDictionary())
         model = unwrapped(self._forms[0])
         former = in_force[model]() if model in in_force else None
         if former is not None and former is not self:
             if former._freeze is not None and self._freeze is not None:  # this one goes on with it
                 self._freeze.active, former._freeze.active = former._freeze.active, False
-            former._is_replaced = former._freeze is not None or former._branches is not None
-            _release(former._freeze, former._branches)
+            former._is_replaced = bool(former._hooked)
+            _release(former._hooked)
         in_force[model] = ref(self)
 
     def _time_step(self) -> int:
@@ -173,7 +170,10 @@ class Annealer:
                 or averaged copies are in different ones, or another annealer took the place of this one.
         """
         position = self.schedule.position(epoch)
-        self._take_over()
+        if self._is_replaced:
+            raise UserError(
+                'another annealer of the same model and optimizer has begun an epoch since, and took the place of this '
+                'one, whose origin branches are not frozen and whose gradients are not noted any more')
         if self.schedule.anneals:
             if epoch == 0 and self.start_weights:
                 self.start(epoch)
@@ -188,12 +188,13 @@ class Annealer:
                 reset_optimizer(self.optimizer)
             for form in self._forms:
                 set_attach_rate(form, position.attach_rate)
-            if self._freeze is not None:
-                grows, was_frozen = position.time_step > 0 or self._starts_trained, self._freeze.active
-                self._freeze.active = grows and position.attach_rate < 1
-                ends = grows and position.epoch == self.schedule.warmup_epochs > 0
-                if ends or (was_frozen and not self._freeze.active):
-                    self._freeze.thaw()
+        self._take_over()
+        if self._freeze is not None:
+            grows, was_frozen = position.time_step > 0 or self._starts_trained, self._freeze.active
+            self._freeze.active = grows and position.attach_rate < 1
+            ends = grows and position.epoch == self.schedule.warmup_epochs > 0
+            if ends or (was_frozen and not self._freeze.active):
+                self._freeze.thaw()
         self._begun = dict(
             epoch=epoch, time_step=position.time_step, attach_rate=position.attach_rate,
             lr=self.optimizer.param_groups[0]['lr'])
