@@ -686,6 +686,18 @@ def test_an_annealer_whose_epoch_is_refused_leaves_the_one_before():
     frozen.annealer.begin_epoch(1)
 
 
+@pytest.mark.parametrize('rep_layer', ['rep', 'orepa'])
+def test_weights_to_start_from_are_left_alone_where_their_epoch_is_refused(rep_layer):
+    model = timm.create_model('repan_repvgg_a0_cifar', num_classes=5, rep_layer=rep_layer)
+    set_time_step(model, 2)
+    before = state_of(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    annealer = Annealer(model, optimizer, SCHEDULE, start_weights=True, restoration='measured', batches=[])
+    with pytest.raises(timm_rep.UserError, match='batches'):
+        annealer.begin_epoch(0)
+    assert_same_state(state_of(model), before)
+
+
 def test_an_annealer_that_is_refused_leaves_the_one_before():
     model = timm.create_model('repan_repvgg_a0_cifar', num_classes=5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -19,6 +19,7 @@ from .annealing import (
 from .branch_log import BranchLog
 from .errors import UserError
 from .freeze import OriginFreeze
+from .layers import AnnealedModule
 from .measure import first_batches
 from .optimizers import reset_optimizer
 from .walk import unwrapped
@@ -213,9 +214,16 @@ class Annealer:
         """
         position = self.schedule.position(epoch)
         if self.start_weights:
+            modules = [part for form in self._forms for part in form.modules() if isinstance(part, AnnealedModule)]
+            numbers = [int(module.time_step) for module in modules]
             for form in self._forms:
                 set_time_step(form, 0)
-            self._begin_time_step(position.time_step, position.attach_rate, compensate=True)
+            try:
+                self._begin_time_step(position.time_step, position.attach_rate, compensate=True)
+            except Exception:
+                for module, number in zip(modules, numbers):
+                    module.set_time_step_(number)
+                raise
             self.start_weights = False
         for form in self._forms:
             set_time_step(form, position.time_step)
