@@ -77,6 +77,7 @@ def loaded(create, *, training=True, images=None, **options):
     """What a loader gives in one epoch, and the loader."""
     torch.manual_seed(0)
     options = dict(dict(use_prefetcher=False, num_workers=0, color_jitter=None, hflip=0.0), **options)
+    options['persistent_workers'] = options['num_workers'] > 0  # timm 1.0.26 does not see to it
     loader = create(
         images or Images(), (3, 8, 8), 64, is_training=training, mean=(0, 0, 0), std=(1 / 255,) * 3,
         device=torch.device('cpu'), **options)
