@@ -185,6 +185,22 @@ def test_wrappers_are_taken_off_before_fusing_and_put_on_after_expanding(wrap):
         expand(wrap(model), 'orepa')
 
 
+@pytest.mark.parametrize('kind', ['orepa', 'dbb'])
+@pytest.mark.parametrize('inplace', [False, True])
+def test_the_wrappers_of_compiled_parts_are_taken_off_too(kind, inplace):
+    stock = tiny_resnet().eval()
+    model = expand(stock, kind)
+    model.layer1[0] = torch.compile(model.layer1[0], backend='eager')
+    model.layer2 = torch.compile(model.layer2, backend='eager')
+    fused = fuse(model, inplace=inplace)
+    assert tree(fused) == tree(stock)
+    fresh = tiny_resnet().eval()
+    fresh.load_state_dict(fused.state_dict())
+    x = randn(2, 3, 32, 32, dtype=torch.float32)
+    assert_near(fresh(x), stock(x), MODEL_RTOL[torch.float32])
+    assert inplace or hasattr(model.layer2, '_orig_mod')
+
+
 @torch.no_grad()
 @pytest.mark.parametrize('kind', ['orepa', 'dbb'])
 @pytest.mark.parametrize('name', ['repghostnet_050', 'efficientvim_m1', 'levit_128s'])

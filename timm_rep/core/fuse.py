@@ -182,8 +182,8 @@ def fuse(model: ModelT, *, inplace: bool = False) -> ModelT:
         inplace: Change the model itself instead of a copy.
 
     Returns:
-        The fused model, without the wrappers that it had (DDP, torch.compile). If its architecture is one of ours with
-        a stock counterpart, its ``pretrained_cfg`` names that.
+        The fused model, without the wrappers that it had (DDP, torch.compile; of compiled parts, too). If its
+        architecture is one of ours with a stock counterpart, its ``pretrained_cfg`` names that.
 
     Raises:
         UserError: For layers with norms in their branches in training mode, or with a hook on their outputs, for norms
@@ -197,4 +197,8 @@ def fuse(model: ModelT, *, inplace: bool = False) -> ModelT:
     if not inplace:
         model = copied(model)
     _put_in_(model, replacements)
+    for parent in list(model.modules()):
+        for name, part in parent.named_children():
+            if hasattr(part, '_orig_mod'):  # of torch.compile, which shows in the keys of the state dict
+                setattr(parent, name, unwrapped(part))
     return model
