@@ -191,10 +191,12 @@ def test_the_wrappers_of_compiled_parts_are_taken_off_too(kind, inplace):
     stock = tiny_resnet().eval()
     model = expand(stock, kind)
     model.layer1[0] = torch.compile(model.layer1[0], backend='eager')
-    model.layer2 = torch.compile(model.layer2, backend='eager')
+    model.layer2 = model.again = torch.compile(model.layer2, backend='eager')
+    stock.again = stock.layer2
     fused = fuse(model, inplace=inplace)
     assert tree(fused) == tree(stock)
     fresh = tiny_resnet().eval()
+    fresh.again = fresh.layer2
     fresh.load_state_dict(fused.state_dict())
     x = randn(2, 3, 32, 32, dtype=torch.float32)
     assert_near(fresh(x), stock(x), MODEL_RTOL[torch.float32])

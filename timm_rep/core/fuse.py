@@ -198,7 +198,7 @@ def fuse(model: ModelT, *, inplace: bool = False) -> ModelT:
         model = copied(model)
     _put_in_(model, replacements)
     for parent in list(model.modules()):
-        for name, part in parent.named_children():
+        for name, part in list(parent._modules.items()):
             if hasattr(part, '_orig_mod'):  # of torch.compile, which shows in the keys of the state dict
                 setattr(parent, name, unwrapped(part))
     return model

@@ -235,7 +235,10 @@ def compare_on_images(
         img_mode=img_mode, splits_only=False)
     reader = getattr(loader.dataset, 'reader', loader.dataset)
     index_of, samples, root = reader.class_to_idx, reader.samples, Path(reader.root)
-    names = [[name for name, index in index_of.items() if index == number] for number in range(model.num_classes)]
+    names: List[List[str]] = [[] for _ in range(model.num_classes)]
+    for name, index in index_of.items():
+        if index < len(names):
+            names[index].append(name)
     if not all(names):
         named = len(set(index_of.values()))
         raise UserError(f'{root} holds images of {named} classes, the model knows {model.num_classes}')
