@@ -1,5 +1,6 @@
 """What a user has set on a network and expand and fuse carry over: trainable flags, hooks, wrappers, its own fuse."""
 import copy
+import functools
 
 import pytest
 import timm
@@ -10,9 +11,9 @@ from timm.utils import reparameterize_model
 from torch.nn.utils import prune, weight_norm
 
 import timm_rep
-from timm_rep import UserError, expand, fuse
+from timm_rep import UserError, expand, fuse, verify
 from timm_rep.core.layers import RepLayer
-from timm_rep.core.walk import annealed_modules
+from timm_rep.core.walk import annealed_modules, rep_layers
 
 KINDS = ['orepa', 'dbb', 'acb', 'rep']
 RTOL = MODEL_RTOL[torch.float64]
@@ -190,17 +191,34 @@ def test_wrappers_are_taken_off_before_fusing_and_put_on_after_expanding(wrap):
 def test_the_wrappers_of_compiled_parts_are_taken_off_too(kind, inplace):
     stock = tiny_resnet().eval()
     model = expand(stock, kind)
-    model.layer1[0] = torch.compile(model.layer1[0], backend='eager')
-    model.layer2 = model.again = torch.compile(model.layer2, backend='eager')
+    compiled = functools.partial(torch.compile, backend='eager')
+    model.conv1, model.bn1 = compiled(model.conv1), compiled(model.bn1)
+    model.layer1[0].conv2 = compiled(model.layer1[0].conv2)
+    model.layer1[0] = compiled(model.layer1[0])
+    model.layer2 = model.again = compiled(model.layer2)
+    x = randn(2, 3, 32, 32, dtype=torch.float32)
+    report = verify(model, fuse(model), inputs=x)
+    assert [layer.name for layer in report.layers] == [name for name, _ in rep_layers(expand(stock, kind))]
     stock.again = stock.layer2
     fused = fuse(model, inplace=inplace)
     assert tree(fused) == tree(stock)
     fresh = tiny_resnet().eval()
     fresh.again = fresh.layer2
     fresh.load_state_dict(fused.state_dict())
-    x = randn(2, 3, 32, 32, dtype=torch.float32)
     assert_near(fresh(x), stock(x), MODEL_RTOL[torch.float32])
     assert inplace or hasattr(model.layer2, '_orig_mod')
+
+
+@pytest.mark.parametrize('name', ['conv1', 'layer2'])
+def test_a_hook_on_what_compile_made_of_a_part_is_not_lost(name):
+    model = expand(tiny_resnet(), 'orepa')
+    setattr(model, name, torch.compile(getattr(model, name), backend='eager'))
+    hook = getattr(model, name).register_forward_hook(lambda *args: None)
+    with pytest.raises(UserError, match=f'torch.compile made of {name}'):
+        fuse(model)
+    assert hasattr(getattr(model, name), '_orig_mod')
+    hook.remove()
+    assert tree(fuse(model)) == tree(tiny_resnet())
 
 
 @torch.no_grad()

@@ -10,10 +10,12 @@ from .errors import UserError
 from .layers import AnnealedModule, FoldedNorm, HostedConv2d
 from .sharded import check_whole
 from .walk import (
+    HOOKS,
     SECOND_PLACE,
     ModelT,
     ancestors_of,
     annealed_modules,
+    compiled_parts,
     conv_name,
     copied,
     folded_norms,
@@ -22,6 +24,7 @@ from .walk import (
     names_of,
     parent_of,
     unwrapped,
+    without_compiled_parts,
 )
 
 __all__ = ['fuse', 'fuse_before_own_', 'when_fused']
@@ -114,7 +117,17 @@ def _elsewhere(model: nn.Module, parent: nn.Module) -> Tuple[Place, ...]:
 
 
 def _stock_forms(model: nn.Module) -> Dict[str, nn.Module]:
-    """What takes the place of rep layers and folded norms, by name."""
+    """What takes the place of rep layers and folded norms, by the name that it has without torch.compile."""
+    for _, name, part in compiled_parts(model):
+        if any(getattr(part, hooks) for hooks in HOOKS):
+            raise UserError(
+                f'a hook lies on what torch.compile made of {name}, which fuse takes off; remove the hook before fuse, '
+                f'or put it on {name} before torch.compile')
+    with without_compiled_parts(model):
+        return _stock_forms_by_name(model)
+
+
+def _stock_forms_by_name(model: nn.Module) -> Dict[str, nn.Module]:
     replacements: Dict[str, nn.Module] = {}
     norms = folded_norms(model)
     for layer_name, module in annealed_modules(model):
@@ -155,6 +168,8 @@ def _refuse_offloaded(name: str, module: nn.Module) -> None:
 
 def _put_in_(model: nn.Module, replacements: Mapping[str, nn.Module], elsewhere: Iterable[Place] = ()) -> None:
     """Replace modules in all their places: a shared one is one module in several."""
+    for parent, name, part in compiled_parts(model):
+        setattr(parent, name, unwrapped(part))
     places = names_of(model)
     for name, new_module in replacements.items():
         old = model.get_submodule(name)
@@ -187,8 +202,9 @@ def fuse(model: ModelT, *, inplace: bool = False) -> ModelT:
 
     Raises:
         UserError: For layers with norms in their branches in training mode, or with a hook on their outputs, for norms
-            that such a layer has taken in and that has been replaced since, for sharded parameters, and for layers that
-            lie in a list or a bound method, too. The model is then unchanged.
+            that such a layer has taken in and that has been replaced since, for sharded parameters, for layers that
+            lie in a list or a bound method, too, and for hooks on what torch.compile made of parts. The model is then
+            unchanged.
     """
     model = unwrapped(model)
     check_whole(model)
@@ -197,8 +213,4 @@ def fuse(model: ModelT, *, inplace: bool = False) -> ModelT:
     if not inplace:
         model = copied(model)
     _put_in_(model, replacements)
-    for parent in list(model.modules()):
-        for name, part in list(parent._modules.items()):
-            if hasattr(part, '_orig_mod'):  # of torch.compile, which shows in the keys of the state dict
-                setattr(parent, name, unwrapped(part))
     return model

@@ -12,7 +12,7 @@ from .errors import UserError
 from .layers import FoldedNorm
 from .precision import full_float32
 from .sharded import check_whole
-from .walk import annealed_modules, conv_name, folded_norms, image_shape, unwrapped
+from .walk import annealed_modules, conv_name, folded_norms, image_shape, unwrapped, without_compiled_parts
 
 __all__ = ['DEFAULT_RTOL', 'Difference', 'Report', 'VerificationError', 'check_values', 'compare_outputs', 'verify']
 
@@ -226,7 +226,10 @@ def verify(
         inputs = inputs.to(device=reference.device, dtype=reference.dtype)
 
     differences: List[Difference] = []
-    with _eval_mode(model, fused), full_float32():
+    with (
+        without_compiled_parts(model), without_compiled_parts(fused),
+        _eval_mode(model, fused), full_float32(),
+    ):
         norms = folded_norms(model)
         for name, layer in annealed_modules(model):
             forms = _counterparts(model, fused, conv_name(model, name), norms.get(name))

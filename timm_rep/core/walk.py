@@ -1,4 +1,5 @@
 """Finding things in a model: rep layers, what stands beside and around a module, its image channels."""
+import contextlib
 import copy
 import gc
 import itertools
@@ -20,9 +21,9 @@ from .layers.norms import is_norm
 
 __all__ = [
     'HOOKS', 'SECOND_PLACE', 'ModelT', 'ancestors_of', 'annealed_modules', 'check_generator', 'check_module',
-    'computed_tensors', 'conv_name', 'copied', 'folded_norms', 'held_elsewhere', 'image_channels', 'image_shape',
-    'move_hooks', 'names_of', 'next_sibling', 'norm_behind', 'parent_of', 'reads_between', 'rep_layers',
-    'set_attach_rate', 'unwrapped',
+    'compiled_parts', 'computed_tensors', 'conv_name', 'copied', 'folded_norms', 'held_elsewhere', 'image_channels',
+    'image_shape', 'move_hooks', 'names_of', 'next_sibling', 'norm_behind', 'parent_of', 'reads_between', 'rep_layers',
+    'set_attach_rate', 'unwrapped', 'without_compiled_parts',
 ]
 
 ModelT = TypeVar('ModelT', bound=nn.Module)
@@ -75,6 +76,26 @@ def unwrapped(model: Any) -> Any:
     while hasattr(model, '_orig_mod') or isinstance(model, WRAPPERS):
         model = model._orig_mod if hasattr(model, '_orig_mod') else model.module
     return model
+
+
+def compiled_parts(model: nn.Module) -> List[Tuple[nn.Module, str, nn.Module]]:
+    """What stands for parts of a model since ``model.part = torch.compile(model.part)``: parent, name, and that."""
+    return [
+        (parent, name, part) for parent in model.modules() for name, part in parent._modules.items()
+        if part is not None and hasattr(part, '_orig_mod')]
+
+
+@contextlib.contextmanager
+def without_compiled_parts(model: nn.Module) -> Iterator[None]:
+    """Let a model have its parts as they were before torch.compile, under their own names."""
+    compiled = compiled_parts(model)
+    try:
+        for parent, name, part in compiled:
+            parent._modules[name] = unwrapped(part)
+        yield
+    finally:
+        for parent, name, part in compiled:
+            parent._modules[name] = part
 
 
 def computed_tensors(model: nn.Module) -> List[Tensor]:
@@ -295,7 +316,7 @@ def _modules_in(value: Any) -> Iterator[nn.Module]:
             continue
         seen.add(id(value))
         if isinstance(value, nn.Module):
-            yield value
+            yield unwrapped(value)
         elif isinstance(value, weakref.ref):
             to_do.append(value())
         elif isinstance(value, types.FunctionType):  # beside them it refers to all of its file
