@@ -1,4 +1,5 @@
 """Shared by all tests: comparison with a stated tolerance, random values for everything that starts constant."""
+import copy
 import logging
 
 import timm
@@ -58,6 +59,14 @@ def assert_same_state(actual, expected):
     assert actual.keys() == expected.keys()
     for name in expected:
         assert torch.equal(actual[name], expected[name]), name
+
+
+def with_compiled_parts(model):
+    """A copy whose children are compiled one by one, not in place."""
+    twin = copy.deepcopy(model)
+    for name, child in list(twin.named_children()):
+        setattr(twin, name, torch.compile(child, backend='eager'))
+    return twin
 
 
 def own_warnings(caplog):

@@ -18,6 +18,7 @@ from helpers import (
     tiny_repvgg,
     tiny_resnet,
     tree,
+    with_compiled_parts,
 )
 from timm.models.byobnet import RepVggBlock
 from timm.utils import reparameterize_model
@@ -439,7 +440,7 @@ def test_channels_of_images_are_not_those_that_space_was_folded_into():
         other = nn.Sequential(nn.ReLU(), nn.Conv2d(5, 4, 3))
     assert image_channels(model) == 3
     assert image_channels(expand(model, 'orepa')) == 3
-    assert image_channels(other) == 5
+    assert image_channels(other) == image_channels(with_compiled_parts(other)) == 5
 
 
 def test_images_of_a_network_that_was_built_for_another_size():

@@ -7,7 +7,16 @@ import pytest
 import timm
 import torch
 from command_line import call
-from helpers import MODEL_RTOL, OLD_TIMM, assert_near, assert_same_state, own_warnings, randn, randomize_
+from helpers import (
+    MODEL_RTOL,
+    OLD_TIMM,
+    assert_near,
+    assert_same_state,
+    own_warnings,
+    randn,
+    randomize_,
+    with_compiled_parts,
+)
 from hub_publishing import fused_wrongly
 from safetensors.torch import load_file
 
@@ -84,7 +93,7 @@ def test_folders_that_say_the_classes_twice_are_loaded(tmp_path):
 
 @pytest.mark.parametrize('wrap', [
     torch.compile, torch.nn.DataParallel, timm.utils.ModelEmaV3,
-    lambda model: torch.compile(torch.nn.DataParallel(model))])
+    lambda model: torch.compile(torch.nn.DataParallel(model)), with_compiled_parts])
 def test_what_is_around_a_model_is_left_out(wrap, tmp_path):
     model = training_form().eval()
     folder = timm_rep.export_folder(wrap(model), tmp_path / 'model')

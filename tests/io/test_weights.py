@@ -11,7 +11,7 @@ import safetensors.torch
 import timm
 import tiny_architecture
 import torch
-from helpers import assert_same_state, own_warnings, randn, randomize_, state_of
+from helpers import assert_same_state, own_warnings, randn, randomize_, state_of, with_compiled_parts
 from timm.layers import ScaledStdConv2d
 from timm.models import ResNet
 from timm.models.resnet import BasicBlock
@@ -138,7 +138,7 @@ def test_the_commands_ask_nothing_of_such_files(tmp_path):
 
 @pytest.mark.parametrize('wrap', [
     torch.compile, torch.nn.DataParallel, timm.utils.ModelEmaV3, torch.optim.swa_utils.AveragedModel,
-    lambda model: torch.compile(torch.nn.DataParallel(model))])
+    lambda model: torch.compile(torch.nn.DataParallel(model)), with_compiled_parts])
 def test_wrappers_are_no_part_of_the_model(wrap, tmp_path):
     model = randomize_(expand(of_timm()))
     save(wrap(model), tmp_path / 'x.safetensors')

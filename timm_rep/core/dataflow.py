@@ -111,7 +111,7 @@ class _Watch:
         self.called.append(name)
         for output in filter(None, map(self.find, tree_leaves(arguments))):
             output.hooked |= (name, 'in') in self.hooks
-            if not is_foldable(module) and not isinstance(module, nn.Identity) and not any(module.children()):
+            if not is_foldable(module) and not isinstance(module, nn.Identity) and not list(module.children()):
                 output.reads += 1  # such as a dropout, which does nothing in eval mode
         if is_foldable(module):
             given = arguments[0][0] if arguments[0] else None

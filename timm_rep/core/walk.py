@@ -222,7 +222,7 @@ def image_channels(model: nn.Module) -> int:
         if isinstance(module, (nn.Conv2d, RepLayer)):
             said = getattr(model, 'in_chans', None)
             return said if before and isinstance(said, int) else module.in_channels
-        before = before or not any(module.children())
+        before = before or not list(module.children())
     raise UserError(f'{type(model).__name__} has no convolution that could take images')
 
 

@@ -18,7 +18,7 @@ from ..core.expand import expand_fresh_
 from ..core.expansion import Expansion, expansion_of
 from ..core.fuse import fuse
 from ..core.verify import check_values, verify
-from ..core.walk import annealed_modules, copied, image_channels, image_shape, unwrapped
+from ..core.walk import annealed_modules, copied, image_channels, image_shape, unwrapped, without_compiled_parts
 from ..io.architecture import create_model, per_channel
 from ..io.extras import has_packages
 from ..io.output import new_folder, written_whole
@@ -71,7 +71,8 @@ def _copy_of(model: Any, label_names: Optional[Sequence[str]]) -> Any:
     if next(model.parameters()).dtype == torch.float64:
         raise UserError('timm builds networks of 32 bits, so an export cannot hold 64: call model.float() first')
     check_values(model)
-    return copied(model).eval().cpu()
+    with without_compiled_parts(model):
+        return copied(model).eval().cpu()
 
 
 def _is_built_by_name(model: Any, architecture: str) -> bool:

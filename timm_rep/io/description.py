@@ -121,7 +121,7 @@ def _structure(model: nn.Module) -> Dict[str, str]:
         elif any(module._parameters) or any(module._buffers):
             settings = re.sub(r'momentum=[^,]*', '', module.extra_repr())  # momentum is no part of the function
             found[f'{name} (settings)'] = settings
-        elif not (any(module.children()) or module.state_dict() or kind.startswith(NO_PART_OF_THE_FUNCTION)):
+        elif not (list(module.children()) or module.state_dict() or kind.startswith(NO_PART_OF_THE_FUNCTION)):
             found[name] = repr(module)
     return found
 

@@ -15,7 +15,7 @@ from ..core.errors import UserError
 from ..core.expand import expand_as_
 from ..core.expansion import expansion_of
 from ..core.verify import check_values
-from ..core.walk import annealed_modules, copied, unwrapped
+from ..core.walk import annealed_modules, copied, unwrapped, without_compiled_parts
 from ..models.checkpoint_filter import first_names
 from ..models.damage import CHECKSUM, checksum
 from ..models.names import OWN_ARGS
@@ -81,8 +81,9 @@ def save(model: nn.Module, file: PathLike, *, replace: bool = False) -> None:
     """
     path = new_output(file, suffixes=(SUFFIX,), replace=replace)
     model = unwrapped(model)
-    check_values(model)
-    content = _safetensors(_weights_of(model), describe(model))
+    with without_compiled_parts(model):
+        check_values(model)
+        content = _safetensors(_weights_of(model), describe(model))
     with written_whole(path, replace=replace) as temporary:
         temporary.write_bytes(content)
 
@@ -105,9 +106,10 @@ def save_weights(model: nn.Module, path: PathLike) -> None:
         save(model, path)
         return
     model = unwrapped(model)
-    check_values(model)
     content = io.BytesIO()
-    torch.save(_weights_of(model), content)
+    with without_compiled_parts(model):
+        check_values(model)
+        torch.save(_weights_of(model), content)
     with written_whole(path) as temporary:
         temporary.write_bytes(content.getvalue())
 
