@@ -47,20 +47,26 @@ def test_lightning(tmp_path):
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
 
-    def trained(epochs, checkpoint=None):
+    def trained(epochs, checkpoint=None, **options):
         module = Module()
+        kept = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, '{step}', save_top_k=-1, **options)
         trainer = lightning.Trainer(
-            max_epochs=epochs, accelerator='cpu', logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, callbacks=[annealing(SCHEDULE)])
-        trainer.fit(module, DataLoader(images(), 8), ckpt_path=checkpoint, weights_only=False)
+            max_epochs=epochs, accelerator='cpu', logger=False, enable_progress_bar=False,
+            enable_model_summary=False, callbacks=[annealing(SCHEDULE), kept])
+        trainer.fit(module, DataLoader(images(), 4), ckpt_path=checkpoint, weights_only=False)
         return trainer, module
 
-    _, whole = trained(4)
-    assert whole.seen == [{(0.5, 0)}, {(1.0, 0)}, {(0.5, 1)}, {(1.0, 1)}]
+    _, whole = trained(4, every_n_train_steps=1)
+    assert whole.seen == [at for at in ({(0.5, 0)}, {(1.0, 0)}, {(0.5, 1)}, {(1.0, 1)}) for _ in range(2)]
+    for step in range(1, 8):  # in the middle of an epoch and at its end
+        _, resumed = trained(4, tmp_path / f'step={step}.ckpt')
+        assert resumed.seen == whole.seen[step:]
+        if step % 2 == 0:  # Lightning itself does not go on with the same images elsewhere
+            assert_same_state(resumed.net.state_dict(), whole.net.state_dict())
     trainer, _ = trained(3)
     trainer.save_checkpoint(tmp_path / 'third.ckpt')
     _, resumed = trained(4, tmp_path / 'third.ckpt')
-    assert resumed.seen == whole.seen[3:]
+    assert resumed.seen == whole.seen[6:]
     assert_same_state(resumed.net.state_dict(), whole.net.state_dict())
     fused = timm_rep.fuse(whole.eval())
     assert fused.net.state_dict().keys() == tiny_resnet().state_dict().keys()
@@ -112,8 +118,8 @@ def test_transformers(architecture, tmp_path):
     def trained(epochs, resume=None):
         model = made()
         arguments = transformers.TrainingArguments(
-            str(tmp_path / 'run'), num_train_epochs=epochs, per_device_train_batch_size=8, use_cpu=True, report_to=[],
-            save_strategy='epoch', learning_rate=0.01, disable_tqdm=True, optim='sgd', seed=0,
+            str(tmp_path / 'run'), num_train_epochs=epochs, per_device_train_batch_size=2, use_cpu=True, report_to=[],
+            save_strategy='steps', save_steps=1, learning_rate=0.01, disable_tqdm=True, optim='sgd', seed=0,
             lr_scheduler_type='constant')
         trainer = transformers.Trainer(
             model, arguments, train_dataset=Images(), callbacks=[annealing(SCHEDULE), Note()])
@@ -121,10 +127,13 @@ def test_transformers(architecture, tmp_path):
         return model
 
     whole = trained(4)
-    assert seen == [{(0.5, 0)}, {(1.0, 0)}, {(0.5, 1)}, {(1.0, 1)}]
-    resumed = trained(4, str(tmp_path / 'run' / 'checkpoint-3'))
-    assert seen[4:] == seen[3:4]
-    assert_same_state(resumed.state_dict(), whole.state_dict())
+    expected = [at for at in ({(0.5, 0)}, {(1.0, 0)}, {(0.5, 1)}, {(1.0, 1)}) for _ in range(4)]
+    assert seen == expected
+    for step in (3, 7, 12, 15):
+        seen.clear()
+        resumed = trained(4, str(tmp_path / 'run' / f'checkpoint-{step}'))
+        assert seen == expected[step:]
+        assert_same_state(resumed.state_dict(), whole.state_dict())
 
     save_stock(whole, tmp_path / 'stock')
     command = [sys.executable, '-c', LOAD, str(tmp_path / 'stock'), str(tmp_path / 'logits.pt')]
