@@ -298,6 +298,11 @@ def test_remove():
     handle.remove()  # of what is gone
     assert all(isinstance(layer._together, KernelsTogether) for _, layer in timm_rep.rep_layers(model))
     again.remove()
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.Conv2d(4, 4, 3, bias=False))
+    layers = timm_rep.expand(layers, 'expandnet', select='*').eval()
+    capture(layers, graph=False).remove()
+    x = randn(1, 3, 8, 8, dtype=torch.float32)
+    assert_near(torch.jit.script(layers)(x), layers(x), 1e-6)
 
 
 def test_an_error_in_a_forward():

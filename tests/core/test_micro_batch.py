@@ -524,6 +524,17 @@ def test_compiled_layers_compose_at_every_micro_batch_and_say_so():
     assert_same_gradients(model, twin)
 
 
+@pytest.mark.parametrize('method', timm_rep.methods.registered_methods())
+def test_layers_can_be_scripted_after_an_update(method):
+    size = 5 if method == 'dilated' else 3
+    conv = nn.Conv2d(3, 4, size, padding=size // 2, bias=False)
+    model = timm_rep.expand(nn.Sequential(conv, nn.BatchNorm2d(4)), method, select='*')
+    with micro_batch(model, last=True):
+        model(randn(2, 3, 8, 8, dtype=torch.float32)).sum().backward()
+    x = randn(2, 3, 8, 8, seed=1, dtype=torch.float32)
+    assert_near(torch.jit.script(model.eval())(x), model(x), 1e-6)
+
+
 def test_a_module_that_holds_distributed_ones(process_group):
     pair = nn.ModuleList([nn.parallel.DistributedDataParallel(expanded()) for _ in range(2)])
     twin = copy.deepcopy(nn.ModuleList([form.module for form in pair]))

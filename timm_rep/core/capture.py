@@ -180,7 +180,7 @@ class Captured:
         self._together.forget()
         for layer in self._together.layers:
             if layer._together is self._together and self._together.exchange is None:
-                layer._together = None
+                vars(layer).pop('_together', None)
 
 
 @when_fused

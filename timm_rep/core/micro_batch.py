@@ -109,7 +109,7 @@ def _kernels_shared(model: nn.Module, layers: List[LinearRepLayer], last: bool) 
     update.is_broken = False
     if last:
         for layer in layers:
-            layer._update = None
+            vars(layer).pop('_update', None)  # as it was; TorchScript would take None for an attribute of its own
         _finish(update, model)
     elif update.is_used:
         update.note_gradients()
