@@ -161,19 +161,23 @@ def test_transformers_backbone():
         assert_near(theirs, ours, 1e-5)
 
 
-def test_accelerate(tmp_path):
+@pytest.mark.parametrize('precision', ['no', 'bf16'])
+def test_accelerate(precision, tmp_path):
     accelerate = pytest.importorskip('accelerate', reason='needs Accelerate')
+    accelerate.state.AcceleratorState._reset_state(True)  # which has one precision in a process
 
     def trained(schedule):
         model = network()
         names = dict(
-            accelerator=accelerate.Accelerator(cpu=True), model=model, loader=DataLoader(images(), 8),
+            accelerator=accelerate.Accelerator(cpu=True, mixed_precision=precision), model=model,
+            loader=DataLoader(images(), 8),
             optimizer=torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9), schedule=schedule,
             folder=str(tmp_path / 'state'), torch=torch, timm_rep=timm_rep)
         return run('Accelerate', **names)
 
     done = trained(SCHEDULE)
     assert rates(done['model']) == {(1.0, 1)}
+    timm_rep.verify(done['model'], done['fused'], inputs=images()[:2][0])
     assert done['fused'].state_dict().keys() == tiny_resnet().state_dict().keys()
     again = network()
     optimizer = torch.optim.SGD(again.parameters(), lr=0.01, momentum=0.9)
