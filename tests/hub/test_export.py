@@ -95,9 +95,11 @@ def test_folders_that_say_the_classes_twice_are_loaded(tmp_path):
     torch.compile, torch.nn.DataParallel, timm.utils.ModelEmaV3,
     lambda model: torch.compile(torch.nn.DataParallel(model)), with_compiled_parts])
 def test_what_is_around_a_model_is_left_out(wrap, tmp_path):
-    model = training_form().eval()
-    folder = timm_rep.export_folder(wrap(model), tmp_path / 'model')
+    import tiny_architecture
+    model = randomize_(timm.create_model(tiny_architecture.NAME, num_classes=len(CLASSES))).eval()
+    folder = timm_rep.export_folder(wrap(model), tmp_path / 'model', training_folder=tmp_path / 'training')
     assert_same_state(load_file(folder / 'model.safetensors'), timm_rep.fuse(model).state_dict())
+    assert_same_state(load_file(tmp_path / 'training' / 'model.safetensors'), model.state_dict())
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='files have no such modes on Windows')
